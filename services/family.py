@@ -1,0 +1,240 @@
+"""The vocabulary of the model side: what a family is, and the state of a request while it is denoised.
+
+A family is one file of plain functions over plain data in `services/families/`. Its DiT is cut in three,
+`embed -> blocks -> head`, and the engine runs the block list; features act on that list through the
+`ModelPlan`. Families and features never know each other; they meet here.
+
+Shape legend: B rows of a batch, S tokens, D width, F frames, C channels, H W latent height and width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import nn
+
+from services.request import Limits, ResolvedParams
+from services.weights import ModelSource
+
+Tensors = dict[str, torch.Tensor]
+Frames = np.ndarray[Any, np.dtype[np.uint8]]  # [F, H, W, 3], RGB, 0 to 255
+
+
+class Streams(Protocol):
+    """What flows through the block list: a small dataclass of tensors of the family's own making.
+
+    `hidden` [B, S, D] is the stream that leaves the last block for the head; step caches act on it.
+    """
+
+    hidden: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """One entry of the block list: the library's own block module, and how to call it on streams.
+
+    `run` calls `module.forward` and builds the next streams; a feature may replace `module.forward` (compile)
+    or wrap `run` (caches, offload) but never both at once for the same purpose.
+    """
+
+    name: str
+    module: nn.Module
+    run: Callable[[Any], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelPlan:
+    """What features may know of a DiT: data only.
+
+    Attributes:
+        block_classes: classes of the repeated blocks; compile makes two graphs of each.
+        column: names (globs on the module path) of linears split by output features.
+        row: names of linears split by input features.
+        attention: names of the attention modules whose backend may be chosen.
+        has_text_mask: text is masked, so prompts of different length share a batch exactly.
+        high_precision: names of modules that keep their dtype under quantisation.
+        cache_signal: name of the Streams field, or "modulated" for the modulated input of block 0.
+    """
+
+    block_classes: tuple[type[nn.Module], ...]
+    column: tuple[str, ...] = ()
+    row: tuple[str, ...] = ()
+    attention: tuple[str, ...] = ()
+    has_text_mask: bool = False
+    high_precision: tuple[str, ...] = ()
+    cache_signal: str = "hidden"
+
+
+@dataclass(slots=True)
+class DenoiseState:
+    """One request between two steps. All of it serialises to safetensors bytes (`dit_svc/checkpoint.py`).
+
+    Attributes:
+        latents: [1, ...] in the layout the scheduler steps on.
+        step: steps done.
+        timesteps: [steps], on the CPU, in the scheduler's own unit and dtype.
+        sigmas: [steps + 1] noise level before each step and after the last, 1 to 0, for events.
+        scheduler: this request's own scheduler object (diffusers class).
+        conditioning: tensors by branch; the first branch is the positive one. Rows have batch dimension 1.
+        shared: tensors that all branches share (image latents of edit models).
+        caches: state of step caches, by (feature, branch).
+    """
+
+    request_id: str
+    params: ResolvedParams
+    latents: torch.Tensor
+    timesteps: torch.Tensor
+    sigmas: torch.Tensor
+    scheduler: Any
+    conditioning: dict[str, Tensors]
+    shared: Tensors = field(default_factory=dict)
+    step: int = 0
+    caches: dict[tuple[str, str], Tensors] = field(default_factory=dict)
+
+    @property
+    def num_steps(self) -> int:
+        """Steps in all."""
+        return len(self.timesteps)
+
+    @property
+    def done(self) -> bool:
+        """Whether the last step has been made."""
+        return self.step >= self.num_steps
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row of a forward: a request and one of its guidance branches."""
+
+    state: DenoiseState
+    branch: str
+
+
+@dataclass(frozen=True, slots=True)
+class DitModel:
+    """The loaded denoiser of a component.
+
+    `modules` maps an expert's name to its transformer ("" when there is one only). `geometry` carries what the
+    DiT service must know of the VAE without loading it: compression and latent statistics, from its config.
+    """
+
+    variant: str
+    modules: Mapping[str, nn.Module]
+    scheduler_class: Any
+    scheduler_config: Mapping[str, Any]
+    geometry: Mapping[str, Any]
+    device: torch.device
+    dtype: torch.dtype
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class DitPart:
+    """A family's denoiser as functions. None of them loops over steps: the engine owns the loop.
+
+    Attributes:
+        load: reads the transformer(s), the scheduler's config and nothing else.
+        plan: data for the features.
+        prepare: parameters and conditions (names as the text and VAE parts made them) to a state at step 0. Noise
+            comes from a CPU generator with the request's seed, full shape. Raises InvalidRequest when a
+            peer sent conditions of the wrong name, shape or dtype.
+        expert: which module takes the state's next step.
+        branches: guidance branches the next step needs, positive first.
+        batch_key: states with equal keys may share a forward (shape, expert, text length where unmasked; never step).
+        collate: rows to the family's batch (opaque to the engine).
+        embed: batch to streams: patchify, text projection, time and position embeddings.
+        blocks: the block list of a module; the same list object for the module's life.
+        head: streams to predictions [B, ...] aligned with the rows.
+        combine: one state's predictions by branch to one prediction (guidance).
+        advance: scheduler step; sets latents and step.
+        finish: the tensors that leave for the VAE (or the client), batch dimension 1.
+        preview_latents: the state's estimate of the clean latents as [F, C, H, W] in VAE layout, normalised.
+        token_count: tokens of one row, for cost and memory estimates.
+    """
+
+    load: Callable[[ModelSource, torch.device, torch.dtype], DitModel]
+    plan: Callable[[DitModel], ModelPlan]
+    prepare: Callable[[DitModel, str, ResolvedParams, Tensors], DenoiseState]
+    expert: Callable[[DitModel, DenoiseState], str]
+    branches: Callable[[DitModel, DenoiseState], tuple[str, ...]]
+    batch_key: Callable[[DitModel, DenoiseState], tuple[Any, ...]]
+    collate: Callable[[DitModel, Sequence[Row]], Any]
+    embed: Callable[[nn.Module, Any], Any]
+    blocks: Callable[[nn.Module], Sequence[Block]]
+    head: Callable[[nn.Module, Any], torch.Tensor]
+    combine: Callable[[DitModel, DenoiseState, Mapping[str, torch.Tensor]], torch.Tensor]
+    advance: Callable[[DitModel, DenoiseState, torch.Tensor], None]
+    finish: Callable[[DitModel, DenoiseState], Tensors]
+    preview_latents: Callable[[DitModel, DenoiseState, torch.Tensor], torch.Tensor]
+    token_count: Callable[[DitModel, ResolvedParams], int]
+
+
+@dataclass(frozen=True, slots=True)
+class TextInput:
+    """One text to encode, with the pictures a vision-language encoder sees beside it."""
+
+    text: str
+    images: tuple[Frames, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TextPart:
+    """A family's text encoder.
+
+    Attributes:
+        load: reads tokenizer, encoder (and processor) and nothing else; returns an object only `encode` understands.
+        encode: a batch of inputs to one dict of tensors each, batch dimension dropped, padding trimmed.
+    """
+
+    load: Callable[[ModelSource, torch.device, torch.dtype], Any]
+    encode: Callable[[Any, Sequence[TextInput]], list[Tensors]]
+
+
+@dataclass(frozen=True, slots=True)
+class VaePart:
+    """A family's VAE.
+
+    Attributes:
+        load: reads the VAE and nothing else; applies the single-frame 2-D fast path where the class allows it.
+        decode: rows of `DitPart.finish` tensors of equal shape to float frames [B, F, 3, H, W] in [-1, 1].
+        encode: pictures (frames [F, H, W, 3] uint8 each) of one request to the tensors `DitPart.prepare` expects.
+        latent_geometry: (channels, spatial compression, temporal compression).
+    """
+
+    load: Callable[[ModelSource, torch.device, torch.dtype], Any]
+    decode: Callable[[Any, Sequence[Tensors], ResolvedParams], torch.Tensor]
+    encode: Callable[[Any, Sequence[Frames], ResolvedParams], Tensors]
+    latent_geometry: Callable[[Any], tuple[int, int, int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One kind of model of a family: the pipeline its folders name, and what it accepts."""
+
+    name: str
+    pipelines: tuple[str, ...]
+    limits: Limits
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """A model family: three parts, its variants, full-size presets and a tiny random model.
+
+    Attributes:
+        presets: config of every component by preset name, for `random:SEED` sources: preset -> subfolder -> config,
+            with "model_index" holding the pipeline's class name.
+        tiny: writes a random model of the variant under 5 MB into a folder in the diffusers format.
+    """
+
+    name: str
+    text: TextPart
+    dit: DitPart
+    vae: VaePart
+    variants: Mapping[str, Variant]
+    presets: Mapping[str, Mapping[str, Mapping[str, Any]]]
+    tiny: Callable[[Path, str, int], None]

@@ -1,0 +1,21 @@
+"""The features and the one order in which they apply. Imports nothing heavy.
+
+A feature is one file that acts on any family through its `ModelPlan`. Each module has:
+
+    NAME: str                                          the section `[features.NAME]` of a config
+    EXACT: bool                                        whether results stay bit for bit
+    Config                                             frozen dataclass of its options
+    supports(plan, device_type, active) -> str | None  the reason why it cannot apply: a number or a theorem
+    apply(model, part, config) -> Mapping[str, str]    acts on a loaded DitModel; returns facts for Describe
+
+`active` is the set of names of all features that are on. A refusal stops the service at start-up.
+"""
+
+from __future__ import annotations
+
+# Load-time features, in the order of application: attention is chosen before blocks are compiled, so that the
+# compiled graph holds the kernel.
+ORDER = {
+    "attention": "services.features.attention",
+    "compile": "services.features.compile",
+}

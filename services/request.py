@@ -1,0 +1,217 @@
+"""What a user asks for, and what a model allows: plain data without torch or gRPC.
+
+The gateway resolves a request against a model's limits before it is stored; rank processes check it once
+more before they allocate anything. `services/wire.py` converts to and from the protos.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields, replace
+from typing import TypeVar
+
+from services.errors import InvalidRequest
+
+_T = TypeVar("_T")
+
+MAX_SEED = 2**63 - 1
+IMAGE_FORMATS = ("png", "jpeg", "webp")
+VIDEO_FORMATS = ("mp4", "webp", "raw")
+AUDIO_FORMATS = ("wav", "flac", "raw")
+
+
+@dataclass(frozen=True, slots=True)
+class Media:
+    """An encoded picture or clip as it came from outside; `role` says what it is for."""
+
+    mime: str
+    data: bytes = field(repr=False)
+    role: str = "image"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationParams:
+    """One generation. None means: the model's default (see `resolve`)."""
+
+    model: str
+    prompt: str = field(repr=False)
+    negative_prompt: str | None = field(default=None, repr=False)
+    width: int | None = None
+    height: int | None = None
+    num_frames: int | None = None
+    fps: float | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    guidance_2: float | None = None
+    seed: int | None = None
+    output_format: str | None = None
+    quality: int | None = None
+    preview_every: int = 0
+    inputs: tuple[Media, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What a model accepts and takes by default. Sizes in pixels, frames counted, fps in frames a second."""
+
+    output: str = "image"
+    size_multiple_px: int = 16
+    min_side_px: int = 64
+    max_side_px: int = 4096
+    max_pixels: int = 2048 * 2048
+    max_frames: int = 1
+    frame_multiple: int = 1
+    max_steps: int = 200
+    max_guidance: float = 30.0
+    max_prompt_chars: int = 8000
+    min_inputs: int = 0
+    max_inputs: int = 0
+    default_width: int = 1024
+    default_height: int = 1024
+    default_frames: int = 1
+    default_fps: float = 0.0
+    default_steps: int = 50
+    default_guidance: float = 4.0
+    default_negative_prompt: str = " "
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResolvedParams:
+    """A generation with every field set and checked: what stages and engines work with."""
+
+    model: str
+    prompt: str = field(repr=False)
+    negative_prompt: str = field(repr=False)
+    width: int
+    height: int
+    num_frames: int
+    fps: float
+    steps: int
+    guidance: float
+    guidance_2: float
+    seed: int
+    output_format: str
+    quality: int
+    preview_every: int
+    inputs: tuple[Media, ...] = ()
+
+
+def resolve(params: GenerationParams, limits: Limits, *, seed: int) -> ResolvedParams:
+    """Fills in the model's defaults and checks every value.
+
+    Args:
+        params: the request as it came.
+        limits: of the model it names.
+        seed: taken when the request brings none (the caller draws it, so that the request is repeatable).
+
+    Raises:
+        InvalidRequest: names the parameter, its value and what is allowed.
+    """
+    guidance = _or(params.guidance, limits.default_guidance)
+    resolved = ResolvedParams(
+        model=params.model,
+        prompt=params.prompt,
+        negative_prompt=_or(params.negative_prompt, limits.default_negative_prompt),
+        width=_or(params.width, limits.default_width),
+        height=_or(params.height, limits.default_height),
+        num_frames=_or(params.num_frames, limits.default_frames),
+        fps=_or(params.fps, limits.default_fps),
+        steps=_or(params.steps, limits.default_steps),
+        guidance=guidance,
+        guidance_2=_or(params.guidance_2, guidance),
+        seed=_or(params.seed, seed),
+        output_format=_or(params.output_format, _formats(limits)[0]),
+        quality=_or(params.quality, 90),
+        preview_every=params.preview_every,
+        inputs=params.inputs,
+    )
+    check(resolved, limits)
+    return resolved
+
+
+def unresolved(params: ResolvedParams) -> GenerationParams:
+    """The same values as an open request, for the wire."""
+    return GenerationParams(**{f.name: getattr(params, f.name) for f in fields(params)})
+
+
+def with_seed(params: GenerationParams, seed: int) -> GenerationParams:
+    """The same request with another seed."""
+    return replace(params, seed=seed)
+
+
+def check(params: ResolvedParams, limits: Limits) -> None:
+    """Raises InvalidRequest for the first value outside the limits."""
+    _check_text(params, limits)
+    _check_size(params, limits)
+    _check_frames(params, limits)
+    _between("steps", params.steps, 1, limits.max_steps)
+    _between("guidance", params.guidance, 0.0, limits.max_guidance)
+    _between("guidance_2", params.guidance_2, 0.0, limits.max_guidance)
+    _between("seed", params.seed, 0, MAX_SEED)
+    _between("quality", params.quality, 1, 100)
+    _between("preview_every", params.preview_every, 0, limits.max_steps)
+    _between("inputs (count)", len(params.inputs), limits.min_inputs, limits.max_inputs, param="inputs")
+    formats = _formats(limits)
+    if params.output_format not in formats:
+        raise InvalidRequest(
+            f"output_format {params.output_format!r} does not fit a model that makes {limits.output}: use one of "
+            f"{', '.join(formats)}",
+            param="output_format",
+        )
+
+
+def _check_text(params: ResolvedParams, limits: Limits) -> None:
+    if not params.prompt.strip():
+        raise InvalidRequest("prompt is empty: it needs at least one character that is not a space", param="prompt")
+    for name, text in (("prompt", params.prompt), ("negative_prompt", params.negative_prompt)):
+        if len(text) > limits.max_prompt_chars:
+            raise InvalidRequest(
+                f"{name} has {len(text)} characters: at most {limits.max_prompt_chars} are allowed", param=name
+            )
+        if "\x00" in text:
+            raise InvalidRequest(f"{name} contains a NUL character: remove it", param=name)
+
+
+def _check_size(params: ResolvedParams, limits: Limits) -> None:
+    for name, side in (("width", params.width), ("height", params.height)):
+        _between(name, side, limits.min_side_px, limits.max_side_px)
+        if side % limits.size_multiple_px:
+            low = side // limits.size_multiple_px * limits.size_multiple_px
+            raise InvalidRequest(
+                f"{name} {side} is not a multiple of {limits.size_multiple_px}: use {max(low, limits.min_side_px)} or "
+                f"{low + limits.size_multiple_px}",
+                param=name,
+            )
+    if params.width * params.height > limits.max_pixels:
+        raise InvalidRequest(
+            f"size {params.width}x{params.height} has {params.width * params.height} pixels: at most "
+            f"{limits.max_pixels} are allowed",
+            param="width",
+        )
+
+
+def _check_frames(params: ResolvedParams, limits: Limits) -> None:
+    _between("num_frames", params.num_frames, 1, limits.max_frames)
+    if (params.num_frames - 1) % limits.frame_multiple:
+        low = (params.num_frames - 1) // limits.frame_multiple * limits.frame_multiple + 1
+        raise InvalidRequest(
+            f"num_frames {params.num_frames} is not {limits.frame_multiple} * k + 1: use {low} or "
+            f"{low + limits.frame_multiple}",
+            param="num_frames",
+        )
+    if limits.output == "video":
+        _between("fps", params.fps, 1.0, 120.0)
+
+
+def _between(name: str, value: float, low: float, high: float, *, param: str = "") -> None:
+    # `not (a <= x <= b)` also catches NaN.
+    if not low <= value <= high or not math.isfinite(value):
+        raise InvalidRequest(f"{name} is {value}: it must be between {low} and {high}", param=param or name)
+
+
+def _formats(limits: Limits) -> tuple[str, ...]:
+    return {"image": IMAGE_FORMATS, "video": VIDEO_FORMATS, "audio": AUDIO_FORMATS}[limits.output]
+
+
+def _or(value: _T | None, default: _T) -> _T:
+    return default if value is None else value

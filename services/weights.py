@@ -1,0 +1,229 @@
+"""Where weights come from: a diffusers-format folder, or random numbers in a preset's shape.
+
+Families call `ModelSource`; nobody else opens weight files. Only safetensors are read, never pickle, and no code from
+a model folder is ever run. Every problem with a file is a StartupError that names the file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from services.errors import StartupError
+from services.families import family_of_pipeline, load_family
+
+PROBE_BYTES = 64 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """An opened source. `root` is set for folders, `seed` and `preset` for random weights.
+
+    Attributes:
+        family, variant: who serves it, by the pipeline class that model_index.json (or the preset) names.
+    """
+
+    spec: str
+    family: str
+    variant: str
+    root: Path | None = None
+    seed: int = 0
+    preset: Mapping[str, Mapping[str, Any]] | None = None
+
+    def config(self, subfolder: str, name: str = "config.json") -> dict[str, Any]:
+        """A component's config as plain data.
+
+        Raises:
+            StartupError: missing or not JSON.
+        """
+        if self.preset is not None:
+            if subfolder not in self.preset:
+                raise StartupError(f"{self.spec}: its preset has no component {subfolder!r}")
+            return dict(self.preset[subfolder])
+        return _read_json(self.folder(subfolder) / name)
+
+    def has(self, subfolder: str) -> bool:
+        """Whether the source has that component."""
+        if self.preset is not None:
+            return subfolder in self.preset
+        return self.folder(subfolder).is_dir()
+
+    def folder(self, subfolder: str) -> Path:
+        """The component's folder.
+
+        Raises:
+            StartupError: the source is random and has no files.
+        """
+        if self.root is None:
+            raise StartupError(f"{self.spec} has no files: {subfolder!r} must be made by the family")
+        return self.root / subfolder
+
+    def load(self, cls: Any, subfolder: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
+        """A diffusers model class with its weights, in eval mode, without gradients.
+
+        Raises:
+            StartupError: config or weights are missing, cut short, of other shapes or names than the config says.
+        """
+        if self.preset is not None:
+            return self.randomise(lambda: cls.from_config(self.config(subfolder)), subfolder, device, dtype)
+        folder = self.folder(subfolder)
+        check_safetensors(folder)
+        with _weight_errors(folder):
+            module = cls.from_pretrained(
+                str(folder), torch_dtype=dtype, local_files_only=True, use_safetensors=True, low_cpu_mem_usage=False
+            )
+        return _frozen(module.to(device))
+
+    def load_transformers(
+        self, cls: Any, config_cls: Any, subfolder: str, device: torch.device, dtype: torch.dtype
+    ) -> nn.Module:
+        """The same for a transformers model class."""
+        if self.preset is not None:
+            config = config_cls.from_dict(self.config(subfolder))
+            return self.randomise(lambda: cls(config), subfolder, device, dtype)
+        folder = self.folder(subfolder)
+        check_safetensors(folder)
+        with _weight_errors(folder):
+            module = cls.from_pretrained(str(folder), dtype=dtype, local_files_only=True, use_safetensors=True)
+        return _frozen(module.to(device))
+
+    def randomise(self, build: Any, subfolder: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
+        """Builds a module on the device with the class's own initialisation, seeded by source and component."""
+        seed = int.from_bytes(hashlib.sha256(f"{self.seed}/{subfolder}".encode()).digest()[:4], "big")
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            with _default_dtype(dtype), torch.device(device):
+                module: nn.Module = build()
+        return _frozen(module.to(device=device, dtype=dtype))
+
+    def component_id(self, stage: str, subfolders: Sequence[str]) -> str:
+        """An id made of the weights: equal files (or preset and seed) give equal ids.
+
+        Headers, sizes and the first and last 64 KiB of each file are hashed, so that 40 GB take milliseconds.
+        """
+        digest = hashlib.sha256(f"{self.family}/{self.variant}/{stage}/{self.seed}".encode())
+        for subfolder in subfolders:
+            digest.update(subfolder.encode())
+            if self.preset is not None:
+                digest.update(json.dumps(self.preset.get(subfolder, {}), sort_keys=True).encode())
+                continue
+            for path in sorted(self.folder(subfolder).rglob("*")):
+                if path.is_file():
+                    digest.update(path.name.encode() + _probe(path))
+        return f"{stage}-{digest.hexdigest()[:12]}"
+
+
+def open_source(spec: str, *, family: str = "", preset: str = "") -> ModelSource:
+    """Opens a folder, or `random:SEED` with the family and preset that give its shape.
+
+    Raises:
+        StartupError: says what is missing and what there is.
+    """
+    if spec.startswith("random:"):
+        return _open_random(spec, family, preset)
+    root = Path(spec)
+    if not root.is_dir():
+        raise StartupError(f"model folder {spec} does not exist")
+    pipeline = _read_json(root / "model_index.json").get("_class_name", "")
+    name, variant = family_of_pipeline(pipeline)
+    if family and family != name:
+        raise StartupError(f"{spec} holds a {pipeline}, served by family {name!r}, not {family!r}")
+    return ModelSource(spec=spec, family=name, variant=variant, root=root)
+
+
+def _open_random(spec: str, family: str, preset: str) -> ModelSource:
+    text = spec.removeprefix("random:")
+    if not text.isdigit():
+        raise StartupError(f"{spec}: write it as random:SEED with a whole number")
+    presets = load_family(family).presets
+    if preset not in presets:
+        raise StartupError(f"{spec}: family {family!r} has no preset {preset!r}, it has {', '.join(sorted(presets))}")
+    _, variant = family_of_pipeline(presets[preset]["model_index"]["_class_name"])
+    return ModelSource(spec=spec, family=family, variant=variant, seed=int(text), preset=presets[preset])
+
+
+def check_safetensors(folder: Path) -> None:
+    """Checks that every weight file of a component is there and whole, before a byte of it is loaded.
+
+    Raises:
+        StartupError: names the file and what is wrong with it.
+    """
+    index = next(iter(sorted(folder.glob("*.safetensors.index.json"))), None)
+    if index is not None:
+        files = [folder / name for name in sorted(set(_read_json(index)["weight_map"].values()))]
+    else:
+        files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise StartupError(f"{folder} has no *.safetensors file (other formats are never read)")
+    for path in files:
+        _check_file(path)
+
+
+def _check_file(path: Path) -> None:
+    if not path.is_file():
+        raise StartupError(f"weight file {path} is missing")
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(8)
+        header_bytes = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
+        if not 2 <= header_bytes <= min(size - 8, 100_000_000):
+            raise StartupError(f"weight file {path} is not a safetensors file or is cut short ({size} bytes)")
+        try:
+            header = json.loads(file.read(header_bytes))
+            end = max((entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"), default=0)
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            raise StartupError(f"weight file {path} has a broken header: {error}") from error
+    if size != 8 + header_bytes + end:
+        raise StartupError(f"weight file {path} has {size} bytes but its header says {8 + header_bytes + end}")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise StartupError(f"{path} is missing") from error
+    except (ValueError, UnicodeDecodeError) as error:
+        raise StartupError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise StartupError(f"{path} must hold a JSON object")
+    return value
+
+
+def _probe(path: Path) -> bytes:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        first = file.read(PROBE_BYTES)
+        file.seek(max(0, size - PROBE_BYTES))
+        return size.to_bytes(8, "little") + first + file.read()
+
+
+def _frozen(module: nn.Module) -> nn.Module:
+    return module.eval().requires_grad_(False)
+
+
+@contextlib.contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextlib.contextmanager
+def _weight_errors(folder: Path) -> Iterator[None]:
+    # The libraries raise several types for bad weights; all of them mean that this folder cannot be served.
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise StartupError(f"cannot load weights from {folder}: {error}") from error
