@@ -1,0 +1,5 @@
+"""`python -m lightloom` is the `lightloom` command."""
+
+from lightloom.cli import main
+
+main()
