@@ -37,7 +37,9 @@ def up(
 @app.command()
 def generate(
     prompt: str,
-    output: Annotated[Path, typer.Option("-o", "--output", help="File to write; its ending chooses the format.")] = Path("out.png"),
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="File to write; its ending chooses the format.")
+    ] = Path("out.png"),
     model: Annotated[str, typer.Option(help="Model name; default: the only one served.")] = "",
     negative_prompt: Annotated[str | None, typer.Option()] = None,
     size: Annotated[str, typer.Option(help="WIDTHxHEIGHT in pixels; default: the model's own.")] = "",
@@ -45,7 +47,9 @@ def generate(
     guidance: Annotated[float | None, typer.Option()] = None,
     seed: Annotated[int | None, typer.Option()] = None,
     frames: Annotated[int | None, typer.Option(help="Frames of a clip.")] = None,
-    image: Annotated[list[Path] | None, typer.Option("--image", help="Input picture of an edit model, repeatable.")] = None,
+    image: Annotated[
+        list[Path] | None, typer.Option("--image", help="Input picture of an edit model, repeatable.")
+    ] = None,
     address: Address = "",
     run_dir: RunDir = DEFAULT_RUN_DIR,
 ) -> None:
@@ -92,7 +96,9 @@ def scale(
     from lightloom.launcher import ask
     from lightloom.show import show_processes
 
-    show_processes(ask(run_dir, {"command": "scale", "model": model, "replicas": parse_replicas(replicas)})["processes"])
+    show_processes(
+        ask(run_dir, {"command": "scale", "model": model, "replicas": parse_replicas(replicas)})["processes"]
+    )
 
 
 @app.command()
@@ -104,7 +110,9 @@ def features() -> None:
 
 
 @app.command()
-def doctor(run_dir: RunDir = DEFAULT_RUN_DIR, config: Annotated[Path, typer.Option()] = Path("deploy/config/demo.toml")) -> None:
+def doctor(
+    run_dir: RunDir = DEFAULT_RUN_DIR, config: Annotated[Path, typer.Option()] = Path("deploy/config/demo.toml")
+) -> None:
     """Check this machine: versions, GPU, Redis and its policy, ports, disk."""
     from lightloom.doctor import examine, show
 

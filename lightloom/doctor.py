@@ -61,7 +61,9 @@ def _versions() -> Iterator[Finding]:
             missing.append(name)
     yield Finding("packages", "ok", ", ".join(found))
     if missing:
-        yield Finding("packages", "bad", f"missing: {', '.join(missing)} (run `make demo`, or pip install -r requirements.lock)")
+        yield Finding(
+            "packages", "bad", f"missing: {', '.join(missing)} (run `make demo`, or pip install -r requirements.lock)"
+        )
 
 
 def _device() -> Finding:

@@ -97,9 +97,7 @@ class Cluster:
         """
         failure = asyncio.create_task(first_failure(self._children()))
         ready = asyncio.create_task(self._poll_health())
-        done, pending = await asyncio.wait(
-            {failure, ready}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED
-        )
+        done, pending = await asyncio.wait({failure, ready}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
         for task in pending:
             task.cancel()
         if not done:

@@ -46,9 +46,7 @@ async def serve(config_path: Path, replica_settings: list[str], run_dir: Path) -
 
 def with_replicas(config: ClusterConfig, replicas: dict[str, int]) -> ClusterConfig:
     """The config with these replica counts for every model."""
-    models = {
-        name: replace(entry, replicas={**entry.replicas, **replicas}) for name, entry in config.models.items()
-    }
+    models = {name: replace(entry, replicas={**entry.replicas, **replicas}) for name, entry in config.models.items()}
     return replace(config, models=models)
 
 

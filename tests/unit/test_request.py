@@ -1,0 +1,76 @@
+"""Parameters against limits: defaults, and every refusal names the value and what is allowed."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from services.errors import InvalidRequest
+from services.request import GenerationParams, Limits, Media, check, resolve, unresolved
+
+LIMITS = Limits(max_side_px=1024, max_pixels=512 * 512, default_width=256, default_height=256, default_steps=20)
+VIDEO = replace(LIMITS, output="video", max_frames=81, frame_multiple=4, default_frames=17, default_fps=16.0)
+
+
+def make(**changes: object) -> GenerationParams:
+    return GenerationParams(**{"model": "demo", "prompt": "a red circle", **changes})  # type: ignore[arg-type]
+
+
+def test_defaults_come_from_the_limits() -> None:
+    resolved = resolve(make(), LIMITS, seed=7)
+    assert (resolved.width, resolved.steps, resolved.seed, resolved.output_format) == (256, 20, 7, "png")
+    assert resolved.guidance_2 == resolved.guidance == 4.0
+    assert resolve(unresolved(resolved), LIMITS, seed=0) == resolved
+
+
+def test_given_values_stay() -> None:
+    resolved = resolve(make(seed=0, guidance=0.0, negative_prompt=""), LIMITS, seed=7)
+    assert (resolved.seed, resolved.guidance, resolved.negative_prompt) == (0, 0.0, "")
+
+
+@pytest.mark.parametrize(
+    ("changes", "param", "allowed"),
+    [
+        ({"prompt": ""}, "prompt", "at least one character"),
+        ({"prompt": " \n\t"}, "prompt", "at least one character"),
+        ({"prompt": "x" * 8001}, "prompt", "at most 8000"),
+        ({"prompt": "a\x00b"}, "prompt", "NUL"),
+        ({"negative_prompt": "x" * 8001}, "negative_prompt", "at most 8000"),
+        ({"width": 250}, "width", "use 240 or 256"),
+        ({"height": 0}, "height", "between 64 and 1024"),
+        ({"width": 1040}, "width", "between 64 and 1024"),
+        ({"width": 1024, "height": 1024}, "width", "at most 262144"),
+        ({"steps": 0}, "steps", "between 1 and 200"),
+        ({"steps": 10**6}, "steps", "between 1 and 200"),
+        ({"guidance": math.nan}, "guidance", "between 0.0 and 30.0"),
+        ({"guidance": math.inf}, "guidance", "between 0.0 and 30.0"),
+        ({"guidance": -1.0}, "guidance", "between 0.0 and 30.0"),
+        ({"seed": -1}, "seed", "between 0 and"),
+        ({"seed": 2**63}, "seed", "between 0 and"),
+        ({"quality": 0}, "quality", "between 1 and 100"),
+        ({"num_frames": 5}, "num_frames", "between 1 and 1"),
+        ({"output_format": "mp4"}, "output_format", "png, jpeg, webp"),
+        ({"inputs": (Media("image/png", b""),)}, "inputs", "between 0 and 0"),
+        ({"preview_every": -1}, "preview_every", "between 0 and 200"),
+    ],
+)
+def test_refusals(changes: dict[str, object], param: str, allowed: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        resolve(make(**changes), LIMITS, seed=0)
+    assert caught.value.param == param
+    assert allowed in caught.value.message
+
+
+def test_frames_follow_the_rule_of_the_model() -> None:
+    with pytest.raises(InvalidRequest, match="use 17 or 21"):
+        resolve(make(num_frames=18), VIDEO, seed=0)
+    with pytest.raises(InvalidRequest, match="fps is 0.5"):
+        resolve(make(fps=0.5), VIDEO, seed=0)
+    check(resolve(make(num_frames=21), VIDEO, seed=0), VIDEO)
+
+
+def test_an_edit_model_needs_a_picture() -> None:
+    with pytest.raises(InvalidRequest, match="between 1 and 1"):
+        resolve(make(), replace(LIMITS, min_inputs=1, max_inputs=1), seed=0)
