@@ -1,0 +1,95 @@
+"""One stage of training: weights, their moving average, the optimiser, and the time it has had.
+
+Called by the two training stages. A stage can be saved after any step and resumed exactly.
+The learning rate follows the share of the planned seconds that has passed, so a stage that is cut into
+several runs ends as it would have in one.
+"""
+
+import math
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+WARM_UP_STEPS = 300
+
+
+class Stage:
+    """Trains `modules` for `planned_s` seconds in all."""
+
+    def __init__(self, modules: nn.ModuleDict, *, peak_lr: float, ema_decay: float, planned_s: float) -> None:
+        self.modules = modules
+        self.peak_lr = peak_lr
+        self.ema_decay = ema_decay
+        self.planned_s = planned_s
+        self.step = 0
+        self.seconds = 0.0
+        self.params = {name: p for name, p in modules.named_parameters() if p.requires_grad}
+        self.ema = {name: p.detach().clone() for name, p in self.params.items()}
+        decayed = [p for p in self.params.values() if p.ndim >= 2]
+        plain = [p for p in self.params.values() if p.ndim < 2]
+        groups = [{"params": decayed, "weight_decay": 0.01}, {"params": plain, "weight_decay": 0.0}]
+        fused = next(iter(self.params.values())).is_cuda
+        self.optimizer = torch.optim.AdamW(groups, lr=peak_lr, betas=(0.9, 0.98), fused=fused)
+
+    @property
+    def finished(self) -> bool:
+        return self.seconds >= self.planned_s
+
+    def learning_rate(self) -> float:
+        """Linear warm-up, a constant half, then a cosine down to a fiftieth."""
+        warm = min(1.0, (self.step + 1) / WARM_UP_STEPS)
+        fall = max(0.0, min(1.0, (self.seconds / self.planned_s - 0.4) / 0.6))
+        return self.peak_lr * warm * (0.02 + 0.98 * 0.5 * (1.0 + math.cos(math.pi * fall)))
+
+    def update(self) -> None:
+        """Take one optimiser step with the gradients at hand, and move the average."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate()
+        torch.nn.utils.clip_grad_norm_(self.params.values(), 1.0, foreach=True)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        decay = min(self.ema_decay, (self.step + 1) / (self.step + 10))
+        torch._foreach_lerp_(list(self.ema.values()), [p.detach() for p in self.params.values()], 1.0 - decay)
+
+    @torch.no_grad()
+    def use_average(self) -> None:
+        """Put the moving average into the modules; training cannot go on from there."""
+        for name, param in self.params.items():
+            param.copy_(self.ema[name])
+
+    def save(self, path: Path) -> None:
+        """Write everything needed to go on; the file replaces the former one at once."""
+        tensors = {f"param/{name}": p.detach() for name, p in self.params.items()}
+        tensors |= {f"ema/{name}": value for name, value in self.ema.items()}
+        for name, param in self.params.items():
+            for key, value in self.optimizer.state[param].items():
+                tensors[f"{key}/{name}"] = value
+        partial = path.with_suffix(".partial")
+        contiguous = {name: value.cpu().contiguous() for name, value in tensors.items()}
+        save_file(contiguous, partial, metadata={"step": str(self.step), "seconds": repr(self.seconds)})
+        partial.replace(path)
+
+    @torch.no_grad()
+    def resume(self, path: Path) -> None:
+        """Go on from a saved file of the same modules."""
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata()
+            self.step, self.seconds = int(metadata["step"]), float(metadata["seconds"])
+            for name, param in self.params.items():
+                param.copy_(file.get_tensor(f"param/{name}"))
+                self.ema[name].copy_(file.get_tensor(f"ema/{name}"))
+            saved = set(file.keys())
+            for name, param in self.params.items():
+                if f"exp_avg/{name}" in saved:
+                    state = {key: file.get_tensor(f"{key}/{name}") for key in ("step", "exp_avg", "exp_avg_sq")}
+                    counter = state.pop("step")
+                    moments = {key: value.to(param.device) for key, value in state.items()}
+                    fused = bool(self.optimizer.defaults["fused"])
+                    self.optimizer.state[param] = {
+                        "step": counter.to(param.device) if fused else counter,
+                        **moments,
+                    }

@@ -1,0 +1,84 @@
+"""Pictures that clients send: out of data URLs and form fields, checked by size and magic number.
+
+Used by the REST bodies. Pixels are never decoded here: that happens in rank processes only.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+from collections.abc import Sequence
+
+from services.errors import InvalidRequest
+from services.request import Media
+
+# All inputs of a request travel to a stage in one gRPC message, which may have 8 MiB.
+MAX_INPUT_BYTES = 7 * 1024 * 1024
+
+_SAME = {
+    ("image/jpg", "image/jpeg"),
+    ("audio/x-wav", "audio/wav"),
+    ("audio/wave", "audio/wav"),
+    ("audio/x-flac", "audio/flac"),
+}
+_DATA_URL = re.compile(r"data:([a-z]+/[a-z0-9.+-]+);base64,", re.IGNORECASE)
+
+
+def media_of_data_url(url: str, param: str, role: str = "image") -> Media:
+    """Decodes `data:MIME;base64,DATA`.
+
+    Raises:
+        InvalidRequest: another kind of URL (nothing is fetched), bad base64, or as `media_of_bytes`.
+    """
+    match = _DATA_URL.match(url)
+    if not match:
+        raise InvalidRequest(
+            f"{param} starts with {url[:24]!r}: send the picture itself, as data:image/png;base64,...", param=param
+        )
+    try:
+        data = base64.b64decode(url[match.end() :], validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise InvalidRequest(f"{param} is not valid base64: {error}", param=param) from error
+    return media_of_bytes(data, match[1].lower(), param, role)
+
+
+def media_of_bytes(data: bytes, mime: str, param: str, role: str = "image") -> Media:
+    """The bytes as an input of a generation; the true type is read from their first bytes.
+
+    Args:
+        mime: what the client says it is. It must be true; "" and application/octet-stream say nothing.
+
+    Raises:
+        InvalidRequest: empty, of an unknown type, or not what the client said.
+    """
+    if not data:
+        raise InvalidRequest(f"{param} is empty", param=param)
+    actual = sniff(data)
+    if actual is None:
+        raise InvalidRequest(
+            f"{param} is of no known type: send png, jpeg, webp, mp4, wav or flac", param=param
+        )
+    if mime not in ("", "application/octet-stream", actual) and (mime, actual) not in _SAME:
+        raise InvalidRequest(f"{param} says it is {mime}, but its bytes are {actual}", param=param)
+    return Media(mime=actual, data=data, role=role)
+
+
+def check_total(inputs: Sequence[Media], param: str) -> None:
+    """Raises InvalidRequest when the inputs of a request are too large together."""
+    total = sum(len(item.data) for item in inputs)
+    if total > MAX_INPUT_BYTES:
+        raise InvalidRequest(f"{param}: {total} bytes in all, at most {MAX_INPUT_BYTES} are allowed", param=param)
+
+
+def sniff(data: bytes) -> str | None:
+    """The MIME type that the first bytes of a file tell; None when it is not one that a model may take."""
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "image/png"
+    if data.startswith(b"\xff\xd8\xff"):
+        return "image/jpeg"
+    if data[:4] == b"RIFF" and data[8:12] in (b"WEBP", b"WAVE"):
+        return "image/webp" if data[8:12] == b"WEBP" else "audio/wav"
+    if data[4:8] == b"ftyp":
+        return "video/mp4"
+    return "audio/flac" if data.startswith(b"fLaC") else None
