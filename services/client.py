@@ -7,6 +7,7 @@ again, under a new fence.
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -70,13 +71,13 @@ def remaining(deadline_unix_s: float) -> float:
 
 def error_from_rpc(error: grpc.RpcError) -> ServiceError:
     """What the peer meant: its error detail if it sent one, else by gRPC status."""
-    trailers = error.trailing_metadata() or () if hasattr(error, "trailing_metadata") else ()
+    trailers: Any = error.trailing_metadata() or () if hasattr(error, "trailing_metadata") else ()
     for key, value in trailers:
         if key == ERROR_TRAILER:
             try:
                 return error_from_proto(types_pb2.ErrorDetail.FromString(value))
             except DecodeError:
                 break
-    code = error.code() if hasattr(error, "code") else None
+    code: Any = error.code() if hasattr(error, "code") else None
     details = (error.details() if hasattr(error, "details") else None) or str(error)
     return _BY_STATUS.get(code, Internal)(details)

@@ -61,7 +61,7 @@ def bundle_frames(tensors: Mapping[str, torch.Tensor], attributes: Mapping[str, 
     yield frame_message(types_pb2.TensorFrame(header=header).SerializeToString())
     for index, view in enumerate(views):
         for offset in range(0, len(view), CHUNK_BYTES):
-            yield chunk_message(index, offset, memoryview(view[offset : offset + CHUNK_BYTES]))
+            yield chunk_message(index, offset, view[offset : offset + CHUNK_BYTES].data)
     yield end_message()
 
 
