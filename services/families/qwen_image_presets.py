@@ -1,0 +1,84 @@
+"""Qwen-Image's variants with their limits, and its full-size configs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from services.family import Variant
+from services.request import Limits
+
+VARIANTS = {
+    "t2i": Variant(
+        name="t2i",
+        pipelines=("QwenImagePipeline",),
+        limits=Limits(output="image", size_multiple_px=16, max_side_px=3584, default_negative_prompt=" "),
+    ),
+}
+
+_TEXT_ENCODER: dict[str, Any] = {
+    "text_config": {
+        "vocab_size": 152064,
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 128000,
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1_000_000.0},
+    },
+    "vision_config": {
+        "depth": 32,
+        "hidden_size": 1280,
+        "intermediate_size": 3420,
+        "num_heads": 16,
+        "out_hidden_size": 3584,
+        "fullatt_block_indexes": [7, 15, 23, 31],
+        "window_size": 112,
+        "tokens_per_second": 2,
+    },
+    "tie_word_embeddings": False,
+}
+
+_TRANSFORMER: dict[str, Any] = {
+    "patch_size": 2,
+    "in_channels": 64,
+    "out_channels": 16,
+    "num_layers": 60,
+    "attention_head_dim": 128,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 3584,
+    "guidance_embeds": False,
+    "axes_dims_rope": [16, 56, 56],
+}
+
+_VAE: dict[str, Any] = {
+    "base_dim": 96,
+    "z_dim": 16,
+    "dim_mult": [1, 2, 4, 4],
+    "num_res_blocks": 2,
+    "attn_scales": [],
+    "temperal_downsample": [False, True, True],
+}
+
+SCHEDULER: dict[str, Any] = {
+    "num_train_timesteps": 1000,
+    "shift": 1.0,
+    "use_dynamic_shifting": True,
+    "base_shift": 0.5,
+    "max_shift": 0.9,
+    "base_image_seq_len": 256,
+    "max_image_seq_len": 8192,
+    "shift_terminal": 0.02,
+    "time_shift_type": "exponential",
+}
+
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    "qwen-image": {
+        "model_index": {"_class_name": "QwenImagePipeline"},
+        "text_encoder": _TEXT_ENCODER,
+        "transformer": _TRANSFORMER,
+        "vae": _VAE,
+        "scheduler": SCHEDULER,
+    },
+}
