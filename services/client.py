@@ -1,11 +1,12 @@
-"""How one process calls another: channels, deadlines that shrink, and errors that keep their meaning.
+"""How we call another service: channel options, deadlines that shrink, and errors as our own classes.
 
-Nothing is retried here. A stage call is not idempotent while its request has a lease; the gateway decides what runs
-again, under a new fence.
+Retries are off: a stream cannot be repeated safely below the one who knows what it was for. The gateway claims a
+request again instead.
 """
 
 from __future__ import annotations
 
+import contextlib
 import time
 from typing import Any
 
@@ -15,69 +16,94 @@ from google.protobuf.message import DecodeError
 from protos import types_pb2
 from services.errors import (
     Cancelled,
+    CorruptTensor,
     DeadlineExceeded,
     DeviceLost,
     Internal,
     InvalidRequest,
     NotEnabled,
+    NotReady,
     Overloaded,
     ServiceError,
     UnknownRequest,
+    WrongState,
 )
-from services.wire import ERROR_TRAILER, error_from_proto
+from services.wire import error_from_proto
 
-MESSAGE_CAP_BYTES = 16 * 1024 * 1024
-# A peer that freezes is noticed within ping interval + timeout. BDP probing stays off: its pings count as abuse.
-CHANNEL_OPTIONS: list[tuple[str, int]] = [
-    ("grpc.max_receive_message_length", MESSAGE_CAP_BYTES),
-    ("grpc.max_send_message_length", MESSAGE_CAP_BYTES),
+ERROR_KEY = "lightloom-error-bin"
+MAX_MESSAGE_BYTES = 16 * 1024 * 1024
+
+# A frozen peer's kernel still acknowledges, so the keepalive timeout alone does not see it; the ping timeout does.
+KEEPALIVE_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.http2.ping_timeout_ms", 5_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
+)
+SIZE_OPTIONS: tuple[tuple[str, int], ...] = (
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+)
+CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
+    *KEEPALIVE_OPTIONS,
+    *SIZE_OPTIONS,
     ("grpc.enable_retries", 0),
-    ("grpc.http2.lookahead_bytes", 4 * 1024 * 1024),
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 1_000),
-]
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.min_reconnect_backoff_ms", 200),
+    ("grpc.max_reconnect_backoff_ms", 2_000),
+)
 
+# What a status means when no ErrorDetail came with it: the call failed before our own code, or in a proxy.
 _BY_STATUS: dict[grpc.StatusCode, type[ServiceError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: InvalidRequest,
+    grpc.StatusCode.OUT_OF_RANGE: InvalidRequest,
     grpc.StatusCode.NOT_FOUND: UnknownRequest,
     grpc.StatusCode.UNIMPLEMENTED: NotEnabled,
+    grpc.StatusCode.FAILED_PRECONDITION: WrongState,
     grpc.StatusCode.RESOURCE_EXHAUSTED: Overloaded,
-    grpc.StatusCode.UNAVAILABLE: DeviceLost,
     grpc.StatusCode.CANCELLED: Cancelled,
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
+    grpc.StatusCode.DATA_LOSS: CorruptTensor,
 }
 
 
 def connect(address: str) -> grpc.aio.Channel:
-    """A channel to `host:port`; it connects when first used and reconnects by itself."""
+    """A channel to `host:port` (or any gRPC target); it connects when first used and again whenever it breaks."""
     return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
 
 
 def remaining(deadline_unix_s: float) -> float:
-    """Seconds left until the deadline, as the timeout of the next hop.
+    """Seconds left until the deadline, for the next call's `timeout`.
 
     Raises:
-        DeadlineExceeded: none is left.
+        DeadlineExceeded: none are left.
     """
     left_s = deadline_unix_s - time.time()
     if left_s <= 0:
-        raise DeadlineExceeded("the request's deadline has passed")
+        raise DeadlineExceeded(f"the deadline passed {-left_s:.1f} s ago")
     return left_s
 
 
 def error_from_rpc(error: grpc.RpcError) -> ServiceError:
-    """What the peer meant: its error detail if it sent one, else by gRPC status."""
-    trailers: Any = error.trailing_metadata() or () if hasattr(error, "trailing_metadata") else ()
-    for key, value in trailers:
-        if key == ERROR_TRAILER:
-            try:
+    """A failed call (sync or async) as one of our errors: from its ErrorDetail, else by its status."""
+    call: Any = error
+    if not hasattr(call, "trailing_metadata"):
+        return Internal(str(error))
+    for key, value in call.trailing_metadata() or ():
+        if key == ERROR_KEY:
+            with contextlib.suppress(DecodeError):
                 return error_from_proto(types_pb2.ErrorDetail.FromString(value))
-            except DecodeError:
-                break
-    code: Any = error.code() if hasattr(error, "code") else None
-    details = (error.details() if hasattr(error, "details") else None) or str(error)
-    return _BY_STATUS.get(code, Internal)(details)
+    code, details = call.code(), call.details() or ""
+    if code is grpc.StatusCode.UNAVAILABLE:
+        return _unavailable(details)
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in details:
+        return InvalidRequest(f"a message is too large: at most {MAX_MESSAGE_BYTES} bytes are allowed ({details})")
+    return _BY_STATUS.get(code, Internal)(details or code.name.lower())
+
+
+def _unavailable(details: str) -> ServiceError:
+    # Nobody listens: it may start soon. Anything else broke a connection that stood: the peer or its host is gone.
+    if "failed to connect" in details.lower() or "name resolution" in details.lower():
+        return NotReady(f"no service answers: {details}")
+    return DeviceLost(f"the connection broke: {details}")

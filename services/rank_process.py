@@ -1,242 +1,303 @@
-"""The main loop of a rank: the process that owns the device.
+"""The main of every rank process: threads for the channel, one main thread for all torch work.
 
-A reader thread takes frames from the front, a writer thread sends what the program makes, and the main thread does all
-the work between them, so torch is used by one thread only. A stage's rank is a `RankProgram`: it is told of calls and
-their messages, and ticks while it has work.
+`python -m X_svc.rank --channel-fd N --config-json JSON`, started by a front (`services/rank_group.py`). A stage brings
+a `RankProgram` and calls `run(build)`; it never sees sockets, threads or frames.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import logging
 import os
-import queue
+import signal
 import socket
 import sys
 import threading
 import time
-import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 import torch
 
 from protos import types_pb2
-from services import telemetry
-from services.channel import BlockingChannel, Frame, Kind
+from services.channel import (
+    MAX_FRAME_BYTES,
+    PROCESS,
+    BlockingChannel,
+    ChannelBroken,
+    Fatal,
+    Frame,
+    FrameQueue,
+    Kind,
+    OpenCall,
+    error_to_bytes,
+)
 from services.config import StageConfig, parse
-from services.errors import ErrorRecord, Internal, ServiceError, StartupError
+from services.errors import OutOfMemory, ServiceError, StartupError
+from services.telemetry import internal_error, request_context, setup
 from services.tensors import bundle_frames
 
-log = logging.getLogger(__name__)
+INBOX_BYTES = 64 * 1024 * 1024
+OUTBOX_BYTES = 16 * 1024 * 1024
+STATUS_EVERY_S = 1.0
+STATUS_MIN_S = 0.1
+MAX_TICK_FAILURES = 3
+PR_SET_PDEATHSIG = 1
+STARTUP_ERROR_CODE = 2
 
-INBOX_FRAMES = 256
-OUTBOX_FRAMES = 64
-STATUS_PERIOD_S = 1.0
+# What a device says when it, or its driver context, is lost for the whole process.
+_DEVICE_LOST = (
+    "cuda error",
+    "cudnn_status_execution_failed",
+    "cublas_status_execution_failed",
+    "nccl error",
+    "device-side assert",
+    "illegal memory access",
+    "unspecified launch failure",
+)
+
+_log = logging.getLogger(__name__)
 
 
 class Call:
-    """One RPC as the rank sees it. Its methods may be used by the main thread only."""
+    """One open call, as the program sees it. `cancelled` may turn True at any moment; sends are dropped then."""
 
-    def __init__(self, call_id: int, opening: Mapping[str, str], outbox: queue.Queue[Frame | None]) -> None:
+    def __init__(self, call_id: int, opened: OpenCall, outbox: FrameQueue) -> None:
         self.id = call_id
-        self.method = opening["method"]
-        self.request_id = opening.get("request_id", "")
-        self.traceparent = opening.get("traceparent", "")
+        self.method = opened.method
+        self.request_id = opened.request_id
+        self.traceparent = opened.traceparent
+        self.deadline_unix_s = opened.deadline_unix_s
         self.cancelled = False
-        self.ended = False
+        self.closed = False
         self._outbox = outbox
 
-    def send(self, message: bytes) -> None:
-        """Sends one serialised response; waits while the front does not take it. Dropped once the call has ended."""
-        if not (self.cancelled or self.ended):
-            self._outbox.put(Frame(Kind.REPLY, self.id, message))
+    def send(self, message_bytes: bytes) -> None:
+        """Sends one serialised response message; waits while the writer is behind.
+
+        Raises:
+            ValueError: it is larger than a frame may be (8 MiB): split it.
+        """
+        if len(message_bytes) > MAX_FRAME_BYTES:
+            raise ValueError(f"a response message has {len(message_bytes)} bytes: at most {MAX_FRAME_BYTES} fit")
+        self._put(Kind.MESSAGE, message_bytes)
 
     def send_tensors(self, tensors: Mapping[str, torch.Tensor], attributes: Mapping[str, str] | None = None) -> None:
-        """Sends a bundle."""
+        """Sends a bundle. The tensors may change once this returns."""
         for message in bundle_frames(tensors, attributes):
-            self.send(message)
+            self._put(Kind.MESSAGE, message)
 
     def finish(self) -> None:
-        """Ends the call with OK."""
-        self._end(Frame(Kind.FINISH, self.id))
+        """Ends the call well."""
+        self._put(Kind.FINISH)
+        self.closed = True
 
     def fail(self, error: ServiceError) -> None:
         """Ends the call with an error."""
-        record = asdict(ErrorRecord.of(error)) | {"request_id": self.request_id}
-        self._end(Frame(Kind.ERROR, self.id, json.dumps(record).encode()))
+        error.request_id = error.request_id or self.request_id
+        self._put(Kind.ERROR, error_to_bytes(error))
+        self.closed = True
 
-    def _end(self, frame: Frame) -> None:
-        if not self.ended:
-            self.ended = True
-            self._outbox.put(frame)
+    def _put(self, kind: Kind, payload: bytes = b"") -> None:
+        if not self.cancelled and not self.closed:
+            self._outbox.put(Frame(kind, self.id, payload), dropped=lambda: self.cancelled)
 
 
 class RankProgram(Protocol):
-    """What a stage does with its calls. An error raised for a call fails that call alone."""
+    """What a stage does with its calls. Every method runs on the main thread, in inference mode.
+
+    A ServiceError that leaves `opened`, `message` or `half_closed` fails that call, anything else does too (as
+    Internal); the program hears `cancelled` of it, so that it can forget the call. A call ends by `Call.finish` or
+    `Call.fail`, or by `cancelled`.
+    """
 
     def describe(self) -> types_pb2.DescribeResponse:
-        """What this replica is; sent once, when it is ready."""
+        """What the rank knows: stage, component, family, models, limits, features, device, dtype."""
 
     def opened(self, call: Call) -> None:
-        """A call began."""
+        """A call begins."""
 
     def message(self, call: Call, data: bytes) -> None:
-        """A serialised request message came."""
+        """A serialised request message of the call."""
 
     def half_closed(self, call: Call) -> None:
-        """The client sends no more."""
+        """The caller has nothing more to say; it still listens."""
 
     def cancelled(self, call: Call) -> None:
-        """The call is over for the client: free what it holds."""
+        """The caller is gone: stop the work and free what it holds."""
 
     def tick(self) -> bool:
-        """Does one piece of work; returns whether more is waiting."""
+        """Does a piece of work; True when there is more to do at once."""
 
     def metrics(self) -> dict[str, float]:
-        """Numbers for the front's metrics page."""
+        """Plain figures for Prometheus: `name` is a gauge, `name_total` a counter."""
 
     def drain(self) -> None:
-        """The replica is leaving: hand back what can be handed back."""
+        """The process is to end: bring open calls to an end soon (a checkpoint hands a request back)."""
 
 
-class RankLoop:
-    """Frames in, program, frames out."""
-
-    def __init__(self, channel: BlockingChannel) -> None:
-        self._channel = channel
-        self._inbox: queue.Queue[Frame | None] = queue.Queue(INBOX_FRAMES)
-        self._outbox: queue.Queue[Frame | None] = queue.Queue(OUTBOX_FRAMES)
-        self._calls: dict[int, Call] = {}
-        self._status_at_s = 0.0
-
-    def start_threads(self) -> None:
-        """Starts reading and writing."""
-        threading.Thread(target=self._read, name="reader", daemon=True).start()
-        threading.Thread(target=self._write, name="writer", daemon=True).start()
-
-    def send(self, kind: Kind, payload: bytes) -> None:
-        """Sends a frame about the process itself."""
-        self._outbox.put(Frame(kind, 0, payload))
-
-    def flush(self) -> None:
-        """Waits until everything has been written."""
-        self._outbox.join()
-
-    def serve(self, program: RankProgram) -> None:
-        """Works until the front is gone."""
-        self.send(Kind.READY, program.describe().SerializeToString())
-        working = False
-        while True:
-            try:
-                frame = self._inbox.get(block=not working, timeout=STATUS_PERIOD_S)
-                while True:
-                    if frame is None:
-                        return
-                    self._deliver(program, frame)
-                    frame = self._inbox.get_nowait()
-            except queue.Empty:
-                pass
-            working = program.tick()
-            self._report(program)
-
-    def _deliver(self, program: RankProgram, frame: Frame) -> None:
-        if frame.kind == Kind.SHUTDOWN:
-            program.drain()
-            return
-        if frame.kind == Kind.OPEN:
-            self._calls[frame.call] = Call(frame.call, json.loads(frame.payload), self._outbox)
-        call = self._calls.get(frame.call)
-        if call is None:
-            return
-        telemetry.request_id_var.set(call.request_id)
-        try:
-            match frame.kind:
-                case Kind.OPEN:
-                    program.opened(call)
-                case Kind.MESSAGE if not call.ended:
-                    program.message(call, frame.payload)
-                case Kind.HALF_CLOSE if not call.ended:
-                    program.half_closed(call)
-                case Kind.CANCEL:
-                    call.cancelled = True
-                    program.cancelled(call)
-        except ServiceError as error:
-            call.fail(error)
-            program.cancelled(call)
-        except Exception as error:  # noqa: BLE001 - a bug in one call must not end the others
-            call.fail(bug(error))
-            program.cancelled(call)
-        telemetry.request_id_var.set("")
-        if frame.kind == Kind.CANCEL or call.ended:
-            self._calls.pop(frame.call, None)
-
-    def _report(self, program: RankProgram) -> None:
-        now_s = time.monotonic()
-        if now_s - self._status_at_s >= STATUS_PERIOD_S:
-            self._status_at_s = now_s
-            for call_id in [call_id for call_id, call in self._calls.items() if call.ended]:
-                del self._calls[call_id]
-            self.send(Kind.STATUS, json.dumps(program.metrics()).encode())
-
-    def _read(self) -> None:
-        while True:
-            try:
-                frame = self._channel.receive()
-            except OSError:
-                frame = None
-            self._inbox.put(frame)
-            if frame is None:
-                return
-
-    def _write(self) -> None:
-        while True:
-            frame = self._outbox.get()
-            try:
-                if frame is not None:
-                    self._channel.send(frame)
-            except OSError:
-                # The front is gone; the reader sees it too and ends the process.
-                pass
-            finally:
-                self._outbox.task_done()
-
-
-def bug(error: Exception) -> ServiceError:
-    """Logs an unexpected error under a new id and returns what a client may see of it."""
-    bug_id = uuid.uuid4().hex[:12]
-    log.error("bug %s", bug_id, exc_info=error)
-    return Internal(f"internal error {bug_id}: the log has the details")
-
-
-def run(build: Callable[[StageConfig], RankProgram]) -> None:
-    """The main function of every rank. `build` loads the weights and warms up."""
+def run(build: Callable[[StageConfig], RankProgram]) -> NoReturn:
+    """Reads the command line, builds the program, serves until the front ends it. Never returns."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--channel-fd", type=int, required=True)
     parser.add_argument("--config-json", required=True)
-    args = parser.parse_args()
-    config = parse(StageConfig, json.loads(args.config_json))
-    telemetry.setup(f"{config.service.name or 'stage'}/rank0")
-    loop = RankLoop(BlockingChannel(socket.socket(fileno=args.channel_fd)))
-    loop.start_threads()
-    if config.model.threads:
-        torch.set_num_threads(config.model.threads)
-    code = 0
-    with torch.inference_mode():
+    arguments = parser.parse_args()
+    os.set_inheritable(arguments.channel_fd, False)
+    die_with_front()
+    config = parse(StageConfig, json.loads(arguments.config_json))
+    setup(f"{config.service.name or config.model.name}.rank0")
+    rank = Rank(BlockingChannel(socket.socket(fileno=arguments.channel_fd)))
+    sys.exit(rank.serve(build, config))
+
+
+def die_with_front() -> None:
+    """The kernel kills this process when the front ends, however that happens; the front alone hears signals."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+class Rank:
+    """Calls, inbox and outbox of a rank process, and its main loop."""
+
+    def __init__(self, channel: BlockingChannel) -> None:
+        self._channel = channel
+        self._inbox = FrameQueue(INBOX_BYTES)
+        self._outbox = FrameQueue(OUTBOX_BYTES)
+        self._calls: dict[int, Call] = {}
+        self._draining = False
+        self._tick_failures = 0
+        self._status: dict[str, float] | None = None
+        self._status_s = 0.0
+        self._writer = threading.Thread(target=self._write, name="channel writer", daemon=True)
+        self._writer.start()
+        threading.Thread(target=self._read, name="channel reader", daemon=True).start()
+
+    def serve(self, build: Callable[[StageConfig], RankProgram], config: StageConfig) -> int:
+        """Builds the program and runs it to its end; returns the exit code."""
         try:
-            loop.serve(build(config))
+            if config.model.threads:
+                torch.set_num_threads(config.model.threads)
+            with torch.inference_mode():
+                program = build(config)
+                self._outbox.put(Frame(Kind.READY, PROCESS, program.describe().SerializeToString()))
+                self._loop(program)
         except StartupError as error:
-            loop.send(Kind.FATAL, json.dumps({"startup": True, "message": str(error)}).encode())
-            code = 2
-        except Exception as error:  # noqa: BLE001 - the front must hear of it before the process ends
-            log.exception("the rank cannot go on")
-            loop.send(
-                Kind.FATAL, json.dumps({"startup": False, "message": f"{type(error).__name__}: {error}"}).encode()
-            )
-            code = 1
-    loop.flush()
-    sys.stderr.flush()
-    # Skips destructors of CUDA contexts and threads, which may hang after a device error.
-    os._exit(code)
+            return self._end(Fatal(startup=True, message=str(error)), STARTUP_ERROR_CODE)
+        except Exception as error:  # noqa: BLE001 - logged, told to the front, and the process ends
+            _log.exception("the rank process ends")
+            return self._end(Fatal(startup=False, message=f"{type(error).__name__}: {error}"[:2000]), 1)
+        return self._end(None, 0)
+
+    def _loop(self, program: RankProgram) -> None:
+        busy = False
+        while not (self._draining and not self._calls and not busy):
+            fresh = self._status_s + STATUS_MIN_S > time.monotonic()
+            for frame in self._inbox.take(0 if busy else STATUS_MIN_S if fresh else STATUS_EVERY_S):
+                self._handle(program, frame)
+            busy = self._tick(program)
+            self._calls = {key: call for key, call in self._calls.items() if not call.closed}
+            self._report(program)
+
+    def _handle(self, program: RankProgram, frame: Frame) -> None:
+        if frame.kind is Kind.SHUTDOWN:
+            self._draining = True
+            program.drain()
+            return
+        if frame.kind is Kind.OPEN:
+            self._calls[frame.call_id] = Call(frame.call_id, OpenCall.from_bytes(frame.payload), self._outbox)
+        call = self._calls.get(frame.call_id)
+        if call is None or call.closed:
+            return
+        if frame.kind is Kind.CANCEL:
+            call.cancelled = True
+            self._drop(program, call)
+            return
+        with request_context(call.request_id, call.traceparent):
+            try:
+                if frame.kind is Kind.OPEN:
+                    program.opened(call)
+                elif frame.kind is Kind.MESSAGE:
+                    program.message(call, frame.payload)
+                elif frame.kind is Kind.HALF_CLOSE:
+                    program.half_closed(call)
+            except Exception as error:  # noqa: BLE001 - one call fails, the others go on
+                call.fail(as_service_error(error, call.request_id))
+                self._drop(program, call)
+
+    def _tick(self, program: RankProgram) -> bool:
+        try:
+            busy = program.tick()
+        except Exception as error:
+            # The program should have failed its own calls; whose fault it was is unknown here, so all of them fail.
+            self._tick_failures += 1
+            failure = as_service_error(error, "")
+            if self._tick_failures >= MAX_TICK_FAILURES:
+                raise
+            for call in list(self._calls.values()):
+                call.fail(failure)
+                self._drop(program, call)
+            return True
+        self._tick_failures = 0
+        return busy
+
+    def _drop(self, program: RankProgram, call: Call) -> None:
+        self._calls.pop(call.id, None)
+        try:
+            program.cancelled(call)
+        except Exception as error:  # noqa: BLE001 - the call is over; nobody waits for the answer
+            as_service_error(error, call.request_id)
+
+    def _report(self, program: RankProgram) -> None:
+        now_s = time.monotonic()
+        if now_s - self._status_s < STATUS_MIN_S:
+            return
+        metrics = program.metrics()
+        if metrics != self._status or now_s - self._status_s >= STATUS_EVERY_S:
+            self._status, self._status_s = metrics, now_s
+            self._outbox.put(Frame(Kind.STATUS, PROCESS, json.dumps(metrics).encode()))
+
+    def _end(self, fatal: Fatal | None, code: int) -> int:
+        if fatal is not None:
+            self._outbox.put(Frame(Kind.FATAL, PROCESS, fatal.to_bytes()))
+        self._outbox.close()
+        self._writer.join()
+        return code
+
+    def _read(self) -> None:
+        try:
+            while (frame := self._channel.receive()) is not None:
+                if frame.kind is Kind.CANCEL and (call := self._calls.get(frame.call_id)):
+                    # Seen at once, also by a tick in progress and by a send that waits.
+                    call.cancelled = True
+                self._inbox.put(frame)
+        except ChannelBroken:
+            _log.exception("the front sent something that is no frame")
+        # The front is gone: the main thread may be inside a kernel for long, so the process ends here.
+        os._exit(1)
+
+    def _write(self) -> None:
+        try:
+            while frames := self._outbox.take(None):
+                self._channel.send(frames)
+        except OSError:
+            os._exit(1)
+
+
+def as_service_error(error: Exception, request_id: str) -> ServiceError:
+    """What the caller of a call may know of an exception.
+
+    Raises:
+        Exception: the same one, when the device is lost: the process must end.
+    """
+    if isinstance(error, ServiceError):
+        return error
+    if isinstance(error, torch.OutOfMemoryError):
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return OutOfMemory("the device ran out of memory: ask for a smaller size or fewer frames")
+    if isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in _DEVICE_LOST):
+        raise error
+    return internal_error(error, request_id)

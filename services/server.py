@@ -1,96 +1,198 @@
-"""What every gRPC server of Lightloom shares: options, ports, errors to statuses, and the start of a process."""
+"""What every gRPC server of ours does alike: arguments, options, health, reflection, errors, exit codes.
+
+Used by `services/front.py` and by the gateway. Knows no torch.
+"""
 
 from __future__ import annotations
 
 import argparse
+import asyncio
+import inspect
+import json
 import logging
 import os
+import signal
 import sys
-import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
 
-from services.client import CHANNEL_OPTIONS
-from services.config import MALLOC_SETTINGS, environment, environment_with_malloc, override, read_toml
-from services.errors import Internal, ServiceError, StartupError
-from services.telemetry import request_id_var
-from services.wire import ERROR_TRAILER, error_to_proto
+from services.client import ERROR_KEY, KEEPALIVE_OPTIONS, SIZE_OPTIONS
+from services.config import MALLOC_SETTINGS, environment, environment_with_malloc, override, parse, read_toml
+from services.errors import ServiceError, StartupError
+from services.telemetry import internal_error
+from services.wire import MAX_ERROR_CHARS, error_to_proto
 
-log = logging.getLogger(__name__)
-
-SERVER_OPTIONS: list[tuple[str, int]] = [
-    *CHANNEL_OPTIONS,
-    ("grpc.so_reuseport", 0),
-    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
-    ("grpc.http2.max_ping_strikes", 0),
-]
+T = TypeVar("T")
 STARTUP_ERROR_CODE = 2
+SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
+    *KEEPALIVE_OPTIONS,
+    *SIZE_OPTIONS,
+    # Clients ping every 10 s; a server that finds that too often would hang up on them.
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+    ("grpc.http2.max_ping_strikes", 0),
+    # Two processes on one port would share its connections without anyone noticing.
+    ("grpc.so_reuseport", 0),
+)
 
 
-def ensure_malloc() -> None:
-    """Starts this program again with the allocator settings, unless they stand already (malloc reads them once)."""
-    if any(environment(name) != value for name, value in MALLOC_SETTINGS.items()):
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment_with_malloc())
-
-
-def read_arguments(description: str, arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """`--config FILE` and `--set section.key=value` of every service, as one table.
+def parse_arguments(cls: type[T], description: str, arguments: Sequence[str] | None = None) -> T:
+    """The command line of every process: `--config FILE [--set section.key=value ...]` as its config.
 
     Raises:
         StartupError: the file or a setting is wrong.
     """
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--config", type=Path, required=True, help="TOML file")
-    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="overrides the file")
-    args = parser.parse_args(arguments)
-    return override(read_toml(args.config), args.set)
+    parser.add_argument("--config", type=Path, required=True, help="configuration file (TOML)")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one value of the file"
+    )
+    parsed = parser.parse_args(arguments)
+    return parse(cls, override(read_toml(parsed.config), parsed.set))
 
 
-def run_service(serve: Callable[[], None]) -> NoReturn:
-    """Runs a service's main function. A start that cannot work ends with one line and exit code 2."""
+def ensure_malloc() -> None:
+    """Starts this process again with the allocator settings that tensor transport needs, unless they stand already.
+
+    They are read before the first line of Python runs, so a new exec is the only way. Call it first thing in main.
+    """
+    if all(environment(name) for name in MALLOC_SETTINGS):
+        return
+    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment_with_malloc())
+
+
+def run_process(main: Callable[[], Coroutine[Any, Any, None]]) -> NoReturn:
+    """Runs a server's main to its end and leaves with an exit code: 0, or 2 with one line when it cannot start."""
     try:
-        serve()
+        asyncio.run(main())
     except StartupError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.stderr.flush()
-        os._exit(STARTUP_ERROR_CODE)
+        exit_startup_error(error)
     except KeyboardInterrupt:
-        os._exit(130)
-    sys.stderr.flush()
-    # Worker threads of gRPC and metrics may outlive the loop; nothing of theirs is worth waiting for.
-    os._exit(0)
+        sys.exit(130)
+    sys.exit(0)
+
+
+def exit_startup_error(error: StartupError) -> NoReturn:
+    """One line on stderr, the last one of the log, and exit code 2."""
+    logging.shutdown()
+    print(" ".join(str(error).split()), file=sys.stderr, flush=True)
+    sys.exit(STARTUP_ERROR_CODE)
+
+
+def stop_event() -> asyncio.Event:
+    """An event that SIGTERM and SIGINT set."""
+    event = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, event.set)
+    return event
+
+
+def create_server(interceptors: Sequence[grpc.aio.ServerInterceptor] | None = None) -> grpc.aio.Server:
+    """A server with our options; `ErrorInterceptor` is there unless other interceptors are given."""
+    chosen = [ErrorInterceptor()] if interceptors is None else list(interceptors)
+    return grpc.aio.server(options=SERVER_OPTIONS, interceptors=chosen)
 
 
 def bind(server: grpc.aio.Server, host: str, port: int) -> int:
-    """Listens; returns the port (a free one for 0).
+    """Opens the port (0: a free one) and returns its number.
 
     Raises:
-        StartupError: the port is in use, or the host is not ours.
+        StartupError: it cannot be had.
     """
     try:
         bound = server.add_insecure_port(f"{host}:{port}")
     except RuntimeError as error:
-        raise StartupError(f"cannot listen on {host}:{port}: the port is in use or the host is unknown") from error
-    if bound == 0:
-        raise StartupError(f"cannot listen on {host}:{port}: the port is in use or the host is unknown")
+        raise StartupError(f"gRPC port {host}:{port} cannot be bound: is it in use?") from error
+    if port and bound != port:
+        raise StartupError(f"gRPC port {host}:{port} cannot be bound: is it in use?")
     return bound
 
 
-async def abort_with(context: Any, error: Exception) -> NoReturn:
-    """Ends a call with the status and detail of an error. A bug becomes INTERNAL with an id; its trace is logged."""
-    failure = visible(error)
-    context.set_trailing_metadata(((ERROR_TRAILER, error_to_proto(failure).SerializeToString()),))
-    await context.abort(grpc.StatusCode[failure.code.name], failure.message)
-    raise AssertionError("abort returned")
+class Health:
+    """The standard health service over a server's own services, and reflection beside it."""
+
+    def __init__(self, server: grpc.aio.Server, services: Sequence[str]) -> None:
+        self._services = ("", *services)
+        self._servicer = health.aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self._servicer, server)
+        reflection.enable_server_reflection(
+            [*services, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME], server
+        )
+
+    async def set_serving(self, serving: bool) -> None:
+        """Sets all services to SERVING or NOT_SERVING; watchers hear of it."""
+        status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
+        for service in self._services:
+            await self._servicer.set(service, status)
 
 
-def visible(error: Exception) -> ServiceError:
-    """The error itself when it is ours, else Internal with an id under which the log has the trace."""
-    if isinstance(error, ServiceError):
-        return error
-    bug_id = uuid.uuid4().hex[:12]
-    log.error("bug %s", bug_id, exc_info=error)
-    return Internal(f"internal error {bug_id}: the log has the details", request_id=request_id_var.get())
+async def abort_with(context: grpc.aio.ServicerContext[Any, Any], error: ServiceError) -> NoReturn:
+    """Ends the call with the error's status; the ErrorDetail travels in the trailing metadata."""
+    detail = error_to_proto(error).SerializeToString()
+    code = grpc.StatusCode[error.code.value]
+    await context.abort(code, error.message[:MAX_ERROR_CHARS], trailing_metadata=((ERROR_KEY, detail),))
+    raise AssertionError("abort returns never")
+
+
+class ErrorInterceptor(grpc.aio.ServerInterceptor):
+    """Turns ServiceErrors into statuses, and everything else that escapes into INTERNAL with an id."""
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        """Wraps the method's handler."""
+        handler = await continuation(handler_call_details)
+        if handler is None or handler.request_streaming is None:
+            return handler
+        behaviour = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
+        wrapped = _guard_stream(behaviour) if inspect.isasyncgenfunction(behaviour) else _guard(behaviour)
+        make = {
+            (False, False): grpc.unary_unary_rpc_method_handler,
+            (False, True): grpc.unary_stream_rpc_method_handler,
+            (True, False): grpc.stream_unary_rpc_method_handler,
+            (True, True): grpc.stream_stream_rpc_method_handler,
+        }[handler.request_streaming, handler.response_streaming]
+        return make(wrapped, handler.request_deserializer, handler.response_serializer)
+
+
+def _guard(behaviour: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+    async def guarded(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+        try:
+            return await behaviour(request, context)
+        except grpc.aio.AbortError:
+            raise
+        except ServiceError as error:
+            await abort_with(context, error)
+        except Exception as error:  # noqa: BLE001 - the one border where a bug becomes a status
+            await abort_with(context, internal_error(error))
+
+    return guarded
+
+
+def _guard_stream(behaviour: Callable[..., AsyncIterator[Any]]) -> Callable[..., AsyncIterator[Any]]:
+    async def guarded(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
+        try:
+            async for response in behaviour(request, context):
+                yield response
+        except grpc.aio.AbortError:
+            raise
+        except ServiceError as error:
+            await abort_with(context, error)
+        except Exception as error:  # noqa: BLE001 - the one border where a bug becomes a status
+            await abort_with(context, internal_error(error))
+
+    return guarded
+
+
+def config_json(config: Any) -> str:
+    """A config dataclass as JSON, for a child's command line and for the log."""
+    return json.dumps(asdict(config))

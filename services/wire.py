@@ -1,26 +1,31 @@
-"""Between protos and the plain data of `services/request.py` and `services/errors.py`. No torch, no gRPC calls."""
+"""Protos to plain data and back, without torch: parameters, limits, media, errors, spans.
+
+Nothing else reads the fields of these messages. What comes from outside is checked here as far as the form goes;
+values are checked against a model's limits in `services/request.py`.
+"""
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import asdict, fields
+from typing import Any
 
 from protos import types_pb2
 from services.errors import ErrorRecord, InvalidRequest, ServiceError
 from services.request import GenerationParams, Limits, Media, ResolvedParams
+from services.telemetry import Span
 
-PROTOCOL_VERSION = 1
-ERROR_TRAILER = "lightloom-error-bin"
-
-_FORMATS = {
-    types_pb2.OUTPUT_FORMAT_PNG: "png",
-    types_pb2.OUTPUT_FORMAT_JPEG: "jpeg",
-    types_pb2.OUTPUT_FORMAT_WEBP: "webp",
-    types_pb2.OUTPUT_FORMAT_MP4: "mp4",
-    types_pb2.OUTPUT_FORMAT_WAV: "wav",
-    types_pb2.OUTPUT_FORMAT_FLAC: "flac",
-    types_pb2.OUTPUT_FORMAT_RAW: "raw",
+OUTPUT_FORMATS: dict[str, types_pb2.OutputFormat] = {
+    "png": types_pb2.OUTPUT_FORMAT_PNG,
+    "jpeg": types_pb2.OUTPUT_FORMAT_JPEG,
+    "webp": types_pb2.OUTPUT_FORMAT_WEBP,
+    "mp4": types_pb2.OUTPUT_FORMAT_MP4,
+    "wav": types_pb2.OUTPUT_FORMAT_WAV,
+    "flac": types_pb2.OUTPUT_FORMAT_FLAC,
+    "raw": types_pb2.OUTPUT_FORMAT_RAW,
 }
-_FORMAT_NUMBERS = {name: number for number, name in _FORMATS.items()}
+_FORMAT_NAMES = {number: name for name, number in OUTPUT_FORMATS.items()}
+
+# Fields with presence: absent means the model's default.
 _OPTIONAL = (
     "negative_prompt",
     "width",
@@ -33,37 +38,39 @@ _OPTIONAL = (
     "seed",
     "quality",
 )
+# An error travels in trailing metadata, of which a peer accepts 8 KiB.
+MAX_ERROR_CHARS = 2000
 
 
 def params_to_proto(params: GenerationParams | ResolvedParams) -> types_pb2.GenerationParams:
-    """The request as it travels; fields that are None stay unset."""
-    proto = types_pb2.GenerationParams(model=params.model, prompt=params.prompt, preview_every=params.preview_every)
-    for name in _OPTIONAL:
+    """The request as a message; None stays absent.
+
+    Raises:
+        InvalidRequest: a value that the message's type cannot hold (a negative width), or an unknown format.
+    """
+    proto = types_pb2.GenerationParams(
+        model=params.model, prompt=params.prompt, inputs=[media_to_proto(media) for media in params.inputs]
+    )
+    for name in (*_OPTIONAL, "preview_every"):
         value = getattr(params, name)
         if value is not None:
-            setattr(proto, name, value)
+            _set(proto, name, value)
     if params.output_format is not None:
-        proto.output_format = _FORMAT_NUMBERS[params.output_format]
-    proto.inputs.extend(media_to_proto(media) for media in params.inputs)
+        proto.output_format = format_to_proto(params.output_format)
     return proto
 
 
 def params_from_proto(proto: types_pb2.GenerationParams) -> GenerationParams:
-    """The request as it came.
+    """The message as an open request: absent fields are None.
 
     Raises:
-        InvalidRequest: an output format of a newer protocol.
+        InvalidRequest: an output format that this build does not know.
     """
-    output_format = None
-    if proto.output_format:
-        output_format = _FORMATS.get(proto.output_format)
-        if output_format is None:
-            raise InvalidRequest(f"output_format {proto.output_format} is unknown", param="output_format")
-    optional = {name: getattr(proto, name) if proto.HasField(name) else None for name in _OPTIONAL}
+    optional: dict[str, Any] = {name: getattr(proto, name) if proto.HasField(name) else None for name in _OPTIONAL}
     return GenerationParams(
         model=proto.model,
         prompt=proto.prompt,
-        output_format=output_format,
+        output_format=format_from_proto(proto.output_format),
         preview_every=proto.preview_every,
         inputs=tuple(media_from_proto(media) for media in proto.inputs),
         **optional,
@@ -71,43 +78,73 @@ def params_from_proto(proto: types_pb2.GenerationParams) -> GenerationParams:
 
 
 def resolved_from_proto(proto: types_pb2.GenerationParams) -> ResolvedParams:
-    """The complete request a gateway sends to a stage.
+    """The message as complete parameters, as stages get them.
 
     Raises:
-        InvalidRequest: a field is not set.
+        InvalidRequest: a field is absent; the gateway fills all of them in.
     """
     params = params_from_proto(proto)
-    missing = [f.name for f in fields(params) if getattr(params, f.name) is None]
+    values = {spec.name: getattr(params, spec.name) for spec in fields(params)}
+    missing = [name for name, value in values.items() if value is None] + ([] if params.model else ["model"])
     if missing:
-        raise InvalidRequest(f"a stage needs complete parameters: {missing[0]} is not set", param=missing[0])
-    return ResolvedParams(**{f.name: getattr(params, f.name) for f in fields(params)})
+        raise InvalidRequest(
+            f"params.{missing[0]} is not set: a stage needs complete parameters, as a gateway makes them",
+            param=missing[0],
+        )
+    return ResolvedParams(**values)
+
+
+def limits_to_proto(limits: Limits) -> types_pb2.Limits:
+    """A model's limits as a message."""
+    return types_pb2.Limits(**asdict(limits))
+
+
+def limits_from_proto(proto: types_pb2.Limits) -> Limits:
+    """The message as a model's limits."""
+    return Limits(**{spec.name: getattr(proto, spec.name) for spec in fields(Limits)})
 
 
 def media_to_proto(media: Media) -> types_pb2.Media:
-    """Encoded media for the wire."""
+    """An encoded picture or clip as a message."""
     return types_pb2.Media(mime=media.mime, data=media.data, role=media.role)
 
 
 def media_from_proto(proto: types_pb2.Media) -> Media:
-    """Encoded media from the wire; the role is "image" when none is given."""
+    """The message as an encoded picture or clip; no role means "image"."""
     return Media(proto.mime, proto.data, proto.role or "image")
 
 
-def limits_to_proto(limits: Limits) -> types_pb2.Limits:
-    """Field by field: the names are equal."""
-    return types_pb2.Limits(**{f.name: getattr(limits, f.name) for f in fields(limits)})
+def format_to_proto(name: str) -> types_pb2.OutputFormat:
+    """ "png" to OUTPUT_FORMAT_PNG.
+
+    Raises:
+        InvalidRequest: no such format.
+    """
+    if name not in OUTPUT_FORMATS:
+        raise InvalidRequest(
+            f"output_format {name!r} is unknown: use one of {', '.join(OUTPUT_FORMATS)}", param="output_format"
+        )
+    return OUTPUT_FORMATS[name]
 
 
-def limits_from_proto(proto: types_pb2.Limits) -> Limits:
-    """Field by field: the names are equal."""
-    return Limits(**{f.name: getattr(proto, f.name) for f in fields(Limits)})
+def format_from_proto(number: types_pb2.OutputFormat) -> str | None:
+    """OUTPUT_FORMAT_PNG to "png", OUTPUT_FORMAT_UNSPECIFIED to None.
+
+    Raises:
+        InvalidRequest: a number of a newer peer.
+    """
+    if number == types_pb2.OUTPUT_FORMAT_UNSPECIFIED:
+        return None
+    if number not in _FORMAT_NAMES:
+        raise InvalidRequest(f"output_format {number} is unknown to this build", param="output_format")
+    return _FORMAT_NAMES[number]
 
 
 def error_to_proto(error: ServiceError) -> types_pb2.ErrorDetail:
-    """The detail that travels in a trailer or an event."""
+    """An error as a message; a very long text is cut."""
     return types_pb2.ErrorDetail(
         reason=error.reason,
-        message=error.message,
+        message=error.message[:MAX_ERROR_CHARS],
         request_id=error.request_id,
         retryable=error.retryable,
         retry_after_s=error.retry_after_s,
@@ -115,6 +152,29 @@ def error_to_proto(error: ServiceError) -> types_pb2.ErrorDetail:
     )
 
 
-def error_from_proto(detail: types_pb2.ErrorDetail) -> ServiceError:
-    """The exception again."""
-    return ErrorRecord(detail.reason, detail.message, detail.param, detail.request_id, detail.retry_after_s).error()
+def error_from_proto(proto: types_pb2.ErrorDetail) -> ServiceError:
+    """The message as an exception; an unknown reason becomes Internal."""
+    return ErrorRecord(proto.reason, proto.message, proto.param, proto.request_id, proto.retry_after_s).error()
+
+
+def span_to_proto(span: Span) -> types_pb2.Span:
+    """A span as a message."""
+    return types_pb2.Span(
+        name=span.name,
+        process=span.process,
+        start_unix_ns=span.start_unix_ns,
+        duration_ns=span.duration_ns,
+        attributes=span.attributes,
+    )
+
+
+def span_from_proto(proto: types_pb2.Span) -> Span:
+    """The message as a span."""
+    return Span(proto.name, proto.process, proto.start_unix_ns, proto.duration_ns, dict(proto.attributes))
+
+
+def _set(proto: types_pb2.GenerationParams, name: str, value: Any) -> None:
+    try:
+        setattr(proto, name, value)
+    except (ValueError, TypeError) as error:
+        raise InvalidRequest(f"{name} is {value!r}: {error}", param=name) from error
