@@ -1,20 +1,20 @@
-"""The front of a stage: gRPC server, health, admission, fences, and the relay to the rank.
+"""The front of a stage: a gRPC server that relays calls to its rank process as bytes.
 
-It imports no torch and parses only the first message of a call (for its context), so it answers health, Describe and
-cancels while the rank computes or hangs. Messages pass through as bytes in both directions.
+It imports no torch and parses only the first message of a call (for its context), so health, Describe, admission and
+cancels answer while the rank computes or hangs. `python -m X_svc` is a call of `serve_stage`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
-import signal
 import time
 import uuid
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from typing import Any
 
@@ -22,272 +22,370 @@ import grpc
 from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 from google.protobuf.message import DecodeError
 from google.protobuf.message_factory import GetMessageClass
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
-from prometheus_client import REGISTRY, Counter, Gauge, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Histogram
 
 from protos import types_pb2
 from services import telemetry
-from services.channel import Kind
-from services.config import StageConfig, parse
-from services.errors import InvalidRequest, NotReady, Overloaded, ServiceError, StaleFence, StartupError
+from services.channel import MAX_FRAME_BYTES, OpenCall
+from services.config import StageConfig
+from services.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    InvalidRequest,
+    NotReady,
+    Overloaded,
+    ServiceError,
+    StaleFence,
+    StartupError,
+)
 from services.rank_group import RankCall, RankGroup
-from services.server import SERVER_OPTIONS, abort_with, bind, read_arguments
+from services.server import Health, abort_with, bind, create_server, parse_arguments, stop_event
 from services.wire import PROTOCOL_VERSION
 
-log = logging.getLogger(__name__)
+MAX_FENCES = 10_000
+MAX_ID_CHARS = 128
+RETRY_AFTER_S = 1.0
+DRAIN_POLL_S = 0.02
+STOP_GRACE_S = 0.5
 
-KNOWN_FENCES = 10_000
-DRAIN_POLL_S = 0.05
-
-REQUESTS = Counter("lightloom_stage_requests", "Calls by how they ended", ["method", "outcome"])
-IN_FLIGHT = Gauge("lightloom_stage_in_flight", "Calls in work or waiting")
-READY = Gauge("lightloom_stage_ready", "1 while a rank is ready")
-RESTARTS = Gauge("lightloom_stage_rank_restarts", "Times the rank was started again")
-
-
-class RankMetrics:
-    """The numbers the rank reports each second, as gauges named `lightloom_rank_*`."""
-
-    def __init__(self, group: RankGroup) -> None:
-        self._group = group
-
-    def collect(self) -> list[Any]:
-        """One gauge for each number."""
-        from prometheus_client.core import GaugeMetricFamily
-
-        RESTARTS.set(self._group.restarts)
-        return [
-            GaugeMetricFamily(f"lightloom_rank_{name}", f"{name} of the rank", value=value)
-            for name, value in self._group.status.items()
-        ]
+_log = logging.getLogger(__name__)
+Context = grpc.aio.ServicerContext[bytes, bytes]
 
 
-class Fences:
-    """The highest fence seen for each request, for the newest requests."""
+def serve_stage(service: ServiceDescriptor, rank_module: str) -> None:
+    """The main function of a stage: reads the command line, serves until SIGTERM.
 
-    def __init__(self) -> None:
-        self._highest: OrderedDict[str, int] = OrderedDict()
+    Args:
+        service: descriptor of its gRPC service.
+        rank_module: what `python -m` runs as its rank process.
 
-    def check(self, context: types_pb2.RequestContext) -> None:
-        """Raises StaleFence when a newer owner has called."""
-        highest = self._highest.pop(context.request_id, 0)
-        self._highest[context.request_id] = max(highest, context.fence)
-        while len(self._highest) > KNOWN_FENCES:
-            self._highest.popitem(last=False)
-        if context.fence < highest:
-            raise StaleFence(f"fence {context.fence} is older than {highest}", request_id=context.request_id)
+    Raises:
+        StartupError: bad config, a port in use, or a rank that cannot start.
+    """
+    config = parse_arguments(StageConfig, f"The {service.name} stage of Lightloom")
+    telemetry.setup(config.service.name or service.name.lower())
+    if config.parallel.world_size != 1:
+        raise StartupError(f"parallel.world_size is {config.parallel.world_size}: only groups of 1 rank can be served")
+    asyncio.run(_serve(config, service, rank_module))
+
+
+async def _serve(config: StageConfig, service: ServiceDescriptor, rank_module: str) -> None:
+    stop = stop_event()
+    ready_changed = asyncio.Event()
+    group = RankGroup(config, rank_module, ready_changed.set)
+    front = Front(config, service, group)
+    server = create_server()
+    server.add_generic_rpc_handlers((front.handlers(),))
+    health = Health(server, [service.full_name])
+    await health.set_serving(False)
+    port = bind(server, config.service.host, config.service.port)
+    stop_metrics = front.serve_metrics()
+    await server.start()
+    _log.info("listening", extra={"host": config.service.host, "port": port, "config": json.dumps(asdict(config))})
+    supervisor = asyncio.create_task(group.supervise(), name="rank group")
+    reporter = asyncio.create_task(_report_health(front, health, ready_changed), name="health")
+    stopped = asyncio.create_task(stop.wait())
+    try:
+        await asyncio.wait({supervisor, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        front.draining = True
+        ready_changed.set()
+        if stop.is_set():
+            _log.info("draining", extra={"in_flight": front.in_flight})
+            group.drain()
+            await front.drained(config.service.drain_timeout_s)
+    finally:
+        group.stop()
+        await server.stop(STOP_GRACE_S)
+        reporter.cancel()
+        stop_metrics()
+        stopped.cancel()
+        # Raises StartupError when the group gave up.
+        await supervisor
+
+
+async def _report_health(front: Front, health: Health, changed: asyncio.Event) -> None:
+    while True:
+        await changed.wait()
+        changed.clear()
+        serving = front.ready
+        await health.set_serving(serving)
+        _log.info("serving" if serving else "not serving")
 
 
 @dataclass(frozen=True, slots=True)
-class Opening:
-    """What the front reads from a call before it passes it on."""
+class Method:
+    """A relayed method: its name, and the class of its request, whose context is read."""
 
-    first: bytes
-    context: types_pb2.RequestContext
+    name: str
+    request_class: Any
+    request_streaming: bool
+
+    @classmethod
+    def of(cls, descriptor: MethodDescriptor) -> Method:
+        """From the service's descriptor."""
+        return cls(descriptor.name, GetMessageClass(descriptor.input_type), descriptor.client_streaming)
+
+    def context_of(self, first: bytes) -> types_pb2.RequestContext:
+        """The context in the first message: its own field, or its `start`'s.
+
+        Raises:
+            InvalidRequest: there is none, or its id is empty or too long.
+        """
+        try:
+            message = self.request_class.FromString(first)
+        except DecodeError as error:
+            raise InvalidRequest("the first message cannot be parsed: is the caller of another version?") from error
+        holder = message.start if self.request_streaming else message
+        context: types_pb2.RequestContext = holder.context
+        if not 0 < len(context.request_id) <= MAX_ID_CHARS:
+            raise InvalidRequest(
+                f"the call must start with a context whose request_id has 1 to {MAX_ID_CHARS} characters",
+                param="request_id",
+            )
+        return context
+
+
+@dataclass(slots=True)
+class _Running:
+    """A call in work."""
+
+    fence: int
+    call: RankCall
+
+
+class Admission:
+    """Who may call now: not too many at once, and never an owner that has lost its lease."""
+
+    def __init__(self, max_in_flight: int) -> None:
+        self._max_in_flight = max_in_flight
+        self._fences: OrderedDict[str, int] = OrderedDict()
+        self._running: dict[tuple[str, str], _Running] = {}
+        self.in_flight = 0
+
+    @contextlib.contextmanager
+    def slot(self) -> Iterator[None]:
+        """Holds one of the slots.
+
+        Raises:
+            Overloaded: none is free.
+        """
+        if self.in_flight >= self._max_in_flight:
+            raise Overloaded(f"all {self._max_in_flight} slots of the replica are taken", retry_after_s=RETRY_AFTER_S)
+        self.in_flight += 1
+        try:
+            yield
+        finally:
+            self.in_flight -= 1
+
+    def check_fence(self, context: types_pb2.RequestContext) -> None:
+        """Remembers the highest fence of the newest requests.
+
+        Raises:
+            StaleFence: a newer owner has called before.
+        """
+        highest = max(self._fences.pop(context.request_id, 0), context.fence)
+        self._fences[context.request_id] = highest
+        if len(self._fences) > MAX_FENCES:
+            self._fences.popitem(last=False)
+        if context.fence < highest:
+            raise StaleFence(
+                f"fence {context.fence} is stale: the request's owner has {highest}", request_id=context.request_id
+            )
+
+    @contextlib.contextmanager
+    def running(self, method: str, context: types_pb2.RequestContext, call: RankCall) -> Iterator[None]:
+        """Notes the call as the only one of its request and method."""
+        key = method, context.request_id
+        mine = self._running[key] = _Running(context.fence, call)
+        try:
+            yield
+        finally:
+            if self._running.get(key) is mine:
+                del self._running[key]
+
+    def supersede(self, method: str, context: types_pb2.RequestContext) -> None:
+        """Ends an older call of the same request, whose owner is gone or has lost its lease."""
+        older = self._running.pop((method, context.request_id), None)
+        if older is not None:
+            older.call.cancel(StaleFence(f"a call with fence {context.fence} took over from fence {older.fence}"))
 
 
 class Front:
-    """Handlers of one stage service."""
+    """The handlers of one stage service."""
 
     def __init__(self, config: StageConfig, service: ServiceDescriptor, group: RankGroup) -> None:
         self._config = config
         self._service = service
         self._group = group
-        self._fences = Fences()
-        self._replica_id = uuid.uuid4().hex[:12]
-        self.in_flight = 0
+        self._admission = Admission(config.service.max_in_flight)
+        self._replica_id = uuid.uuid4().hex
+        self._registry = CollectorRegistry()
+        self._registry.register(telemetry.Figures(self._figures))
+        self._calls = Counter("lightloom_calls", "Calls by outcome", ["method", "outcome"], registry=self._registry)
+        self._seconds = Histogram(
+            "lightloom_call_seconds",
+            "Seconds from a call's first message to its end",
+            ["method"],
+            buckets=(0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000),
+            registry=self._registry,
+        )
         self.draining = False
 
+    @property
+    def ready(self) -> bool:
+        """Whether the service takes calls."""
+        return self._group.description is not None and not self.draining
+
+    @property
+    def in_flight(self) -> int:
+        """Calls in work or waiting in the rank."""
+        return self._admission.in_flight
+
     def handlers(self) -> grpc.GenericRpcHandler:
-        """All methods of the service, as relays of bytes; Describe is answered here."""
-        methods = {m.name: self._method(m) for m in self._service.methods if m.name != "Describe"}
-        methods["Describe"] = grpc.unary_unary_rpc_method_handler(
-            self._describe,
-            request_deserializer=types_pb2.DescribeRequest.FromString,
-            response_serializer=types_pb2.DescribeResponse.SerializeToString,
-        )
+        """All methods of the service; everything but Describe is relayed."""
+        methods: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
+            "Describe": grpc.unary_unary_rpc_method_handler(
+                self._describe,
+                request_deserializer=types_pb2.DescribeRequest.FromString,
+                response_serializer=types_pb2.DescribeResponse.SerializeToString,
+            )
+        }
+        for descriptor in self._service.methods:
+            if descriptor.name not in methods:
+                methods[descriptor.name] = self._relay_handler(Method.of(descriptor))
         return grpc.method_handlers_generic_handler(self._service.full_name, methods)
 
-    def _method(self, method: MethodDescriptor) -> Any:
-        request_class = GetMessageClass(method.input_type)
+    def serve_metrics(self) -> Any:
+        """Opens the metrics page if the config has a port for it; returns what closes it."""
+        service = self._config.service
+        if not service.metrics_port:
+            return lambda: None
+        return telemetry.serve_metrics(self._registry, service.host, service.metrics_port)
 
-        async def stream(requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
-            async for reply in self._answer(method.name, request_class, requests, context):
-                yield reply
+    async def drained(self, timeout_s: float) -> None:
+        """Waits until no call is left, for `timeout_s` at most."""
+        end_s = time.monotonic() + timeout_s
+        while self.in_flight and time.monotonic() < end_s:  # noqa: ASYNC110 - once in a process's life
+            await asyncio.sleep(DRAIN_POLL_S)
 
-        async def unary(request: bytes, context: Any) -> AsyncIterator[bytes]:
-            async for reply in self._answer(method.name, request_class, _one(request), context):
-                yield reply
+    def _figures(self) -> dict[str, float]:
+        own = {
+            "ready": float(self.ready),
+            "in_flight": float(self.in_flight),
+            "max_in_flight": float(self._config.service.max_in_flight),
+            "rank_restarts_total": float(self._group.restarts),
+        }
+        return {**{f"rank_{name}": value for name, value in self._group.metrics.items()}, **own}
 
-        if method.client_streaming:
+    async def _describe(self, _request: types_pb2.DescribeRequest, _context: Context) -> types_pb2.DescribeResponse:
+        description = types_pb2.DescribeResponse()
+        description.CopyFrom(self._known())
+        description.protocol_version = PROTOCOL_VERSION
+        description.build = build_version()
+        description.replica_id = self._replica_id
+        description.world_size = self._config.parallel.world_size
+        description.max_in_flight = self._config.service.max_in_flight
+        description.in_flight = self.in_flight
+        description.draining = self.draining
+        return description
+
+    def _known(self) -> types_pb2.DescribeResponse:
+        description = self._group.description
+        if description is None:
+            raise NotReady("the replica is starting", retry_after_s=RETRY_AFTER_S)
+        return description
+
+    def _relay_handler(self, method: Method) -> grpc.RpcMethodHandler[Any, Any]:
+        # Without serialisers, requests and responses are bytes.
+        if method.request_streaming:
+
+            async def stream(requests: AsyncIterator[bytes], context: Context) -> None:
+                await self._answer(method, requests, context)
+
             return grpc.stream_stream_rpc_method_handler(stream)
+
+        async def unary(request: bytes, context: Context) -> None:
+            await self._answer(method, _once(request), context)
+
         return grpc.unary_stream_rpc_method_handler(unary)
 
-    async def _describe(self, _request: types_pb2.DescribeRequest, context: Any) -> types_pb2.DescribeResponse:
-        known = self._group.describe
-        if known is None:
-            await abort_with(context, NotReady("the replica is starting", retry_after_s=1.0))
-        answer = types_pb2.DescribeResponse()
-        answer.CopyFrom(known)
-        answer.protocol_version = PROTOCOL_VERSION
-        answer.build = build_version()
-        answer.replica_id = self._replica_id
-        answer.max_in_flight = self._config.service.max_in_flight
-        answer.in_flight = self.in_flight
-        answer.draining = self.draining
-        return answer
-
-    async def _answer(
-        self, method: str, request_class: Any, requests: AsyncIterator[bytes], context: Any
-    ) -> AsyncIterator[bytes]:
+    async def _answer(self, method: Method, requests: AsyncIterator[bytes], context: Context) -> None:
+        started_s = time.monotonic()
         outcome = "ok"
-        self.in_flight += 1
-        IN_FLIGHT.set(self.in_flight)
         try:
-            opening = await self._admit(request_class, requests)
-            telemetry.request_id_var.set(opening.context.request_id)
-            async for reply in self._relay(method, opening, requests, context):
-                yield reply
-        except asyncio.CancelledError:
-            outcome = "cancelled"
-            raise
-        except Exception as error:  # noqa: BLE001 - every error becomes a status
-            outcome = error.reason if isinstance(error, ServiceError) else "internal"
+            with self._admission.slot():
+                await self._relay(method, requests, context)
+        except ServiceError as error:
+            outcome = error.reason
             await abort_with(context, error)
+        except asyncio.CancelledError:
+            # gRPC cancels the handler when the caller leaves and when the deadline passes.
+            left_s = context.time_remaining()
+            outcome = DeadlineExceeded.reason if left_s is not None and left_s <= 0 else Cancelled.reason
+            raise
+        except BaseException:
+            outcome = "internal"
+            raise
         finally:
-            self.in_flight -= 1
-            IN_FLIGHT.set(self.in_flight)
-            REQUESTS.labels(method, outcome).inc()
+            self._calls.labels(method.name, outcome).inc()
+            self._seconds.labels(method.name).observe(time.monotonic() - started_s)
+            _log.info("call ended", extra={"method": method.name, "outcome": outcome})
 
-    async def _admit(self, request_class: Any, requests: AsyncIterator[bytes]) -> Opening:
+    async def _relay(self, method: Method, requests: AsyncIterator[bytes], context: Context) -> None:
         if self.draining:
-            raise NotReady("the replica is leaving", retry_after_s=1.0)
-        limit = self._config.service.max_in_flight
-        if self.in_flight > limit:
-            raise Overloaded(f"the replica has {limit} requests, its most", retry_after_s=1.0)
-        first = await anext(aiter(requests), None)
+            raise NotReady("the replica is leaving", retry_after_s=RETRY_AFTER_S)
+        self._known()
+        first = await anext(requests, None)
         if first is None:
             raise InvalidRequest("the call ended before its first message")
-        try:
-            message = request_class.FromString(first)
-        except DecodeError as error:
-            raise InvalidRequest(f"the first message cannot be parsed: {error}") from error
-        start = message if "context" in message.DESCRIPTOR.fields_by_name else getattr(message, "start", None)
-        if start is None or not start.HasField("context") or not start.context.request_id:
-            raise InvalidRequest("the first message must carry a context with a request_id", param="context")
-        self._fences.check(start.context)
-        return Opening(first, start.context)
-
-    async def _relay(
-        self, method: str, opening: Opening, requests: AsyncIterator[bytes], context: Any
-    ) -> AsyncIterator[bytes]:
+        _check_size(first)
+        request = method.context_of(first)
+        self._admission.check_fence(request)
+        self._admission.supersede(method.name, request)
+        traceparent = _traceparent(context)
+        telemetry.request_id_var.set(request.request_id)
+        telemetry.traceparent_var.set(traceparent)
         left_s = context.time_remaining()
-        call = await self._group.open(
-            {
-                "method": method,
-                "request_id": opening.context.request_id,
-                "traceparent": _traceparent(context),
-                "deadline_unix_s": time.time() + left_s if left_s is not None else 0,
-                "fence": opening.context.fence,
-            }
+        deadline_unix_s = time.time() + left_s if left_s is not None else 0.0
+        call = self._group.open(
+            OpenCall(method.name, request.request_id, traceparent, deadline_unix_s, fence=request.fence)
         )
-        forward = asyncio.create_task(self._forward(call, opening.first, requests))
-        try:
-            while (reply := await call.replies.get()) is not None:
-                yield reply
-            if call.error is not None:
-                raise call.error
-        finally:
-            forward.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await forward
-            await self._group.close(call)
-
-    async def _forward(self, call: RankCall, first: bytes, requests: AsyncIterator[bytes]) -> None:
-        await self._group.send(call, Kind.MESSAGE, first)
-        async for message in requests:
-            await self._group.send(call, Kind.MESSAGE, message)
-        await self._group.send(call, Kind.HALF_CLOSE)
+        with self._admission.running(method.name, request, call):
+            pump = asyncio.create_task(_pump(first, requests, call))
+            try:
+                while (message := await call.receive()) is not None:
+                    await context.write(message)
+            finally:
+                pump.cancel()
+                call.close()
 
 
-def serve_stage(service: ServiceDescriptor, rank_module: str) -> None:
-    """The main function of a stage's front, until SIGTERM.
-
-    Args:
-        service: descriptor of its gRPC service.
-        rank_module: `python -m` name of its rank.
-
-    Raises:
-        StartupError: bad config, a port in use, or weights that cannot be served.
-    """
-    config = parse(StageConfig, read_arguments(f"Lightloom stage {service.name}"))
-    telemetry.setup(config.service.name or service.name.lower())
-    if config.parallel.world_size != 1:
-        raise StartupError(f"parallel.world_size is {config.parallel.world_size}: this build runs groups of 1 rank")
-    asyncio.run(_serve(config, service, rank_module))
-
-
-async def _serve(config: StageConfig, service: ServiceDescriptor, rank_module: str) -> None:
-    checks = health.aio.HealthServicer()
-
-    def health_changed() -> None:
-        serving = group.describe is not None and not front.draining
-        READY.set(serving)
-        status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
-        for name in ("", service.full_name):
-            tasks.add(asyncio.ensure_future(checks.set(name, status)))
-
-    tasks: set[asyncio.Future[None]] = set()
-    group = RankGroup(config, rank_module, health_changed)
-    front = Front(config, service, group)
-    server = grpc.aio.server(options=SERVER_OPTIONS)
-    server.add_generic_rpc_handlers((front.handlers(),))
-    health_pb2_grpc.add_HealthServicer_to_server(checks, server)
-    reflection.enable_server_reflection((service.full_name, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
-    health_changed()
-    port = bind(server, config.service.host, config.service.port)
-    _serve_metrics(config, group)
-    await server.start()
-    log.info("listening on %s:%d", config.service.host, port)
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    ranks, stopped = asyncio.create_task(group.run()), asyncio.create_task(stop.wait())
-    await asyncio.wait({ranks, stopped}, return_when=asyncio.FIRST_COMPLETED)
-    if stopped.done():
-        front.draining = True
-        health_changed()
-        await group.shutdown()
-        await _drained(front, config.service.drain_timeout_s)
-    await group.stop()
-    await server.stop(grace=0.2)
-    await ranks
-
-
-async def _drained(front: Front, timeout_s: float) -> None:
-    end_s = time.monotonic() + timeout_s
-    while front.in_flight and time.monotonic() < end_s:  # noqa: ASYNC110 - once in a process's life
-        await asyncio.sleep(DRAIN_POLL_S)
-
-
-def _serve_metrics(config: StageConfig, group: RankGroup) -> None:
-    if not config.service.metrics_port:
-        return
-    REGISTRY.register(RankMetrics(group))
+async def _pump(first: bytes, requests: AsyncIterator[bytes], call: RankCall) -> None:
+    """Passes the caller's messages to the rank until there are no more, or one is wrong."""
     try:
-        start_http_server(config.service.metrics_port, config.service.host)
-    except OSError as error:
-        raise StartupError(f"cannot listen on metrics_port {config.service.metrics_port}: {error.strerror}") from error
+        await call.send(first)
+        async for message in requests:
+            _check_size(message)
+            await call.send(message)
+        call.half_close()
+    except ServiceError as error:
+        call.cancel(error)
 
 
-async def _one(request: bytes) -> AsyncIterator[bytes]:
+def _check_size(message: bytes) -> None:
+    if len(message) > MAX_FRAME_BYTES:
+        raise InvalidRequest(f"a message has {len(message)} bytes: at most {MAX_FRAME_BYTES} are allowed")
+
+
+async def _once(request: bytes) -> AsyncIterator[bytes]:
     yield request
 
 
-def _traceparent(context: Any) -> str:
-    pairs: Mapping[str, str] = dict(context.invocation_metadata() or ())
-    return telemetry.new_traceparent(pairs.get("traceparent", ""))
+def _traceparent(context: Context) -> str:
+    for key, value in context.invocation_metadata() or ():
+        if key == "traceparent" and isinstance(value, str):
+            return telemetry.new_traceparent(value)
+    return telemetry.new_traceparent()
 
 
 def build_version() -> str:

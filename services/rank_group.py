@@ -1,240 +1,335 @@
-"""The front's side of its rank process: start, calls, watch, restart.
+"""The front's side of its rank process: start it, relay calls, watch it, start it again.
 
-The group starts the rank over a socket pair, hands its frames to the calls they belong to, and starts it again, with
-growing pauses, when it dies or stops answering. Calls that were open then end with DeviceLost.
+`RankLife` is one rank process from spawn to death with the calls it has; `RankGroup` keeps one alive. A life ends when
+its process or its channel does, or when it has been silent for too long; its open calls then fail with DeviceLost.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import json
 import logging
-import signal
+import socket
 import sys
 import time
+from collections import deque
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 
 from protos import types_pb2
-from services.channel import AsyncChannel, Frame, Kind, pair
+from services.channel import AsyncChannel, Fatal, Frame, Kind, OpenCall, error_from_bytes
 from services.config import StageConfig, environment_with_malloc
-from services.errors import DeviceLost, ErrorRecord, NotReady, ServiceError, StartupError
-
-log = logging.getLogger(__name__)
+from services.errors import Cancelled, DeviceLost, NotReady, ServiceError, StartupError
 
 FIRST_BACKOFF_S = 0.25
-MAX_BACKOFF_S = 10.0
-CALL_QUEUE_FRAMES = 64
-PR_SET_PDEATHSIG = 1
+MAX_BACKOFF_S = 15.0
+# A life at least this long starts the backoff anew.
+SOUND_LIFE_S = 60.0
+MAX_FIRST_STARTS = 3
+EXIT_GRACE_S = 5.0
+WATCH_EVERY_S = 0.25
+SOCKET_BUFFER_BYTES = 4 * 1024 * 1024
 
-_libc = ctypes.CDLL(None)
+# A call whose caller does not read keeps this much; then the whole channel waits for it, but not for longer than
+# STALL_LIMIT_S, because the other calls wait too.
+CALL_QUEUE_BYTES = 8 * 1024 * 1024
+STALL_LIMIT_S = 20.0
+
+_log = logging.getLogger(__name__)
 
 
-def _die_with_front() -> None:
-    _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-@dataclass(slots=True)
 class RankCall:
-    """One RPC on its way through the rank: replies come in `replies`, None ends them, an error may stand after it."""
+    """The front's end of one call to the rank."""
 
-    id: int
-    replies: asyncio.Queue[bytes | None] = field(default_factory=lambda: asyncio.Queue(CALL_QUEUE_FRAMES))
-    error: ServiceError | None = None
-    over: bool = False
+    def __init__(self, call_id: int, life: RankLife) -> None:
+        self.id = call_id
+        self.full_since_s = 0.0
+        self._life = life
+        self._messages: deque[bytes] = deque()
+        self._bytes = 0
+        self._changed = asyncio.Event()
+        self._ended = False
+        self._error: ServiceError | None = None
+
+    async def send(self, message: bytes) -> None:
+        """Passes a request message on; waits while the rank is behind."""
+        if not self._ended:
+            self._life.channel.send(Kind.MESSAGE, self.id, message)
+            await self._life.channel.drained()
+
+    def half_close(self) -> None:
+        """The caller has nothing more to say."""
+        if not self._ended:
+            self._life.channel.send(Kind.HALF_CLOSE, self.id)
+
+    async def receive(self) -> bytes | None:
+        """The next response message; None at the end.
+
+        Raises:
+            ServiceError: the call failed.
+        """
+        while not self._messages:
+            if self._error is not None:
+                raise self._error
+            if self._ended:
+                return None
+            self._changed.clear()
+            await self._changed.wait()
+        message = self._messages.popleft()
+        self._bytes -= len(message)
+        if self.full_since_s and self._bytes <= CALL_QUEUE_BYTES // 2:
+            self.full_since_s = 0.0
+            self._life.relieved()
+        return message
+
+    def cancel(self, error: ServiceError) -> None:
+        """Ends the call from this side: the rank is told to stop, and `receive` raises the error."""
+        if not self._ended:
+            self._life.channel.send(Kind.CANCEL, self.id)
+            self.end(error)
+
+    def close(self) -> None:
+        """The caller is gone or has all it wanted; a rank that still works on the call is told to stop."""
+        self.cancel(Cancelled("the call was closed"))
+        self._messages.clear()
+
+    def deliver(self, message: bytes) -> None:
+        """A message from the rank."""
+        self._messages.append(message)
+        self._bytes += len(message)
+        if self._bytes > CALL_QUEUE_BYTES and not self.full_since_s:
+            self.full_since_s = time.monotonic()
+        self._changed.set()
 
     def end(self, error: ServiceError | None) -> None:
-        """Ends the replies; those that wait are still read first unless there is no room for the end."""
-        if self.over:
+        """The call is over, well or with an error; messages that wait are still received."""
+        if self._ended:
             return
-        self.over = True
-        self.error = error
-        while True:
-            try:
-                self.replies.put_nowait(None)
-                return
-            except asyncio.QueueFull:
-                self.replies.get_nowait()
+        self._ended = True
+        self._error = error
+        self.full_since_s = 0.0
+        self._life.forget(self)
+        self._changed.set()
+
+
+@dataclass(frozen=True, slots=True)
+class Death:
+    """Why a life ended. `startup`: config or weights are at fault, so another start would end the same way."""
+
+    message: str
+    startup: bool = False
+
+
+class RankLife:
+    """One rank process and its calls. `started` makes one."""
+
+    def __init__(self, config: StageConfig, on_ready: Callable[[], None]) -> None:
+        self._config = config
+        self._on_ready = on_ready
+        self._process: asyncio.subprocess.Process | None = None
+        self._calls: dict[int, RankCall] = {}
+        self._next_id = 1
+        self._heard_s = time.monotonic()
+        self._over = asyncio.Event()
+        self._reason = ""
+        self._fatal: Fatal | None = None
+        self.channel: AsyncChannel
+        self.description: types_pb2.DescribeResponse | None = None
+        self.metrics: dict[str, float] = {}
+
+    async def start(self, rank_module: str) -> None:
+        """Spawns the process."""
+        ours, theirs = _socket_pair()
+        self.channel = AsyncChannel(ours, self._on_frame, self._over.set)
+        arguments = ("--channel-fd", str(theirs.fileno()), "--config-json", json.dumps(asdict(self._config)))
+        with theirs:
+            self._process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", rank_module, *arguments),
+                stdin=asyncio.subprocess.DEVNULL,
+                pass_fds=(theirs.fileno(),),
+                env=environment_with_malloc(),
+            )
+        _log.info("rank started", extra={"pid": self._process.pid})
+
+    @property
+    def ready(self) -> bool:
+        """Whether it takes calls."""
+        return self.description is not None and not self._over.is_set()
+
+    def open(self, opened: OpenCall) -> RankCall:
+        """Begins a call."""
+        call = RankCall(self._next_id, self)
+        self._next_id += 1
+        self._calls[call.id] = call
+        self.channel.send(Kind.OPEN, call.id, opened.to_bytes())
+        return call
+
+    async def watch(self) -> Death:
+        """Waits for the end of this life, brings it about when the rank hangs, and clears up after it."""
+        assert self._process is not None
+        exited = asyncio.create_task(self._process.wait())
+        while not self._over.is_set() and not exited.done():
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._over.wait(), WATCH_EVERY_S)
+            self._check_silence()
+            self._check_stalls()
+        self.channel.read_rest()
+        try:
+            await asyncio.wait_for(asyncio.shield(exited), 0.0 if self._reason else EXIT_GRACE_S)
+        except TimeoutError:
+            self._kill_process()
+            await exited
+        return self._died(exited.result())
+
+    def forget(self, call: RankCall) -> None:
+        """Called by a call that is over."""
+        self._calls.pop(call.id, None)
+        self.relieved()
+
+    def relieved(self) -> None:
+        """Called when a full queue has room again."""
+        if self.channel.paused and not any(call.full_since_s for call in self._calls.values()):
+            # The rank could not be heard while the channel stood still.
+            self._heard_s = time.monotonic()
+            self.channel.resume()
+
+    def kill(self, reason: str) -> None:
+        """Ends the process at once; `watch` does the rest."""
+        self._reason = self._reason or reason
+        self._kill_process()
+        self._over.set()
+
+    def _kill_process(self) -> None:
+        if self._process is not None and self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
+
+    def _died(self, code: int) -> Death:
+        message = self._reason or (self._fatal.message if self._fatal else f"the rank process died ({_ending(code)})")
+        for call in list(self._calls.values()):
+            call.end(DeviceLost("the rank process died with the request in work; it can run again", retry_after_s=1.0))
+        return Death(message, startup=self._fatal is not None and self._fatal.startup)
+
+    def _on_frame(self, frame: Frame) -> None:
+        self._heard_s = time.monotonic()
+        call = self._calls.get(frame.call_id)
+        if frame.kind is Kind.MESSAGE and call:
+            call.deliver(frame.payload)
+            if call.full_since_s:
+                self.channel.pause()
+        elif frame.kind is Kind.FINISH and call:
+            call.end(None)
+        elif frame.kind is Kind.ERROR and call:
+            call.end(error_from_bytes(frame.payload))
+        elif frame.kind is Kind.STATUS:
+            self.metrics = json.loads(frame.payload)
+        elif frame.kind is Kind.READY:
+            self.description = types_pb2.DescribeResponse.FromString(frame.payload)
+            self._on_ready()
+        elif frame.kind is Kind.FATAL:
+            self._fatal = Fatal.from_bytes(frame.payload)
+
+    def _check_silence(self) -> None:
+        service = self._config.service
+        limit_s = service.hang_timeout_s if self.description is not None else service.start_timeout_s
+        if not self.channel.paused and time.monotonic() - self._heard_s > limit_s:
+            what = "was silent" if self.description is not None else "was not ready"
+            self.kill(f"the rank {what} for {limit_s:.0f} s and was killed")
+
+    def _check_stalls(self) -> None:
+        now_s = time.monotonic()
+        for call in list(self._calls.values()):
+            if call.full_since_s and now_s - call.full_since_s > STALL_LIMIT_S:
+                call.cancel(Cancelled(f"the caller did not read its stream for {STALL_LIMIT_S:.0f} s"))
 
 
 class RankGroup:
-    """Owns the rank process. `describe` is what the rank said of itself, None while it is not ready."""
+    """Keeps a rank alive.
 
-    def __init__(self, config: StageConfig, rank_module: str, on_change: Callable[[], None]) -> None:
+    Args:
+        changed: called whenever `ready` may have changed.
+    """
+
+    def __init__(self, config: StageConfig, rank_module: str, changed: Callable[[], None]) -> None:
         self._config = config
         self._module = rank_module
-        self._on_change = on_change
-        self._calls: dict[int, RankCall] = {}
-        self._next_id = 0
-        self._channel: AsyncChannel | None = None
-        self._process: asyncio.subprocess.Process | None = None
-        self._heard_s = time.monotonic()
+        self._changed = changed
+        self._life: RankLife | None = None
         self._was_ready = False
-        self._stopping = False
-        self.describe: types_pb2.DescribeResponse | None = None
-        self.status: dict[str, float] = {}
+        self._stopping = asyncio.Event()
         self.restarts = 0
 
     @property
-    def pid(self) -> int:
-        """Of the rank process; 0 while there is none."""
-        return self._process.pid if self._process and self._process.returncode is None else 0
+    def description(self) -> types_pb2.DescribeResponse | None:
+        """What the rank said of itself; None while no rank is ready."""
+        return self._life.description if self._life and self._life.ready else None
 
-    async def run(self) -> None:
-        """Keeps a rank alive until `stop`.
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The rank's latest figures."""
+        return self._life.metrics if self._life else {}
+
+    async def supervise(self) -> None:
+        """Runs one life after the other until `stop`.
 
         Raises:
-            StartupError: the first start failed in a way that another try would not mend.
+            StartupError: the first start shows that config or weights are at fault, or fails three times.
         """
-        backoff_s = FIRST_BACKOFF_S
-        while not self._stopping:
-            started_s = time.monotonic()
-            reason = await self._live()
-            if self._is_stopping():
+        backoff_s, starts = FIRST_BACKOFF_S, 0
+        while not self._stopping.is_set():
+            born_s = time.monotonic()
+            self._life = RankLife(self._config, self._ready)
+            await self._life.start(self._module)
+            death = await self._life.watch()
+            self._changed()
+            starts += 1
+            if self._stopping.is_set():
                 return
-            if time.monotonic() - started_s > 60.0:
-                backoff_s = FIRST_BACKOFF_S
-            log.error("the rank ended (%s); starting it again in %.2f s", reason, backoff_s)
-            await asyncio.sleep(backoff_s)
+            if not self._was_ready and (death.startup or starts >= MAX_FIRST_STARTS):
+                raise StartupError(death.message)
+            backoff_s = FIRST_BACKOFF_S if time.monotonic() - born_s > SOUND_LIFE_S else backoff_s
+            _log.error("rank lost: %s", death.message, extra={"restart_in_s": backoff_s})
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stopping.wait(), backoff_s)
             backoff_s = min(2 * backoff_s, MAX_BACKOFF_S)
             self.restarts += 1
 
-    async def open(self, opening: dict[str, object]) -> RankCall:
+    def open(self, opened: OpenCall) -> RankCall:
         """Begins a call.
 
         Raises:
             NotReady: no rank is ready.
         """
-        if self.describe is None or self._channel is None:
+        if self._life is None or not self._life.ready:
             raise NotReady("the replica is starting", retry_after_s=1.0)
-        self._next_id += 1
-        call = RankCall(self._next_id)
-        self._calls[call.id] = call
-        await self._channel.send(Frame(Kind.OPEN, call.id, json.dumps(opening).encode()))
-        return call
+        return self._life.open(opened)
 
-    async def send(self, call: RankCall, kind: Kind, payload: bytes = b"") -> None:
-        """Sends a frame of a call; waits while the rank does not read."""
-        if self._channel is not None and not call.over:
-            await self._channel.send(Frame(kind, call.id, payload))
+    def drain(self) -> None:
+        """Tells the rank to bring its calls to an end and leave; it is not started again."""
+        self._stopping.set()
+        if self._life is not None and self._life.ready:
+            self._life.channel.send(Kind.SHUTDOWN)
 
-    async def close(self, call: RankCall) -> None:
-        """Forgets a call; the rank is told to cancel it when it has not ended."""
-        self._calls.pop(call.id, None)
-        if not call.over:
-            call.over = True
-            # Room for a reply that the reader may be waiting to hand over.
-            while not call.replies.empty():
-                call.replies.get_nowait()
-            if self._channel is not None:
-                await self._channel.send(Frame(Kind.CANCEL, call.id))
+    def stop(self) -> None:
+        """Ends the rank now; `supervise` returns soon after."""
+        self._stopping.set()
+        if self._life is not None:
+            self._life.kill("the replica stops")
 
-    async def shutdown(self) -> None:
-        """Tells the rank that the replica is leaving."""
-        if self._channel is not None:
-            await self._channel.send(Frame(Kind.SHUTDOWN, 0))
-
-    async def stop(self) -> None:
-        """Ends the rank process."""
-        self._stopping = True
-        await self._kill()
-
-    def _is_stopping(self) -> bool:
-        return self._stopping
-
-    async def _live(self) -> str:
-        """One life of a rank; returns why it ended."""
-        front_end, rank_end = pair()
-        command = (
-            sys.executable,
-            "-m",
-            self._module,
-            "--channel-fd",
-            str(rank_end.fileno()),
-            "--config-json",
-            json.dumps(_plain(self._config)),
-        )
-        self._process = await asyncio.create_subprocess_exec(
-            *command,
-            stdin=asyncio.subprocess.DEVNULL,
-            pass_fds=(rank_end.fileno(),),
-            env=environment_with_malloc(),
-            preexec_fn=_die_with_front,  # noqa: PLW1509 - only a system call runs between fork and exec
-        )
-        rank_end.close()
-        self._channel = await AsyncChannel.open(front_end)
-        self._heard_s = time.monotonic()
-        watchdog = asyncio.create_task(self._watch())
-        try:
-            reason = await self._read()
-        finally:
-            watchdog.cancel()
-            self.describe = None
-            self._channel.close()
-            self._channel = None
-            self._on_change()
-            for call in list(self._calls.values()):
-                call.end(DeviceLost("the rank process died while it worked on the request", retry_after_s=1.0))
-            self._calls.clear()
-            await self._kill()
-        code = self._process.returncode
-        return reason or f"exit code {code}"
-
-    async def _read(self) -> str:
-        assert self._channel is not None
-        while frame := await self._channel.receive():
-            self._heard_s = time.monotonic()
-            match frame.kind:
-                case Kind.REPLY:
-                    if call := self._calls.get(frame.call):
-                        await call.replies.put(frame.payload)
-                case Kind.FINISH:
-                    if call := self._calls.pop(frame.call, None):
-                        await self._finish(call, None)
-                case Kind.ERROR:
-                    if call := self._calls.pop(frame.call, None):
-                        await self._finish(call, ErrorRecord(**json.loads(frame.payload)).error())
-                case Kind.STATUS:
-                    self.status = json.loads(frame.payload)
-                case Kind.READY:
-                    self.describe = types_pb2.DescribeResponse.FromString(frame.payload)
-                    self._was_ready = True
-                    self._on_change()
-                case Kind.FATAL:
-                    fatal = json.loads(frame.payload)
-                    if fatal["startup"] and not self._was_ready:
-                        raise StartupError(fatal["message"])
-                    return str(fatal["message"])
-                case _:
-                    return f"unexpected frame {frame.kind.name}"
-        return ""
-
-    async def _finish(self, call: RankCall, error: ServiceError | None) -> None:
-        if not call.over:
-            call.over = True
-            call.error = error
-            await call.replies.put(None)
-
-    async def _watch(self) -> None:
-        """Ends a rank that has not been heard of for too long."""
-        service = self._config.service
-        while True:
-            limit_s = service.hang_timeout_s if self.describe is not None else service.start_timeout_s
-            silent_s = time.monotonic() - self._heard_s
-            if silent_s > limit_s:
-                log.error("the rank has been silent for %.0f s: it is ended", silent_s)
-                await self._kill()
-                return
-            await asyncio.sleep(min(1.0, limit_s / 4))
-
-    async def _kill(self) -> None:
-        if self._process is not None and self._process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                self._process.kill()
-            await self._process.wait()
+    def _ready(self) -> None:
+        self._was_ready = True
+        self._changed()
 
 
-def _plain(config: StageConfig) -> dict[str, object]:
-    return asdict(config)
+def _socket_pair() -> tuple[socket.socket, socket.socket]:
+    """Ends with buffers for a few chunks (as far as the kernel lets us)."""
+    ends = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    for end in ends:
+        for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+            end.setsockopt(socket.SOL_SOCKET, option, SOCKET_BUFFER_BYTES)
+    return ends
+
+
+def _ending(code: int) -> str:
+    return f"signal {-code}" if code < 0 else f"exit code {code}"

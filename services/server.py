@@ -8,13 +8,11 @@ from __future__ import annotations
 import argparse
 import asyncio
 import inspect
-import json
 import logging
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
-from dataclasses import asdict
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -67,22 +65,20 @@ def ensure_malloc() -> None:
     os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment_with_malloc())
 
 
-def run_process(main: Callable[[], Coroutine[Any, Any, None]]) -> NoReturn:
-    """Runs a server's main to its end and leaves with an exit code: 0, or 2 with one line when it cannot start."""
+def run_service(serve: Callable[[], None]) -> NoReturn:
+    """Runs a process's main function to its end. What cannot start leaves one line, the log's last, and exit code 2."""
+    code = 0
     try:
-        asyncio.run(main())
+        serve()
     except StartupError as error:
-        exit_startup_error(error)
+        logging.shutdown()
+        print(" ".join(str(error).split()), file=sys.stderr)
+        code = STARTUP_ERROR_CODE
     except KeyboardInterrupt:
-        sys.exit(130)
-    sys.exit(0)
-
-
-def exit_startup_error(error: StartupError) -> NoReturn:
-    """One line on stderr, the last one of the log, and exit code 2."""
-    logging.shutdown()
-    print(" ".join(str(error).split()), file=sys.stderr, flush=True)
-    sys.exit(STARTUP_ERROR_CODE)
+        code = 130
+    sys.stderr.flush()
+    # Threads of gRPC and of the metrics page may outlive the loop; nothing of theirs is worth waiting for.
+    os._exit(code)
 
 
 def stop_event() -> asyncio.Event:
@@ -191,8 +187,3 @@ def _guard_stream(behaviour: Callable[..., AsyncIterator[Any]]) -> Callable[...,
             await abort_with(context, internal_error(error))
 
     return guarded
-
-
-def config_json(config: Any) -> str:
-    """A config dataclass as JSON, for a child's command line and for the log."""
-    return json.dumps(asdict(config))

@@ -16,7 +16,6 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
@@ -24,6 +23,7 @@ from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from protos import types_pb2
 from services.errors import Internal, StartupError
 
 request_id_var: ContextVar[str] = ContextVar("request_id", default="")
@@ -85,22 +85,24 @@ def request_context(request_id: str, traceparent: str = "") -> Iterator[None]:
         traceparent_var.reset(tokens[1])
 
 
-@dataclass(slots=True)
-class Span:
-    """A piece of one process's time on a request. Times in nanoseconds, start since the Unix epoch."""
-
-    name: str
-    process: str
-    start_unix_ns: int
-    duration_ns: int = 0
-    attributes: dict[str, str] = field(default_factory=dict)
+def make_span(
+    name: str, process: str, start_unix_ns: int, end_unix_ns: int, attributes: Mapping[str, str] | None = None
+) -> types_pb2.Span:
+    """A finished piece of one process's time on a request."""
+    return types_pb2.Span(
+        name=name,
+        process=process,
+        start_unix_ns=start_unix_ns,
+        duration_ns=max(0, end_unix_ns - start_unix_ns),
+        attributes=dict(attributes or {}),
+    )
 
 
 @contextlib.contextmanager
-def span(name: str, process: str, attributes: Mapping[str, str] | None = None) -> Iterator[Span]:
+def span(name: str, process: str, attributes: Mapping[str, str] | None = None) -> Iterator[types_pb2.Span]:
     """Times what runs inside; the yielded span is complete afterwards (also after an exception)."""
     started_ns = time.perf_counter_ns()
-    timed = Span(name, process, time.time_ns(), attributes=dict(attributes or {}))
+    timed = make_span(name, process, now_ns := time.time_ns(), now_ns, attributes)
     try:
         yield timed
     finally:
@@ -115,17 +117,11 @@ def parse_traceparent(text: str) -> tuple[str, str] | None:
     return match[1], match[2]
 
 
-def make_traceparent() -> str:
-    """A new trace, sampled."""
-    return f"00-{secrets.token_hex(16)}-{secrets.token_hex(8)}-01"
-
-
-def child_traceparent(parent: str) -> str:
-    """The same trace with a new span id; a new trace when `parent` is not valid."""
-    match = _TRACEPARENT.fullmatch(parent)
-    if not match or not parse_traceparent(parent):
-        return make_traceparent()
-    return f"00-{match[1]}-{secrets.token_hex(8)}-{match[3]}"
+def new_traceparent(parent: str = "") -> str:
+    """A new span of the parent's trace, or of a new trace (sampled) when `parent` is not valid."""
+    parsed = parse_traceparent(parent)
+    trace_id, flags = (parsed[0], parent[-2:]) if parsed else (secrets.token_hex(16), "01")
+    return f"00-{trace_id}-{secrets.token_hex(8)}-{flags}"
 
 
 class Figures(Collector):
@@ -135,19 +131,15 @@ class Figures(Collector):
     and as a gauge otherwise.
     """
 
-    def __init__(self, read: Callable[[], Mapping[str, float]], labels: Mapping[str, str]) -> None:
+    def __init__(self, read: Callable[[], Mapping[str, float]]) -> None:
         self._read = read
-        self._labels = dict(labels)
 
     def collect(self) -> Iterator[Metric]:
         """One metric family a figure."""
-        names = list(self._labels)
         for key, value in self._read().items():
             name = "lightloom_" + re.sub(r"[^a-zA-Z0-9_]", "_", key)
             family = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
-            metric = family(name, key.replace("_", " "), labels=names)
-            metric.add_metric(list(self._labels.values()), value)
-            yield metric
+            yield family(name, key.replace("_", " "), value=value)
 
 
 def serve_metrics(registry: CollectorRegistry, host: str, port: int) -> Callable[[], None]:

@@ -1,4 +1,4 @@
-"""Protos to plain data and back, without torch: parameters, limits, media, errors, spans.
+"""Protos to plain data and back, without torch: parameters, limits, media, errors.
 
 Nothing else reads the fields of these messages. What comes from outside is checked here as far as the form goes;
 values are checked against a model's limits in `services/request.py`.
@@ -12,8 +12,8 @@ from typing import Any
 from protos import types_pb2
 from services.errors import ErrorRecord, InvalidRequest, ServiceError
 from services.request import GenerationParams, Limits, Media, ResolvedParams
-from services.telemetry import Span
 
+PROTOCOL_VERSION = 1
 OUTPUT_FORMATS: dict[str, types_pb2.OutputFormat] = {
     "png": types_pb2.OUTPUT_FORMAT_PNG,
     "jpeg": types_pb2.OUTPUT_FORMAT_JPEG,
@@ -155,22 +155,6 @@ def error_to_proto(error: ServiceError) -> types_pb2.ErrorDetail:
 def error_from_proto(proto: types_pb2.ErrorDetail) -> ServiceError:
     """The message as an exception; an unknown reason becomes Internal."""
     return ErrorRecord(proto.reason, proto.message, proto.param, proto.request_id, proto.retry_after_s).error()
-
-
-def span_to_proto(span: Span) -> types_pb2.Span:
-    """A span as a message."""
-    return types_pb2.Span(
-        name=span.name,
-        process=span.process,
-        start_unix_ns=span.start_unix_ns,
-        duration_ns=span.duration_ns,
-        attributes=span.attributes,
-    )
-
-
-def span_from_proto(proto: types_pb2.Span) -> Span:
-    """The message as a span."""
-    return Span(proto.name, proto.process, proto.start_unix_ns, proto.duration_ns, dict(proto.attributes))
 
 
 def _set(proto: types_pb2.GenerationParams, name: str, value: Any) -> None:
