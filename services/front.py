@@ -7,13 +7,11 @@ cancels answer while the rank computes or hangs. `python -m X_svc` is a call of 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import logging
 import time
 import uuid
-from collections import OrderedDict
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from typing import Any
@@ -26,6 +24,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 
 from protos import types_pb2
 from services import telemetry
+from services.admission import RETRY_AFTER_S, Admission
 from services.channel import MAX_FRAME_BYTES, OpenCall
 from services.config import StageConfig
 from services.errors import (
@@ -33,18 +32,14 @@ from services.errors import (
     DeadlineExceeded,
     InvalidRequest,
     NotReady,
-    Overloaded,
     ServiceError,
-    StaleFence,
     StartupError,
 )
 from services.rank_group import RankCall, RankGroup
 from services.server import Health, abort_with, bind, create_server, parse_arguments, stop_event
 from services.wire import PROTOCOL_VERSION
 
-MAX_FENCES = 10_000
 MAX_ID_CHARS = 128
-RETRY_AFTER_S = 1.0
 DRAIN_POLL_S = 0.02
 STOP_GRACE_S = 0.5
 
@@ -143,71 +138,6 @@ class Method:
                 param="request_id",
             )
         return context
-
-
-@dataclass(slots=True)
-class _Running:
-    """A call in work."""
-
-    fence: int
-    call: RankCall
-
-
-class Admission:
-    """Who may call now: not too many at once, and never an owner that has lost its lease."""
-
-    def __init__(self, max_in_flight: int) -> None:
-        self._max_in_flight = max_in_flight
-        self._fences: OrderedDict[str, int] = OrderedDict()
-        self._running: dict[tuple[str, str], _Running] = {}
-        self.in_flight = 0
-
-    @contextlib.contextmanager
-    def slot(self) -> Iterator[None]:
-        """Holds one of the slots.
-
-        Raises:
-            Overloaded: none is free.
-        """
-        if self.in_flight >= self._max_in_flight:
-            raise Overloaded(f"all {self._max_in_flight} slots of the replica are taken", retry_after_s=RETRY_AFTER_S)
-        self.in_flight += 1
-        try:
-            yield
-        finally:
-            self.in_flight -= 1
-
-    def check_fence(self, context: types_pb2.RequestContext) -> None:
-        """Remembers the highest fence of the newest requests.
-
-        Raises:
-            StaleFence: a newer owner has called before.
-        """
-        highest = max(self._fences.pop(context.request_id, 0), context.fence)
-        self._fences[context.request_id] = highest
-        if len(self._fences) > MAX_FENCES:
-            self._fences.popitem(last=False)
-        if context.fence < highest:
-            raise StaleFence(
-                f"fence {context.fence} is stale: the request's owner has {highest}", request_id=context.request_id
-            )
-
-    @contextlib.contextmanager
-    def running(self, method: str, context: types_pb2.RequestContext, call: RankCall) -> Iterator[None]:
-        """Notes the call as the only one of its request and method."""
-        key = method, context.request_id
-        mine = self._running[key] = _Running(context.fence, call)
-        try:
-            yield
-        finally:
-            if self._running.get(key) is mine:
-                del self._running[key]
-
-    def supersede(self, method: str, context: types_pb2.RequestContext) -> None:
-        """Ends an older call of the same request, whose owner is gone or has lost its lease."""
-        older = self._running.pop((method, context.request_id), None)
-        if older is not None:
-            older.call.cancel(StaleFence(f"a call with fence {context.fence} took over from fence {older.fence}"))
 
 
 class Front:

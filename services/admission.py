@@ -1,0 +1,80 @@
+"""Who may call a stage now: slots, fences, and one call at a time for each request and method."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from protos import types_pb2
+from services.errors import Overloaded, StaleFence
+from services.rank_group import RankCall
+
+MAX_FENCES = 10_000
+RETRY_AFTER_S = 1.0
+
+
+@dataclass(slots=True)
+class _Running:
+    """A call in work."""
+
+    fence: int
+    call: RankCall
+
+
+class Admission:
+    """Who may call now: not too many at once, and never an owner that has lost its lease."""
+
+    def __init__(self, max_in_flight: int) -> None:
+        self._max_in_flight = max_in_flight
+        self._fences: OrderedDict[str, int] = OrderedDict()
+        self._running: dict[tuple[str, str], _Running] = {}
+        self.in_flight = 0
+
+    @contextlib.contextmanager
+    def slot(self) -> Iterator[None]:
+        """Holds one of the slots.
+
+        Raises:
+            Overloaded: none is free.
+        """
+        if self.in_flight >= self._max_in_flight:
+            raise Overloaded(f"all {self._max_in_flight} slots of the replica are taken", retry_after_s=RETRY_AFTER_S)
+        self.in_flight += 1
+        try:
+            yield
+        finally:
+            self.in_flight -= 1
+
+    def check_fence(self, context: types_pb2.RequestContext) -> None:
+        """Remembers the highest fence of the newest requests.
+
+        Raises:
+            StaleFence: a newer owner has called before.
+        """
+        highest = max(self._fences.pop(context.request_id, 0), context.fence)
+        self._fences[context.request_id] = highest
+        if len(self._fences) > MAX_FENCES:
+            self._fences.popitem(last=False)
+        if context.fence < highest:
+            raise StaleFence(
+                f"fence {context.fence} is stale: the request's owner has {highest}", request_id=context.request_id
+            )
+
+    @contextlib.contextmanager
+    def running(self, method: str, context: types_pb2.RequestContext, call: RankCall) -> Iterator[None]:
+        """Notes the call as the only one of its request and method."""
+        key = method, context.request_id
+        mine = self._running[key] = _Running(context.fence, call)
+        try:
+            yield
+        finally:
+            if self._running.get(key) is mine:
+                del self._running[key]
+
+    def supersede(self, method: str, context: types_pb2.RequestContext) -> None:
+        """Ends an older call of the same request, whose owner is gone or has lost its lease."""
+        older = self._running.pop((method, context.request_id), None)
+        if older is not None:
+            older.call.cancel(StaleFence(f"a call with fence {context.fence} took over from fence {older.fence}"))
