@@ -33,20 +33,29 @@ from services.wire import error_from_proto
 ERROR_KEY = "lightloom-error-bin"
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024
 
-# A frozen peer's kernel still acknowledges, so the keepalive timeout alone does not see it; the ping timeout does.
-KEEPALIVE_OPTIONS: tuple[tuple[str, int], ...] = (
-    ("grpc.keepalive_time_ms", 10_000),
-    ("grpc.keepalive_timeout_ms", 5_000),
-    ("grpc.http2.ping_timeout_ms", 5_000),
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.max_pings_without_data", 0),
-)
 SIZE_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
 )
+KEEPALIVE_S = 10.0
+
+
+def keepalive_options(keepalive_s: float = KEEPALIVE_S) -> tuple[tuple[str, int], ...]:
+    """Pings after `keepalive_s` of silence; a peer that does not answer within half of it is given up.
+
+    A frozen peer's kernel still acknowledges, so gRPC's keepalive timeout alone does not see it; the ping timeout does.
+    """
+    return (
+        ("grpc.keepalive_time_ms", int(1000 * keepalive_s)),
+        ("grpc.keepalive_timeout_ms", int(500 * keepalive_s)),
+        ("grpc.http2.ping_timeout_ms", int(500 * keepalive_s)),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.max_pings_without_data", 0),
+    )
+
+
 CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
-    *KEEPALIVE_OPTIONS,
+    *keepalive_options(),
     *SIZE_OPTIONS,
     ("grpc.enable_retries", 0),
     ("grpc.initial_reconnect_backoff_ms", 200),
@@ -68,9 +77,13 @@ _BY_STATUS: dict[grpc.StatusCode, type[ServiceError]] = {
 }
 
 
-def connect(address: str) -> grpc.aio.Channel:
-    """A channel to `host:port` (or any gRPC target); it connects when first used and again whenever it breaks."""
-    return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+def connect(address: str, *, keepalive_s: float = KEEPALIVE_S) -> grpc.aio.Channel:
+    """A channel to `host:port` (or any gRPC target); it connects when first used and again whenever it breaks.
+
+    A frozen peer is noticed after one and a half `keepalive_s`.
+    """
+    # Of two options with one name, gRPC takes the last.
+    return grpc.aio.insecure_channel(address, options=(*CHANNEL_OPTIONS, *keepalive_options(keepalive_s)))
 
 
 def remaining(deadline_unix_s: float) -> float:

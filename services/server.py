@@ -20,7 +20,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from services.client import ERROR_KEY, KEEPALIVE_OPTIONS, SIZE_OPTIONS
+from services.client import ERROR_KEY, SIZE_OPTIONS, keepalive_options
 from services.config import MALLOC_SETTINGS, environment, environment_with_malloc, override, parse, read_toml
 from services.errors import ServiceError, StartupError
 from services.telemetry import internal_error
@@ -29,7 +29,7 @@ from services.wire import MAX_ERROR_CHARS, error_to_proto
 T = TypeVar("T")
 STARTUP_ERROR_CODE = 2
 SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
-    *KEEPALIVE_OPTIONS,
+    *keepalive_options(),
     *SIZE_OPTIONS,
     # Clients ping every 10 s; a server that finds that too often would hang up on them.
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),

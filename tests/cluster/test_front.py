@@ -17,8 +17,8 @@ import pytest
 import torch
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from protos import dit_pb2, types_pb2
-from services.client import error_from_rpc
+from protos import dit_pb2, dit_pb2_grpc, types_pb2
+from services.client import connect, error_from_rpc
 from services.errors import (
     Cancelled,
     CorruptTensor,
@@ -361,3 +361,14 @@ async def test_every_log_line_is_json(served: StageProcess) -> None:
     ended = next(line for line in lines if line["message"] == "call ended")
     assert (ended["request_id"], ended["outcome"], ended["method"]) == ("r-logged", "ok", "Denoise")
     assert {"time", "level", "process", "trace_id"} <= set(ended)
+
+
+async def test_a_frozen_front_is_noticed(served: StageProcess) -> None:
+    async with connect(f"127.0.0.1:{served.port}", keepalive_s=1.0) as channel:
+        call = dit_pb2_grpc.DitStub(channel).Denoise(timeout=30)
+        await call.write(start_message("wait"))
+        await call.read()
+        served.process.send_signal(signal.SIGSTOP)
+        frozen_s = time.monotonic()
+        assert isinstance(await error_of(call), DeviceLost)
+        assert time.monotonic() - frozen_s < 10
