@@ -257,9 +257,10 @@ class Front:
             outcome = "internal"
             raise
         finally:
+            seconds = time.monotonic() - started_s
             self._calls.labels(method.name, outcome).inc()
-            self._seconds.labels(method.name).observe(time.monotonic() - started_s)
-            _log.info("call ended", extra={"method": method.name, "outcome": outcome})
+            self._seconds.labels(method.name).observe(seconds)
+            _log.info("call ended", extra={"method": method.name, "outcome": outcome, "seconds": round(seconds, 4)})
 
     async def _relay(self, method: Method, requests: AsyncIterator[bytes], context: Context) -> None:
         if self.draining:

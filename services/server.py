@@ -28,6 +28,8 @@ from services.wire import MAX_ERROR_CHARS, error_to_proto
 
 T = TypeVar("T")
 STARTUP_ERROR_CODE = 2
+# gRPC ended the call by itself (a message over its own cap): nobody is left to answer.
+_CALL_OVER = "gRPC ended the call"
 SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
     *keepalive_options(),
     *SIZE_OPTIONS,
@@ -133,7 +135,12 @@ async def abort_with(context: grpc.aio.ServicerContext[Any, Any], error: Service
     """Ends the call with the error's status; the ErrorDetail travels in the trailing metadata."""
     detail = error_to_proto(error).SerializeToString()
     code = grpc.StatusCode[error.code.value]
-    await context.abort(code, error.message[:MAX_ERROR_CHARS], trailing_metadata=((ERROR_KEY, detail),))
+    try:
+        await context.abort(code, error.message[:MAX_ERROR_CHARS], trailing_metadata=((ERROR_KEY, detail),))
+    except grpc.aio.AbortError:
+        raise
+    except grpc.aio.BaseError as over:
+        raise asyncio.CancelledError(_CALL_OVER) from over
     raise AssertionError("abort returns never")
 
 
@@ -166,6 +173,8 @@ def _guard(behaviour: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[
             return await behaviour(request, context)
         except grpc.aio.AbortError:
             raise
+        except grpc.aio.BaseError as error:
+            raise asyncio.CancelledError(_CALL_OVER) from error
         except ServiceError as error:
             await abort_with(context, error)
         except Exception as error:  # noqa: BLE001 - the one border where a bug becomes a status
@@ -181,6 +190,8 @@ def _guard_stream(behaviour: Callable[..., AsyncIterator[Any]]) -> Callable[...,
                 yield response
         except grpc.aio.AbortError:
             raise
+        except grpc.aio.BaseError as error:
+            raise asyncio.CancelledError(_CALL_OVER) from error
         except ServiceError as error:
             await abort_with(context, error)
         except Exception as error:  # noqa: BLE001 - the one border where a bug becomes a status

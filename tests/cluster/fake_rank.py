@@ -53,8 +53,8 @@ class FakeProgram:
                 raise StartupError("model folder nowhere has no weights")
             case "crash":
                 os.kill(os.getpid(), signal.SIGKILL)
-            case "slow":
-                time.sleep(1.0)
+            case "slow" | "never":
+                time.sleep(1.0 if config.model.preset == "slow" else 3600)
             case "crash at second start":
                 starts = int(marker.read_text()) + 1 if marker.exists() else 1
                 marker.write_text(str(starts))

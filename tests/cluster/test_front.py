@@ -42,6 +42,8 @@ async def served(tmp_path: Path) -> AsyncIterator[StageProcess]:
     """A stage with three slots."""
     async with stage(tmp_path, max_in_flight=3) as running:
         yield running
+    log = running.log.read_text()
+    assert "Unexpected" not in log and "never retrieved" not in log, log
 
 
 def frames(tensors: dict[str, torch.Tensor]) -> list[dit_pb2.DenoiseRequest]:
@@ -342,6 +344,15 @@ async def test_sigterm_lets_running_calls_end(served: StageProcess) -> None:
     assert isinstance(await failure(served.stub, start_message("steps", request_id="r2")), NotReady)
     assert len(await running) == 41
     assert await served.exit_code(5) == 0
+
+
+async def test_sigterm_while_starting_ends_at_once(tmp_path: Path) -> None:
+    starting = StageProcess(tmp_path, preset="never")
+    await starting.start()
+    await starting.until("NOT_SERVING")
+    starting.process.send_signal(signal.SIGTERM)
+    assert await starting.exit_code(5) == 0
+    await starting.stop()
 
 
 async def test_sigterm_does_not_wait_for_ever(tmp_path: Path) -> None:
