@@ -18,7 +18,10 @@ import torch
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from protos import dit_pb2, dit_pb2_grpc, types_pb2
+from services import rank_group
+from services.channel import OpenCall
 from services.client import connect, error_from_rpc
+from services.config import ModelSection, ServiceSection, StageConfig
 from services.errors import (
     Cancelled,
     CorruptTensor,
@@ -30,6 +33,7 @@ from services.errors import (
     Overloaded,
     StaleFence,
 )
+from services.rank_group import RankGroup
 from services.telemetry import new_traceparent
 from services.tensors import BundleReader, bundle_frames
 from tests.cluster.stage_process import StageProcess, failure, run_call, stage, start_message
@@ -242,6 +246,30 @@ async def test_a_busy_rank_holds_the_caller_back(served: StageProcess) -> None:
     grown = [resident_bytes(pid) - size for pid, size in zip(rank, before, strict=True)]
     assert grown[0] < 80 * MIB and grown[1] < 160 * MIB, grown
     assert await blocker and await upload
+
+
+async def test_a_caller_that_never_reads_does_not_stop_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rank_group, "STALL_LIMIT_S", 0.5)
+    ready = asyncio.Event()
+    config = StageConfig(service=ServiceSection(port=0), model=ModelSection(name="fake", source="none"))
+    group = RankGroup(config, "tests.cluster.fake_rank", ready.set)
+    supervisor = asyncio.create_task(group.supervise())
+    await asyncio.wait_for(ready.wait(), 30)
+    calls = []
+    for prompt in ("flood", "steps"):
+        calls.append(call := group.open(OpenCall("Denoise", prompt)))
+        await call.send(start_message(prompt, steps=100).SerializeToString())
+        call.half_close()
+    silent, other = calls
+    for _ in range(101):
+        assert await asyncio.wait_for(other.receive(), 10)
+    received = 0
+    with pytest.raises(Cancelled, match="did not read"):
+        while message := await silent.receive():
+            received += len(message)
+    assert 8 * MIB < received < 16 * MIB
+    group.stop()
+    await supervisor
 
 
 # ---- Failure ---------------------------------------------------------------------------------------
