@@ -139,7 +139,7 @@ class DitPart:
 
     Attributes:
         load: reads the transformer(s), the scheduler's config and nothing else.
-        plan: data for the features.
+        plan: data for the features, the same for every model of the family.
         prepare: parameters and conditions (names as the text and VAE parts made them) to a state at step 0. Noise
             comes from a CPU generator with the request's seed, full shape. Raises InvalidRequest when a
             peer sent conditions of the wrong name, shape or dtype.
@@ -155,10 +155,11 @@ class DitPart:
         finish: the tensors that leave for the VAE (or the client), batch dimension 1.
         preview_latents: the state's estimate of the clean latents as [F, C, H, W] in VAE layout, normalised.
         token_count: tokens of one row, for cost and memory estimates.
+        example_conditions: random conditions for a warm-up, with that many text tokens.
     """
 
     load: Callable[[ModelSource, torch.device, torch.dtype], DitModel]
-    plan: Callable[[DitModel], ModelPlan]
+    plan: ModelPlan
     prepare: Callable[[DitModel, str, ResolvedParams, Tensors], DenoiseState]
     expert: Callable[[DitModel, DenoiseState], str]
     branches: Callable[[DitModel, DenoiseState], tuple[str, ...]]
@@ -172,6 +173,7 @@ class DitPart:
     finish: Callable[[DitModel, DenoiseState], Tensors]
     preview_latents: Callable[[DitModel, DenoiseState, torch.Tensor], torch.Tensor]
     token_count: Callable[[DitModel, ResolvedParams], int]
+    example_conditions: Callable[[DitModel, ResolvedParams, int], Tensors]
 
 
 @dataclass(frozen=True, slots=True)

@@ -86,23 +86,16 @@ def load_dit(source: ModelSource, device: torch.device, dtype: torch.dtype) -> D
     )
 
 
-def plan(_model: DitModel) -> ModelPlan:
-    """Joint attention under a text mask: prompts of any length share a batch."""
-    return ModelPlan(
-        block_classes=(QwenImageTransformerBlock,),
-        column=(
-            "*.attn.to_q",
-            "*.attn.to_k",
-            "*.attn.to_v",
-            "*.attn.add_[qkv]_proj",
-            "*.net.0.proj",
-        ),
-        row=("*.attn.to_out.0", "*.attn.to_add_out", "*.net.2"),
-        attention=("transformer_blocks.*.attn",),
-        has_text_mask=True,
-        high_precision=("time_text_embed", "norm_out", "proj_out"),
-        cache_signal="modulated",
-    )
+# Joint attention under a text mask: prompts of any length share a batch.
+PLAN = ModelPlan(
+    block_classes=(QwenImageTransformerBlock,),
+    column=("*.attn.to_q", "*.attn.to_k", "*.attn.to_v", "*.attn.add_[qkv]_proj", "*.net.0.proj"),
+    row=("*.attn.to_out.0", "*.attn.to_add_out", "*.net.2"),
+    attention=("transformer_blocks.*.attn",),
+    has_text_mask=True,
+    high_precision=("time_text_embed", "norm_out", "proj_out"),
+    cache_signal="modulated",
+)
 
 
 def prepare(model: DitModel, request_id: str, params: ResolvedParams, conditions: Tensors) -> DenoiseState:
@@ -223,7 +216,8 @@ def combine(_model: DitModel, state: DenoiseState, predictions: Mapping[str, tor
     negative = predictions["negative"]
     combined = negative + state.params.guidance * (positive - negative)
     norm = torch.norm(positive, dim=-1, keepdim=True)
-    return combined * (norm / torch.norm(combined, dim=-1, keepdim=True))
+    rescaled: torch.Tensor = combined * (norm / torch.norm(combined, dim=-1, keepdim=True))
+    return rescaled
 
 
 def advance(_model: DitModel, state: DenoiseState, prediction: torch.Tensor) -> None:
@@ -248,6 +242,13 @@ def token_count(model: DitModel, params: ResolvedParams) -> int:
     """Image tokens of one row."""
     frames, rows, columns = grid_of(model, params)
     return frames * rows * columns
+
+
+def example_conditions(model: DitModel, params: ResolvedParams, text_tokens: int) -> Tensors:
+    """Random text for every branch; the negative one is shorter, so that a batch has padding."""
+    width = _transformer(model).config.joint_attention_dim
+    lengths = {"positive": text_tokens, "negative": max(1, text_tokens // 2)}
+    return {f"{branch}/text": torch.randn(1, lengths[branch], width) for branch in _branch_names(params)}
 
 
 def unpack(latents: torch.Tensor, grid: tuple[int, int, int]) -> torch.Tensor:
@@ -365,7 +366,7 @@ FAMILY = Family(
     text=TEXT,
     dit=DitPart(
         load=load_dit,
-        plan=plan,
+        plan=PLAN,
         prepare=prepare,
         expert=expert,
         branches=branches,
@@ -379,6 +380,7 @@ FAMILY = Family(
         finish=finish,
         preview_latents=preview_latents,
         token_count=token_count,
+        example_conditions=example_conditions,
     ),
     vae=VaePart(load=load_vae, decode=decode, encode=encode, latent_geometry=latent_geometry),
     variants=VARIANTS,

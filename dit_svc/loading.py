@@ -1,0 +1,45 @@
+"""From a config to an engine: weights, features in their order, warm-up."""
+
+from __future__ import annotations
+
+import torch
+
+from dit_svc.engine import DitEngine
+from services.config import StageConfig
+from services.describe import limits_of, open_model, placement
+from services.families import load_family
+from services.feature_set import FeatureSet, apply_features
+from services.request import GenerationParams, resolve
+
+WARMUP_SIDE_PX = 208
+WARMUP_TEXT_TOKENS = 23
+
+
+def open_engine(config: StageConfig) -> tuple[DitEngine, FeatureSet]:
+    """Loads the denoiser that a config names; also returns the features that are on.
+
+    Raises:
+        StartupError: weights that cannot be served, or features that do not fit.
+    """
+    source = open_model(config.model)
+    family = load_family(source.family)
+    model = family.dit.load(source, *placement(config.model))
+    features = apply_features(model, family.dit, config.features)
+    engine = DitEngine(model, family.dit, config.engine)
+    if config.engine.warmup:
+        # Sizes that are odd for the model, so that no dimension is mistaken for another one's.
+        limits = limits_of(config, source)
+        side = min(limits.max_side_px, max(limits.min_side_px, WARMUP_SIDE_PX)) // limits.size_multiple_px
+        side *= limits.size_multiple_px
+        params = resolve(
+            GenerationParams(
+                model=config.model.name, prompt="warm-up", width=side, height=side + limits.size_multiple_px, steps=1
+            ),
+            limits,
+            seed=0,
+        )
+        engine.warm_up(params, family.dit.example_conditions(model, params, WARMUP_TEXT_TOKENS))
+        if model.device.type == "cuda":
+            torch.cuda.empty_cache()
+    features.seal()
+    return engine, features

@@ -1,0 +1,189 @@
+"""The denoiser's rank: conditions in, step events and latents out."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from dit_svc.engine import (
+    Checkpointed,
+    DenoiseJob,
+    Event,
+    Failed,
+    Finished,
+    Previewed,
+    PreviewFit,
+    Stepped,
+)
+from dit_svc.loading import open_engine
+from protos import dit_pb2, types_pb2
+from services.config import StageConfig
+from services.describe import describe, open_model
+from services.errors import CorruptTensor, InvalidRequest
+from services.rank_process import Call, run
+from services.request import ResolvedParams
+from services.telemetry import make_span
+from services.tensor_wire import frame_of
+from services.tensors import Bundle, BundleReader
+from services.wire import media_to_proto, resolved_from_proto
+
+SUBFOLDERS = ("transformer", "transformer_2", "scheduler")
+
+
+class Opened:
+    """A call: first its conditions come, then its request runs."""
+
+    def __init__(self, call: Call) -> None:
+        self.call = call
+        self.reader = BundleReader()
+        self.start: dit_pb2.DenoiseStart | None = None
+        self.params: ResolvedParams | None = None
+        self.bundles: list[Bundle] = []
+        self.admitted_ns = 0
+
+    @property
+    def missing(self) -> int:
+        """Bundles still to come."""
+        if self.start is None:
+            return 1
+        return self.start.num_bundles + self.start.resume - len(self.bundles)
+
+
+class DitProgram:
+    """RankProgram of the service."""
+
+    def __init__(self, config: StageConfig) -> None:
+        self._config = config
+        self._engine, self._features = open_engine(config)
+        self._open: dict[str, Opened] = {}
+
+    def describe(self) -> types_pb2.DescribeResponse:
+        """This replica."""
+        source = open_model(self._config.model)
+        subfolders = [name for name in SUBFOLDERS if source.has(name)]
+        return describe(self._config, types_pb2.STAGE_DIT, source, subfolders, self._features.options)
+
+    def opened(self, call: Call) -> None:
+        """A request begins."""
+        self._open[str(call.id)] = Opened(call)
+
+    def message(self, call: Call, data: bytes) -> None:
+        """Start, a frame of conditions or checkpoint, or the wish for a checkpoint."""
+        opened = self._open[str(call.id)]
+        frame = frame_of(data)
+        if frame is not None:
+            bundle = opened.reader.feed(frame)
+            if bundle is not None:
+                if opened.missing <= 0:
+                    raise InvalidRequest("more tensor bundles came than the start message announced")
+                opened.bundles.append(bundle)
+                self._admit_when_whole(opened)
+            return
+        request = dit_pb2.DenoiseRequest.FromString(data)
+        if request.WhichOneof("kind") == "start":
+            opened.start = request.start
+            opened.params = resolved_from_proto(request.start.params)
+            self._admit_when_whole(opened)
+        elif request.WhichOneof("kind") == "checkpoint":
+            self._engine.request_checkpoint(str(call.id), stop=request.checkpoint.stop)
+
+    def _admit_when_whole(self, opened: Opened) -> None:
+        if opened.start is None or opened.params is None or opened.missing:
+            return
+        conditions = {
+            name: tensor
+            for bundle in opened.bundles[: opened.start.num_bundles]
+            for name, tensor in bundle.tensors.items()
+        }
+        checkpoint = opened.bundles[-1] if opened.start.resume else None
+        fit = _preview_fit(opened.start)
+        self._engine.admit(DenoiseJob(str(opened.call.id), opened.params, conditions, checkpoint, fit))
+        opened.admitted_ns = time.time_ns()
+        opened.bundles.clear()
+
+    def half_closed(self, call: Call) -> None:
+        """The conditions must have come by now."""
+        opened = self._open[str(call.id)]
+        if not opened.admitted_ns:
+            raise CorruptTensor("the stream ended before the conditions were whole")
+
+    def cancelled(self, call: Call) -> None:
+        """Frees the request's memory."""
+        self._engine.abort(str(call.id))
+        self._open.pop(str(call.id), None)
+
+    def tick(self) -> bool:
+        """One step of one batch."""
+        if self._engine.busy:
+            for event in self._engine.tick():
+                opened = self._open.get(event.request_id)
+                if opened is not None:
+                    self._answer(opened, event)
+        return self._engine.busy
+
+    def _answer(self, opened: Opened, event: Event) -> None:
+        call = opened.call
+        match event:
+            case Stepped():
+                step = dit_pb2.StepEvent(
+                    step=event.step, total=event.total, sigma=event.sigma, seconds=event.seconds, batch=event.batch
+                )
+                call.send(dit_pb2.DenoiseResponse(step=step).SerializeToString())
+            case Previewed():
+                call.send(dit_pb2.DenoiseResponse(preview=media_to_proto(event.media)).SerializeToString())
+            case Checkpointed():
+                self._send_bundle(
+                    call, dit_pb2.BundleStart.KIND_CHECKPOINT, event.step, event.tensors, event.attributes
+                )
+                if event.stopped:
+                    self._close(opened)
+            case Finished():
+                total = opened.params.steps if opened.params else 0
+                self._send_bundle(call, dit_pb2.BundleStart.KIND_LATENTS, total, event.tensors, {})
+                self._send_usage(opened, event.busy_s)
+                self._close(opened)
+            case Failed():
+                self._open.pop(str(call.id), None)
+                call.fail(event.error)
+
+    def _send_bundle(
+        self,
+        call: Call,
+        kind: dit_pb2.BundleStart.Kind,
+        step: int,
+        tensors: dict[str, torch.Tensor],
+        attributes: dict[str, str],
+    ) -> None:
+        start = dit_pb2.BundleStart(kind=kind, step=step)
+        call.send(dit_pb2.DenoiseResponse(bundle=start).SerializeToString())
+        call.send_tensors(tensors, attributes)
+
+    def _send_usage(self, opened: Opened, busy_s: float) -> None:
+        span = make_span("dit.denoise", self._config.service.name, opened.admitted_ns, time.time_ns())
+        usage = types_pb2.StageUsage(busy_s=busy_s, spans=[span])
+        opened.call.send(dit_pb2.DenoiseResponse(usage=usage).SerializeToString())
+
+    def _close(self, opened: Opened) -> None:
+        self._open.pop(str(opened.call.id), None)
+        opened.call.finish()
+
+    def metrics(self) -> dict[str, float]:
+        """The engine's and the features'."""
+        return self._engine.metrics() | self._features.metrics()
+
+    def drain(self) -> None:
+        """Running requests go on to their end, within the front's drain time."""
+
+
+def _preview_fit(start: dit_pb2.DenoiseStart) -> PreviewFit | None:
+    if not start.HasField("latent_rgb_fit"):
+        return None
+    fit = start.latent_rgb_fit
+    if len(fit.bias) != 3 or not fit.weight or len(fit.weight) % 3:
+        raise InvalidRequest("latent_rgb_fit must have 3 biases and a weight of [channels, 3]")
+    return PreviewFit(torch.tensor(fit.weight).view(-1, 3), torch.tensor(fit.bias))
+
+
+if __name__ == "__main__":
+    run(DitProgram)

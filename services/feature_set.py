@@ -1,0 +1,85 @@
+"""Applies the features a config asks for, in their one order, and prints what fits what.
+
+A pair that cannot work is refused at start, with the reason; nothing is ignored.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from services.config import parse
+from services.errors import StartupError
+from services.families import FAMILIES, load_family
+from services.family import DitModel, DitPart
+from services.features import ORDER, Applied
+
+
+@dataclass(frozen=True, slots=True)
+class Support:
+    """One cell of the matrix; `reason` is empty where the feature works."""
+
+    family: str
+    feature: str
+    exact: bool
+    reason: str
+
+
+class FeatureSet:
+    """The features that are on."""
+
+    def __init__(self, applied: Mapping[str, Applied]) -> None:
+        self._applied = dict(applied)
+
+    @property
+    def options(self) -> dict[str, str]:
+        """Resolved options as JSON, by feature."""
+        return {name: applied.options for name, applied in self._applied.items()}
+
+    def seal(self) -> None:
+        """Tells every feature that the warm-up is over."""
+        for applied in self._applied.values():
+            applied.seal()
+
+    def metrics(self) -> dict[str, float]:
+        """The features' own figures."""
+        return {key: value for applied in self._applied.values() for key, value in applied.metrics().items()}
+
+
+def apply_features(model: DitModel, part: DitPart, sections: Mapping[str, Mapping[str, Any]]) -> FeatureSet:
+    """Acts on the model.
+
+    Raises:
+        StartupError: an unknown feature or option, or one that cannot apply here.
+    """
+    for name in sections:
+        if name not in ORDER:
+            raise StartupError(f"unknown feature {name!r}: there are {', '.join(ORDER)}")
+    active = frozenset(sections)
+    applied: dict[str, Applied] = {}
+    for name in ORDER:
+        if name not in sections:
+            continue
+        feature = importlib.import_module(ORDER[name])
+        reason = feature.supports(part.plan, model.device.type, active)
+        if reason:
+            raise StartupError(f"feature {name!r} cannot be used here: {reason}")
+        try:
+            applied[name] = feature.apply(model, part, parse(feature.Config, sections[name], f"features.{name}."))
+        except ValueError as error:
+            raise StartupError(str(error)) from error
+    return FeatureSet(applied)
+
+
+def matrix(device_type: str = "cpu") -> list[Support]:
+    """Every family with every feature, as the code knows it."""
+    rows = []
+    for family in FAMILIES:
+        plan = load_family(family).dit.plan
+        for name, module in ORDER.items():
+            feature = importlib.import_module(module)
+            reason = feature.supports(plan, device_type, frozenset({name}))
+            rows.append(Support(family, name, feature.EXACT, reason or ""))
+    return rows

@@ -1,0 +1,189 @@
+"""The text encoder's engine: prompts of many requests in one batch, and a cache of embeddings by content."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections import OrderedDict, deque
+from dataclasses import dataclass
+
+from services.config import StageConfig
+from services.describe import open_model, placement
+from services.errors import ServiceError
+from services.families import load_family
+from services.family import Tensors, TextInput, TextPart
+from services.media import decode_image
+from services.request import ResolvedParams
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A request's embeddings, "<branch>/<name>" with batch dimension 1, or the error that ended it."""
+
+    request_id: str
+    tensors: Tensors
+    busy_s: float
+    cached: bool
+    start_unix_ns: int
+    error: ServiceError | None = None
+
+
+class EmbeddingCache:
+    """The least recently used embeddings go when `max_bytes` are passed."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._entries: OrderedDict[str, Tensors] = OrderedDict()
+        self.nbytes = 0
+        self.hits = 0
+        self.misses = 0
+
+    def get(self, key: str) -> Tensors | None:
+        """The entry, now the most recently used one."""
+        entry = self._entries.get(key)
+        if entry is None:
+            self.misses += 1
+            return None
+        self.hits += 1
+        self._entries.move_to_end(key)
+        return entry
+
+    def put(self, key: str, tensors: Tensors) -> None:
+        """Keeps an entry, unless it is larger than the whole cache."""
+        size = _nbytes(tensors)
+        if size > self._max_bytes or key in self._entries:
+            return
+        self._entries[key] = tensors
+        self.nbytes += size
+        while self.nbytes > self._max_bytes:
+            _, oldest = self._entries.popitem(last=False)
+            self.nbytes -= _nbytes(oldest)
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    request_id: str
+    inputs: dict[str, TextInput]
+
+
+class TextEngine:
+    """Requests wait in `submit` order; a tick encodes up to `max_batch` prompts that the cache does not have."""
+
+    def __init__(self, part: TextPart, model: object, max_batch: int, cache_bytes: int) -> None:
+        self._part = part
+        self._model = model
+        self._max_batch = max_batch
+        self._cache = EmbeddingCache(cache_bytes)
+        self._waiting: deque[_Job] = deque()
+
+    @property
+    def busy(self) -> bool:
+        """Whether requests wait."""
+        return bool(self._waiting)
+
+    def submit(self, request_id: str, params: ResolvedParams) -> None:
+        """Queues a request. The negative prompt is encoded while guidance is on.
+
+        Raises:
+            InvalidRequest: an input picture cannot be decoded.
+        """
+        images = tuple(decode_image(media) for media in params.inputs if media.role == "image")
+        inputs = {"positive": TextInput(params.prompt, images)}
+        if params.guidance > 1 or params.guidance_2 > 1:
+            inputs["negative"] = TextInput(params.negative_prompt, images)
+        self._waiting.append(_Job(request_id, inputs))
+
+    def abort(self, request_id: str) -> None:
+        """Forgets a request that waits."""
+        self._waiting = deque(job for job in self._waiting if job.request_id != request_id)
+
+    def tick(self) -> list[Encoded]:
+        """Encodes one batch; returns the requests that are done."""
+        start_ns, start_s = time.time_ns(), time.perf_counter()
+        jobs, missing, found = self._take()
+        error: ServiceError | None = None
+        if missing:
+            try:
+                encoded = self._part.encode(self._model, list(missing.values()))
+            except ServiceError as failure:
+                error = failure
+            else:
+                for key, tensors in zip(missing, encoded, strict=True):
+                    found[key] = {name: tensor[None].cpu() for name, tensor in tensors.items()}
+                    self._cache.put(key, found[key])
+        busy_s = time.perf_counter() - start_s
+        return [self._finish(job, missing, found, busy_s, start_ns, error) for job in jobs]
+
+    def _finish(
+        self,
+        job: _Job,
+        missing: dict[str, TextInput],
+        found: dict[str, Tensors],
+        busy_s: float,
+        start_ns: int,
+        error: ServiceError | None,
+    ) -> Encoded:
+        keys = {branch: _key(item) for branch, item in job.inputs.items()}
+        if error is not None and any(key in missing for key in keys.values()):
+            return Encoded(job.request_id, {}, busy_s, False, start_ns, error)
+        tensors = {f"{branch}/{name}": tensor for branch, key in keys.items() for name, tensor in found[key].items()}
+        cached = not any(key in missing for key in keys.values())
+        return Encoded(job.request_id, tensors, busy_s, cached, start_ns)
+
+    def _take(self) -> tuple[list[_Job], dict[str, TextInput], dict[str, Tensors]]:
+        jobs: list[_Job] = []
+        missing: dict[str, TextInput] = {}
+        found: dict[str, Tensors] = {}
+        while self._waiting and len(missing) < self._max_batch:
+            job = self._waiting.popleft()
+            jobs.append(job)
+            for item in job.inputs.values():
+                key = _key(item)
+                if key in found or key in missing:
+                    continue
+                entry = self._cache.get(key)
+                if entry is None:
+                    missing[key] = item
+                else:
+                    found[key] = entry
+        return jobs, missing, found
+
+    def warm_up(self) -> None:
+        """One forward of one prompt and one of two."""
+        for count in (1, 2):
+            self._part.encode(self._model, [TextInput("warm up " * (index + 1)) for index in range(count)])
+
+    def metrics(self) -> dict[str, float]:
+        """Queue and cache."""
+        return {
+            "text_waiting": len(self._waiting),
+            "text_cache_bytes": self._cache.nbytes,
+            "text_cache_hits_total": self._cache.hits,
+            "text_cache_misses_total": self._cache.misses,
+        }
+
+
+def open_engine(config: StageConfig) -> TextEngine:
+    """Loads the text encoder that a config names.
+
+    Raises:
+        StartupError: its weights cannot be served.
+    """
+    source = open_model(config.model)
+    part = load_family(source.family).text
+    model = part.load(source, *placement(config.model))
+    engine = TextEngine(part, model, config.engine.max_batch, config.engine.cache_bytes)
+    if config.engine.warmup:
+        engine.warm_up()
+    return engine
+
+
+def _key(item: TextInput) -> str:
+    digest = hashlib.sha256(item.text.encode())
+    for image in item.images:
+        digest.update(str(image.shape).encode() + image.tobytes())
+    return digest.hexdigest()
+
+
+def _nbytes(tensors: Tensors) -> int:
+    return sum(tensor.nbytes for tensor in tensors.values())

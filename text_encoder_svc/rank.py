@@ -1,0 +1,74 @@
+"""The text encoder's rank: calls in, embeddings out."""
+
+from __future__ import annotations
+
+import time
+
+from protos import text_encoder_pb2, types_pb2
+from services.config import StageConfig
+from services.describe import describe, open_model
+from services.rank_process import Call, run
+from services.telemetry import make_span
+from services.wire import resolved_from_proto
+from text_encoder_svc.engine import Encoded, TextEngine, open_engine
+
+SUBFOLDERS = ("tokenizer", "text_encoder")
+
+
+class TextEncoderProgram:
+    """RankProgram of the service."""
+
+    def __init__(self, config: StageConfig) -> None:
+        self._config = config
+        self._engine: TextEngine = open_engine(config)
+        self._calls: dict[str, Call] = {}
+
+    def describe(self) -> types_pb2.DescribeResponse:
+        """This replica."""
+        return describe(self._config, types_pb2.STAGE_TEXT_ENCODER, open_model(self._config.model), SUBFOLDERS)
+
+    def opened(self, call: Call) -> None:
+        """Everything comes in the message."""
+
+    def message(self, call: Call, data: bytes) -> None:
+        """Queues the request."""
+        request = text_encoder_pb2.EncodeRequest.FromString(data)
+        key = str(call.id)
+        self._engine.submit(key, resolved_from_proto(request.params))
+        self._calls[key] = call
+
+    def half_closed(self, call: Call) -> None:
+        """Nothing more comes."""
+
+    def cancelled(self, call: Call) -> None:
+        """Forgets the request."""
+        self._engine.abort(str(call.id))
+        self._calls.pop(str(call.id), None)
+
+    def tick(self) -> bool:
+        """One batch."""
+        if self._engine.busy:
+            for encoded in self._engine.tick():
+                self._answer(self._calls.pop(encoded.request_id), encoded)
+        return self._engine.busy
+
+    def _answer(self, call: Call, encoded: Encoded) -> None:
+        if encoded.error is not None:
+            call.fail(encoded.error)
+            return
+        call.send_tensors(encoded.tensors)
+        span = make_span("text.encode", self._config.service.name, encoded.start_unix_ns, time.time_ns())
+        usage = types_pb2.StageUsage(busy_s=encoded.busy_s, spans=[span], cached=encoded.cached)
+        call.send(text_encoder_pb2.EncodeResponse(usage=usage).SerializeToString())
+        call.finish()
+
+    def metrics(self) -> dict[str, float]:
+        """The engine's."""
+        return self._engine.metrics()
+
+    def drain(self) -> None:
+        """What waits is short: it is finished."""
+
+
+if __name__ == "__main__":
+    run(TextEncoderProgram)

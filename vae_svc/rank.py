@@ -1,0 +1,128 @@
+"""The VAE's rank: latents in, media out; pictures in, latents out."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from protos import text_encoder_pb2, types_pb2, vae_pb2
+from services.config import StageConfig
+from services.describe import describe, open_model
+from services.errors import CorruptTensor
+from services.rank_process import Call, run
+from services.request import ResolvedParams
+from services.telemetry import make_span
+from services.tensor_wire import frame_of
+from services.tensors import BundleReader
+from services.wire import resolved_from_proto
+from vae_svc.engine import VaeJob, VaeResult, open_engine
+
+SUBFOLDERS = ("vae",)
+CHUNK_BYTES = 1024 * 1024
+MAX_LATENT_BYTES = 1024**3
+
+
+class Opened:
+    """A call whose tensors are still coming, or whose job is in work."""
+
+    def __init__(self, call: Call) -> None:
+        self.call = call
+        self.reader = BundleReader(MAX_LATENT_BYTES)
+        self.params: ResolvedParams | None = None
+        self.frames_only = False
+        self.queued = False
+
+
+class VaeProgram:
+    """RankProgram of the service."""
+
+    def __init__(self, config: StageConfig) -> None:
+        self._config = config
+        self._engine = open_engine(config)
+        self._open: dict[str, Opened] = {}
+
+    def describe(self) -> types_pb2.DescribeResponse:
+        """This replica."""
+        return describe(self._config, types_pb2.STAGE_VAE, open_model(self._config.model), SUBFOLDERS)
+
+    def opened(self, call: Call) -> None:
+        """A decode or an encode begins."""
+        self._open[str(call.id)] = Opened(call)
+
+    def message(self, call: Call, data: bytes) -> None:
+        """Parameters, or a frame of the latents."""
+        opened = self._open[str(call.id)]
+        if call.method == "Encode":
+            params = resolved_from_proto(text_encoder_pb2.EncodeRequest.FromString(data).params)
+            self._queue(opened, VaeJob(str(call.id), params))
+            return
+        frame = frame_of(data)
+        if frame is None:
+            start = vae_pb2.DecodeRequest.FromString(data).start
+            opened.params = resolved_from_proto(start.params)
+            opened.frames_only = start.frames_only
+        elif (bundle := opened.reader.feed(frame)) is not None and opened.params is not None:
+            self._queue(opened, VaeJob(str(call.id), opened.params, bundle.tensors, opened.frames_only))
+
+    def _queue(self, opened: Opened, job: VaeJob) -> None:
+        opened.queued = True
+        self._engine.submit(job)
+
+    def half_closed(self, call: Call) -> None:
+        """A decode must have its latents by now."""
+        if not self._open[str(call.id)].queued:
+            raise CorruptTensor("the stream ended before the latents were whole")
+
+    def cancelled(self, call: Call) -> None:
+        """Forgets the job."""
+        self._engine.abort(str(call.id))
+        self._open.pop(str(call.id), None)
+
+    def tick(self) -> bool:
+        """One batch."""
+        for result in self._engine.tick():
+            opened = self._open.pop(result.job.request_id, None)
+            if opened is not None:
+                self._answer(opened.call, result)
+        return self._engine.busy
+
+    def _answer(self, call: Call, result: VaeResult) -> None:
+        if result.error is not None:
+            call.fail(result.error)
+            return
+        if result.tensors:
+            call.send_tensors(result.tensors)
+        elif result.media is not None and result.frames is not None:
+            mime, data = result.media
+            frames, height, width, _ = result.frames.shape
+            header = types_pb2.MediaHeader(
+                mime=mime,
+                width=width,
+                height=height,
+                num_frames=frames if mime.startswith("video") else 1,
+                fps=result.job.params.fps,
+                nbytes=len(data),
+            )
+            call.send(vae_pb2.DecodeResponse(media=header).SerializeToString())
+            for offset in range(0, len(data), CHUNK_BYTES):
+                chunk = types_pb2.MediaChunk(data=data[offset : offset + CHUNK_BYTES])
+                call.send(vae_pb2.DecodeResponse(chunk=chunk).SerializeToString())
+        else:
+            call.send_tensors({"frames": torch.from_numpy(result.frames)})
+        span = make_span(f"vae.{call.method.lower()}", self._config.service.name, result.start_unix_ns, time.time_ns())
+        usage = types_pb2.StageUsage(busy_s=result.busy_s, spans=[span])
+        # Both response types have the usage in field 3.
+        call.send(vae_pb2.DecodeResponse(usage=usage).SerializeToString())
+        call.finish()
+
+    def metrics(self) -> dict[str, float]:
+        """The engine's."""
+        return self._engine.metrics()
+
+    def drain(self) -> None:
+        """What waits is short: it is finished."""
+
+
+if __name__ == "__main__":
+    run(VaeProgram)
