@@ -118,7 +118,7 @@ def pack_header(kind: Kind, call_id: int, payload: bytes) -> bytes:
     return HEADER.pack(len(payload), kind, call_id)
 
 
-def unpack_header(header: bytes | bytearray | memoryview) -> tuple[int, Kind, int]:
+def unpack_header(header: bytes) -> tuple[int, Kind, int]:
     """(payload length, kind, call id).
 
     Raises:
@@ -239,10 +239,9 @@ class AsyncChannel:
         self._loop = asyncio.get_running_loop()
         self._on_frame = on_frame
         self._on_closed = on_closed
-        self._header = bytearray(HEADER.size)
-        self._target = memoryview(self._header)
-        self._filled = 0
-        self._payload: tuple[Kind, int, bytearray] | None = None
+        self._parts: list[bytes] = []
+        self._missing = HEADER.size
+        self._head: tuple[Kind, int] | None = None
         self._outgoing: deque[memoryview] = deque()
         self._outgoing_bytes = 0
         self._room = asyncio.Event()
@@ -305,14 +304,17 @@ class AsyncChannel:
             for _ in range(_READS_A_TURN):
                 if self.closed or self.paused:
                     return False
-                count = self._socket.recv_into(self._target[self._filled :])
-                if not count:
+                part = self._socket.recv(self._missing)
+                if not part:
                     self.close()
                     return False
-                self._filled += count
-                if self._filled == len(self._target):
-                    self._filled = 0
-                    self._complete()
+                self._parts.append(part)
+                self._missing -= len(part)
+                if not self._missing:
+                    # Mostly one part, which then is passed on without a copy.
+                    data = self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
+                    self._parts.clear()
+                    self._complete(data)
         except BlockingIOError:
             return False
         except (ConnectionError, ChannelBroken):
@@ -320,20 +322,17 @@ class AsyncChannel:
             return False
         return True
 
-    def _complete(self) -> None:
-        """The buffer in turn is full: a header opens a payload, a payload makes a frame."""
-        if self._payload is None:
-            length, kind, call_id = unpack_header(self._header)
+    def _complete(self, data: bytes) -> None:
+        """A header opens a payload, a payload makes a frame."""
+        if self._head is None:
+            length, kind, call_id = unpack_header(data)
             if length:
-                self._payload = kind, call_id, bytearray(length)
-                self._target = memoryview(self._payload[2])
+                self._head, self._missing = (kind, call_id), length
                 return
             frame = Frame(kind, call_id, b"")
         else:
-            kind, call_id, data = self._payload
-            frame = Frame(kind, call_id, bytes(data))
-        self._payload = None
-        self._target = memoryview(self._header)
+            frame = Frame(*self._head, data)
+        self._head, self._missing = None, HEADER.size
         self._on_frame(frame)
 
     def _writable(self) -> None:

@@ -99,6 +99,13 @@ async def test_describe_health_and_reflection(served: StageProcess) -> None:
     assert {"lightloom.v1.Dit", "grpc.health.v1.Health"} <= names
 
 
+async def test_only_the_rank_loads_torch(served: StageProcess) -> None:
+    def has_torch(pid: int) -> bool:
+        return any("torch" in mapped.path for mapped in psutil.Process(pid).memory_maps())
+
+    assert has_torch(await served.rank_pid()) and not has_torch(served.process.pid)
+
+
 async def test_bundles_pass_unchanged(served: StageProcess) -> None:
     generator = torch.Generator().manual_seed(1)
     one = {
