@@ -56,9 +56,7 @@ def media_of_bytes(data: bytes, mime: str, param: str, role: str = "image") -> M
         raise InvalidRequest(f"{param} is empty", param=param)
     actual = sniff(data)
     if actual is None:
-        raise InvalidRequest(
-            f"{param} is of no known type: send png, jpeg, webp, mp4, wav or flac", param=param
-        )
+        raise InvalidRequest(f"{param} is of no known type: send png, jpeg, webp, mp4, wav or flac", param=param)
     if mime not in ("", "application/octet-stream", actual) and (mime, actual) not in _SAME:
         raise InvalidRequest(f"{param} says it is {mime}, but its bytes are {actual}", param=param)
     return Media(mime=actual, data=data, role=role)

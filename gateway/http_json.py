@@ -22,7 +22,7 @@ TERMINAL = frozenset(
 
 
 def state_name(state: int) -> str:
-    """ "queued", "running", ... """
+    """ "queued", "running", ..."""
     return gateway_pb2.RequestState.Name(state).removeprefix("REQUEST_STATE_").lower()
 
 
@@ -120,9 +120,7 @@ def error_of(detail: types_pb2.ErrorDetail) -> dict[str, Any]:
 
 def error_from(detail: types_pb2.ErrorDetail) -> ServiceError:
     """The exception of an error from the wire."""
-    return ErrorRecord(
-        detail.reason, detail.message, detail.param, detail.request_id, detail.retry_after_s
-    ).error()
+    return ErrorRecord(detail.reason, detail.message, detail.param, detail.request_id, detail.retry_after_s).error()
 
 
 def fields_json(message: Message) -> dict[str, Any]:

