@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 
-from demo.scenes import Relation, Scene, SceneObject, clear_relations, sample_scene
+from demo.scenes import Relation, Scene, clear_relations, sample_scene
 
 SHAPE_WORDS = {
     "circle": ("circle", "circle", "disc"),

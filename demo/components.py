@@ -51,9 +51,7 @@ def build(seed: int = 0) -> Components:
 def load(folder: Path) -> Components:
     """Read a saved folder in fp32."""
     pipeline = QwenImagePipeline.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True)
-    return Components(
-        pipeline.tokenizer, pipeline.text_encoder, pipeline.transformer, pipeline.vae, pipeline.scheduler
-    )
+    return Components(pipeline.tokenizer, pipeline.text_encoder, pipeline.transformer, pipeline.vae, pipeline.scheduler)
 
 
 def pipeline_of(components: Components) -> QwenImagePipeline:

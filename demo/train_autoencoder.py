@@ -92,7 +92,10 @@ def train(
                 stage.seconds = before + time.monotonic() - started
                 if stage.step % 200 == 0 or stage.step == 25:
                     psnr = 10.0 * torch.log10(torch.tensor(4.0 / error)).item()
-                    print(f"autoencoder step {stage.step} {stage.seconds:.0f} s loss {float(loss):.4f} psnr {psnr:.1f}", flush=True)
+                    print(
+                        f"autoencoder step {stage.step} {stage.seconds:.0f} s loss {float(loss):.4f} psnr {psnr:.1f}",
+                        flush=True,
+                    )
                 if not error < 10.0:
                     raise FloatingPointError(f"the autoencoder diverged at step {stage.step}")
         stage.seconds = before + time.monotonic() - started

@@ -1,10 +1,12 @@
 -- KEYS: queue, leases, fence. ARGV: owner, lease_s. Takes the first request of a queue.
 -- Returns its id, fence and hash, or nothing.
-local popped = redis.call('ZPOPMIN', KEYS[1])
-if #popped == 0 then return false end
-local id = popped[1]
-local key = '{ll}:req:' .. id
-if redis.call('HGET', key, 'state') ~= 'queued' then return false end
+local id, key
+repeat
+  local popped = redis.call('ZPOPMIN', KEYS[1])
+  if #popped == 0 then return false end
+  id = popped[1]
+  key = '{ll}:req:' .. id
+until redis.call('HGET', key, 'state') == 'queued'
 local t = redis.call('TIME')
 local now = t[1] .. '.' .. string.format('%06d', t[2])
 local fence = redis.call('INCR', KEYS[3])

@@ -1,0 +1,101 @@
+"""Brings queued requests to replicas with a credit, and gives back what dead gateways held."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+
+from gateway.config import GatewaySection
+from gateway.lifecycle import Lifecycle
+from gateway.replicas import Replica, Replicas
+from gateway.state import State, queue_key
+from services.errors import DeviceLost, ServiceError
+from services.wire import error_to_proto
+
+log = logging.getLogger(__name__)
+
+IDLE_S = 0.5
+CLAIMED_STAGES = ("vae", "dit")
+
+
+class Dispatcher:
+    """One loop that claims, one that reaps; each claim runs in a task of its own."""
+
+    def __init__(self, state: State, replicas: Replicas, lifecycle: Lifecycle, config: GatewaySection) -> None:
+        self._state = state
+        self._replicas = replicas
+        self._lifecycle = lifecycle
+        self._config = config
+        self._wake = asyncio.Event()
+        self._running: dict[str, asyncio.Task[None]] = {}
+
+    @property
+    def running(self) -> int:
+        """Requests that this gateway has claimed."""
+        return len(self._running)
+
+    def wake(self) -> None:
+        """There may be something to claim."""
+        self._wake.set()
+
+    def cancel(self, request_id: str) -> None:
+        """Stops the work on a request that was aborted, if it is ours."""
+        if task := self._running.get(request_id):
+            task.cancel()
+
+    async def run(self) -> None:
+        """Claims, for ever."""
+        while True:
+            self._wake.clear()
+            try:
+                await self._claim_all()
+            except ServiceError as error:
+                log.warning("cannot claim: %s", error.message)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), IDLE_S)
+
+    async def _claim_all(self) -> None:
+        for stage in CLAIMED_STAGES:
+            for replica in self._replicas.of_stage(stage):
+                while replica.has_credit and await self._claim_for(replica):
+                    pass
+
+    async def _claim_for(self, replica: Replica) -> bool:
+        assert replica.facts is not None
+        if replica.stage == "dit" and not any(
+            encoder.has_credit for encoder in self._replicas.of_stage("text_encoder")
+        ):
+            return False
+        claim = await self._state.claim(queue_key(replica.stage, replica.facts.component_id), self._config.lease_s)
+        if claim is None:
+            return False
+        task = asyncio.create_task(self._run(claim.request_id, self._lifecycle.run(claim, replica)))
+        self._running[claim.request_id] = task
+        # The task counts itself in only once it runs.
+        await asyncio.sleep(0)
+        return True
+
+    async def _run(self, request_id: str, work: object) -> None:
+        try:
+            await work  # type: ignore[misc]
+        finally:
+            if self._running.get(request_id) is asyncio.current_task():
+                del self._running[request_id]
+            self._wake.set()
+
+    async def reap(self) -> None:
+        """Gives expired leases back, for ever. Any gateway may do it."""
+        lost = error_to_proto(DeviceLost("the gateway that ran the request went silent")).SerializeToString()
+        while True:
+            await asyncio.sleep(min(1.0, self._config.lease_s / 4))
+            with contextlib.suppress(ServiceError):
+                for request_id in await self._state.expired():
+                    log.warning("lease of %s expired", request_id)
+                    await self._state.requeue(request_id, None, self._config.max_attempts, True, lost)
+
+    async def stop(self) -> None:
+        """Gives every claim back: another gateway goes on with it."""
+        for task in list(self._running.values()):
+            task.cancel()
+        await asyncio.gather(*self._running.values(), return_exceptions=True)

@@ -1,0 +1,275 @@
+"""The REST front: OpenAI's images API, requests with events, models, health, metrics, and a page to try it."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import time
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, StreamingResponse
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+
+from gateway.config import GatewaySection
+from gateway.http_errors import Border, ErrorEnvelope, install
+from gateway.http_json import (
+    content_path,
+    error_from,
+    event_json,
+    model_json,
+    params_json,
+    span_json,
+    state_name,
+    status_json,
+)
+from gateway.http_schema import GenerationRequest, ImageRequest
+from gateway.requests import RequestService
+from protos import gateway_pb2
+from services.errors import Cancelled, Internal, ServiceError
+from services.request import GenerationParams, with_seed
+
+PAGE = Path(__file__).parent / "page.html"
+DISCONNECT_POLL_S = 0.25
+ERRORS: dict[int | str, dict[str, Any]] = {status: {"model": ErrorEnvelope} for status in (400, 404, 409, 429, 503)}
+
+
+def create_app(service: RequestService, config: GatewaySection) -> FastAPI:
+    """The whole REST API over a service."""
+    app = FastAPI(title="Lightloom", version="1", docs_url=None, redoc_url=None, responses=ERRORS)
+    install(app)
+    app.add_middleware(Border, max_body_bytes=config.max_body_bytes)
+    _add_images(app, service)
+    _add_requests(app, service)
+    _add_operations(app, service)
+    return app
+
+
+def _add_images(app: FastAPI, service: RequestService) -> None:
+    @app.post("/v1/images/generations", response_model=None)
+    async def generate_images(body: ImageRequest, request: Request) -> Response:
+        """Makes images and waits for them (OpenAI's call). Leaving aborts."""
+        params = body.params(service.model_of(body.model or ""))
+        traceparent = request.headers.get("traceparent", "")
+        if body.stream:
+            # Steps are not known before the model's default is: previews come at even shares of the default.
+            every = _preview_every(service, params, body.partial_images or 0)
+            request_id = await service.submit(replace(params, preview_every=every), traceparent=traceparent)
+            return _sse(_stream_image(service, request_id, body.partial_images or 0))
+        count = body.n or 1
+        ids = []
+        try:
+            for index in range(count):
+                seeded = params if params.seed is None else with_seed(params, params.seed + index)
+                ids.append(await service.submit(seeded, traceparent=traceparent))
+            statuses = await _wait_all(service, ids, request)
+        except BaseException:
+            await asyncio.shield(_abort_all(service, ids))
+            raise
+        images = [await _image_json(service, status, body.response_format or "b64_json") for status in statuses]
+        return JSONResponse({"created": int(time.time()), "data": images, "output_format": body.file_format()})
+
+
+def _add_requests(app: FastAPI, service: RequestService) -> None:
+    @app.post("/v1/requests", status_code=202)
+    async def create_request(body: GenerationRequest, request: Request) -> dict[str, Any]:
+        """Submits any generation and returns at once."""
+        request_id = await service.submit(
+            body.params(service.model_of(body.model or "")),
+            idempotency_key=request.headers.get("idempotency-key", ""),
+            priority=body.priority,
+            traceparent=request.headers.get("traceparent", ""),
+        )
+        return status_json(await service.get(request_id))
+
+    @app.get("/v1/requests")
+    async def list_requests(limit: int = 100) -> dict[str, Any]:
+        """The newest requests."""
+        return {"object": "list", "data": [status_json(status) for status in await service.newest(limit)]}
+
+    @app.get("/v1/requests/{request_id}")
+    async def get_request(request_id: str) -> dict[str, Any]:
+        """State, progress, parameters, result or error."""
+        return status_json(await service.get(request_id))
+
+    @app.delete("/v1/requests/{request_id}")
+    async def abort_request(request_id: str) -> dict[str, Any]:
+        """Aborts; a request that has ended stays as it is."""
+        return {"id": request_id, "object": "request", "state": state_name(await service.abort(request_id))}
+
+    @app.get("/v1/requests/{request_id}/events", response_model=None)
+    async def request_events(request_id: str, request: Request) -> Response:
+        """Server-sent events, resumable by Last-Event-ID through any gateway."""
+        await service.get(request_id)
+        return _sse(_events(service, request_id, request.headers.get("last-event-id", "")))
+
+    @app.get("/v1/requests/{request_id}/content", response_model=None)
+    async def request_content(request_id: str) -> Response:
+        """What the request made."""
+        artifact, path = await service.artifact(request_id)
+        return FileResponse(path, media_type=artifact.mime, headers={"ETag": f'"{artifact.sha256}"'})
+
+    @app.get("/v1/requests/{request_id}/trace")
+    async def request_trace(request_id: str) -> dict[str, Any]:
+        """The request's timeline over all processes."""
+        return {"id": request_id, "spans": [span_json(span) for span in await service.trace(request_id)]}
+
+
+def _add_operations(app: FastAPI, service: RequestService) -> None:
+    @app.get("/v1/models")
+    async def list_models() -> dict[str, Any]:
+        """Models with limits and replicas."""
+        return {"object": "list", "data": [model_json(model) for model in service.models()]}
+
+    @app.get("/health")
+    async def health() -> JSONResponse:
+        """200 while Redis answers and a model has all its stages, else 503."""
+        now = await service.health()
+        return JSONResponse({"redis": now.redis, "models": now.models}, 200 if now.ready else 503)
+
+    @app.get("/metrics", include_in_schema=False)
+    async def metrics() -> Response:
+        return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> HTMLResponse:
+        return HTMLResponse(PAGE.read_text())
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> HTMLResponse:
+        return HTMLResponse(_docs(app.openapi()))
+
+
+async def _wait_all(service: RequestService, ids: list[str], request: Request) -> list[gateway_pb2.RequestStatus]:
+    """The final statuses.
+
+    Raises:
+        ServiceError: what one of them failed with.
+        Cancelled: the client left.
+    """
+    waits = asyncio.gather(*(_wait(service, request_id) for request_id in ids))
+    gone = asyncio.create_task(_disconnected(request))
+    try:
+        watched: set[asyncio.Future[Any]] = {waits, gone}
+        await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
+        if not waits.done():
+            raise Cancelled("the client left")
+        return await waits
+    finally:
+        gone.cancel()
+        waits.cancel()
+
+
+async def _wait(service: RequestService, request_id: str) -> gateway_pb2.RequestStatus:
+    status = gateway_pb2.RequestStatus()
+    async for event in service.events(request_id):
+        if event.WhichOneof("event") == "status":
+            status = event.status
+    return _finished(status)
+
+
+def _finished(status: gateway_pb2.RequestStatus) -> gateway_pb2.RequestStatus:
+    if status.state == gateway_pb2.REQUEST_STATE_DONE:
+        return status
+    raise _failure(status)
+
+
+def _failure(status: gateway_pb2.RequestStatus) -> ServiceError:
+    if status.HasField("error"):
+        return error_from(status.error)
+    if status.state == gateway_pb2.REQUEST_STATE_CANCELLED:
+        return Cancelled("the request was aborted", request_id=status.request_id)
+    return Internal("the request failed", request_id=status.request_id)
+
+
+async def _disconnected(request: Request) -> None:
+    while not await request.is_disconnected():  # noqa: ASYNC110 - ASGI has nothing to wait for
+        await asyncio.sleep(DISCONNECT_POLL_S)
+
+
+async def _abort_all(service: RequestService, ids: list[str]) -> None:
+    await asyncio.gather(*(service.abort(request_id) for request_id in ids), return_exceptions=True)
+
+
+async def _image_json(service: RequestService, status: gateway_pb2.RequestStatus, form: str) -> dict[str, Any]:
+    if form == "url":
+        return {"url": content_path(status.request_id), "request_id": status.request_id}
+    _, path = await service.artifact(status.request_id)
+    data = await asyncio.to_thread(path.read_bytes)
+    return {"b64_json": base64.b64encode(data).decode(), "request_id": status.request_id}
+
+
+def _preview_every(service: RequestService, params: GenerationParams, partial_images: int) -> int:
+    if not partial_images:
+        return 0
+    [info] = [model for model in service.models() if model.name == params.model] or [gateway_pb2.ModelInfo()]
+    steps = params.steps or info.limits.default_steps or 20
+    return max(1, steps // (partial_images + 1))
+
+
+async def _stream_image(service: RequestService, request_id: str, partial_images: int) -> AsyncIterator[str]:
+    """OpenAI's stream: partial images, then the completed one. Leaving aborts."""
+    sent, ended = 0, False
+    try:
+        async for event in service.events(request_id):
+            kind = event.WhichOneof("event")
+            if kind == "preview" and sent < partial_images:
+                data = {"b64_json": base64.b64encode(event.preview.data).decode(), "partial_image_index": sent}
+                sent += 1
+                yield _line("image_generation.partial_image", _common(data, "jpeg", "auto"))
+            elif kind == "status" and event.status.state == gateway_pb2.REQUEST_STATE_DONE:
+                image = await _image_json(service, event.status, "b64_json")
+                params = params_json(event.status.params)
+                size = f"{event.status.artifact.width}x{event.status.artifact.height}"
+                usage = {"input_tokens": 0, "output_tokens": 0, "total_tokens": 0}
+                common = _common(image | {"usage": usage}, params.get("output_format", "png"), size)
+                ended = True
+                yield _line("image_generation.completed", common)
+            elif kind == "status" and event.status.state >= gateway_pb2.REQUEST_STATE_FAILED:
+                name, data = event_json(gateway_pb2.GenerateResponse(error=event.status.error))
+                ended = True
+                yield _line(name, data)
+    finally:
+        if not ended:
+            await asyncio.shield(_abort_all(service, [request_id]))
+
+
+def _common(data: dict[str, Any], output_format: str, size: str) -> dict[str, Any]:
+    return data | {
+        "created_at": int(time.time()),
+        "background": "opaque",
+        "output_format": output_format,
+        "quality": "auto",
+        "size": size,
+    }
+
+
+async def _events(service: RequestService, request_id: str, last_event_id: str) -> AsyncIterator[str]:
+    async for event in service.events(request_id, last_event_id):
+        name, data = event_json(event)
+        yield f"id: {event.event_id}\nevent: {name}\ndata: {json.dumps(data)}\n\n"
+
+
+def _line(kind: str, data: dict[str, Any]) -> str:
+    return f"event: {kind}\ndata: {json.dumps({'type': kind} | data)}\n\n"
+
+
+def _sse(lines: AsyncIterator[str]) -> StreamingResponse:
+    return StreamingResponse(lines, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+
+
+def _docs(schema: dict[str, Any]) -> str:
+    rows = [
+        f"<tr><td><code>{method.upper()} {path}</code></td><td>{spec.get('description', '')}</td></tr>"
+        for path, methods in schema["paths"].items()
+        for method, spec in methods.items()
+    ]
+    return (
+        "<!doctype html><meta charset=utf-8><title>Lightloom REST API</title>"
+        "<style>body{font:16px sans-serif;max-width:60em;margin:2em auto}td{padding:.3em 1em}</style>"
+        f"<h1>REST API</h1><p>Schemas: <a href=/openapi.json>openapi.json</a></p><table>{''.join(rows)}</table>"
+    )

@@ -1,0 +1,229 @@
+"""The replicas of every stage: found in lists, asked what they are, and how much each has from this gateway."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from gateway.config import StagesSection
+from protos import dit_pb2_grpc, gateway_pb2, text_encoder_pb2_grpc, types_pb2, vae_pb2_grpc
+from services.client import connect
+from services.errors import NotReady, UnknownModel
+from services.request import Limits
+from services.wire import limits_from_proto
+
+log = logging.getLogger(__name__)
+
+POLL_S = 1.0
+FAST_POLL_S = 0.1
+DESCRIBE_TIMEOUT_S = 3.0
+BACK_OFF_S = 0.25
+STAGES = {
+    "text_encoder": types_pb2.STAGE_TEXT_ENCODER,
+    "dit": types_pb2.STAGE_DIT,
+    "vae": types_pb2.STAGE_VAE,
+}
+_STUBS: dict[str, Any] = {
+    "text_encoder": text_encoder_pb2_grpc.TextEncoderStub,
+    "dit": dit_pb2_grpc.DitStub,
+    "vae": vae_pb2_grpc.VaeStub,
+}
+
+
+@dataclass(slots=True)
+class Replica:
+    """One address of a stage. `facts` is its last Describe, None while it does not answer."""
+
+    stage: str
+    address: str
+    channel: grpc.aio.Channel
+    facts: types_pb2.DescribeResponse | None = None
+    ours: int = 0
+    paused_until_s: float = 0.0
+
+    @property
+    def healthy(self) -> bool:
+        """Whether it can take requests at all."""
+        return self.facts is not None and not self.facts.draining
+
+    @property
+    def has_credit(self) -> bool:
+        """Whether this gateway may send it one more."""
+        return (
+            self.facts is not None
+            and self.healthy
+            and self.ours < self.facts.max_in_flight
+            and time.monotonic() >= self.paused_until_s
+        )
+
+    def serves(self, model: str) -> bool:
+        """Whether it takes that model's requests."""
+        return self.facts is not None and model in self.facts.models
+
+    @contextlib.contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Counts one request of ours."""
+        self.ours += 1
+        try:
+            yield
+        finally:
+            self.ours -= 1
+
+    def pause(self) -> None:
+        """Leaves it alone for a moment: it was full, or its connection broke."""
+        self.paused_until_s = time.monotonic() + BACK_OFF_S
+
+
+@dataclass(slots=True)
+class Replicas:
+    """All replicas of all stages, kept fresh by `watch`."""
+
+    config: StagesSection
+    on_change: Callable[[], None]
+    known: dict[tuple[str, str], Replica] = field(default_factory=dict)
+
+    def of_stage(self, stage: str) -> list[Replica]:
+        """Healthy replicas of a stage, the least busy first."""
+        replicas = [r for r in self.known.values() if r.stage == stage and r.healthy]
+        return sorted(replicas, key=lambda replica: replica.ours)
+
+    def choose(self, stage: str, model: str) -> Replica:
+        """The least busy replica with a credit.
+
+        Raises:
+            NotReady: there is none now.
+        """
+        for replica in self.of_stage(stage):
+            if replica.serves(model) and replica.has_credit:
+                return replica
+        raise NotReady(f"no {stage} replica is free for model {model!r}", retry_after_s=1.0)
+
+    def component(self, stage: str, model: str) -> str:
+        """The component id of a model's stage.
+
+        Raises:
+            UnknownModel: no replica names the model.
+            NotReady: the model is known, but that stage is not here now.
+        """
+        for replica in self.of_stage(stage):
+            if replica.facts is not None and replica.serves(model):
+                return replica.facts.component_id
+        models = self.models()
+        if model not in models:
+            raise UnknownModel(f"unknown model {model!r}: there are {', '.join(sorted(models)) or 'none now'}")
+        raise NotReady(f"model {model!r} has no {stage} replica now", retry_after_s=2.0)
+
+    def limits(self, model: str) -> Limits:
+        """What a model allows, as its DiT replicas say.
+
+        Raises:
+            UnknownModel, NotReady: as `component`.
+        """
+        for replica in self.of_stage("dit"):
+            if replica.facts is not None and replica.serves(model):
+                return limits_from_proto(replica.facts.limits)
+        self.component("dit", model)
+        raise AssertionError("a replica came between two looks")
+
+    def fit(self, model: str) -> types_pb2.LatentRgbFit | None:
+        """The preview fit that the model's VAE announced."""
+        for replica in self.of_stage("vae"):
+            if replica.facts is not None and replica.serves(model) and replica.facts.HasField("latent_rgb_fit"):
+                return replica.facts.latent_rgb_fit
+        return None
+
+    def models(self) -> dict[str, gateway_pb2.ModelInfo]:
+        """Every model that a replica names; ready when each stage is there."""
+        models: dict[str, gateway_pb2.ModelInfo] = {}
+        stages: dict[str, set[str]] = {}
+        for replica in self.known.values():
+            if replica.facts is None:
+                continue
+            for name in replica.facts.models:
+                info = models.setdefault(name, gateway_pb2.ModelInfo(name=name))
+                info.family = replica.facts.family
+                if not info.variants:
+                    info.variants.extend(replica.facts.variants)
+                if replica.stage == "dit":
+                    info.limits.CopyFrom(replica.facts.limits)
+                info.replicas.append(_replica_proto(replica, replica.facts))
+                if replica.healthy:
+                    stages.setdefault(name, set()).add(replica.stage)
+        for name, info in models.items():
+            info.ready = stages.get(name, set()) >= set(STAGES)
+        return models
+
+    async def watch(self) -> None:
+        """Follows the lists and asks every replica, for ever."""
+        while True:
+            for stage in STAGES:
+                await self._follow_list(stage, getattr(self.config, stage))
+            await asyncio.gather(*(self._ask(replica) for replica in list(self.known.values())))
+            starting = any(replica.facts is None for replica in self.known.values())
+            await asyncio.sleep(FAST_POLL_S if starting or not self.known else POLL_S)
+
+    async def _follow_list(self, stage: str, target: str) -> None:
+        try:
+            addresses = await addresses_of(target)
+        except OSError as error:
+            log.warning("cannot resolve %s: %s", target, error)
+            return
+        for address in addresses:
+            if (stage, address) not in self.known:
+                self.known[stage, address] = Replica(stage, address, connect(address))
+        for key, replica in list(self.known.items()):
+            if replica.stage == stage and replica.address not in addresses:
+                del self.known[key]
+                # Requests that run there end by themselves; the channel closes once they have.
+                asyncio.ensure_future(replica.channel.close(grace=60.0))
+
+    async def _ask(self, replica: Replica) -> None:
+        before = replica.healthy
+        try:
+            replica.facts = await _STUBS[replica.stage](replica.channel).Describe(
+                types_pb2.DescribeRequest(), timeout=DESCRIBE_TIMEOUT_S
+            )
+        except grpc.aio.AioRpcError:
+            replica.facts = None
+        if replica.healthy and not before:
+            log.info("%s replica %s joined", replica.stage, replica.address)
+            self.on_change()
+
+
+async def addresses_of(target: str) -> list[str]:
+    """The addresses a `static:`, `dns:///` or `file:` target names now."""
+    kind, _, rest = target.partition(":")
+    if kind == "static":
+        return [address.strip() for address in rest.split(",") if address.strip()]
+    if kind == "file":
+        return _read_list(Path(rest))
+    if kind == "dns":
+        host, _, port = rest.removeprefix("///").rpartition(":")
+        found = await asyncio.get_running_loop().getaddrinfo(host, int(port), type=socket.SOCK_STREAM)
+        return sorted({f"{info[4][0]}:{port}" for info in found})
+    return []
+
+
+def _read_list(path: Path) -> list[str]:
+    return path.read_text().split() if path.exists() else []
+
+
+def _replica_proto(replica: Replica, facts: types_pb2.DescribeResponse) -> gateway_pb2.Replica:
+    return gateway_pb2.Replica(
+        address=replica.address,
+        stage=STAGES[replica.stage],
+        replica_id=facts.replica_id,
+        component_id=facts.component_id,
+        in_flight=facts.in_flight,
+        max_in_flight=facts.max_in_flight,
+        healthy=replica.healthy,
+    )

@@ -1,0 +1,225 @@
+"""The life of requests as clients see it: submit, follow, abort, list. Behind both fronts, gRPC and REST."""
+
+from __future__ import annotations
+
+import secrets
+import time
+import uuid
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from gateway.config import GatewaySection
+from gateway.replicas import Replicas
+from gateway.state import TERMINAL, State, StoredEvent, queue_key
+from gateway.store import Store
+from protos import gateway_pb2, types_pb2
+from services.errors import InvalidRequest, Overloaded, UnknownModel, UnknownRequest, WrongState
+from services.request import MAX_SEED, GenerationParams, resolve
+from services.telemetry import new_traceparent
+from services.wire import params_to_proto
+
+MAX_LIST = 1000
+MAX_KEY_CHARS = 128
+_STAGES = {b"dit": types_pb2.STAGE_DIT, b"vae": types_pb2.STAGE_VAE}
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """Whether the gateway can take requests: Redis answers, and which models have all their stages."""
+
+    redis: bool
+    models: dict[str, bool]
+
+    @property
+    def ready(self) -> bool:
+        """Redis, and one model at least."""
+        return self.redis and any(self.models.values())
+
+
+class RequestService:
+    """All that a front needs. Raises ServiceErrors only."""
+
+    def __init__(self, state: State, replicas: Replicas, store: Store, config: GatewaySection) -> None:
+        self._state = state
+        self._replicas = replicas
+        self._store = store
+        self._config = config
+
+    async def submit(
+        self, params: GenerationParams, *, idempotency_key: str = "", priority: int = 0, traceparent: str = ""
+    ) -> str:
+        """Checks and stores a request; from then on it survives this gateway. Returns its id.
+
+        Raises:
+            UnknownModel, NotReady: nobody serves the model (now).
+            InvalidRequest: a value is outside the model's limits.
+            Overloaded: the queue is full.
+        """
+        model = self.model_of(params.model)
+        params = GenerationParams(**{name: getattr(params, name) for name in _FIELDS} | {"model": model})
+        resolved = resolve(params, self._replicas.limits(model), seed=secrets.randbelow(MAX_SEED))
+        if len(idempotency_key) > MAX_KEY_CHARS:
+            raise InvalidRequest(f"idempotency_key has more than {MAX_KEY_CHARS} characters", param="idempotency_key")
+        name = f"lightloom/{idempotency_key}"
+        request_id = uuid.uuid5(uuid.NAMESPACE_URL, name).hex if idempotency_key else uuid.uuid4().hex
+        stored = await self._state.submit(
+            request_id,
+            queue_key("dit", self._replicas.component("dit", model)),
+            priority=priority,
+            max_queued=self._config.max_queued,
+            keep_s=self._config.keep_s,
+            fields={
+                "params": params_to_proto(resolved).SerializeToString(),
+                "total": resolved.steps,
+                "step": 0,
+                "deadline": time.time() + self._config.request_timeout_s,
+                "traceparent": new_traceparent(traceparent),
+            },
+        )
+        if stored < 0:
+            raise Overloaded(f"{self._config.max_queued} requests wait already: try again later", retry_after_s=5.0)
+        return request_id
+
+    def model_of(self, name: str) -> str:
+        """The name itself, or the only model there is for an empty one.
+
+        Raises:
+            UnknownModel: there is not exactly one.
+        """
+        if name:
+            return name
+        models = sorted(self._replicas.models())
+        if len(models) != 1:
+            raise UnknownModel(f"name a model: there are {', '.join(models) or 'none now'}", param="model")
+        return models[0]
+
+    async def get(self, request_id: str) -> gateway_pb2.RequestStatus:
+        """State, progress, parameters and result.
+
+        Raises:
+            UnknownRequest: no request has that id, or it has been forgotten.
+        """
+        record = await self._state.get(request_id)
+        if not record:
+            raise UnknownRequest(f"there is no request {request_id!r}", param="request_id")
+        return status_of(request_id, record)
+
+    async def newest(self, limit: int) -> list[gateway_pb2.RequestStatus]:
+        """The newest requests, at most 1000."""
+        statuses = []
+        for request_id in await self._state.newest(min(limit or 100, MAX_LIST)):
+            record = await self._state.get(request_id)
+            if record:
+                statuses.append(status_of(request_id, record))
+        return statuses
+
+    async def abort(self, request_id: str) -> gateway_pb2.RequestState:
+        """Cancels a request; one that has ended stays as it is. Returns the state.
+
+        Raises:
+            UnknownRequest: as `get`.
+        """
+        state = await self._state.abort(request_id)
+        if state is None:
+            raise UnknownRequest(f"there is no request {request_id!r}", param="request_id")
+        return state_number(state)
+
+    async def events(self, request_id: str, last_event_id: str = "") -> AsyncIterator[gateway_pb2.GenerateResponse]:
+        """Events after `last_event_id`, until the request has ended; a status comes with the whole record.
+
+        Raises:
+            UnknownRequest: as `get`.
+            InvalidRequest: the event id is not one of ours.
+        """
+        await self.get(request_id)
+        after = last_event_id or "0"
+        if not all(part.isdigit() for part in after.split("-", 1)):
+            raise InvalidRequest(f"last_event_id {last_event_id[:40]!r} is not one of ours", param="last_event_id")
+        async for event in self._state.events(request_id, after):
+            yield await self._response(request_id, event)
+
+    async def _response(self, request_id: str, event: StoredEvent) -> gateway_pb2.GenerateResponse:
+        response = gateway_pb2.GenerateResponse(event_id=event.event_id, request_id=request_id)
+        if event.kind == "step":
+            response.step.ParseFromString(event.payload)
+        elif event.kind == "preview":
+            response.preview.ParseFromString(event.payload)
+        else:
+            status = await self.get(request_id)
+            status.state = state_number(event.state)
+            response.status.CopyFrom(status)
+        return response
+
+    async def artifact(self, request_id: str) -> tuple[gateway_pb2.Artifact, Path]:
+        """A finished request's artifact and its file.
+
+        Raises:
+            UnknownRequest: as `get`.
+            WrongState: it has none (yet).
+        """
+        status = await self.get(request_id)
+        path = self._store.path(request_id)
+        if not status.HasField("artifact") or not path.exists():
+            name = gateway_pb2.RequestState.Name(status.state).removeprefix("REQUEST_STATE_").lower()
+            raise WrongState(f"request {request_id} is {name} and has no artifact", request_id=request_id)
+        return status.artifact, path
+
+    async def trace(self, request_id: str) -> list[types_pb2.Span]:
+        """The request's timeline over all processes, by start.
+
+        Raises:
+            UnknownRequest: as `get`.
+        """
+        record = await self._state.get(request_id)
+        if not record:
+            raise UnknownRequest(f"there is no request {request_id!r}", param="request_id")
+        spans = [
+            span
+            for key, value in record.items()
+            if key.startswith("spans:")
+            for span in gateway_pb2.TraceResponse.FromString(value).spans
+        ]
+        return sorted(spans, key=lambda span: span.start_unix_ns)
+
+    def models(self) -> list[gateway_pb2.ModelInfo]:
+        """Every model, with its limits and replicas."""
+        return [info for _, info in sorted(self._replicas.models().items())]
+
+    async def health(self) -> Health:
+        """For probes and the launcher."""
+        return Health(await self._state.ping(), {info.name: info.ready for info in self.models()})
+
+
+_FIELDS = tuple(GenerationParams.__dataclass_fields__)
+
+
+def state_number(name: str) -> gateway_pb2.RequestState:
+    """ "queued" as the proto's number."""
+    number: Any = gateway_pb2.RequestState.Value(f"REQUEST_STATE_{name.upper()}")
+    return cast(gateway_pb2.RequestState, number)
+
+
+def status_of(request_id: str, record: dict[str, bytes]) -> gateway_pb2.RequestStatus:
+    """A stored record as clients see it; of inputs only their kind."""
+    status = gateway_pb2.RequestStatus(
+        request_id=request_id,
+        state=state_number(record["state"].decode()),
+        stage=_STAGES.get(record.get("stage", b""), types_pb2.STAGE_UNSPECIFIED),
+        step=int(record.get("step", 0)),
+        total_steps=int(record.get("total", 0)),
+        attempt=max(0, int(record.get("attempt", 0))),
+        created_unix_s=float(record["created"]),
+        updated_unix_s=float(record["updated"]),
+        params=types_pb2.GenerationParams.FromString(record["params"]),
+        busy_s={key.removeprefix("busy:"): float(value) for key, value in record.items() if key.startswith("busy:")},
+    )
+    for media in status.params.inputs:
+        media.data = b""
+    if "artifact" in record:
+        status.artifact.ParseFromString(record["artifact"])
+    if "error" in record and record["state"].decode() in TERMINAL:
+        status.error.ParseFromString(record["error"])
+        status.error.request_id = request_id
+    return status

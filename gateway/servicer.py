@@ -1,0 +1,80 @@
+"""The gRPC front: protos in, protos out. All work is the RequestService's."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+from gateway.requests import RequestService
+from protos import gateway_pb2, gateway_pb2_grpc, types_pb2
+from services.wire import params_from_proto
+
+CHUNK_BYTES = 1024 * 1024
+DONE = gateway_pb2.REQUEST_STATE_DONE
+
+
+class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
+    """Errors become statuses in the server's interceptor."""
+
+    def __init__(self, service: RequestService) -> None:
+        self._service = service
+
+    async def Generate(  # noqa: N802 - the method's name in the proto
+        self, request: gateway_pb2.GenerateRequest, context: Any
+    ) -> AsyncIterator[gateway_pb2.GenerateResponse]:
+        """Submits and follows; a caller that leaves aborts, unless it detached."""
+        metadata = dict(context.invocation_metadata() or ())
+        request_id = await self._service.submit(
+            params_from_proto(request.params),
+            idempotency_key=request.idempotency_key,
+            priority=request.priority,
+            traceparent=str(metadata.get("traceparent", "")),
+        )
+        ended = False
+        try:
+            async for event in self._follow(request_id, "", request.inline_artifact):
+                yield event
+            ended = True
+        finally:
+            if not ended and not request.detach:
+                await asyncio.shield(self._service.abort(request_id))
+
+    async def Watch(  # noqa: N802
+        self, request: gateway_pb2.WatchRequest, context: Any
+    ) -> AsyncIterator[gateway_pb2.GenerateResponse]:
+        """Follows from an event on."""
+        async for event in self._follow(request.request_id, request.last_event_id, request.inline_artifact):
+            yield event
+
+    async def _follow(self, request_id: str, after: str, inline: bool) -> AsyncIterator[gateway_pb2.GenerateResponse]:
+        async for event in self._service.events(request_id, after):
+            yield event
+            if event.WhichOneof("event") != "status" or event.status.state != DONE:
+                continue
+            if inline:
+                _, path = await self._service.artifact(request_id)
+                data = await asyncio.to_thread(path.read_bytes)
+                for offset in range(0, len(data), CHUNK_BYTES):
+                    chunk = types_pb2.MediaChunk(data=data[offset : offset + CHUNK_BYTES])
+                    yield gateway_pb2.GenerateResponse(request_id=request_id, chunk=chunk)
+
+    async def Abort(self, request: gateway_pb2.AbortRequest, context: Any) -> gateway_pb2.AbortResponse:  # noqa: N802
+        """Cancels."""
+        return gateway_pb2.AbortResponse(state=await self._service.abort(request.request_id))
+
+    async def Get(self, request: gateway_pb2.GetRequest, context: Any) -> gateway_pb2.GetResponse:  # noqa: N802
+        """One request."""
+        return gateway_pb2.GetResponse(status=await self._service.get(request.request_id))
+
+    async def List(self, request: gateway_pb2.ListRequest, context: Any) -> gateway_pb2.ListResponse:  # noqa: N802
+        """The newest requests."""
+        return gateway_pb2.ListResponse(requests=await self._service.newest(request.limit))
+
+    async def Models(self, request: gateway_pb2.ModelsRequest, context: Any) -> gateway_pb2.ModelsResponse:  # noqa: N802
+        """What is served."""
+        return gateway_pb2.ModelsResponse(models=self._service.models())
+
+    async def Trace(self, request: gateway_pb2.TraceRequest, context: Any) -> gateway_pb2.TraceResponse:  # noqa: N802
+        """One request's timeline."""
+        return gateway_pb2.TraceResponse(spans=await self._service.trace(request.request_id))

@@ -1,0 +1,109 @@
+"""The artifact store: a folder that all gateways share. Files are whole before anyone hears of them."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Iterable
+from pathlib import Path
+
+from protos import gateway_pb2
+from services.errors import CorruptTensor, Overloaded, StartupError
+
+_LENGTH = struct.Struct("<I")
+
+
+class Store:
+    """Artifacts by request id, and latents between two stages."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        try:
+            for name in ("artifacts", "latents"):
+                (root / name).mkdir(parents=True, exist_ok=True)
+            probe = root / f".probe-{os.getpid()}"
+            probe.write_bytes(b"")
+            probe.unlink()
+        except OSError as error:
+            raise StartupError(f"the artifact store {root} cannot be written: {error.strerror}") from error
+
+    async def put(self, request_id: str, data: bytes, artifact: gateway_pb2.Artifact) -> None:
+        """Writes an artifact and its manifest, and syncs both; sets `nbytes` and `sha256`.
+
+        Raises:
+            Overloaded: the disk is full.
+        """
+        artifact.nbytes = len(data)
+        artifact.sha256 = hashlib.sha256(data).hexdigest()
+        manifest = {"mime": artifact.mime, "nbytes": artifact.nbytes, "sha256": artifact.sha256}
+        await asyncio.to_thread(self._write, request_id, data, json.dumps(manifest).encode())
+
+    def _write(self, request_id: str, data: bytes, manifest: bytes) -> None:
+        path = self.path(request_id)
+        try:
+            _write_synced(path, data)
+            _write_synced(path.with_suffix(".json"), manifest)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise Overloaded("the artifact store is full: try again later", retry_after_s=30.0) from error
+            raise
+
+    def path(self, request_id: str) -> Path:
+        """Where an artifact's bytes are, or would be."""
+        return self._root / "artifacts" / request_id
+
+    async def put_latents(self, request_id: str, messages: Iterable[bytes]) -> None:
+        """Keeps a relayed bundle for the next stage. It is not synced: lost latents are computed again."""
+        await asyncio.to_thread(self._write_latents, request_id, list(messages))
+
+    def _write_latents(self, request_id: str, messages: list[bytes]) -> None:
+        path = self._latents(request_id)
+        fresh = path.with_suffix(f".{os.getpid()}.part")
+        with fresh.open("wb") as file:
+            for message in messages:
+                file.write(_LENGTH.pack(len(message)) + message)
+        fresh.replace(path)
+
+    async def latents(self, request_id: str) -> list[bytes]:
+        """The kept messages.
+
+        Raises:
+            CorruptTensor: they are gone or cut short.
+        """
+        try:
+            data = await asyncio.to_thread(self._latents(request_id).read_bytes)
+        except OSError as error:
+            raise CorruptTensor("the latents of the request are gone") from error
+        messages, start = [], 0
+        while start < len(data):
+            (length,) = _LENGTH.unpack_from(data, start)
+            start += _LENGTH.size
+            if start + length > len(data):
+                raise CorruptTensor("the latents of the request are cut short")
+            messages.append(data[start : start + length])
+            start += length
+        return messages
+
+    def drop_latents(self, request_id: str) -> None:
+        """Forgets them."""
+        self._latents(request_id).unlink(missing_ok=True)
+
+    def _latents(self, request_id: str) -> Path:
+        return self._root / "latents" / request_id
+
+
+def _write_synced(path: Path, data: bytes) -> None:
+    fresh = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with fresh.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fdatasync(file.fileno())
+        fresh.replace(path)
+    except OSError:
+        fresh.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,273 @@
+"""The Python client: `Client` for scripts, `AsyncClient` for services. gRPC to a gateway, no torch.
+
+with Client("127.0.0.1:50050") as client:
+    client.generate("a green star on a black background", seed=7).save("star.png")
+"""
+
+from __future__ import annotations
+
+import asyncio
+import mimetypes
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+import grpc
+
+from protos import gateway_pb2, gateway_pb2_grpc, types_pb2
+from services.client import connect, error_from_rpc
+from services.errors import Cancelled, Internal, ServiceError
+from services.request import GenerationParams, Media
+from services.wire import error_from_proto, params_to_proto
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Where a request is: its state, steps done of `total`, and a preview picture when one came."""
+
+    request_id: str
+    state: str
+    step: int = 0
+    total: int = 0
+    preview: bytes = field(default=b"", repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """A finished request. `busy_s` is what each stage's rank spent on it, in seconds."""
+
+    request_id: str
+    mime: str
+    width: int
+    height: int
+    seed: int
+    busy_s: dict[str, float]
+    data: bytes = field(repr=False)
+
+    def save(self, path: str | Path) -> Path:
+        """Writes the bytes."""
+        target = Path(path)
+        target.write_bytes(self.data)
+        return target
+
+
+class AsyncClient:
+    """A connection to a gateway. Use it as an async context manager.
+
+    Every method raises ServiceErrors (services/errors.py): the reason, what was wrong, what is allowed.
+    """
+
+    def __init__(self, address: str, *, timeout_s: float = 3600.0) -> None:
+        self._channel = connect(address)
+        self._stub: Any = gateway_pb2_grpc.GatewayStub(self._channel)
+        self._timeout_s = timeout_s
+
+    async def __aenter__(self) -> AsyncClient:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Closes the connection; requests of `generate` that run are aborted."""
+        await self._channel.close()
+
+    async def generate(
+        self,
+        prompt: str,
+        *,
+        model: str = "",
+        on_progress: Callable[[Progress], None] | None = None,
+        images: Sequence[Path | bytes] = (),
+        **options: Any,
+    ) -> Result:
+        """Makes a picture or clip and waits for it; cancelling the task aborts the request.
+
+        Args:
+            on_progress: called with every event.
+            images: input pictures of an edit model, as files or bytes.
+            options: fields of services.request.GenerationParams: width, height, steps, seed, guidance, ...
+        """
+        inputs = tuple(_media(image) for image in images)
+        params = GenerationParams(model=model, prompt=prompt, inputs=inputs, **options)
+        request = gateway_pb2.GenerateRequest(params=params_to_proto(params), inline_artifact=True)
+        status, data = gateway_pb2.RequestStatus(), bytearray()
+        async for event in self._stream(self._stub.Generate(request, timeout=self._timeout_s)):
+            kind = event.WhichOneof("event")
+            if kind == "status":
+                status = event.status
+            elif kind == "chunk":
+                data += event.chunk.data
+                continue
+            if on_progress is not None:
+                on_progress(_progress(event, status))
+        return _result(status, bytes(data))
+
+    async def submit(self, prompt: str, *, model: str = "", idempotency_key: str = "", **options: Any) -> str:
+        """Starts a request that goes on without us; returns its id."""
+        params = GenerationParams(model=model, prompt=prompt, **options)
+        request = gateway_pb2.GenerateRequest(
+            params=params_to_proto(params), detach=True, idempotency_key=idempotency_key
+        )
+        call = self._stub.Generate(request, timeout=self._timeout_s)
+        async for event in self._stream(call):
+            call.cancel()
+            return str(event.request_id)
+        raise Internal("the gateway accepted the request without an id")
+
+    async def watch(self, request_id: str, last_event_id: str = "") -> AsyncIterator[Progress]:
+        """Follows a request, from any gateway, until it ends."""
+        request = gateway_pb2.WatchRequest(request_id=request_id, last_event_id=last_event_id)
+        status = gateway_pb2.RequestStatus()
+        async for event in self._stream(self._stub.Watch(request, timeout=self._timeout_s)):
+            if event.WhichOneof("event") == "status":
+                status = event.status
+            yield _progress(event, status)
+
+    async def get(self, request_id: str) -> gateway_pb2.RequestStatus:
+        """A request's whole status."""
+        answer = await self._call(self._stub.Get(gateway_pb2.GetRequest(request_id=request_id), timeout=30))
+        return answer.status  # type: ignore[no-any-return]
+
+    async def list(self, limit: int = 100) -> Sequence[gateway_pb2.RequestStatus]:
+        """The newest requests."""
+        answer = await self._call(self._stub.List(gateway_pb2.ListRequest(limit=limit), timeout=30))
+        return answer.requests  # type: ignore[no-any-return]
+
+    async def abort(self, request_id: str) -> str:
+        """Aborts; returns the state: cancelled, cancelling, or how the request had ended."""
+        answer = await self._call(self._stub.Abort(gateway_pb2.AbortRequest(request_id=request_id), timeout=30))
+        return _state(answer.state)
+
+    async def models(self) -> Sequence[gateway_pb2.ModelInfo]:
+        """Models with their limits and replicas."""
+        answer = await self._call(self._stub.Models(gateway_pb2.ModelsRequest(), timeout=30))
+        return answer.models  # type: ignore[no-any-return]
+
+    async def trace(self, request_id: str) -> Sequence[types_pb2.Span]:
+        """One request's timeline over all processes."""
+        answer = await self._call(self._stub.Trace(gateway_pb2.TraceRequest(request_id=request_id), timeout=30))
+        return answer.spans  # type: ignore[no-any-return]
+
+    async def _call(self, call: Any) -> Any:
+        try:
+            return await call
+        except grpc.aio.AioRpcError as error:
+            raise error_from_rpc(error) from None
+
+    async def _stream(self, call: Any) -> AsyncIterator[gateway_pb2.GenerateResponse]:
+        try:
+            async for event in call:
+                yield event
+        except grpc.aio.AioRpcError as error:
+            raise error_from_rpc(error) from None
+
+
+class Client:
+    """The same for code without an event loop. Use it as a context manager."""
+
+    def __init__(self, address: str, *, timeout_s: float = 3600.0) -> None:
+        self._runner = asyncio.Runner()
+
+        async def open_client() -> AsyncClient:
+            return AsyncClient(address, timeout_s=timeout_s)
+
+        self._client = self._runner.run(open_client())
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the connection."""
+        self._run(self._client.close())
+        self._runner.close()
+
+    def generate(
+        self,
+        prompt: str,
+        *,
+        model: str = "",
+        on_progress: Callable[[Progress], None] | None = None,
+        images: Sequence[Path | bytes] = (),
+        **options: Any,
+    ) -> Result:
+        """As AsyncClient.generate; Ctrl-C aborts the request."""
+        return self._run(self._client.generate(prompt, model=model, on_progress=on_progress, images=images, **options))
+
+    def submit(self, prompt: str, *, model: str = "", idempotency_key: str = "", **options: Any) -> str:
+        """As AsyncClient.submit."""
+        return self._run(self._client.submit(prompt, model=model, idempotency_key=idempotency_key, **options))
+
+    def get(self, request_id: str) -> gateway_pb2.RequestStatus:
+        """As AsyncClient.get."""
+        return self._run(self._client.get(request_id))
+
+    def list(self, limit: int = 100) -> Sequence[gateway_pb2.RequestStatus]:
+        """As AsyncClient.list."""
+        return self._run(self._client.list(limit))
+
+    def abort(self, request_id: str) -> str:
+        """As AsyncClient.abort."""
+        return self._run(self._client.abort(request_id))
+
+    def models(self) -> Sequence[gateway_pb2.ModelInfo]:
+        """As AsyncClient.models."""
+        return self._run(self._client.models())
+
+    def trace(self, request_id: str) -> Sequence[types_pb2.Span]:
+        """As AsyncClient.trace."""
+        return self._run(self._client.trace(request_id))
+
+    def _run(self, work: Coroutine[Any, Any, T]) -> T:
+        return self._runner.run(work)
+
+
+def _progress(event: gateway_pb2.GenerateResponse, status: gateway_pb2.RequestStatus) -> Progress:
+    kind = event.WhichOneof("event")
+    step, total = (event.step.step, event.step.total) if kind == "step" else (status.step, status.total_steps)
+    preview = event.preview.data if kind == "preview" else b""
+    return Progress(event.request_id, _state(status.state), step, total, preview)
+
+
+def _result(status: gateway_pb2.RequestStatus, data: bytes) -> Result:
+    if status.state != gateway_pb2.REQUEST_STATE_DONE:
+        raise _failure(status)
+    artifact = status.artifact
+    return Result(
+        request_id=status.request_id,
+        mime=artifact.mime,
+        width=artifact.width,
+        height=artifact.height,
+        seed=status.params.seed,
+        busy_s=dict(status.busy_s),
+        data=data,
+    )
+
+
+def _failure(status: gateway_pb2.RequestStatus) -> ServiceError:
+    if status.HasField("error"):
+        return error_from_proto(status.error)
+    if status.state == gateway_pb2.REQUEST_STATE_CANCELLED:
+        return Cancelled("the request was aborted", request_id=status.request_id)
+    return Internal(f"the request ended as {_state(status.state)}", request_id=status.request_id)
+
+
+def _state(state: gateway_pb2.RequestState) -> str:
+    return gateway_pb2.RequestState.Name(state).removeprefix("REQUEST_STATE_").lower()
+
+
+def _media(image: Path | bytes) -> Media:
+    if isinstance(image, bytes):
+        return Media("", image)
+    return Media(mimetypes.guess_type(image.name)[0] or "", image.read_bytes())

@@ -1,0 +1,87 @@
+"""`lightloom generate`: one request with a live progress bar; Ctrl-C aborts it."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from lightloom import client
+from services.errors import StartupError
+
+FORMATS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp", ".mp4": "mp4", ".raw": "raw"}
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What the command line asks for."""
+
+    prompt: str
+    model: str = ""
+    negative_prompt: str | None = None
+    size: str = ""
+    steps: int | None = None
+    guidance: float | None = None
+    seed: int | None = None
+    frames: int | None = None
+    images: tuple[Path, ...] = ()
+
+    def options(self, output: Path) -> dict[str, Any]:
+        """As fields of GenerationParams.
+
+        Raises:
+            StartupError: a size or an ending that cannot be read.
+        """
+        if output.suffix.lower() not in FORMATS:
+            raise StartupError(f"{output} ends with {output.suffix!r}: use one of {', '.join(FORMATS)}")
+        width, _, height = self.size.partition("x")
+        if self.size and not (width.isdigit() and height.isdigit()):
+            raise StartupError(f"--size is {self.size!r}: write WIDTHxHEIGHT, for example 256x256")
+        return {
+            "negative_prompt": self.negative_prompt,
+            "width": int(width) if self.size else None,
+            "height": int(height) if self.size else None,
+            "steps": self.steps,
+            "guidance": self.guidance,
+            "seed": self.seed,
+            "num_frames": self.frames,
+            "output_format": FORMATS[output.suffix.lower()],
+        }
+
+
+def generate_to_file(wish: Wish, output: Path, address: str) -> client.Result:
+    """Makes it, shows progress, writes the file and says what each stage took.
+
+    Raises:
+        ServiceError: the request failed, or the cluster does not answer.
+    """
+    console = Console(stderr=True)
+    options = wish.options(output)
+    started_s = time.perf_counter()
+    with (
+        Progress(
+            TextColumn("{task.description:>10}"),
+            BarColumn(),
+            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            TimeElapsedColumn(),
+            console=console,
+            transient=True,
+        ) as bar,
+        client.Client(address) as connection,
+    ):
+        task = bar.add_task("queued", total=1)
+
+        def show(progress: client.Progress) -> None:
+            bar.update(task, description=progress.state, completed=progress.step, total=progress.total or 1)
+
+        result = connection.generate(wish.prompt, model=wish.model, on_progress=show, images=wish.images, **options)
+    seconds = time.perf_counter() - started_s
+    result.save(output)
+    stages = ", ".join(f"{stage} {busy_s:.2f} s" for stage, busy_s in sorted(result.busy_s.items()))
+    console.print(f"{output}  {result.width}x{result.height}, seed {result.seed}, {seconds:.2f} s in all ({stages})")
+    console.print(f"request {result.request_id}", style="dim")
+    return result
