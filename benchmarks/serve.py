@@ -29,7 +29,8 @@ async def open_loop(
     async with grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
         stub = gateway_pb2_grpc.GatewayStub(channel)
         start_s = time.perf_counter()
-        arrival_s, tasks = start_s, []
+        arrival_s = start_s
+        tasks: list[asyncio.Task[Outcome]] = []
         while True:
             arrival_s += generator.expovariate(rate_per_s)
             if arrival_s > start_s + duration_s:

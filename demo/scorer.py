@@ -102,7 +102,8 @@ def nearest_colours(image: NDArray[np.uint8]) -> NDArray[np.intp]:
     palette = np.array([PALETTE[name] for name in _COLOURS], np.float32)
     # |p - c|^2 without |p|^2, which is equal for every colour.
     affinity = image.astype(np.float32) @ (2.0 * palette.T) - (palette**2).sum(1)
-    return affinity.argmax(-1)
+    nearest: NDArray[np.intp] = affinity.argmax(-1)
+    return nearest
 
 
 def _score_object(labels: NDArray[np.intp], item: SceneObject) -> ObjectScore:

@@ -33,7 +33,7 @@ def one_frame(vae: AutoencoderKLQwenImage) -> Iterator[None]:
     """Within, the causal convolutions of `vae` take single frames only and run as 2-D convolutions."""
     convolutions = [m for m in vae.modules() if isinstance(m, QwenImageCausalConv3d)]
     for conv in convolutions:
-        conv.forward = MethodType(_one_frame_forward, conv)  # type: ignore[method-assign]
+        conv.forward = MethodType(_one_frame_forward, conv)
     try:
         yield
     finally:

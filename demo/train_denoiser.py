@@ -7,6 +7,7 @@ causal encoder.
 
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -48,7 +49,7 @@ class RealRotaryAttention:
 
     def __call__(
         self,
-        attn: nn.Module,
+        attn: Any,
         hidden_states: torch.Tensor,
         encoder_hidden_states: torch.Tensor,
         encoder_hidden_states_mask: torch.Tensor,
@@ -58,7 +59,7 @@ class RealRotaryAttention:
         image_rotary, text_rotary = image_rotary_emb
 
         def heads(x: torch.Tensor) -> torch.Tensor:
-            return x.unflatten(-1, (attn.heads, -1))
+            return torch.unflatten(x, -1, (attn.heads, -1))
 
         x, text = hidden_states, encoder_hidden_states
         query = torch.cat(
@@ -136,7 +137,7 @@ def predict(
 
 def pack(latents: torch.Tensor) -> torch.Tensor:
     """(B, 16, 32, 32) -> (B, 256, 64), as the pipeline packs."""
-    patches = latents.unflatten(3, (GRID, 2)).unflatten(2, (GRID, 2))
+    patches: torch.Tensor = latents.unflatten(3, (GRID, 2)).unflatten(2, (GRID, 2))
     return patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
 
@@ -171,7 +172,7 @@ def sample_sigmas(batch_size: int, device: torch.device) -> torch.Tensor:
 def train(stage: Stage, data: LatentSet, *, batch_size: int, run_s: float, compiled: bool) -> None:
     """Train until the stage has had its planned seconds or this run `run_s`."""
     device = data.latents.device
-    transformer = stage.modules["transformer"]
+    transformer: Any = stage.modules["transformer"]
     rotary = rotary_factors(transformer, data.tokens.shape[-1])
     stock = [block.attn.processor for block in transformer.transformer_blocks]
     for block in transformer.transformer_blocks:

@@ -33,7 +33,7 @@ def open_engine(config: StageConfig) -> tuple[DitEngine, FeatureSet]:
         side *= limits.size_multiple_px
         params = resolve(
             GenerationParams(
-                model=config.model.name, prompt="warm-up", width=side, height=side + limits.size_multiple_px, steps=1
+                model=config.model.name, prompt="warm-up", width=side, height=side + limits.size_multiple_px, steps=2
             ),
             limits,
             seed=0,

@@ -12,9 +12,9 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from services.errors import InvalidRequest
-from services.family import Frames
 from services.request import Media
 
+Frames = np.ndarray[Any, np.dtype[np.uint8]]  # [F, H, W, 3], RGB, 0 to 255
 MAX_INPUT_PIXELS = 64 * 1024 * 1024
 INPUT_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 MIMES = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp", "mp4": "video/mp4"}

@@ -12,14 +12,11 @@ if TYPE_CHECKING:
 
 FAMILIES = {
     "qwen_image": "services.families.qwen_image",
-    "wan": "services.families.wan",
 }
 
 # The pipeline class in a folder's model_index.json -> (family, variant).
 PIPELINES = {
     "QwenImagePipeline": ("qwen_image", "t2i"),
-    "QwenImageEditPipeline": ("qwen_image", "edit"),
-    "WanPipeline": ("wan", "t2v"),
 }
 
 

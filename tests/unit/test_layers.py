@@ -48,6 +48,7 @@ FORBIDDEN: list[tuple[str, tuple[str, ...]]] = [
             "errors",
             "config",
             "request",
+            "admission",
             "media",
         )
     ],

@@ -18,9 +18,9 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchE
 from torch import nn
 
 from services.errors import InvalidRequest
-from services.families.qwen_image_presets import PRESETS, VARIANTS
-from services.families.qwen_image_text import TEXT
-from services.families.qwen_image_tiny import tiny
+from services.families.qwen_image.presets import PRESETS, VARIANTS
+from services.families.qwen_image.text import TEXT
+from services.families.qwen_image.tiny import tiny
 from services.family import (
     Block,
     DenoiseState,
@@ -107,6 +107,9 @@ def prepare(model: DitModel, request_id: str, params: ResolvedParams, conditions
         for branch in _branch_names(params)
     }
     scheduler = FlowMatchEulerDiscreteScheduler.from_config(dict(model.scheduler_config))
+    if params.steps < 2 and scheduler.config.shift_terminal:
+        # The schedule is stretched so that its last noise level is shift_terminal; one level cannot be both ends.
+        raise InvalidRequest("steps is 1: this model's schedule needs at least 2", param="steps")
     sigmas = np.linspace(1.0, 1 / params.steps, params.steps)
     scheduler.set_timesteps(sigmas=sigmas, device=model.device, mu=_shift(scheduler, grid[1] * grid[2]))
     scheduler.set_begin_index(0)

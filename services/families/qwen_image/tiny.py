@@ -12,7 +12,7 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchE
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
 
-from services.families.qwen_image_presets import SCHEDULER
+from services.families.qwen_image.presets import SCHEDULER
 
 TEXT_WIDTH = 48
 WORDS = (

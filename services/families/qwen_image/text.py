@@ -11,8 +11,8 @@ import torch
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
 
-from services.families.hash_tokenizer import hash_tokens
 from services.family import Tensors, TextInput, TextPart
+from services.hash_tokenizer import hash_tokens
 from services.weights import ModelSource
 
 TEMPLATE = (
