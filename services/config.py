@@ -164,8 +164,12 @@ def environment(name: str) -> str | None:
 
 
 def environment_with_malloc() -> dict[str, str]:
-    """This process's environment with the allocator settings that tensor transport needs, for a child's exec."""
-    return {**os.environ, **MALLOC_SETTINGS}
+    """This process's environment with the settings that a child must have before its exec: allocator and OpenMP.
+
+    Idle OpenMP workers spin for a while before they sleep. Several stages on a few cores take that time from each
+    other: with 8 clients on 2 cores, the demo cluster made 0.75 pictures a second with the default and 1.5 with this.
+    """
+    return {"GOMP_SPINCOUNT": "10000", **os.environ, **MALLOC_SETTINGS}
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
