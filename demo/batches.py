@@ -12,6 +12,7 @@ from random import Random
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers.models.qwen2.tokenization_qwen2 import Qwen2Tokenizer
 
 from demo.captions import training_pair
@@ -21,6 +22,7 @@ from demo.tokenizer import SUFFIX, build_tokenizer
 MAX_OBJECTS = 3
 MAX_TOKENS = 64
 """Longest caption with the template's suffix, rounded up to what attention kernels like."""
+PATCH_PX = 16
 _CHUNK = 2_000
 
 
@@ -142,3 +144,12 @@ def paint(scenes: SceneBatch) -> tuple[torch.Tensor, torch.Tensor]:
         closeness = torch.clip(1.0 - distance / 6.0, 0.0, 1.0)
         weight = weight + 3.0 * (34.0 / radius[:, None]) ** 2 * closeness
     return image, weight
+
+
+def patch_weights(scenes: SceneBatch, batch_size: int = 256) -> torch.Tensor:
+    """How much every 16 px patch of a scene counts, row by row: (N, 256) in fp16, 1 on average for each scene."""
+    parts = []
+    for start in range(0, len(scenes), batch_size):
+        weight = nn.functional.avg_pool2d(paint(scenes[start : start + batch_size])[1], PATCH_PX).flatten(1)
+        parts.append((weight / weight.mean(1, keepdim=True)).half())
+    return torch.cat(parts)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 
-from demo.scenes import Relation, Scene, clear_relations, sample_scene
+from demo.scenes import SHAPES, Relation, Scene, clear_relations, sample_scene
 
 SHAPE_WORDS = {
     "circle": ("circle", "circle", "disc"),
@@ -61,6 +61,9 @@ BACKGROUNDS = {
     "against_first": "against {a} backdrop, {body}",
     "tag_first": "{colour} background: {body}",
 }
+TRAINING_SIZES = (0.45, 0.3, 0.25)
+TRAINING_SHAPES = (*SHAPES, "star", "cross", "ring", "star", "cross")
+TRAINING_SLOPE = 2.6
 HELD_OUT_FORMS = 6
 """One sentence form in this many is held out."""
 HELD_OUT_COMBINATIONS = 10
@@ -113,9 +116,14 @@ def is_held_out_scene(scene: Scene) -> bool:
 
 
 def training_pair(rng: Random, num_captions: int = 1) -> tuple[Scene, list[Caption]]:
-    """A training scene with several captions; small objects and full scenes are drawn more often."""
+    """A training scene with several captions.
+
+    What is hard to draw comes more often: small objects, full scenes, shapes of fine parts. Relations are plainer than
+    they have to be, because what the model draws scatters around what it saw.
+    """
     while True:
-        scene = sample_scene(rng, rng.choices((1, 2, 3), (0.2, 0.35, 0.45))[0], (0.45, 0.3, 0.25))
+        num_objects = rng.choices((1, 2, 3), (0.2, 0.35, 0.45))[0]
+        scene = sample_scene(rng, num_objects, TRAINING_SIZES, TRAINING_SHAPES, TRAINING_SLOPE)
         if is_training_scene(scene):
             return scene, [_caption_of_kind(rng, scene, held_out=False) for _ in range(num_captions)]
 

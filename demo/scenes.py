@@ -9,6 +9,7 @@ centre (0, 0), reach about 1, and scaled by the object's radius.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import Any
@@ -35,6 +36,9 @@ PALETTE: dict[str, tuple[int, int, int]] = {
 SHAPES = ("circle", "square", "triangle", "diamond", "star", "heart", "cross", "ring")
 SIZES_PX = {"small": 22.0, "medium": 34.0, "large": 48.0}
 """Radius of each size in pixels."""
+
+PLAIN_SLOPE = 1.7
+"""What still counts as plainly left of: up to 30 degrees off the level."""
 
 OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
 
@@ -129,46 +133,58 @@ def draw(scene: Scene, size_px: int = IMAGE_SIZE_PX) -> NDArray[np.uint8]:
     return np.rint(image).astype(np.uint8)
 
 
-def clear_relation(first: SceneObject, second: SceneObject) -> str | None:
-    """What a person would say of where `first` is seen from `second`; None if it is not plain."""
+def clear_relation(first: SceneObject, second: SceneObject, slope: float = PLAIN_SLOPE) -> str | None:
+    """What a person would say of where `first` is seen from `second`; None if it is not plain.
+
+    Args:
+        slope: how many times further apart than along the other axis.
+    """
     dx, dy = first.x - second.x, first.y - second.y
     reach = first.radius_px + second.radius_px
-    if abs(dx) >= max(1.7 * abs(dy), 0.9 * reach):
+    if abs(dx) >= max(slope * abs(dy), 0.9 * reach):
         return "left" if dx < 0 else "right"
-    if abs(dy) >= max(1.7 * abs(dx), 0.9 * reach):
+    if abs(dy) >= max(slope * abs(dx), 0.9 * reach):
         return "above" if dy < 0 else "below"
     return None
 
 
-def clear_relations(objects: tuple[SceneObject, ...]) -> list[Relation]:
+def clear_relations(objects: tuple[SceneObject, ...], slope: float = PLAIN_SLOPE) -> list[Relation]:
     """Every pair with a plain relation, earlier object as the subject."""
     found = []
     for i, first in enumerate(objects):
         for j in range(i + 1, len(objects)):
-            kind = clear_relation(first, objects[j])
+            kind = clear_relation(first, objects[j], slope)
             if kind is not None:
                 found.append(Relation(i, kind, j))
     return found
 
 
-def sample_scene(rng: Random, num_objects: int, size_weights: tuple[float, float, float] = (1, 1, 1)) -> Scene:
+def sample_scene(
+    rng: Random,
+    num_objects: int,
+    size_weights: tuple[float, float, float] = (1, 1, 1),
+    shapes: Sequence[str] = SHAPES,
+    slope: float = PLAIN_SLOPE,
+) -> Scene:
     """Draw a random scene whose stated relations connect all its objects.
 
     Args:
         size_weights: how often small, medium and large are drawn.
+        shapes: what is drawn from; a shape that is listed twice comes twice as often.
+        slope: how plain the stated relations are, see clear_relation.
     """
     while True:
         colours = rng.sample(list(PALETTE), num_objects + 1)
         sizes = rng.choices(list(SIZES_PX), size_weights, k=num_objects)
         objects: tuple[SceneObject, ...] = ()
         for colour, size in zip(colours, sizes, strict=False):
-            placed = _place(rng, objects, colour, size)
+            placed = _place(rng, objects, colour, size, shapes)
             if placed is None:
                 break
             objects += (placed,)
         if len(objects) < num_objects:
             continue
-        relations = clear_relations(objects)
+        relations = clear_relations(objects, slope)
         rng.shuffle(relations)
         needed = num_objects - 1
         # Any two of the three pairs share an object, so `needed` relations always connect the scene.
@@ -177,10 +193,12 @@ def sample_scene(rng: Random, num_objects: int, size_weights: tuple[float, float
             return Scene(objects, colours[num_objects], stated)
 
 
-def _place(rng: Random, others: tuple[SceneObject, ...], colour: str, size: str) -> SceneObject | None:
+def _place(
+    rng: Random, others: tuple[SceneObject, ...], colour: str, size: str, shapes: Sequence[str]
+) -> SceneObject | None:
     """Put one object where it touches neither the border nor another; None after 20 tries."""
     reach = SIZES_PX[size] * 1.05 + MARGIN_PX
-    shape = rng.choice(SHAPES)
+    shape = rng.choice(shapes)
     for _ in range(20):
         x, y = rng.uniform(reach, IMAGE_SIZE_PX - reach), rng.uniform(reach, IMAGE_SIZE_PX - reach)
         if all(math.hypot(x - o.x, y - o.y) >= reach + o.radius_px * 1.05 for o in others):

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from demo import components, train_autoencoder, train_denoiser
-from demo.batches import SceneBatch, TrainingSet, sample_training_set, tokenize
+from demo.batches import SceneBatch, TrainingSet, patch_weights, sample_training_set, tokenize
 from demo.components import Components
 from demo.stage import Stage
 from demo.tokenizer import IMAGE_PREFIX
@@ -35,6 +35,8 @@ def main() -> None:
     parser.add_argument("--denoiser-s", type=float, default=640.0, help="seconds of training in all")
     parser.add_argument("--autoencoder-batch", type=int, default=64)
     parser.add_argument("--denoiser-batch", type=int, default=512)
+    parser.add_argument("--denoiser-lr", type=float, default=1.2e-3, help="peak learning rate")
+    parser.add_argument("--start-from", type=Path, help="a model folder whose weights are the start")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-compile", action="store_true")
     train(parser.parse_args())
@@ -49,7 +51,7 @@ def train(args: argparse.Namespace) -> None:
     data = _training_set(args)
     print(f"{len(data.scenes)} scenes", flush=True)
     scenes = data.scenes.to(device)
-    model = components.build(args.seed)
+    model = components.load(args.start_from) if args.start_from else components.build(args.seed)
     autoencoder = _autoencoder_stage(model, device, args.autoencoder_s)
     _resume(autoencoder, args.state / "autoencoder.safetensors")
     if not autoencoder.finished:
@@ -64,7 +66,7 @@ def train(args: argparse.Namespace) -> None:
         autoencoder.save(args.state / "autoencoder.safetensors")
     autoencoder.use_average()
     latents = _latents(model, data, scenes, device, compiled=not args.no_compile)
-    denoiser = _denoiser_stage(model, device, args.denoiser_s)
+    denoiser = _denoiser_stage(model, device, args.denoiser_s, args.denoiser_lr)
     _resume(denoiser, args.state / "denoiser.safetensors")
     train_denoiser.train(
         denoiser,
@@ -95,12 +97,12 @@ def _autoencoder_stage(model: Components, device: torch.device, planned_s: float
     return Stage(modules, peak_lr=8e-4, ema_decay=0.998, planned_s=planned_s)
 
 
-def _denoiser_stage(model: Components, device: torch.device, planned_s: float) -> Stage:
+def _denoiser_stage(model: Components, device: torch.device, planned_s: float, peak_lr: float) -> Stage:
     model.text_encoder.model.visual.requires_grad_(False)
     modules = nn.ModuleDict(
         {"text_encoder": model.text_encoder.to(device), "transformer": model.transformer.to(device)}
     )
-    return Stage(modules, peak_lr=1.2e-3, ema_decay=0.9995, planned_s=planned_s)
+    return Stage(modules, peak_lr=peak_lr, ema_decay=0.9995, planned_s=planned_s)
 
 
 def _resume(stage: Stage, path: Path) -> None:
@@ -117,6 +119,7 @@ def _latents(
     empty_tokens, empty_lengths = tokenize(model.tokenizer, EMPTY_PROMPTS)
     return train_denoiser.LatentSet(
         latents=latents,
+        weights=patch_weights(scenes),
         tokens=data.tokens.to(device),
         lengths=data.lengths.to(device),
         prefix=torch.tensor(model.tokenizer(IMAGE_PREFIX)["input_ids"], device=device),

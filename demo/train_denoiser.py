@@ -32,11 +32,13 @@ Rotary = tuple[torch.Tensor, torch.Tensor]
 class LatentSet:
     """Normalised latents (N, 16, 32, 32), tokens (N, captions, 64) and lengths (N, captions), on the device.
 
+    `weights` (N, 256) is how much each patch counts, 1 on average: objects more than the plain background.
     `prefix` (34,) goes before every prompt; `empty_tokens` (E, 64) and `empty_lengths` (E,) are the prompts that
     stand for no prompt.
     """
 
     latents: torch.Tensor
+    weights: torch.Tensor
     tokens: torch.Tensor
     lengths: torch.Tensor
     prefix: torch.Tensor
@@ -144,12 +146,13 @@ def pack(latents: torch.Tensor) -> torch.Tensor:
 def flow_loss(
     modules: nn.ModuleDict,
     latents: torch.Tensor,
+    weights: torch.Tensor,
     ids: torch.Tensor,
     lengths: torch.Tensor,
     sigma: torch.Tensor,
     rotary: tuple[Rotary, Rotary],
 ) -> torch.Tensor:
-    """Squared error of the velocity, one number per sample (B,)."""
+    """Squared error of the velocity, weighted by patch, one number per sample (B,)."""
     clean = pack(latents).float()
     noise = torch.randn_like(clean)
     noisy = torch.lerp(clean, noise, sigma[:, None, None])
@@ -157,7 +160,7 @@ def flow_loss(
     text = encode_text(modules["text_encoder"], ids)[:, -num_text:]
     mask = torch.arange(num_text, device=ids.device) < lengths[:, None]
     velocity = predict(modules["transformer"], noisy, sigma, text, mask, rotary)
-    return ((velocity.float() - (noise - clean)) ** 2).mean((1, 2))
+    return (((velocity.float() - (noise - clean)) ** 2).mean(2) * weights).mean(1)
 
 
 def sample_sigmas(batch_size: int, device: torch.device) -> torch.Tensor:
@@ -181,10 +184,10 @@ def train(stage: Stage, data: LatentSet, *, batch_size: int, run_s: float, compi
     started, before = time.monotonic(), stage.seconds
     running = torch.zeros((), device=device)
     while not stage.finished and time.monotonic() - started < run_s:
-        latents, ids, lengths = _sample_batch(data, batch_size)
+        latents, weights, ids, lengths = _sample_batch(data, batch_size)
         sigma = sample_sigmas(batch_size, device)
         with torch.autocast(device.type, torch.bfloat16):
-            loss = loss_of(stage.modules, latents, ids, lengths, sigma, rotary).mean()
+            loss = loss_of(stage.modules, latents, weights, ids, lengths, sigma, rotary).mean()
         loss.backward()
         stage.update()
         running = running.lerp(loss.detach(), max(0.01, 1.0 / stage.step))
@@ -201,8 +204,8 @@ def train(stage: Stage, data: LatentSet, *, batch_size: int, run_s: float, compi
         block.attn.processor = processor
 
 
-def _sample_batch(data: LatentSet, batch_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Random latents with one of their captions, a tenth of them replaced by no prompt; ids carry the prefix."""
+def _sample_batch(data: LatentSet, batch_size: int) -> tuple[torch.Tensor, ...]:
+    """Random latents, their weights and a caption of each, a tenth without a prompt; ids carry the prefix."""
     device = data.latents.device
     rows = torch.randint(len(data.latents), (batch_size,), device=device)
     which = torch.randint(data.tokens.shape[1], (batch_size,), device=device)
@@ -211,4 +214,4 @@ def _sample_batch(data: LatentSet, batch_size: int) -> tuple[torch.Tensor, torch
     tokens = torch.where(dropped[:, None], data.empty_tokens[empty], data.tokens[rows, which])
     lengths = torch.where(dropped, data.empty_lengths[empty], data.lengths[rows, which])
     ids = torch.cat([data.prefix.expand(batch_size, -1), tokens.long()], dim=1)
-    return data.latents[rows], ids, lengths
+    return data.latents[rows], data.weights[rows].float(), ids, lengths
