@@ -54,6 +54,13 @@ def load(folder: Path) -> Components:
     return Components(pipeline.tokenizer, pipeline.text_encoder, pipeline.transformer, pipeline.vae, pipeline.scheduler)
 
 
+def copy_weights(source: Components, target: Components) -> None:
+    """Give `target` the weights of `source`, which has the same sizes."""
+    target.text_encoder.load_state_dict(source.text_encoder.state_dict())
+    target.transformer.load_state_dict(source.transformer.state_dict())
+    target.vae.load_state_dict(source.vae.state_dict())
+
+
 def pipeline_of(components: Components) -> QwenImagePipeline:
     """The stock pipeline over these components."""
     return QwenImagePipeline(

