@@ -9,10 +9,13 @@ from services.config import StageConfig
 from services.describe import limits_of, open_model, placement
 from services.families import load_family
 from services.feature_set import FeatureSet, apply_features
-from services.request import GenerationParams, resolve
+from services.request import GenerationParams, Limits, ResolvedParams, resolve
 
 WARMUP_SIDE_PX = 208
 WARMUP_TEXT_TOKENS = 23
+# With guidance a request brings two rows, without it one: batches of several rows and of one are different graphs,
+# and only the former have a text mask.
+WARMUP_GUIDANCES = (4.0, 1.0)
 
 
 def open_engine(config: StageConfig) -> tuple[DitEngine, FeatureSet]:
@@ -27,19 +30,25 @@ def open_engine(config: StageConfig) -> tuple[DitEngine, FeatureSet]:
     features = apply_features(model, family.dit, config.features)
     engine = DitEngine(model, family.dit, config.engine)
     if config.engine.warmup:
-        # Sizes that are odd for the model, so that no dimension is mistaken for another one's.
-        limits = limits_of(config, source)
-        side = min(limits.max_side_px, max(limits.min_side_px, WARMUP_SIDE_PX)) // limits.size_multiple_px
-        side *= limits.size_multiple_px
-        params = resolve(
-            GenerationParams(
-                model=config.model.name, prompt="warm-up", width=side, height=side + limits.size_multiple_px, steps=2
-            ),
-            limits,
-            seed=0,
-        )
-        engine.warm_up(params, family.dit.example_conditions(model, params, WARMUP_TEXT_TOKENS))
+        for guidance in WARMUP_GUIDANCES:
+            params = _warmup_params(config.model.name, limits_of(config, source), guidance)
+            engine.warm_up(params, family.dit.example_conditions(model, params, WARMUP_TEXT_TOKENS))
         if model.device.type == "cuda":
             torch.cuda.empty_cache()
     features.seal()
     return engine, features
+
+
+def _warmup_params(model: str, limits: Limits, guidance: float) -> ResolvedParams:
+    # Sizes that are odd for the model, so that no dimension is mistaken for another one's.
+    side = min(limits.max_side_px, max(limits.min_side_px, WARMUP_SIDE_PX)) // limits.size_multiple_px
+    side *= limits.size_multiple_px
+    wish = GenerationParams(
+        model=model,
+        prompt="warm-up",
+        width=side,
+        height=side + limits.size_multiple_px,
+        steps=2,
+        guidance=min(guidance, limits.max_guidance),
+    )
+    return resolve(wish, limits, seed=0)

@@ -1,8 +1,8 @@
 """Compiled blocks that never recompile in service.
 
 The class's forward is compiled once with dynamic shapes and bound to every block of the class, so all blocks share
-two graphs: batch 1, and batch 2 or more. Both are made in the warm-up. From then on a shape that no graph fits runs
-eagerly, is counted, and no request waits for a compiler.
+two graphs: batch 1, and batch 2 or more. Both are made in the warm-up, which has to bring both. From then on a shape
+that no graph fits runs eagerly, is counted, and no request waits for a compiler.
 """
 
 from __future__ import annotations
@@ -54,6 +54,8 @@ def apply(model: DitModel, part: DitPart, config: Config) -> Applied:
     # Two sizes that happen to be equal at first must not be taken for one.
     shapes: Any = torch.fx.experimental._config
     shapes.use_duck_shape = False
+    # The stance is the process's: a model that was sealed before must not keep this one from being compiled.
+    torch.compiler.set_stance("default")
     fallbacks = Fallbacks()
     compiled = {cls: _compiled(cls.forward, config.mode, fallbacks) for cls in part.plan.block_classes}
     for module in model.modules.values():
