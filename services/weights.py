@@ -51,6 +51,11 @@ class ModelSource:
             return dict(self.preset[subfolder])
         return _read_json(self.folder(subfolder) / name)
 
+    def settings(self) -> dict[str, Any]:
+        """The pipeline's own settings in model_index.json: what is neither a component nor the library's own."""
+        index = self.preset["model_index"] if self.preset is not None else _read_json(self.folder("model_index.json"))
+        return {key: value for key, value in index.items() if key[:1] != "_" and not isinstance(value, list)}
+
     def has(self, subfolder: str) -> bool:
         """Whether the source has that component."""
         if self.preset is not None:
@@ -106,11 +111,13 @@ class ModelSource:
         return _frozen(module.to(device=device, dtype=dtype))
 
     def component_id(self, stage: str, subfolders: Sequence[str]) -> str:
-        """An id made of the weights: equal files (or preset and seed) give equal ids.
+        """An id made of the weights and the pipeline's settings: equal files (or preset and seed) give equal ids.
 
         Headers, sizes and the first and last 64 KiB of each file are hashed, so that 40 GB take milliseconds.
         """
         digest = hashlib.sha256(f"{self.family}/{self.variant}/{stage}/{self.seed}".encode())
+        if settings := self.settings():
+            digest.update(json.dumps(settings, sort_keys=True).encode())
         for subfolder in subfolders:
             digest.update(subfolder.encode())
             if self.preset is not None:
