@@ -1,4 +1,4 @@
-"""Runs the fake stage's front as a real process, and talks with it over gRPC."""
+"""Runs a stage's front as a real process, and talks with it over gRPC. The fake stage, unless told otherwise."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import signal
 import socket
 import sys
 import urllib.request
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -30,15 +30,30 @@ def free_port() -> int:
 
 
 class StageProcess:
-    """The process, its log and a channel to it."""
+    """The process, its log and a channel to it.
 
-    def __init__(self, folder: Path, *, preset: str = "", **service: object) -> None:
+    Args:
+        module: what `python -m` runs; its gRPC service must be Dit.
+        settings: what to change in the config, by dotted key.
+        service: keys of the config's section `service`.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        module: str = "tests.cluster.fake_stage",
+        preset: str = "",
+        settings: Mapping[str, object] | None = None,
+        **service: object,
+    ) -> None:
         self.port = free_port()
         self.metrics_port = free_port()
         self.log = folder / "stage.log"
         self.process: asyncio.subprocess.Process
         self._settings = {"service.port": self.port, "service.metrics_port": self.metrics_port, "model.preset": preset}
-        self._settings |= {f"service.{key}": value for key, value in service.items()}
+        self._settings |= {f"service.{key}": value for key, value in service.items()} | dict(settings or {})
+        self._module = module
         self._config = folder / "stage.toml"
         self._config.write_text(f'[service]\nname = "fake"\n[model]\nname = "fake"\nsource = "{folder / "marker"}"\n')
         self.channel = connect(f"127.0.0.1:{self.port}")
@@ -48,7 +63,7 @@ class StageProcess:
         settings = [f"--set={key}={json.dumps(value)}" for key, value in self._settings.items()]
         with self.log.open("wb") as log:
             self.process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "tests.cluster.fake_stage", "--config", str(self._config), *settings),
+                *(sys.executable, "-m", self._module, "--config", str(self._config), *settings),
                 cwd=ROOT,
                 stdout=log,
                 stderr=log,
@@ -104,12 +119,12 @@ class StageProcess:
 
 
 @asynccontextmanager
-async def stage(folder: Path, *, preset: str = "", **service: object) -> AsyncIterator[StageProcess]:
-    """A stage that serves."""
-    running = StageProcess(folder, preset=preset, **service)
+async def stage(folder: Path, *, start_timeout_s: float = 30.0, **options: object) -> AsyncIterator[StageProcess]:
+    """A stage that serves; options as StageProcess."""
+    running = StageProcess(folder, **options)
     await running.start()
     try:
-        await running.until("SERVING")
+        await running.until("SERVING", start_timeout_s)
         yield running
     finally:
         await running.stop()
