@@ -54,12 +54,14 @@ class RequestService:
 
         Raises:
             UnknownModel, NotReady: nobody serves the model (now).
-            InvalidRequest: a value is outside the model's limits.
+            InvalidRequest: a value is outside the model's limits, or it has no previews and they are asked for.
             Overloaded: the queue is full.
         """
         model = self.model_of(params.model)
         params = GenerationParams(**{name: getattr(params, name) for name in _FIELDS} | {"model": model})
         resolved = resolve(params, self._replicas.limits(model), seed=secrets.randbelow(MAX_SEED))
+        if resolved.preview_every:
+            self._check_previews(model)
         if len(idempotency_key) > MAX_KEY_CHARS:
             raise InvalidRequest(f"idempotency_key has more than {MAX_KEY_CHARS} characters", param="idempotency_key")
         name = f"lightloom/{idempotency_key}"
@@ -81,6 +83,16 @@ class RequestService:
         if stored < 0:
             raise Overloaded(f"{self._config.max_queued} requests wait already: try again later", retry_after_s=5.0)
         return request_id
+
+    def _check_previews(self, model: str) -> None:
+        # Raises NotReady while no VAE is here: nobody knows then.
+        self._replicas.component("vae", model)
+        if self._replicas.fit(model) is None:
+            raise InvalidRequest(
+                f"model {model!r} makes no previews: its VAE cannot encode pictures, so nobody knows what its latents "
+                "look like; ask without preview_every (partial_images in the images call)",
+                param="preview_every",
+            )
 
     def model_of(self, name: str) -> str:
         """The name itself, or the only model there is for an empty one.

@@ -17,6 +17,7 @@ from services.families import load_family
 from services.family import Frames, Tensors, VaePart
 from services.media import decode_image, encode_frames
 from services.request import ResolvedParams
+from vae_svc.latent_rgb_fit import LatentRgbFit, fit_latent_rgb
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +44,13 @@ class VaeResult:
 
 
 class VaeEngine:
-    """Jobs wait in order; a tick takes the first and, when it decodes, the others of its shape."""
+    """Jobs wait in order; a tick takes the first and, when it decodes, the others of its shape.
 
-    def __init__(self, part: VaePart, model: Any, max_batch: int) -> None:
+    `rgb_fit` is for previews, None where the VAE makes none possible.
+    """
+
+    def __init__(self, part: VaePart, model: Any, max_batch: int, rgb_fit: LatentRgbFit | None = None) -> None:
+        self.rgb_fit = rgb_fit
         self._part = part
         self._model = model
         self._max_batch = max_batch
@@ -141,7 +146,7 @@ def open_engine(config: StageConfig) -> VaeEngine:
             tile_sample_stride_height=config.engine.tile_px * 3 // 4,
             tile_sample_stride_width=config.engine.tile_px * 3 // 4,
         )
-    return VaeEngine(part, model, config.engine.max_batch)
+    return VaeEngine(part, model, config.engine.max_batch, fit_latent_rgb(part, model))
 
 
 def _shape(job: VaeJob) -> tuple[Any, ...]:

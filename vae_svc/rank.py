@@ -43,8 +43,12 @@ class VaeProgram:
         self._open: dict[str, Opened] = {}
 
     def describe(self) -> types_pb2.DescribeResponse:
-        """This replica."""
-        return describe(self._config, types_pb2.STAGE_VAE, open_model(self._config.model), SUBFOLDERS)
+        """This replica, with the fit that its models' previews need."""
+        description = describe(self._config, types_pb2.STAGE_VAE, open_model(self._config.model), SUBFOLDERS)
+        if (fit := self._engine.rgb_fit) is not None:
+            description.latent_rgb_fit.weight.extend(fit.weight.flatten().tolist())
+            description.latent_rgb_fit.bias.extend(fit.bias.tolist())
+        return description
 
     def opened(self, call: Call) -> None:
         """A decode or an encode begins."""

@@ -1,4 +1,4 @@
-"""Compiled blocks in a real DiT service never recompile: any size, prompt length, guidance and arrival after warm-up."""
+"""Compiled blocks in a real DiT service never recompile: any size, prompt length, guidance and arrival."""
 
 from __future__ import annotations
 
