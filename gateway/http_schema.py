@@ -151,7 +151,7 @@ class GenerationRequest(StrictBody):
     fps: Annotated[float, Field(gt=0)] | None = None
     steps: Count | None = None
     guidance: Scale | None = None
-    guidance_2: Scale | None = Field(None, description="Guidance of the low-noise expert; default: guidance.")
+    guidance_2: Scale | None = Field(None, description="Guidance of the low-noise expert; default: guidance, if given.")
     seed: Seed | None = None
     output_format: Literal["png", "jpeg", "webp", "mp4", "wav", "flac", "raw"] | None = None
     quality: Annotated[int, Field(ge=1, le=100)] | None = None

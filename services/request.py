@@ -52,7 +52,10 @@ class GenerationParams:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What a model accepts and takes by default. Sizes in pixels, frames counted, fps in frames a second."""
+    """What a model accepts and takes by default. Sizes in pixels, frames counted, fps in frames a second.
+
+    `default_guidance_2` is for the second (low-noise) expert of models with two; 0: the same as `default_guidance`.
+    """
 
     output: str = "image"
     size_multiple_px: int = 16
@@ -72,6 +75,7 @@ class Limits:
     default_fps: float = 0.0
     default_steps: int = 50
     default_guidance: float = 4.0
+    default_guidance_2: float = 0.0
     default_negative_prompt: str = " "
 
 
@@ -108,6 +112,8 @@ def resolve(params: GenerationParams, limits: Limits, *, seed: int) -> ResolvedP
         InvalidRequest: names the parameter, its value and what is allowed.
     """
     guidance = _or(params.guidance, limits.default_guidance)
+    # Who sets one scale means both experts; the model's own pair comes as a pair.
+    second = limits.default_guidance_2 if params.guidance is None and limits.default_guidance_2 else guidance
     resolved = ResolvedParams(
         model=params.model,
         prompt=params.prompt,
@@ -118,7 +124,7 @@ def resolve(params: GenerationParams, limits: Limits, *, seed: int) -> ResolvedP
         fps=_or(params.fps, limits.default_fps),
         steps=_or(params.steps, limits.default_steps),
         guidance=guidance,
-        guidance_2=_or(params.guidance_2, guidance),
+        guidance_2=_or(params.guidance_2, second),
         seed=_or(params.seed, seed),
         output_format=_or(params.output_format, _formats(limits)[0]),
         quality=_or(params.quality, 90),

@@ -78,14 +78,23 @@ class ModelSource:
         Raises:
             StartupError: config or weights are missing, cut short, of other shapes or names than the config says.
         """
+        kept: Sequence[str] = cls._keep_in_fp32_modules or ()
         if self.preset is not None:
-            return self.randomise(lambda: cls.from_config(self.config(subfolder)), subfolder, device, dtype)
+            return self.randomise(lambda: cls.from_config(self.config(subfolder)), subfolder, device, dtype, kept)
         folder = self.folder(subfolder)
         check_safetensors(folder)
+        # The library insists on an empty module where a class keeps some of its weights in fp32.
         with _weight_errors(folder):
             module = cls.from_pretrained(
-                str(folder), torch_dtype=dtype, local_files_only=True, use_safetensors=True, low_cpu_mem_usage=False
+                str(folder),
+                torch_dtype=dtype,
+                local_files_only=True,
+                use_safetensors=True,
+                low_cpu_mem_usage=bool(kept),
             )
+        missing = [name for name, parameter in module.named_parameters() if parameter.is_meta]
+        if missing:
+            raise StartupError(f"{folder} has no weights for {len(missing)} parameters, {missing[0]} first")
         return _frozen(module.to(device))
 
     def load_transformers(
@@ -101,14 +110,25 @@ class ModelSource:
             module = cls.from_pretrained(str(folder), dtype=dtype, local_files_only=True, use_safetensors=True)
         return _frozen(module.to(device))
 
-    def randomise(self, build: Any, subfolder: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
-        """Builds a module on the device with the class's own initialisation, seeded by source and component."""
+    def randomise(
+        self, build: Any, subfolder: str, device: torch.device, dtype: torch.dtype, kept: Sequence[str] = ()
+    ) -> nn.Module:
+        """Builds a module on the device with the class's own initialisation, seeded by source and component.
+
+        Args:
+            kept: names of submodules and parameters that stay in fp32.
+        """
         seed = int.from_bytes(hashlib.sha256(f"{self.seed}/{subfolder}".encode()).digest()[:4], "big")
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
             with _default_dtype(dtype), torch.device(device):
                 module: nn.Module = build()
-        return _frozen(module.to(device=device, dtype=dtype))
+        if not kept:
+            return _frozen(module.to(device=device, dtype=dtype))
+        # As loading does: buffers stay as the class makes them.
+        for name, parameter in module.named_parameters():
+            parameter.data = parameter.data.to(torch.float32 if set(kept) & set(name.split(".")) else dtype)
+        return _frozen(module.to(device))
 
     def component_id(self, stage: str, subfolders: Sequence[str]) -> str:
         """An id made of the weights and the pipeline's settings: equal files (or preset and seed) give equal ids.
@@ -140,8 +160,9 @@ def open_source(spec: str, *, family: str = "", preset: str = "") -> ModelSource
     root = Path(spec)
     if not root.is_dir():
         raise StartupError(f"model folder {spec} does not exist")
-    pipeline = _read_json(root / "model_index.json").get("_class_name", "")
-    name, variant = family_of_pipeline(pipeline)
+    index = _read_json(root / "model_index.json")
+    pipeline = index.get("_class_name", "")
+    name, variant = family_of_pipeline(pipeline, index)
     if family and family != name:
         raise StartupError(f"{spec} holds a {pipeline}, served by family {name!r}, not {family!r}")
     return ModelSource(spec=spec, family=name, variant=variant, root=root)
@@ -154,7 +175,8 @@ def _open_random(spec: str, family: str, preset: str) -> ModelSource:
     presets = load_family(family).presets
     if preset not in presets:
         raise StartupError(f"{spec}: family {family!r} has no preset {preset!r}, it has {', '.join(sorted(presets))}")
-    _, variant = family_of_pipeline(presets[preset]["model_index"]["_class_name"])
+    index = presets[preset]["model_index"]
+    _, variant = family_of_pipeline(index["_class_name"], index)
     return ModelSource(spec=spec, family=family, variant=variant, seed=int(text), preset=presets[preset])
 
 

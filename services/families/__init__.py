@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from services.errors import StartupError
 
@@ -12,11 +13,17 @@ if TYPE_CHECKING:
 
 FAMILIES = {
     "qwen_image": "services.families.qwen_image",
+    "wan": "services.families.wan",
 }
 
-# The pipeline class in a folder's model_index.json -> (family, variant).
+# The pipeline class in a folder's model_index.json -> (family, variant). Where one class serves several variants, the
+# setting that tells them apart stands behind it.
 PIPELINES = {
     "QwenImagePipeline": ("qwen_image", "t2i"),
+    "QwenImageEditPipeline": ("qwen_image", "edit"),
+    "WanPipeline": ("wan", "t2v_one_expert"),
+    "WanPipeline boundary_ratio": ("wan", "t2v"),
+    "WanPipeline expand_timesteps": ("wan", "ti2v"),
 }
 
 
@@ -32,12 +39,15 @@ def load_family(name: str) -> Family:
     return family
 
 
-def family_of_pipeline(pipeline: str) -> tuple[str, str]:
-    """The (family, variant) that serves folders of that pipeline class.
+def family_of_pipeline(pipeline: str, settings: Mapping[str, Any]) -> tuple[str, str]:
+    """The (family, variant) that serves folders of that pipeline class with these settings of model_index.json.
 
     Raises:
         StartupError: names the pipelines that are served.
     """
+    for name, value in settings.items():
+        if value and f"{pipeline} {name}" in PIPELINES:
+            return PIPELINES[f"{pipeline} {name}"]
     if pipeline not in PIPELINES:
         raise StartupError(f"no family serves models of {pipeline!r}: served are {', '.join(sorted(PIPELINES))}")
     return PIPELINES[pipeline]
