@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from services.family import Variant
 from services.request import Limits
 
+_LIMITS = Limits(output="image", size_multiple_px=16, max_side_px=3584, default_negative_prompt=" ")
 VARIANTS = {
-    "t2i": Variant(
-        name="t2i",
-        pipelines=("QwenImagePipeline",),
-        limits=Limits(output="image", size_multiple_px=16, max_side_px=3584, default_negative_prompt=" "),
+    "t2i": Variant(name="t2i", pipelines=("QwenImagePipeline",), limits=_LIMITS),
+    "edit": Variant(
+        name="edit", pipelines=("QwenImageEditPipeline",), limits=replace(_LIMITS, min_inputs=1, max_inputs=1)
     ),
 }
 
@@ -73,12 +74,20 @@ SCHEDULER: dict[str, Any] = {
     "time_shift_type": "exponential",
 }
 
+PROCESSOR: dict[str, Any] = {
+    "min_pixels": 56 * 56,
+    "max_pixels": 16384 * 28 * 28,
+    "patch_size": 14,
+    "temporal_patch_size": 2,
+    "merge_size": 2,
+}
+
+_COMPONENTS = {"text_encoder": _TEXT_ENCODER, "transformer": _TRANSFORMER, "vae": _VAE, "scheduler": SCHEDULER}
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
-    "qwen-image": {
-        "model_index": {"_class_name": "QwenImagePipeline"},
-        "text_encoder": _TEXT_ENCODER,
-        "transformer": _TRANSFORMER,
-        "vae": _VAE,
-        "scheduler": SCHEDULER,
+    "qwen-image": {"model_index": {"_class_name": "QwenImagePipeline"}, **_COMPONENTS},
+    "qwen-image-edit": {
+        "model_index": {"_class_name": "QwenImageEditPipeline"},
+        "processor": PROCESSOR,
+        **_COMPONENTS,
     },
 }

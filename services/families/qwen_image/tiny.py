@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_qwenimage import AutoencoderKLQwenImage
@@ -12,13 +13,17 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchE
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
 
-from services.families.qwen_image.presets import SCHEDULER
+from services.families.qwen_image.presets import PROCESSOR, SCHEDULER, VARIANTS
 
 TEXT_WIDTH = 48
+# Of input pictures, for both encoders; a megapixel would take a minute.
+AREA_PX = 64 * 64
 WORDS = (
     "system user assistant Describe the image by detailing color , shape size texture quantity text spatial "
     "relationships of objects and background : a an red blue green circle square star on in with left right small "
-    "large cat dog photo painting"
+    "large cat dog photo painting "
+    "key features input image ( ), objects then explain how user 's instruction should alter or modify . Generate new "
+    "that meets requirements while maintaining consistency original where appropriate make it"
 )
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
 
@@ -29,8 +34,8 @@ def tiny(folder: Path, variant: str, seed: int) -> None:
     Raises:
         ValueError: unknown variant.
     """
-    if variant != "t2i":
-        raise ValueError(f"unknown variant {variant!r}: there is t2i")
+    if variant not in VARIANTS:
+        raise ValueError(f"unknown variant {variant!r}: there are {', '.join(VARIANTS)}")
     torch.manual_seed(seed)
     _save_tokenizer(folder / "tokenizer")
     Qwen2_5_VLForConditionalGeneration(_text_config()).save_pretrained(folder / "text_encoder")
@@ -52,8 +57,8 @@ def tiny(folder: Path, variant: str, seed: int) -> None:
         latents_std=std.tolist(),
     ).save_pretrained(folder / "vae")
     FlowMatchEulerDiscreteScheduler.from_config(SCHEDULER).save_pretrained(folder / "scheduler")
-    index = {
-        "_class_name": "QwenImagePipeline",
+    index: dict[str, Any] = {
+        "_class_name": VARIANTS[variant].pipelines[0],
         "_diffusers_version": "0.42.1",
         "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
         "text_encoder": ["transformers", "Qwen2_5_VLForConditionalGeneration"],
@@ -61,17 +66,26 @@ def tiny(folder: Path, variant: str, seed: int) -> None:
         "transformer": ["diffusers", "QwenImageTransformer2DModel"],
         "vae": ["diffusers", "AutoencoderKLQwenImage"],
     }
+    if variant == "edit":
+        index |= {
+            "processor": ["transformers", "Qwen2VLProcessor"],
+            "vision_area_px": AREA_PX,
+            "latent_area_px": AREA_PX,
+        }
+        _save_tokenizer(folder / "processor")
+        config = {"image_processor_type": "Qwen2VLImageProcessor", **PROCESSOR}
+        (folder / "processor" / "preprocessor_config.json").write_text(json.dumps(config, indent=2) + "\n")
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _save_tokenizer(folder: Path) -> None:
-    """Words, marks and newlines are tokens, so the template's prefix has its 34."""
+    """Words, marks and newlines are tokens, so the templates' prefixes have as many as in the model's own tokenizer."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
     from transformers.tokenization_utils_tokenizers import PreTrainedTokenizerFast
 
     words = [*SPECIAL, "<unk>", "\n", *dict.fromkeys(WORDS.split())]
     tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\n|\w+|[^\w\s]"), "removed", invert=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\n|'s|\),|\w+|[^\w\s]"), "removed", invert=True)
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         unk_token="<unk>",

@@ -1,0 +1,58 @@
+"""What other services send to the denoiser, checked: embeddings of each branch, latents of each input picture."""
+
+from __future__ import annotations
+
+import torch
+
+from services.errors import InvalidRequest
+from services.families.qwen_image.latents import PATCH, pack
+from services.family import Tensors
+
+
+def text_condition(conditions: Tensors, branch: str, width: int) -> torch.Tensor:
+    """A branch's embeddings "<branch>/text" [1, T, width].
+
+    Raises:
+        InvalidRequest: missing, or of another shape or dtype.
+    """
+    name = f"{branch}/text"
+    text = _floating(conditions, name)
+    if text.ndim != 3 or text.shape[0] != 1 or text.shape[1] < 1 or text.shape[2] != width:
+        raise InvalidRequest(f"the condition {name!r} has the shape {list(text.shape)}: it must be [1, T, {width}]")
+    return text
+
+
+def picture_conditions(conditions: Tensors, channels: int) -> Tensors:
+    """The latents "image/N" [1, C, h, w] as one packed sequence, and their grids.
+
+    Returns:
+        "pictures" [1, S, 4 C] and, on the CPU, "picture_grids" [N, 3]: frames, rows and columns of patches.
+
+    Raises:
+        InvalidRequest: there is none, or one has another shape or dtype.
+    """
+    names = [f"image/{index}" for index in range(sum(name.startswith("image/") for name in conditions))] or ["image/0"]
+    packed, grids = [], []
+    for name in names:
+        latents = _floating(conditions, name)
+        if (
+            latents.ndim != 4
+            or latents.shape[:2] != (1, channels)
+            or any(n < 1 or n % PATCH for n in latents.shape[2:])
+        ):
+            raise InvalidRequest(
+                f"the condition {name!r} has the shape {list(latents.shape)}: it must be [1, {channels}, h, w] "
+                "with even sides"
+            )
+        packed.append(pack(latents))
+        grids.append([1, latents.shape[2] // PATCH, latents.shape[3] // PATCH])
+    return {"pictures": torch.cat(packed, dim=1), "picture_grids": torch.tensor(grids)}
+
+
+def _floating(conditions: Tensors, name: str) -> torch.Tensor:
+    if name not in conditions:
+        raise InvalidRequest(f"the condition {name!r} is missing: there are {', '.join(sorted(conditions)) or 'none'}")
+    tensor = conditions[name]
+    if not tensor.is_floating_point():
+        raise InvalidRequest(f"the condition {name!r} has dtype {tensor.dtype}: it must be a floating-point type")
+    return tensor

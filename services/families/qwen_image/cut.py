@@ -1,0 +1,105 @@
+"""Qwen-Image's transformer cut in three: embed, blocks, head. One after the other they are the library's forward.
+
+Shapes: B rows, S image tokens, T text tokens, C latent channels, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformerBlock
+from torch import nn
+
+from services.family import Block, ModelPlan
+
+Grid = tuple[int, int, int]  # frames, rows, columns of patches
+
+
+# Joint attention under a text mask: prompts of any length share a batch.
+PLAN = ModelPlan(
+    block_classes=(QwenImageTransformerBlock,),
+    column=("*.attn.to_q", "*.attn.to_k", "*.attn.to_v", "*.attn.add_[qkv]_proj", "*.net.0.proj"),
+    row=("*.attn.to_out.0", "*.attn.to_add_out", "*.net.2"),
+    attention=("transformer_blocks.*.attn",),
+    has_text_mask=True,
+    high_precision=("time_text_embed", "norm_out", "proj_out"),
+    cache_signal="modulated",
+)
+
+
+@dataclass(slots=True)
+class Batch:
+    """Rows of one forward.
+
+    Attributes:
+        latents: [B, S, 4 C], the picture's own tokens first, then those of input pictures.
+        mask: [B, T]; None for one row, which has no padding.
+        grids: of the picture, then of input pictures.
+        num_image_tokens: the picture's own.
+    """
+
+    latents: torch.Tensor
+    timestep: torch.Tensor
+    text: torch.Tensor
+    mask: torch.Tensor | None
+    grids: tuple[Grid, ...]
+    num_image_tokens: int
+
+
+@dataclass(slots=True)
+class QwenStreams:
+    """What the blocks pass on: image stream, text stream, modulation, rotary factors."""
+
+    hidden: torch.Tensor
+    text: torch.Tensor
+    mask: torch.Tensor | None
+    temb: torch.Tensor
+    rotary: tuple[torch.Tensor, torch.Tensor]
+    num_image_tokens: int
+
+
+def embed(module: nn.Module, batch: Batch) -> QwenStreams:
+    """As QwenImageTransformer2DModel.forward up to its blocks."""
+    model: Any = module
+    hidden = model.img_in(batch.latents)
+    timestep = batch.timestep.to(hidden.dtype)
+    text = model.txt_in(model.txt_norm(batch.text))
+    return QwenStreams(
+        hidden=hidden,
+        text=text,
+        mask=batch.mask,
+        temb=model.time_text_embed(timestep, hidden),
+        rotary=model.pos_embed([list(batch.grids)], max_txt_seq_len=text.shape[1], device=hidden.device),
+        num_image_tokens=batch.num_image_tokens,
+    )
+
+
+def blocks(module: nn.Module) -> Sequence[Block]:
+    """The transformer's own blocks."""
+    model: Any = module
+    return [_block(f"transformer_blocks.{index}", block) for index, block in enumerate(model.transformer_blocks)]
+
+
+def _block(name: str, block: Any) -> Block:
+    def run(streams: QwenStreams) -> QwenStreams:
+        # `forward`, not `__call__`: a feature may have rebound it, and nothing here hangs on hooks.
+        text, hidden = block.forward(
+            hidden_states=streams.hidden,
+            encoder_hidden_states=streams.text,
+            encoder_hidden_states_mask=streams.mask,
+            temb=streams.temb,
+            image_rotary_emb=streams.rotary,
+        )
+        return QwenStreams(hidden, text, streams.mask, streams.temb, streams.rotary, streams.num_image_tokens)
+
+    return Block(name, block, run)
+
+
+def head(module: nn.Module, streams: QwenStreams) -> torch.Tensor:
+    """Velocity [B, S, 4 C] of the picture's own tokens."""
+    model: Any = module
+    prediction: torch.Tensor = model.proj_out(model.norm_out(streams.hidden, streams.temb))
+    return prediction[:, : streams.num_image_tokens]

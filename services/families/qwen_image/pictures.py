@@ -1,0 +1,40 @@
+"""Input pictures at the sizes that the encoders work on."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from PIL import Image
+
+from services.errors import InvalidRequest
+from services.family import Frames
+
+SIDE_MULTIPLE_PX = 32
+MAX_ASPECT = 200.0
+
+
+def scaled(picture: Frames, area_px: int) -> Image.Image:
+    """The picture [1, H, W, 3] scaled to about `area_px`, its sides multiples of 32 px.
+
+    Raises:
+        InvalidRequest: one side is so much longer than the other that nothing would be left of it.
+    """
+    height, width = picture.shape[1:3]
+    exact_width = math.sqrt(area_px * (width / height))
+    sides = [
+        round(side / SIDE_MULTIPLE_PX) * SIDE_MULTIPLE_PX for side in (exact_width, exact_width / (width / height))
+    ]
+    if min(sides) == 0 or max(width / height, height / width) > MAX_ASPECT:
+        raise InvalidRequest(
+            f"an input picture has {width}x{height} pixels: one side is too long for the other", param="inputs"
+        )
+    return Image.fromarray(picture[0]).resize((sides[0], sides[1]), Image.Resampling.LANCZOS)
+
+
+def to_tensor(image: Image.Image) -> torch.Tensor:
+    """[1, 3, H, W] float32 in [-1, 1]."""
+    # Divided and shifted in this order, as the library's image processor does: the last bits depend on it.
+    pixels = torch.from_numpy(np.asarray(image).astype(np.float32) / 255.0)
+    return 2.0 * pixels.permute(2, 0, 1)[None] - 1.0
