@@ -21,7 +21,6 @@ FAMILIES = {
 PIPELINES = {
     "QwenImagePipeline": ("qwen_image", "t2i"),
     "QwenImageEditPipeline": ("qwen_image", "edit"),
-    "QwenImageEditPipeline": ("qwen_image", "edit"),
     "WanPipeline": ("wan", "t2v_one_expert"),
     "WanPipeline boundary_ratio": ("wan", "t2v"),
     "WanPipeline expand_timesteps": ("wan", "ti2v"),
