@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from dit_svc.engine import DitEngine
@@ -31,7 +33,9 @@ def open_engine(config: StageConfig) -> tuple[DitEngine, FeatureSet]:
     engine = DitEngine(model, family.dit, config.engine)
     if config.engine.warmup:
         for guidance in WARMUP_GUIDANCES:
-            params = _warmup_params(config.model.name, limits_of(config, source), guidance)
+            # Pictures come as latents, among the conditions.
+            limits = replace(limits_of(config, source), min_inputs=0)
+            params = _warmup_params(config.model.name, limits, guidance)
             engine.warm_up(params, family.dit.example_conditions(model, params, WARMUP_TEXT_TOKENS))
         if model.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -48,6 +52,7 @@ def _warmup_params(model: str, limits: Limits, guidance: float) -> ResolvedParam
         prompt="warm-up",
         width=side,
         height=side + limits.size_multiple_px,
+        num_frames=min(limits.max_frames, 2 * limits.frame_multiple + 1),
         steps=2,
         guidance=min(guidance, limits.max_guidance),
     )

@@ -1,15 +1,20 @@
-"""Encoded media: pictures from outside to pixels, frames to PNG, JPEG, WebP, MP4 or raw bytes. Rank processes only."""
+"""Encoded media: pictures from outside to pixels, frames to PNG, JPEG, WebP, MP4 or raw bytes.
+
+Pixels are decoded in rank processes only; gateways look at headers.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import io
+import struct
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from services.errors import InvalidRequest
 from services.request import Media
@@ -20,25 +25,55 @@ INPUT_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 MIMES = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp", "mp4": "video/mp4"}
 RAW_MIME = "application/octet-stream"
 
+# EXIF orientation -> what brings the picture upright. The library's own function also rewrites the EXIF block, and
+# raises anything on a broken one.
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
-def decode_image(media: Media) -> Frames:
-    """A picture's pixels as [1, H, W, 3].
+
+def check_image(media: Media) -> None:
+    """Looks at a picture's header only.
 
     Raises:
-        InvalidRequest: not a picture, cut short, of another format, or with more pixels than allowed.
+        InvalidRequest: not a picture, of another format, or with more pixels than allowed.
     """
+    with _opened(media):
+        pass
+
+
+def decode_image(media: Media) -> Frames:
+    """A picture's pixels as [1, H, W, 3], upright as its EXIF data say.
+
+    Raises:
+        InvalidRequest: as check_image, or cut short.
+    """
+    with _opened(media) as image:
+        turn = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+        upright = image if turn is None else image.transpose(turn)
+        return np.asarray(upright.convert("RGB"))[None].copy()
+
+
+@contextlib.contextmanager
+def _opened(media: Media) -> Iterator[Image.Image]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(media.data), formats=INPUT_FORMATS) as image:
                 if image.width * image.height > MAX_INPUT_PIXELS:
-                    raise InvalidRequest(
-                        f"an input picture has {image.width}x{image.height} pixels: at most {MAX_INPUT_PIXELS} are "
-                        "allowed",
-                        param="inputs",
-                    )
-                return np.asarray(image.convert("RGB"))[None].copy()
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError, Warning) as error:
+                    raise Image.DecompressionBombError(f"{image.width}x{image.height} pixels")
+                yield image
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise InvalidRequest(
+            f"an input picture has too many pixels ({error}): at most {MAX_INPUT_PIXELS} are allowed", param="inputs"
+        ) from error
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, struct.error) as error:
         raise InvalidRequest(
             f"an input picture cannot be decoded ({error}): send a whole {', '.join(INPUT_FORMATS)} file",
             param="inputs",

@@ -7,13 +7,17 @@ import time
 from collections import OrderedDict, deque
 from dataclasses import dataclass
 
+import numpy as np
+
 from services.config import StageConfig
-from services.describe import open_model, placement
+from services.describe import limits_of, open_model, placement
 from services.errors import ServiceError
 from services.families import load_family
 from services.family import Tensors, TextInput, TextPart
 from services.media import decode_image
 from services.request import ResolvedParams
+
+WARMUP_SIDE_PX = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,18 +105,25 @@ class TextEngine:
         """Encodes one batch; returns the requests that are done."""
         start_ns, start_s = time.time_ns(), time.perf_counter()
         jobs, missing, found = self._take()
-        error: ServiceError | None = None
-        if missing:
-            try:
-                encoded = self._part.encode(self._model, list(missing.values()))
-            except ServiceError as failure:
-                error = failure
-            else:
-                for key, tensors in zip(missing, encoded, strict=True):
-                    found[key] = {name: tensor[None].cpu() for name, tensor in tensors.items()}
-                    self._cache.put(key, found[key])
+        errors = self._encode(missing, found) if missing else {}
         busy_s = time.perf_counter() - start_s
-        return [self._finish(job, missing, found, busy_s, start_ns, error) for job in jobs]
+        return [self._finish(job, missing, found, busy_s, start_ns, errors) for job in jobs]
+
+    def _encode(self, missing: dict[str, TextInput], found: dict[str, Tensors]) -> dict[str, ServiceError]:
+        """Adds to `found` what can be encoded; returns why the rest cannot."""
+        try:
+            encoded = self._part.encode(self._model, list(missing.values()))
+        except ServiceError as error:
+            if len(missing) == 1:
+                return dict.fromkeys(missing, error)
+            # Alone, each fails for its own reasons only.
+            return {
+                name: why for key, item in missing.items() for name, why in self._encode({key: item}, found).items()
+            }
+        for key, tensors in zip(missing, encoded, strict=True):
+            found[key] = {name: tensor[None].cpu() for name, tensor in tensors.items()}
+            self._cache.put(key, found[key])
+        return {}
 
     def _finish(
         self,
@@ -121,11 +132,12 @@ class TextEngine:
         found: dict[str, Tensors],
         busy_s: float,
         start_ns: int,
-        error: ServiceError | None,
+        errors: dict[str, ServiceError],
     ) -> Encoded:
         keys = {branch: _key(item) for branch, item in job.inputs.items()}
-        if error is not None and any(key in missing for key in keys.values()):
-            return Encoded(job.request_id, {}, busy_s, False, start_ns, error)
+        for key in keys.values():
+            if key in errors:
+                return Encoded(job.request_id, {}, busy_s, False, start_ns, errors[key])
         tensors = {f"{branch}/{name}": tensor for branch, key in keys.items() for name, tensor in found[key].items()}
         cached = not any(key in missing for key in keys.values())
         return Encoded(job.request_id, tensors, busy_s, cached, start_ns)
@@ -148,10 +160,15 @@ class TextEngine:
                     found[key] = entry
         return jobs, missing, found
 
-    def warm_up(self) -> None:
-        """One forward of one prompt and one of two."""
+    def warm_up(self, pictures: int) -> None:
+        """One forward of one prompt and one of two.
+
+        Args:
+            pictures: that the model wants with each prompt.
+        """
+        images = (np.zeros((1, WARMUP_SIDE_PX, WARMUP_SIDE_PX, 3), np.uint8),) * pictures
         for count in (1, 2):
-            self._part.encode(self._model, [TextInput("warm up " * (index + 1)) for index in range(count)])
+            self._part.encode(self._model, [TextInput("warm up " * (index + 1), images) for index in range(count)])
 
     def metrics(self) -> dict[str, float]:
         """Queue and cache."""
@@ -174,7 +191,7 @@ def open_engine(config: StageConfig) -> TextEngine:
     model = part.load(source, *placement(config.model))
     engine = TextEngine(part, model, config.engine.max_batch, config.engine.cache_bytes)
     if config.engine.warmup:
-        engine.warm_up()
+        engine.warm_up(limits_of(config, source).min_inputs)
     return engine
 
 

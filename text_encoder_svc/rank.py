@@ -12,7 +12,7 @@ from services.telemetry import make_span
 from services.wire import resolved_from_proto
 from text_encoder_svc.engine import Encoded, TextEngine, open_engine
 
-SUBFOLDERS = ("tokenizer", "text_encoder")
+SUBFOLDERS = ("tokenizer", "processor", "text_encoder")
 
 
 class TextEncoderProgram:
@@ -25,7 +25,9 @@ class TextEncoderProgram:
 
     def describe(self) -> types_pb2.DescribeResponse:
         """This replica."""
-        return describe(self._config, types_pb2.STAGE_TEXT_ENCODER, open_model(self._config.model), SUBFOLDERS)
+        source = open_model(self._config.model)
+        subfolders = [name for name in SUBFOLDERS if source.has(name)]
+        return describe(self._config, types_pb2.STAGE_TEXT_ENCODER, source, subfolders)
 
     def opened(self, call: Call) -> None:
         """Everything comes in the message."""

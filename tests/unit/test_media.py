@@ -1,0 +1,88 @@
+"""Pictures from outside: upright pixels or InvalidRequest, whatever the bytes are; headers before pixels."""
+
+from __future__ import annotations
+
+import io
+import random
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import ExifTags, Image, ImageOps
+
+from services.errors import InvalidRequest
+from services.media import MAX_INPUT_PIXELS, check_image, decode_image
+from services.request import Media
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8)
+
+
+def file_of(kind: str, **options: object) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(PIXELS).save(file, kind, **options)
+    return file.getvalue()
+
+
+def bomb(width: int, height: int) -> bytes:
+    """A PNG of a few bytes that says it is huge."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "1", "LA", "I;16"])
+def test_every_mode_becomes_rgb(mode):
+    file = io.BytesIO()
+    Image.fromarray(PIXELS).convert("L" if mode == "I;16" else mode).convert(mode).save(file, "PNG")
+    assert decode_image(Media("image/png", file.getvalue())).shape == (1, 24, 40, 3)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_pictures_come_upright(orientation):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    data = file_of("PNG", exif=exif)
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    assert np.array_equal(decode_image(Media("image/png", data))[0], np.asarray(upright))
+
+
+@pytest.mark.parametrize(("width", "height"), [(60000, 60000), (12000, 8000), (8193, 8193), (2**31 - 1, 2**31 - 1)])
+def test_a_header_that_promises_too_much_is_refused_by_the_header_alone(width, height):
+    with pytest.raises(InvalidRequest, match=f"at most {MAX_INPUT_PIXELS} are allowed"):
+        check_image(Media("image/png", bomb(width, height)))
+
+
+def test_the_header_alone_says_nothing_about_the_rest():
+    cut = Media("image/png", file_of("PNG")[:-200])
+    check_image(cut)
+    with pytest.raises(InvalidRequest, match="cannot be decoded"):
+        decode_image(cut)
+
+
+@pytest.mark.parametrize("data", [b"", b"GIF", b"\x89PNG\r\n\x1a\n", b"<svg/>", b"%PDF-1.7", b"\x00" * 4096])
+def test_what_is_no_picture_is_refused(data):
+    with pytest.raises(InvalidRequest, match="cannot be decoded"):
+        check_image(Media("image/png", data))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP"])
+def test_broken_bytes_give_pixels_or_a_refusal(kind):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    exif[ExifTags.Base.Make] = "maker"
+    whole = file_of(kind, **({"exif": exif} if kind in ("JPEG", "WEBP", "PNG") else {}))
+    chance, refused = random.Random(0), 0
+    for _ in range(300):
+        data = bytearray(whole)
+        for _ in range(chance.choice((1, 2, 5))):
+            data[chance.randrange(min(len(data), 400))] = chance.randrange(256)
+        try:
+            assert decode_image(Media("image/png", bytes(data[: chance.randrange(1, 2 * len(data))]))).shape[3] == 3
+        except InvalidRequest:
+            refused += 1
+    assert refused > 0
