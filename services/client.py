@@ -110,6 +110,10 @@ def error_from_rpc(error: grpc.RpcError) -> ServiceError:
     code, details = call.code(), call.details() or ""
     if code is grpc.StatusCode.UNAVAILABLE:
         return _unavailable(details)
+    if code is grpc.StatusCode.INTERNAL:
+        # Our servers send their own detail with it. Without one, gRPC lost the stream or, when the peer refused the
+        # call before its headers were out, the true status.
+        return DeviceLost(f"the call broke: {details}")
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in details:
         return InvalidRequest(f"a message is too large: at most {MAX_MESSAGE_BYTES} bytes are allowed ({details})")
     return _BY_STATUS.get(code, Internal)(details or code.name.lower())

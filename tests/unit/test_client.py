@@ -28,7 +28,7 @@ from services.server import bind, create_server
 
 
 class Failing:
-    """Raises what the request names: a reason, `bug`, `status` (a bare gRPC abort), or answers anything else."""
+    """Raises what the request names: a reason, `bug`, `status` and `broken` (bare gRPC aborts), or answers anything else."""
 
     def handlers(self) -> grpc.GenericRpcHandler:
         return grpc.method_handlers_generic_handler(
@@ -59,6 +59,8 @@ class Failing:
             raise KeyError("secret")
         if word == "status":
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "of a proxy")
+        if word == "broken":
+            await context.abort(grpc.StatusCode.INTERNAL, "Received RST_STREAM with error code 2")
         if word == "sleep":
             await asyncio.sleep(30)
         return request
@@ -109,6 +111,8 @@ async def test_bugs_and_bare_statuses(channel: grpc.aio.Channel, method: str) ->
     assert "secret" not in str(caught.value)
     with pytest.raises(Overloaded, match="of a proxy"):
         await ask(channel, method, "status")
+    with pytest.raises(DeviceLost, match="RST_STREAM"):
+        await ask(channel, method, "broken")
 
 
 async def test_what_grpc_itself_reports(channel: grpc.aio.Channel) -> None:
