@@ -29,6 +29,8 @@ class Dispatcher:
         self._config = config
         self._wake = asyncio.Event()
         self._running: dict[str, asyncio.Task[None]] = {}
+        self._aborted_early: set[str] = set()
+        self._stopping = False
 
     @property
     def running(self) -> int:
@@ -43,6 +45,9 @@ class Dispatcher:
         """Stops the work on a request that was aborted, if it is ours."""
         if task := self._running.get(request_id):
             task.cancel()
+        else:
+            # It may be the one that a claim under way brings.
+            self._aborted_early.add(request_id)
 
     async def run(self) -> None:
         """Claims, for ever."""
@@ -56,25 +61,29 @@ class Dispatcher:
                 await asyncio.wait_for(self._wake.wait(), IDLE_S)
 
     async def _claim_all(self) -> None:
+        self._aborted_early.clear()
+        while not self._stopping and (free := self._free()):
+            claim = await self._state.claim(list(free), self._config.lease_s)
+            if claim is None:
+                return
+            task = asyncio.create_task(self._run(claim.request_id, self._lifecycle.run(claim, free[claim.queue])))
+            self._running[claim.request_id] = task
+            # The task counts itself in only once it runs.
+            await asyncio.sleep(0)
+            if claim.request_id in self._aborted_early:
+                task.cancel()
+            if not claim.left:
+                return
+
+    def _free(self) -> dict[str, Replica]:
+        """The queues that a replica has a credit for, in the order of claiming, with the least busy such replica."""
+        free: dict[str, Replica] = {}
+        encoders = any(encoder.has_credit for encoder in self._replicas.of_stage("text_encoder"))
         for stage in CLAIMED_STAGES:
             for replica in self._replicas.of_stage(stage):
-                while replica.has_credit and await self._claim_for(replica):
-                    pass
-
-    async def _claim_for(self, replica: Replica) -> bool:
-        assert replica.facts is not None
-        if replica.stage == "dit" and not any(
-            encoder.has_credit for encoder in self._replicas.of_stage("text_encoder")
-        ):
-            return False
-        claim = await self._state.claim(queue_key(replica.stage, replica.facts.component_id), self._config.lease_s)
-        if claim is None:
-            return False
-        task = asyncio.create_task(self._run(claim.request_id, self._lifecycle.run(claim, replica)))
-        self._running[claim.request_id] = task
-        # The task counts itself in only once it runs.
-        await asyncio.sleep(0)
-        return True
+                if replica.facts is not None and replica.has_credit and (encoders or stage != "dit"):
+                    free.setdefault(queue_key(stage, replica.facts.component_id), replica)
+        return free
 
     async def _run(self, request_id: str, work: object) -> None:
         try:
@@ -92,10 +101,13 @@ class Dispatcher:
             with contextlib.suppress(ServiceError):
                 for request_id in await self._state.expired():
                     log.warning("lease of %s expired", request_id)
-                    await self._state.requeue(request_id, None, self._config.max_attempts, True, lost)
+                    state = await self._state.requeue(request_id, None, self._config.max_attempts, True, lost)
+                    self._lifecycle.forget(request_id, state)
 
     async def stop(self) -> None:
         """Gives every claim back: another gateway goes on with it."""
+        self._stopping = True
+        self._lifecycle.hand_back()
         for task in list(self._running.values()):
             task.cancel()
         await asyncio.gather(*self._running.values(), return_exceptions=True)

@@ -18,7 +18,7 @@ import grpc
 
 from gateway.config import GatewaySection
 from gateway.replicas import Replica, Replicas
-from gateway.state import Claim, State, queue_key
+from gateway.state import TERMINAL, Claim, State, queue_key
 from gateway.store import Store
 from protos import dit_pb2, gateway_pb2, text_encoder_pb2, types_pb2, vae_pb2
 from services.client import error_from_rpc
@@ -81,6 +81,18 @@ class Lifecycle:
         self._store = store
         self._config = config
         self._process = process
+        self._stopping = False
+
+    def hand_back(self) -> None:
+        """From now on, work that is cancelled goes back to its queue: this gateway stops, the requests live on."""
+        self._stopping = True
+
+    def forget(self, request_id: str, state: str) -> None:
+        """Clears up behind a request that is in this state now; not behind one that has another owner ("lost")."""
+        if state == "done":
+            self._store.drop_latents(request_id)
+        elif state in TERMINAL:
+            self._store.drop(request_id)
 
     async def run(self, claim: Claim, replica: Replica) -> None:
         """Takes a claim through its stage, and through the VAE too when one is free. Never raises, but on cancel."""
@@ -93,7 +105,7 @@ class Lifecycle:
                 else:
                     await self._denoise(work, replica)
             except asyncio.CancelledError:
-                await asyncio.shield(self._end(work, "cancelled", Cancelled("the request was aborted")))
+                await asyncio.shield(self._cancelled(work))
             except ServiceError as error:
                 await self._give_up(work, replica, error)
             except Exception as error:  # noqa: BLE001 - a bug fails its request, not the gateway
@@ -125,13 +137,16 @@ class Lifecycle:
         try:
             vae = self._replicas.choose("vae", work.params.model)
         except NotReady:
-            await self._state.commit(work.claim, "queued", "vae", queue, work.fields())
+            self.forget(work.request_id, await self._state.commit(work.claim, "queued", "vae", queue, work.fields()))
             return
         fields = work.fields(queue=queue)
         work.busy_s.clear()
         work.spans.clear()
-        if await self._state.commit(work.claim, "running", "vae", "", fields):
+        state = await self._state.commit(work.claim, "running", "vae", "", fields)
+        if state == "running":
             await self._decode(work, vae, messages)
+        else:
+            self.forget(work.request_id, state)
 
     async def _run_dit(self, work: Work, replica: Replica, latents: list[bytes]) -> None:
         failure: list[ServiceError] = []
@@ -194,9 +209,11 @@ class Lifecycle:
                         yield message
                     else:
                         work.add(stage, text_encoder_pb2.EncodeResponse.FromString(message).usage)
-            except grpc.aio.AioRpcError as error:
-                replica.pause()
-                raise error_from_rpc(error) from error
+            except grpc.aio.AioRpcError as failure:
+                error = error_from_rpc(failure)
+                if error.retryable:
+                    replica.pause()
+                raise error from failure
 
     async def _decode(self, work: Work, replica: Replica, latents: list[bytes]) -> None:
         start_ns = time.time_ns()
@@ -211,8 +228,8 @@ class Lifecycle:
         artifact.url = f"/v1/requests/{work.request_id}/content"
         await self._store.put(work.request_id, bytes(data), artifact)
         work.spans.append(make_span("gateway.store", self._process, stored_ns, time.time_ns()))
-        if await self._state.commit(work.claim, "done", "vae", "", work.fields(artifact=artifact.SerializeToString())):
-            self._store.drop_latents(work.request_id)
+        fields = work.fields(artifact=artifact.SerializeToString())
+        self.forget(work.request_id, await self._state.commit(work.claim, "done", "vae", "", fields))
 
     async def _run_vae(
         self, work: Work, replica: Replica, latents: list[bytes], artifact: gateway_pb2.Artifact, data: bytearray
@@ -251,15 +268,25 @@ class Lifecycle:
         # A full or starting replica is nobody's fault; only what may be the request's own doing counts.
         counts = not isinstance(error, (NotReady, Overloaded))
         detail = error_to_proto(error).SerializeToString()
-        with contextlib.suppress(ServiceError):
-            await self._state.requeue(work.request_id, work.claim.fence, self._config.max_attempts, counts, detail)
+        await self._requeue(work, counts, detail)
 
     async def _end(self, work: Work, state: str, error: ServiceError) -> None:
         detail = error_to_proto(error).SerializeToString()
         with contextlib.suppress(ServiceError):
             # If Redis is away now, the lease runs out and the reaper ends the request.
-            await self._state.commit(work.claim, state, "", "", work.fields(error=detail))
-        self._store.drop_latents(work.request_id)
+            self.forget(work.request_id, await self._state.commit(work.claim, state, "", "", work.fields(error=detail)))
+
+    async def _cancelled(self, work: Work) -> None:
+        if self._stopping:
+            leaving = NotReady("the gateway that ran the request stopped")
+            await self._requeue(work, False, error_to_proto(leaving).SerializeToString())
+        else:
+            await self._end(work, "cancelled", Cancelled("the request was aborted"))
+
+    async def _requeue(self, work: Work, counts: bool, detail: bytes) -> None:
+        fence, attempts = work.claim.fence, self._config.max_attempts
+        with contextlib.suppress(ServiceError):
+            self.forget(work.request_id, await self._state.requeue(work.request_id, fence, attempts, counts, detail))
 
     async def _keep_lease(self, work: Work, task: asyncio.Task[None] | None) -> None:
         """Beats until cancelled; a lost lease or an abort that was missed cancels the work."""

@@ -16,12 +16,14 @@ from gateway.state import TERMINAL, State, StoredEvent, queue_key
 from gateway.store import Store
 from protos import gateway_pb2, types_pb2
 from services.errors import InvalidRequest, Overloaded, UnknownModel, UnknownRequest, WrongState
+from services.media import check_image
 from services.request import MAX_SEED, GenerationParams, resolve
 from services.telemetry import new_traceparent
 from services.wire import params_to_proto
 
 MAX_LIST = 1000
 MAX_KEY_CHARS = 128
+_PICTURES = ("image", "last_image", "mask")
 _STAGES = {b"dit": types_pb2.STAGE_DIT, b"vae": types_pb2.STAGE_VAE}
 
 
@@ -60,6 +62,9 @@ class RequestService:
         model = self.model_of(params.model)
         params = GenerationParams(**{name: getattr(params, name) for name in _FIELDS} | {"model": model})
         resolved = resolve(params, self._replicas.limits(model), seed=secrets.randbelow(MAX_SEED))
+        for media in resolved.inputs:
+            if media.role in _PICTURES:
+                check_image(media)
         if resolved.preview_every:
             self._check_previews(model)
         if len(idempotency_key) > MAX_KEY_CHARS:
@@ -136,6 +141,9 @@ class RequestService:
         state = await self._state.abort(request_id)
         if state is None:
             raise UnknownRequest(f"there is no request {request_id!r}", param="request_id")
+        if state == "cancelled":
+            # One that waited for its VAE left latents.
+            self._store.drop_latents(request_id)
         return state_number(state)
 
     async def events(self, request_id: str, last_event_id: str = "") -> AsyncIterator[gateway_pb2.GenerateResponse]:
@@ -145,24 +153,11 @@ class RequestService:
             UnknownRequest: as `get`.
             InvalidRequest: the event id is not one of ours.
         """
-        await self.get(request_id)
         after = last_event_id or "0"
         if not all(part.isdigit() for part in after.split("-", 1)):
             raise InvalidRequest(f"last_event_id {last_event_id[:40]!r} is not one of ours", param="last_event_id")
         async for event in self._state.events(request_id, after):
-            yield await self._response(request_id, event)
-
-    async def _response(self, request_id: str, event: StoredEvent) -> gateway_pb2.GenerateResponse:
-        response = gateway_pb2.GenerateResponse(event_id=event.event_id, request_id=request_id)
-        if event.kind == "step":
-            response.step.ParseFromString(event.payload)
-        elif event.kind == "preview":
-            response.preview.ParseFromString(event.payload)
-        else:
-            status = await self.get(request_id)
-            status.state = state_number(event.state)
-            response.status.CopyFrom(status)
-        return response
+            yield _response(request_id, event)
 
     async def artifact(self, request_id: str) -> tuple[gateway_pb2.Artifact, Path]:
         """A finished request's artifact and its file.
@@ -205,6 +200,19 @@ class RequestService:
 
 
 _FIELDS = tuple(GenerationParams.__dataclass_fields__)
+
+
+def _response(request_id: str, event: StoredEvent) -> gateway_pb2.GenerateResponse:
+    response = gateway_pb2.GenerateResponse(event_id=event.event_id, request_id=request_id)
+    if event.kind == "step":
+        response.step.ParseFromString(event.payload)
+    elif event.kind == "preview":
+        response.preview.ParseFromString(event.payload)
+    else:
+        response.status.CopyFrom(status_of(request_id, event.record))
+        # The record may have moved on since the event.
+        response.status.state = state_number(event.state)
+    return response
 
 
 def state_number(name: str) -> gateway_pb2.RequestState:

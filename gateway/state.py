@@ -1,7 +1,8 @@
 """Request state in Redis: the queue, leases, fences and events, each change one Lua script.
 
 Redis TIME is the only clock, all keys share one hash tag, and an owner's changes count only under the fence it got with
-its claim. Used by the service and the dispatcher; knows nothing of gRPC or stages' work.
+its claim. Other gateways hear of a change by a published message; this one's own followers and dispatcher are told at
+once, without that way round. Used by the service and the dispatcher; knows nothing of gRPC or stages' work.
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import secrets
 from collections import defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -22,14 +24,14 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from services.errors import StateStoreDown
+from services.errors import StateStoreDown, UnknownRequest
 
 log = logging.getLogger(__name__)
 
 PREFIX = "{ll}"
 IDS, LEASES, FENCE, WAKE = f"{PREFIX}:ids", f"{PREFIX}:leases", f"{PREFIX}:fence", f"{PREFIX}:wake"
 TERMINAL = frozenset({"done", "failed", "cancelled", "expired"})
-SCRIPTS = ("submit", "claim", "beat", "commit", "requeue", "abort", "expired")
+SCRIPTS = ("submit", "claim", "beat", "commit", "requeue", "abort", "expired", "follow")
 READ_EVENTS = 256
 WATCH_TIMEOUT_S = 2.0
 
@@ -38,28 +40,35 @@ Fields = Mapping[str, str | bytes | float]
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """A request that this gateway owns, as long as nobody has a higher fence."""
+    """A request that this gateway owns, as long as nobody has a higher fence.
+
+    `queue` is where it waited, `left` how many more wait in the queues that were asked.
+    """
 
     request_id: str
     fence: int
     record: dict[str, bytes]
+    queue: str
+    left: int
 
 
 @dataclass(frozen=True, slots=True)
 class StoredEvent:
-    """An event of the stream: kind `status` (with the state), `step` or `preview` (with the payload)."""
+    """An event of the stream: kind `status` (with the state and the record), `step` or `preview` (with the payload)."""
 
     event_id: str
     kind: str
     state: str
     payload: bytes
+    record: dict[str, bytes]
 
 
 class State:
     """The scripts as methods. Every method raises StateStoreDown when Redis does not answer."""
 
     def __init__(self, url: str, owner: str) -> None:
-        self._owner = owner
+        # Two gateways may have been given one name; what they publish must still be told apart.
+        self._owner = f"{owner}/{secrets.token_hex(4)}"
         # A short outage is waited out inside a call; a longer one becomes StateStoreDown.
         self._redis: Redis = Redis.from_url(
             url,
@@ -72,6 +81,8 @@ class State:
         folder = Path(__file__).parent / "lua"
         self._scripts = {name: self._redis.register_script((folder / f"{name}.lua").read_text()) for name in SCRIPTS}
         self._watchers: dict[str, set[asyncio.Event]] = defaultdict(set)
+        self._on_queue: Callable[[], None] = lambda: None
+        self._on_cancel: Callable[[str], None] = lambda _request_id: None
         self.connected = False
 
     async def submit(
@@ -79,16 +90,21 @@ class State:
     ) -> int:
         """1 when stored, 0 when the id exists, -1 when the queue is full."""
         keys = [_request(request_id), queue, IDS, _events(request_id)]
-        return int(await self._run("submit", keys, request_id, priority, max_queued, int(keep_s), *_flat(fields)))
+        arguments = (request_id, self._owner, priority, max_queued, int(keep_s), *_flat(fields))
+        stored = int(await self._run("submit", keys, *arguments))
+        if stored == 1:
+            self._on_queue()
+        return stored
 
-    async def claim(self, queue: str, lease_s: float) -> Claim | None:
-        """The first request of a queue, now ours."""
-        result = await self._run("claim", [queue, LEASES, FENCE], self._owner, lease_s)
+    async def claim(self, queues: Sequence[str], lease_s: float) -> Claim | None:
+        """The first request of the first queue that has one, now ours."""
+        result = await self._run("claim", [LEASES, FENCE, *queues], self._owner, lease_s)
         if not result:
             return None
-        request_id, fence, flat = result
-        record = {flat[i].decode(): flat[i + 1] for i in range(0, len(flat), 2)}
-        return Claim(request_id.decode(), int(fence), record)
+        number, request_id, fence, left, flat = result
+        claim = Claim(request_id.decode(), int(fence), _record(flat), queues[int(number)], int(left))
+        self._wake(claim.request_id)
+        return claim
 
     async def beat(
         self, claim: Claim, lease_s: float, *, kind: str = "", payload: bytes = b"", step: int = 0, total: int = 0
@@ -96,25 +112,42 @@ class State:
         """Renews the lease, with an event if one is given. Returns the state, or "lost"."""
         keys = [_request(claim.request_id), LEASES, _events(claim.request_id)]
         event = (kind, payload, step, total) if kind else ()
-        return str((await self._run("beat", keys, claim.request_id, claim.fence, lease_s, *event)).decode())
+        state = await self._run("beat", keys, claim.request_id, claim.fence, self._owner, lease_s, *event)
+        if kind:
+            self._wake(claim.request_id)
+        return str(state.decode())
 
-    async def commit(self, claim: Claim, state: str, stage: str, queue: str, fields: Fields) -> bool:
-        """Ends a stage; False when the request is no longer ours."""
+    async def commit(self, claim: Claim, state: str, stage: str, queue: str, fields: Fields) -> str:
+        """Ends a stage. Returns the state afterwards ("cancelled" when an abort came first), or "lost"."""
         keys = [_request(claim.request_id), LEASES, _events(claim.request_id)]
-        arguments = (claim.request_id, claim.fence, state, stage, queue, *_flat(fields))
-        return bool(await self._run("commit", keys, *arguments))
+        arguments = (claim.request_id, claim.fence, self._owner, state, stage, queue, *_flat(fields))
+        committed = str((await self._run("commit", keys, *arguments)).decode())
+        self._wake(claim.request_id)
+        if committed == "queued":
+            self._on_queue()
+        return committed
 
     async def requeue(self, request_id: str, fence: int | None, max_attempts: int, counts: bool, error: bytes) -> str:
         """Back to the queue, or failed after `max_attempts`. Without a fence: the lease has expired."""
         keys = [_request(request_id), LEASES, _events(request_id)]
         fenced = "" if fence is None else str(fence)
-        result = await self._run("requeue", keys, request_id, fenced, max_attempts, int(counts), error)
-        return str(result.decode())
+        arguments = (request_id, fenced, self._owner, max_attempts, int(counts), error)
+        state = str((await self._run("requeue", keys, *arguments)).decode())
+        self._wake(request_id)
+        if state == "queued":
+            self._on_queue()
+        return state
 
     async def abort(self, request_id: str) -> str | None:
         """The state after the abort; None for an unknown request."""
-        result = await self._run("abort", [_request(request_id), _events(request_id)], request_id)
-        return result.decode() if result else None
+        result = await self._run("abort", [_request(request_id), _events(request_id)], request_id, self._owner)
+        if not result:
+            return None
+        state = str(result.decode())
+        self._wake(request_id)
+        if state == "cancelling":
+            self._on_cancel(request_id)
+        return state
 
     async def expired(self) -> list[str]:
         """Requests whose owner has been silent for longer than its lease."""
@@ -139,7 +172,11 @@ class State:
         return True
 
     async def events(self, request_id: str, after: str) -> AsyncIterator[StoredEvent]:
-        """Events later than `after` ("0" for all), until a terminal status."""
+        """Events later than `after` ("0" for all), until a terminal status.
+
+        Raises:
+            UnknownRequest: there is no such request, or it has been forgotten.
+        """
         wake = asyncio.Event()
         self._watchers[request_id].add(wake)
         try:
@@ -159,16 +196,18 @@ class State:
                 del self._watchers[request_id]
 
     async def _read_events(self, request_id: str, after: str) -> list[StoredEvent]:
-        entries = await self._call(
-            lambda: cast(Awaitable[Any], self._redis.xrange(_events(request_id), f"({after}", "+", count=READ_EVENTS))
-        )
+        found = await self._run("follow", [_request(request_id), _events(request_id)], after, READ_EVENTS)
+        if not found:
+            raise UnknownRequest(f"there is no request {request_id!r}", param="request_id")
+        entries, flat = found
+        record = _record(flat)
         return [
-            StoredEvent(entry_id.decode(), fields[b"k"].decode(), fields.get(b"s", b"").decode(), fields.get(b"p", b""))
-            for entry_id, fields in entries
+            _event(entry_id, dict(zip(parts[::2], parts[1::2], strict=True)), record) for entry_id, parts in entries
         ]
 
     async def listen(self, on_queue: Callable[[], None], on_cancel: Callable[[str], None]) -> None:
-        """Hands on what other gateways and our own scripts publish, for ever."""
+        """Hands on what all gateways' scripts change, for ever: work in a queue, an abort, an event to read."""
+        self._on_queue, self._on_cancel = on_queue, on_cancel
         while True:
             try:
                 async with self._listener.pubsub(ignore_subscribe_messages=True) as channel:
@@ -176,17 +215,28 @@ class State:
                     self.connected = True
                     on_queue()
                     async for message in channel.listen():
-                        kind, _, request_id = message["data"].decode().partition(":")
-                        if kind == "q":
-                            on_queue()
-                        elif kind == "c":
-                            on_cancel(request_id)
-                        for wake in self._watchers.get(request_id, ()):
-                            wake.set()
+                        self._hear(message["data"].decode())
             except (RedisError, OSError) as error:
                 self.connected = False
                 log.warning("Redis does not answer: %s", error)
                 await asyncio.sleep(0.5)
+
+    def _hear(self, message: str) -> None:
+        kind, _, rest = message.partition(":")
+        sender, _, request_id = rest.rpartition(":")
+        if sender == self._owner:
+            return
+        if kind == "q":
+            self._on_queue()
+        elif kind == "c":
+            self._on_cancel(request_id)
+        else:
+            self._wake(request_id)
+
+    def _wake(self, request_id: str) -> None:
+        """This gateway's followers of a request read its events."""
+        for wake in self._watchers.get(request_id, ()):
+            wake.set()
 
     async def close(self) -> None:
         """Closes the connections."""
@@ -214,6 +264,21 @@ def _request(request_id: str) -> str:
 
 def _events(request_id: str) -> str:
     return f"{PREFIX}:ev:{request_id}"
+
+
+def _event(entry_id: bytes, fields: dict[bytes, bytes], record: dict[str, bytes]) -> StoredEvent:
+    kind = fields[b"k"].decode()
+    return StoredEvent(
+        event_id=entry_id.decode(),
+        kind=kind,
+        state=fields.get(b"s", b"").decode(),
+        payload=fields.get(b"p", b""),
+        record=record if kind == "status" else {},
+    )
+
+
+def _record(flat: Sequence[bytes]) -> dict[str, bytes]:
+    return {key.decode(): value for key, value in zip(flat[::2], flat[1::2], strict=True)}
 
 
 def _flat(fields: Fields) -> list[Any]:

@@ -8,8 +8,9 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 from protos import gateway_pb2
 from services.errors import CorruptTensor, Overloaded, StartupError
@@ -40,7 +41,7 @@ class Store:
         artifact.nbytes = len(data)
         artifact.sha256 = hashlib.sha256(data).hexdigest()
         manifest = {"mime": artifact.mime, "nbytes": artifact.nbytes, "sha256": artifact.sha256}
-        await asyncio.to_thread(self._write, request_id, data, json.dumps(manifest).encode())
+        await _to_its_end(self._write, request_id, data, json.dumps(manifest).encode())
 
     def _write(self, request_id: str, data: bytes, manifest: bytes) -> None:
         path = self.path(request_id)
@@ -58,7 +59,7 @@ class Store:
 
     async def put_latents(self, request_id: str, messages: Iterable[bytes]) -> None:
         """Keeps a relayed bundle for the next stage. It is not synced: lost latents are computed again."""
-        await asyncio.to_thread(self._write_latents, request_id, list(messages))
+        await _to_its_end(self._write_latents, request_id, list(messages))
 
     def _write_latents(self, request_id: str, messages: list[bytes]) -> None:
         path = self._latents(request_id)
@@ -92,8 +93,24 @@ class Store:
         """Forgets them."""
         self._latents(request_id).unlink(missing_ok=True)
 
+    def drop(self, request_id: str) -> None:
+        """Forgets all that was kept of a request which ended without a result."""
+        self.drop_latents(request_id)
+        self.path(request_id).unlink(missing_ok=True)
+        self.path(request_id).with_suffix(".json").unlink(missing_ok=True)
+
     def _latents(self, request_id: str) -> Path:
         return self._root / "latents" / request_id
+
+
+async def _to_its_end(write: Callable[..., None], *arguments: Any) -> None:
+    """Runs in a thread. Who is cancelled meanwhile waits all the same: nothing must be written after the clean-up."""
+    writing = asyncio.ensure_future(asyncio.to_thread(write, *arguments))
+    try:
+        await asyncio.shield(writing)
+    except asyncio.CancelledError:
+        await asyncio.gather(writing, return_exceptions=True)
+        raise
 
 
 def _write_synced(path: Path, data: bytes) -> None:

@@ -1,4 +1,4 @@
--- KEYS: request, events. ARGV: id. Cancels a queued request at once, marks a running one, leaves an ended one.
+-- KEYS: request, events. ARGV: id, sender. Cancels a queued request at once, marks a running one, leaves an ended one.
 -- Returns the state afterwards, or nothing for an unknown id.
 local state = redis.call('HGET', KEYS[1], 'state')
 if not state then return false end
@@ -7,12 +7,12 @@ if state == 'queued' then
   state = 'cancelled'
 elseif state == 'running' then
   state = 'cancelling'
-  redis.call('PUBLISH', '{ll}:wake', 'c:' .. ARGV[1])
+  redis.call('PUBLISH', '{ll}:wake', 'c:' .. ARGV[2] .. ':' .. ARGV[1])
 else
   return state
 end
 local t = redis.call('TIME')
 redis.call('HSET', KEYS[1], 'state', state, 'updated', t[1] .. '.' .. string.format('%06d', t[2]))
 redis.call('XADD', KEYS[2], 'MAXLEN', '~', 1000, '*', 'k', 'status', 's', state)
-redis.call('PUBLISH', '{ll}:wake', 'e:' .. ARGV[1])
+redis.call('PUBLISH', '{ll}:wake', 'e:' .. ARGV[2] .. ':' .. ARGV[1])
 return state

@@ -1,18 +1,26 @@
--- KEYS: queue, leases, fence. ARGV: owner, lease_s. Takes the first request of a queue.
--- Returns its id, fence and hash, or nothing.
-local id, key
-repeat
-  local popped = redis.call('ZPOPMIN', KEYS[1])
-  if #popped == 0 then return false end
-  id = popped[1]
-  key = '{ll}:req:' .. id
-until redis.call('HGET', key, 'state') == 'queued'
+-- KEYS: leases, fence, then queues. ARGV: owner, lease_s. Takes the first request of the first queue that has one.
+-- Returns the queue's number, id, fence, how many requests the queues still hold, and the hash; or nothing.
+local id, key, number
+for i = 3, #KEYS do
+  repeat
+    local popped = redis.call('ZPOPMIN', KEYS[i])
+    id = popped[1]
+    key = id and '{ll}:req:' .. id
+  until not id or redis.call('HGET', key, 'state') == 'queued'
+  number = i - 3
+  if id then break end
+end
+if not id then return false end
+local left = 0
+for i = 3, #KEYS do left = left + redis.call('ZCARD', KEYS[i]) end
 local t = redis.call('TIME')
 local now = t[1] .. '.' .. string.format('%06d', t[2])
-local fence = redis.call('INCR', KEYS[3])
+local fence = redis.call('INCR', KEYS[2])
+-- A queued request was last updated when it came into its queue.
+redis.call('HINCRBYFLOAT', key, 'queued_s', tonumber(now) - tonumber(redis.call('HGET', key, 'updated')))
 redis.call('HSET', key, 'state', 'running', 'fence', fence, 'owner', ARGV[1], 'updated', now)
 redis.call('HINCRBY', key, 'attempt', 1)
-redis.call('ZADD', KEYS[2], tonumber(now) + tonumber(ARGV[2]), id)
+redis.call('ZADD', KEYS[1], tonumber(now) + tonumber(ARGV[2]), id)
 redis.call('XADD', '{ll}:ev:' .. id, 'MAXLEN', '~', 1000, '*', 'k', 'status', 's', 'running')
-redis.call('PUBLISH', '{ll}:wake', 'e:' .. id)
-return {id, fence, redis.call('HGETALL', key)}
+redis.call('PUBLISH', '{ll}:wake', 'e:' .. ARGV[1] .. ':' .. id)
+return {number, id, fence, left, redis.call('HGETALL', key)}
