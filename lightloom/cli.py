@@ -47,6 +47,7 @@ def generate(
     guidance: Annotated[float | None, typer.Option()] = None,
     seed: Annotated[int | None, typer.Option()] = None,
     frames: Annotated[int | None, typer.Option(help="Frames of a clip.")] = None,
+    fps: Annotated[float | None, typer.Option(help="Frames a second of a clip.")] = None,
     image: Annotated[
         list[Path] | None, typer.Option("--image", help="Input picture of an edit model, repeatable.")
     ] = None,
@@ -56,7 +57,7 @@ def generate(
     """Make a picture (or clip) from a prompt, with a live progress bar."""
     from lightloom.generate import Wish, generate_to_file
 
-    wish = Wish(prompt, model, negative_prompt, size, steps, guidance, seed, frames, tuple(image or ()))
+    wish = Wish(prompt, model, negative_prompt, size, steps, guidance, seed, frames, tuple(image or ()), fps)
     generate_to_file(wish, output, grpc_address(address, run_dir))
 
 

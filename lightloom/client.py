@@ -38,7 +38,7 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """A finished request. `busy_s` is what each stage's rank spent on it, in seconds."""
+    """A finished request. `busy_s` is what each stage's rank spent on it, in seconds; `fps` counts for clips only."""
 
     request_id: str
     mime: str
@@ -47,6 +47,8 @@ class Result:
     seed: int
     busy_s: dict[str, float]
     data: bytes = field(repr=False)
+    num_frames: int = 1
+    fps: float = 0.0
 
     def save(self, path: str | Path) -> Path:
         """Writes the bytes."""
@@ -252,6 +254,8 @@ def _result(status: gateway_pb2.RequestStatus, data: bytes) -> Result:
         seed=status.params.seed,
         busy_s=dict(status.busy_s),
         data=data,
+        num_frames=artifact.num_frames,
+        fps=artifact.fps,
     )
 
 

@@ -29,6 +29,7 @@ class Wish:
     seed: int | None = None
     frames: int | None = None
     images: tuple[Path, ...] = ()
+    fps: float | None = None
 
     def options(self, output: Path) -> dict[str, Any]:
         """As fields of GenerationParams.
@@ -49,6 +50,7 @@ class Wish:
             "guidance": self.guidance,
             "seed": self.seed,
             "num_frames": self.frames,
+            "fps": self.fps,
             "output_format": FORMATS[output.suffix.lower()],
         }
 
@@ -82,6 +84,9 @@ def generate_to_file(wish: Wish, output: Path, address: str) -> client.Result:
     seconds = time.perf_counter() - started_s
     result.save(output)
     stages = ", ".join(f"{stage} {busy_s:.2f} s" for stage, busy_s in sorted(result.busy_s.items()))
-    console.print(f"{output}  {result.width}x{result.height}, seed {result.seed}, {seconds:.2f} s in all ({stages})")
+    size = f"{result.width}x{result.height}"
+    if result.num_frames > 1:
+        size += f", {result.num_frames} frames at {result.fps:g} a second"
+    console.print(f"{output}  {size}, seed {result.seed}, {seconds:.2f} s in all ({stages})")
     console.print(f"request {result.request_id}", style="dim")
     return result

@@ -100,7 +100,17 @@ class Local:
         latents = self._denoise(busy)
         media = self._decode(jobs, latents, busy)
         return [
-            Result(name, *media[name][:1], params.width, params.height, params.seed, busy[name], media[name][1])
+            Result(
+                request_id=name,
+                mime=media[name][0],
+                width=params.width,
+                height=params.height,
+                seed=params.seed,
+                busy_s=busy[name],
+                data=media[name][1],
+                num_frames=params.num_frames,
+                fps=params.fps,
+            )
             for name, params in jobs.items()
         ]
 

@@ -104,7 +104,7 @@ class VaeProgram:
                 mime=mime,
                 width=width,
                 height=height,
-                num_frames=frames if mime.startswith("video") else 1,
+                num_frames=frames,
                 fps=result.job.params.fps,
                 nbytes=len(data),
             )

@@ -66,7 +66,8 @@ def picture_latents(vae: Any, pixels: torch.Tensor) -> torch.Tensor:
     """Single pictures [B, 3, H, W] in [-1, 1] to [B, C, H', W']: the posterior's mode, normalised."""
     latents = vae.encode(pixels[:, :, None].to(vae.dtype)).latent_dist.mode()
     mean, scale = _statistics(vae, latents)
-    return ((latents - mean) * scale)[:, :, 0]
+    normalised: torch.Tensor = ((latents - mean) * scale)[:, :, 0]
+    return normalised
 
 
 def latent_geometry(vae: Any) -> tuple[int, int, int]:
