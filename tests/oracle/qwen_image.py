@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from diffusers import QwenImageEditPipeline, QwenImagePipeline
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit
+from PIL import Image
 from transformers import PreTrainedTokenizerFast, Qwen2VLProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -35,7 +36,7 @@ def picture(width: int, height: int, seed: int) -> Media:
 
 def load_t2i(folder: Path, dtype: torch.dtype) -> Stock:
     pipeline = QwenImagePipeline.from_pretrained(folder, dtype=dtype)
-    return lambda params: latents_of(pipeline, params)
+    return lambda params: {"latents": call(pipeline, params)}
 
 
 def load_edit(folder: Path, dtype: torch.dtype) -> Stock:
@@ -43,7 +44,7 @@ def load_edit(folder: Path, dtype: torch.dtype) -> Stock:
     give_token_types(pipeline)
     # The single-frame path of the VAE differs from the library's in the last bits: here both sides have it.
     use_2d(pipeline.vae)
-    return lambda params: edited(pipeline, folder, params)
+    return lambda params: {"latents": edited(pipeline, folder, params)}
 
 
 class PictureProcessor(Qwen2VLProcessor):
@@ -75,20 +76,19 @@ def give_token_types(pipeline: QwenImageEditPipeline) -> None:
     )
 
 
-def edited(pipeline: QwenImageEditPipeline, folder: Path, params: ResolvedParams) -> dict[str, torch.Tensor]:
+def edited(pipeline: QwenImageEditPipeline, folder: Path, params: ResolvedParams, **others) -> torch.Tensor:
     """The stock edit, with pictures of the area that the folder sets instead of the pipeline's fixed megapixel."""
-    from PIL import Image
-
     area_px = json.loads((folder / "model_index.json").read_text())["latent_area_px"]
     dimensions = pipeline_qwenimage_edit.calculate_dimensions
     [media] = params.inputs
     with patch.object(pipeline_qwenimage_edit, "calculate_dimensions", lambda _, ratio: dimensions(area_px, ratio)):
-        return latents_of(pipeline, params, image=Image.fromarray(decode_image(media)[0]))
+        return call(pipeline, params, image=Image.fromarray(decode_image(media)[0]), **others)
 
 
-def latents_of(pipeline, params: ResolvedParams, **others) -> dict[str, torch.Tensor]:
+def call(pipeline, params: ResolvedParams, output_type: str = "latent", **others):
+    """The pipeline's latents, or its pictures."""
     pipeline.set_progress_bar_config(disable=True)
-    latents = pipeline(
+    return pipeline(
         prompt=params.prompt,
         negative_prompt=params.negative_prompt,
         true_cfg_scale=params.guidance,
@@ -96,10 +96,9 @@ def latents_of(pipeline, params: ResolvedParams, **others) -> dict[str, torch.Te
         height=params.height,
         num_inference_steps=params.steps,
         generator=torch.Generator().manual_seed(params.seed),
-        output_type="latent",
+        output_type=output_type,
         **others,
     ).images
-    return {"latents": latents}
 
 
 ROWS = (
