@@ -34,7 +34,6 @@ from services.errors import Cancelled, Internal, ServiceError
 from services.request import GenerationParams, with_seed
 
 PAGE = Path(__file__).parent / "page.html"
-DISCONNECT_POLL_S = 0.25
 ERRORS: dict[int | str, dict[str, Any]] = {status: {"model": ErrorEnvelope} for status in (400, 404, 409, 429, 503)}
 
 
@@ -162,6 +161,7 @@ async def _wait_all(service: RequestService, ids: list[str], request: Request) -
     finally:
         gone.cancel()
         waits.cancel()
+        await asyncio.gather(gone, waits, return_exceptions=True)
 
 
 async def _wait(service: RequestService, request_id: str) -> gateway_pb2.RequestStatus:
@@ -187,8 +187,9 @@ def _failure(status: gateway_pb2.RequestStatus) -> ServiceError:
 
 
 async def _disconnected(request: Request) -> None:
-    while not await request.is_disconnected():  # noqa: ASYNC110 - ASGI has nothing to wait for
-        await asyncio.sleep(DISCONNECT_POLL_S)
+    # The body has been read, so nothing else can come.
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 async def _abort_all(service: RequestService, ids: list[str]) -> None:

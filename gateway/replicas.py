@@ -17,7 +17,7 @@ import grpc
 from gateway.config import StagesSection
 from protos import dit_pb2_grpc, gateway_pb2, text_encoder_pb2_grpc, types_pb2, vae_pb2_grpc
 from services.client import connect
-from services.errors import NotReady, UnknownModel
+from services.errors import NotReady, ServiceError, UnknownModel
 from services.request import Limits
 from services.wire import limits_from_proto
 
@@ -90,6 +90,8 @@ class Replicas:
     config: StagesSection
     on_change: Callable[[], None]
     known: dict[tuple[str, str], Replica] = field(default_factory=dict)
+    # What the newest replica of a stage said, by stage and model: it holds when all of them are away for a moment.
+    _last: dict[tuple[str, str], types_pb2.DescribeResponse] = field(default_factory=dict)
 
     def of_stage(self, stage: str) -> list[Replica]:
         """Healthy replicas of a stage, the least busy first."""
@@ -108,38 +110,51 @@ class Replicas:
         raise NotReady(f"no {stage} replica is free for model {model!r}", retry_after_s=1.0)
 
     def component(self, stage: str, model: str) -> str:
-        """The component id of a model's stage.
+        """The component id of a model's stage; the last known one when no replica is here now.
 
         Raises:
             UnknownModel: no replica names the model.
-            NotReady: the model is known, but that stage is not here now.
+            NotReady: the model is known, but that stage has not been here yet.
         """
-        for replica in self.of_stage(stage):
-            if replica.facts is not None and replica.serves(model):
-                return replica.facts.component_id
-        models = self.models()
-        if model not in models:
-            raise UnknownModel(f"unknown model {model!r}: there are {', '.join(sorted(models)) or 'none now'}")
-        raise NotReady(f"model {model!r} has no {stage} replica now", retry_after_s=2.0)
+        facts = self._facts(stage, model) or self._last.get((stage, model))
+        if facts is None:
+            raise self._absent(stage, model)
+        return facts.component_id
 
     def limits(self, model: str) -> Limits:
         """What a model allows, as its DiT replicas say.
 
         Raises:
-            UnknownModel, NotReady: as `component`.
+            UnknownModel: no replica names the model.
+            NotReady: the model is known, but no DiT replica is here now.
         """
-        for replica in self.of_stage("dit"):
-            if replica.facts is not None and replica.serves(model):
-                return limits_from_proto(replica.facts.limits)
-        self.component("dit", model)
-        raise AssertionError("a replica came between two looks")
+        facts = self._facts("dit", model)
+        if facts is None:
+            raise self._absent("dit", model)
+        return limits_from_proto(facts.limits)
 
     def fit(self, model: str) -> types_pb2.LatentRgbFit | None:
-        """The preview fit that the model's VAE announced."""
-        for replica in self.of_stage("vae"):
-            if replica.facts is not None and replica.serves(model) and replica.facts.HasField("latent_rgb_fit"):
-                return replica.facts.latent_rgb_fit
+        """The preview fit that the model's VAE announced; None when it makes none possible.
+
+        Raises:
+            UnknownModel, NotReady: as `component`.
+        """
+        facts = self._facts("vae", model) or self._last.get(("vae", model))
+        if facts is None:
+            raise self._absent("vae", model)
+        return facts.latent_rgb_fit if facts.HasField("latent_rgb_fit") else None
+
+    def _facts(self, stage: str, model: str) -> types_pb2.DescribeResponse | None:
+        for replica in self.of_stage(stage):
+            if replica.serves(model):
+                return replica.facts
         return None
+
+    def _absent(self, stage: str, model: str) -> ServiceError:
+        models = self.models()
+        if model not in models:
+            return UnknownModel(f"unknown model {model!r}: there are {', '.join(sorted(models)) or 'none now'}")
+        return NotReady(f"model {model!r} has no {stage} replica now", retry_after_s=2.0)
 
     def models(self) -> dict[str, gateway_pb2.ModelInfo]:
         """Every model that a replica names; ready when each stage is there."""
@@ -194,6 +209,8 @@ class Replicas:
             )
         except grpc.aio.AioRpcError:
             replica.facts = None
+        if replica.facts is not None:
+            self._last |= {(replica.stage, model): replica.facts for model in replica.facts.models}
         if replica.healthy and not before:
             log.info("%s replica %s joined", replica.stage, replica.address)
             self.on_change()

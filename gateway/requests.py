@@ -90,8 +90,6 @@ class RequestService:
         return request_id
 
     def _check_previews(self, model: str) -> None:
-        # Raises NotReady while no VAE is here: nobody knows then.
-        self._replicas.component("vae", model)
         if self._replicas.fit(model) is None:
             raise InvalidRequest(
                 f"model {model!r} makes no previews: its VAE cannot encode pictures, so nobody knows what its latents "

@@ -28,7 +28,7 @@ from services.server import bind, create_server
 
 
 class Failing:
-    """Raises what the request names: a reason, `bug`, `status` and `broken` (bare gRPC aborts), or answers anything else."""
+    """Raises what the request names: a reason, `bug`, `status` or `broken` (bare gRPC aborts); else answers."""
 
     def handlers(self) -> grpc.GenericRpcHandler:
         return grpc.method_handlers_generic_handler(
