@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from services.attention import Attend
 from services.request import Limits, ResolvedParams
 from services.weights import ModelSource
 
@@ -55,7 +56,7 @@ class ModelPlan:
         block_classes: classes of the repeated blocks; compile makes two graphs of each.
         column: names (globs on the module path) of linears split by output features.
         row: names of linears split by input features.
-        attention: names of the attention modules whose backend may be chosen.
+        attention: the kinds of attention calls, as `DitModel.attention` names them.
         has_text_mask: text is masked, so prompts of different length share a batch exactly.
         high_precision: names of modules that keep their dtype under quantisation.
         cache_signal: name of the Streams field, or "modulated" for the modulated input of block 0.
@@ -119,12 +120,14 @@ class Row:
 class DitModel:
     """The loaded denoiser of a component.
 
-    `modules` maps an expert's name to its transformer ("" when there is one only). `geometry` carries what the
+    `modules` maps an expert's name to its transformer ("" when there is one only), `attention` a kind of attention call
+    to what all modules of that kind call. `geometry` carries what the
     DiT service must know of the VAE without loading it: compression and latent statistics, from its config.
     """
 
     variant: str
     modules: Mapping[str, nn.Module]
+    attention: Mapping[str, Attend]
     scheduler_class: Any
     scheduler_config: Mapping[str, Any]
     geometry: Mapping[str, Any]

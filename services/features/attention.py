@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
+from services.attention import Kernel, cudnn, sdpa
 from services.family import DitModel, DitPart, ModelPlan
 from services.features import Applied
 
 NAME = "attention"
 EXACT = True
-BACKENDS = {"cudnn": "_native_cudnn", "sdpa": "native"}
+BACKENDS: dict[str, Kernel] = {"cudnn": cudnn, "sdpa": sdpa}
 HOPPER = (9, 0)
 
 
@@ -28,12 +28,12 @@ class Config:
 
 
 def supports(plan: ModelPlan, device_type: str, active: frozenset[str]) -> str | None:
-    """Works with every attention module that takes a backend."""
-    return None if plan.attention else "the family names 0 attention modules whose kernel may be chosen"
+    """Works with every family whose attention processors call an `Attend`."""
+    return None if plan.attention else "the family names 0 kinds of attention calls"
 
 
 def apply(model: DitModel, part: DitPart, config: Config) -> Applied:
-    """Sets the backend of every transformer.
+    """Sets the kernel of every attention call.
 
     Raises:
         ValueError: unknown backend.
@@ -43,9 +43,8 @@ def apply(model: DitModel, part: DitPart, config: Config) -> Applied:
         chosen = "cudnn" if _hopper(model.device) else "sdpa"
     if chosen not in BACKENDS:
         raise ValueError(f"features.attention.backend {chosen!r} is unknown: use auto, {', '.join(BACKENDS)}")
-    for module in model.modules.values():
-        transformer: Any = module
-        transformer.set_attention_backend(BACKENDS[chosen])
+    for attend in model.attention.values():
+        attend.kernel = BACKENDS[chosen]
     return Applied(json.dumps({"backend": chosen}))
 
 

@@ -13,6 +13,7 @@ import torch
 from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformerBlock
 from torch import nn
 
+from services.families.qwen_image.attention import JOINT, rotary_factors
 from services.family import Block, ModelPlan
 
 Grid = tuple[int, int, int]  # frames, rows, columns of patches
@@ -23,7 +24,7 @@ PLAN = ModelPlan(
     block_classes=(QwenImageTransformerBlock,),
     column=("*.attn.to_q", "*.attn.to_k", "*.attn.to_v", "*.attn.add_[qkv]_proj", "*.net.0.proj"),
     row=("*.attn.to_out.0", "*.attn.to_add_out", "*.net.2"),
-    attention=("transformer_blocks.*.attn",),
+    attention=(JOINT,),
     has_text_mask=True,
     high_precision=("time_text_embed", "norm_out", "proj_out"),
     cache_signal="modulated",
@@ -51,7 +52,14 @@ class Batch:
 
 @dataclass(slots=True)
 class QwenStreams:
-    """What the blocks pass on: image stream, text stream, modulation, rotary factors."""
+    """What the blocks pass on.
+
+    Attributes:
+        hidden: image tokens [B, S, D].
+        text: [B, T, D].
+        mask: [B, T + S] of the tokens that count, text first; None where all do.
+        rotary: factors [S, D / 2, 2] of the image and [T, D / 2, 2] of the text.
+    """
 
     hidden: torch.Tensor
     text: torch.Tensor
@@ -67,12 +75,13 @@ def embed(module: nn.Module, batch: Batch) -> QwenStreams:
     hidden = model.img_in(batch.latents)
     timestep = batch.timestep.to(hidden.dtype)
     text = model.txt_in(model.txt_norm(batch.text))
+    image, words = model.pos_embed([list(batch.grids)], max_txt_seq_len=text.shape[1], device=hidden.device)
     return QwenStreams(
         hidden=hidden,
         text=text,
-        mask=batch.mask,
+        mask=None if batch.mask is None else nn.functional.pad(batch.mask, (0, hidden.shape[1]), value=True),
         temb=model.time_text_embed(timestep, hidden),
-        rotary=model.pos_embed([list(batch.grids)], max_txt_seq_len=text.shape[1], device=hidden.device),
+        rotary=(rotary_factors(image), rotary_factors(words)),
         num_image_tokens=batch.num_image_tokens,
     )
 

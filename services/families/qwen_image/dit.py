@@ -17,7 +17,9 @@ from diffusers.models.transformers.transformer_qwenimage import QwenImageTransfo
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from torch import nn
 
+from services.attention import Attend
 from services.errors import InvalidRequest, StartupError
+from services.families.qwen_image.attention import JOINT, JointAttention
 from services.families.qwen_image.conditions import picture_conditions, text_condition
 from services.families.qwen_image.cut import PLAN, Batch, Grid, blocks, embed, head
 from services.families.qwen_image.latents import PATCH, pack, unpack
@@ -37,6 +39,8 @@ def load(source: ModelSource, device: torch.device, dtype: torch.dtype) -> DitMo
     for option in ("zero_cond_t", "use_additional_t_cond", "use_layer3d_rope"):
         if transformer.config.get(option):
             raise StartupError(f"{source.spec}: transformers with {option} are not served")
+    attend = Attend()
+    transformer.set_attn_processor(JointAttention(attend))
     vae = source.config("vae")
     geometry = {
         "channels": vae.get("z_dim", 16),
@@ -45,6 +49,7 @@ def load(source: ModelSource, device: torch.device, dtype: torch.dtype) -> DitMo
     return DitModel(
         variant=source.variant,
         modules={"": transformer},
+        attention={JOINT: attend},
         scheduler_class=FlowMatchEulerDiscreteScheduler,
         scheduler_config=source.config("scheduler", "scheduler_config.json"),
         geometry=geometry,

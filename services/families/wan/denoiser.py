@@ -18,7 +18,9 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchE
 from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
 from torch import nn
 
+from services.attention import Attend
 from services.errors import InvalidRequest, StartupError
+from services.families.wan.attention import CROSS, SELF, WanAttention
 from services.families.wan.text import MAX_TOKENS
 from services.family import Block, DenoiseState, DitModel, DitPart, ModelPlan, Row, Tensors
 from services.request import ResolvedParams
@@ -32,7 +34,7 @@ PLAN = ModelPlan(
     block_classes=(WanTransformerBlock,),
     column=("blocks.*.attn[12].to_[qkv]", "blocks.*.ffn.net.0.proj"),
     row=("blocks.*.attn[12].to_out.0", "blocks.*.ffn.net.2"),
-    attention=("blocks.*.attn1", "blocks.*.attn2"),
+    attention=(SELF, CROSS),
     has_text_mask=False,
     high_precision=("patch_embedding", "condition_embedder", "norm_out", "proj_out"),
     cache_signal="temb",
@@ -74,9 +76,18 @@ def load(source: ModelSource, device: torch.device, dtype: torch.dtype) -> DitMo
     _check_scheduler(source, scheduler)
     ratio = settings.get("boundary_ratio")
     folders = {ONLY: "transformer"} if ratio is None else {HIGH_NOISE: "transformer", LOW_NOISE: "transformer_2"}
+    modules = {name: source.load(WanTransformer3DModel, folder, device, dtype) for name, folder in folders.items()}
+    attention = {SELF: Attend(), CROSS: Attend()}
+    processors = {kind: WanAttention(attend) for kind, attend in attention.items()}
+    for module in modules.values():
+        transformer: Any = module
+        for block in transformer.blocks:
+            block.attn1.set_processor(processors[SELF])
+            block.attn2.set_processor(processors[CROSS])
     return DitModel(
         variant=source.variant,
-        modules={name: source.load(WanTransformer3DModel, folder, device, dtype) for name, folder in folders.items()},
+        modules=modules,
+        attention=attention,
         scheduler_class=SCHEDULERS[scheduler["_class_name"]],
         scheduler_config=scheduler,
         geometry={
