@@ -35,8 +35,13 @@ class Wish:
         """As fields of GenerationParams.
 
         Raises:
-            StartupError: a size or an ending that cannot be read.
+            StartupError: a size or an ending that cannot be read, an input that is not there, no folder to write to.
         """
+        missing = [str(image) for image in self.images if not image.is_file()]
+        if missing:
+            raise StartupError(f"input picture {missing[0]} does not exist")
+        if not output.parent.is_dir():
+            raise StartupError(f"{output} cannot be written: there is no folder {output.parent}")
         if output.suffix.lower() not in FORMATS:
             raise StartupError(f"{output} ends with {output.suffix!r}: use one of {', '.join(FORMATS)}")
         width, _, height = self.size.partition("x")
@@ -72,6 +77,8 @@ def generate_to_file(wish: Wish, output: Path, address: str) -> client.Result:
             TimeElapsedColumn(),
             console=console,
             transient=True,
+            # Into a file or a pipe, a bar would be nothing but blank lines.
+            disable=not console.is_terminal,
         ) as bar,
         client.Client(address) as connection,
     ):
