@@ -16,14 +16,13 @@ from gateway.state import TERMINAL, State, StoredEvent, queue_key
 from gateway.store import Store
 from protos import gateway_pb2, types_pb2
 from services.errors import InvalidRequest, Overloaded, UnknownModel, UnknownRequest, WrongState
-from services.media import check_image
+from services.media import first_picture
 from services.request import MAX_SEED, GenerationParams, resolve
 from services.telemetry import new_traceparent
 from services.wire import params_to_proto
 
 MAX_LIST = 1000
 MAX_KEY_CHARS = 128
-_PICTURES = ("image", "last_image", "mask")
 _STAGES = {b"dit": types_pb2.STAGE_DIT, b"vae": types_pb2.STAGE_VAE}
 
 
@@ -61,10 +60,9 @@ class RequestService:
         """
         model = self.model_of(params.model)
         params = GenerationParams(**{name: getattr(params, name) for name in _FIELDS} | {"model": model})
-        resolved = resolve(params, self._replicas.limits(model), seed=secrets.randbelow(MAX_SEED))
-        for media in resolved.inputs:
-            if media.role in _PICTURES:
-                check_image(media)
+        limits = self._replicas.limits(model)
+        picture = first_picture(params.inputs[: limits.max_inputs])
+        resolved = resolve(params, limits, seed=secrets.randbelow(MAX_SEED), picture=picture)
         if resolved.preview_every:
             self._check_previews(model)
         if len(idempotency_key) > MAX_KEY_CHARS:

@@ -23,6 +23,7 @@ from services.config import EngineSection, ModelSection, ServiceSection, StageCo
 from services.describe import limits_of, open_model
 from services.errors import Internal, StartupError
 from services.family import Tensors
+from services.media import first_picture
 from services.request import MAX_SEED, GenerationParams, ResolvedParams, resolve
 from text_encoder_svc.engine import open_engine as open_text
 from vae_svc.engine import VaeJob
@@ -116,7 +117,8 @@ class Local:
 
     def _resolve(self, request: Mapping[str, Any]) -> ResolvedParams:
         params = GenerationParams(**{"model": "local", **self._defaults, **request})
-        return resolve(params, self._limits, seed=secrets.randbelow(MAX_SEED))
+        picture = first_picture(params.inputs[: self._limits.max_inputs])
+        return resolve(params, self._limits, seed=secrets.randbelow(MAX_SEED), picture=picture)
 
     def _encode(self, jobs: Mapping[str, ResolvedParams], busy: dict[str, dict[str, float]]) -> dict[str, Tensors]:
         conditions: dict[str, Tensors] = {}

@@ -9,7 +9,7 @@ import contextlib
 import io
 import struct
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -20,6 +20,7 @@ from services.errors import InvalidRequest
 from services.request import Media
 
 Frames = np.ndarray[Any, np.dtype[np.uint8]]  # [F, H, W, 3], RGB, 0 to 255
+PICTURE_ROLES = ("image", "last_image", "mask")
 MAX_INPUT_PIXELS = 64 * 1024 * 1024
 INPUT_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 MIMES = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp", "mp4": "video/mp4"}
@@ -36,28 +37,47 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_SIDEWAYS = [_UPRIGHT[orientation] for orientation in (5, 6, 7, 8)]
 
 
-def check_image(media: Media) -> None:
-    """Looks at a picture's header only.
+def first_picture(inputs: Sequence[Media]) -> tuple[int, int] | None:
+    """(width, height) of the first picture among a generation's inputs, when there is one; all headers are checked.
+
+    Raises:
+        InvalidRequest: as image_size.
+    """
+    sizes = [image_size(media) for media in inputs if media.role in PICTURE_ROLES]
+    return sizes[0] if sizes else None
+
+
+def image_size(media: Media) -> tuple[int, int]:
+    """(width, height) of a picture as `decode_image` gives it, by its header alone.
 
     Raises:
         InvalidRequest: not a picture, of another format, or with more pixels than allowed.
     """
-    with _opened(media):
-        pass
+    with _opened(media) as image:
+        on_its_side = _turn(image) in _SIDEWAYS
+        return (image.height, image.width) if on_its_side else (image.width, image.height)
 
 
 def decode_image(media: Media) -> Frames:
     """A picture's pixels as [1, H, W, 3], upright as its EXIF data say.
 
     Raises:
-        InvalidRequest: as check_image, or cut short.
+        InvalidRequest: as image_size, or cut short.
     """
     with _opened(media) as image:
-        turn = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+        turn = _turn(image)
         upright = image if turn is None else image.transpose(turn)
         return np.asarray(upright.convert("RGB"))[None].copy()
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    # `image.getexif` would decode a PNG's pixels to look for EXIF data behind them.
+    exif = Image.Exif()
+    exif.load(image.info.get("exif", b""))
+    return _UPRIGHT.get(exif.get(ExifTags.Base.Orientation, 1))
 
 
 @contextlib.contextmanager

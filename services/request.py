@@ -7,6 +7,7 @@ more before they allocate anything. `services/wire.py` converts to and from the 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from typing import TypeVar
 
@@ -15,6 +16,8 @@ from services.errors import InvalidRequest
 _T = TypeVar("_T")
 
 MAX_SEED = 2**63 - 1
+# Sides of a result that follows its input picture, as the stock pipelines for edits round them.
+PICTURE_MULTIPLE_PX = 32
 IMAGE_FORMATS = ("png", "jpeg", "webp")
 VIDEO_FORMATS = ("mp4", "webp", "raw")
 AUDIO_FORMATS = ("wav", "flac", "raw")
@@ -100,13 +103,16 @@ class ResolvedParams:
     inputs: tuple[Media, ...] = ()
 
 
-def resolve(params: GenerationParams, limits: Limits, *, seed: int) -> ResolvedParams:
+def resolve(
+    params: GenerationParams, limits: Limits, *, seed: int, picture: tuple[int, int] | None = None
+) -> ResolvedParams:
     """Fills in the model's defaults and checks every value.
 
     Args:
         params: the request as it came.
         limits: of the model it names.
         seed: taken when the request brings none (the caller draws it, so that the request is repeatable).
+        picture: (width, height) of the first input picture, whose shape a result without a size gets.
 
     Raises:
         InvalidRequest: names the parameter, its value and what is allowed.
@@ -114,12 +120,13 @@ def resolve(params: GenerationParams, limits: Limits, *, seed: int) -> ResolvedP
     guidance = _or(params.guidance, limits.default_guidance)
     # Who sets one scale means both experts; the model's own pair comes as a pair.
     second = limits.default_guidance_2 if params.guidance is None and limits.default_guidance_2 else guidance
+    width, height = _default_size(limits, picture)
     resolved = ResolvedParams(
         model=params.model,
         prompt=params.prompt,
         negative_prompt=_or(params.negative_prompt, limits.default_negative_prompt),
-        width=_or(params.width, limits.default_width),
-        height=_or(params.height, limits.default_height),
+        width=_or(params.width, width),
+        height=_or(params.height, height),
         num_frames=_or(params.num_frames, limits.default_frames),
         fps=_or(params.fps, limits.default_fps),
         steps=_or(params.steps, limits.default_steps),
@@ -133,6 +140,26 @@ def resolve(params: GenerationParams, limits: Limits, *, seed: int) -> ResolvedP
     )
     check(resolved, limits)
     return resolved
+
+
+def _default_size(limits: Limits, picture: tuple[int, int] | None) -> tuple[int, int]:
+    """The model's size, or one of the same area in the picture's shape."""
+    width, height = limits.default_width, limits.default_height
+    if picture is None:
+        return width, height
+    unit = math.lcm(limits.size_multiple_px, PICTURE_MULTIPLE_PX)
+    lowest, highest = -(-limits.min_side_px // unit) * unit, limits.max_side_px // unit * unit
+    aspect = picture[0] / picture[1]
+    exact_width = math.sqrt(width * height * aspect)
+
+    def rounded(to_whole: Callable[[float], int]) -> tuple[int, int]:
+        sides = [
+            min(max(to_whole(side / unit) * unit, lowest), highest) for side in (exact_width, exact_width / aspect)
+        ]
+        return sides[0], sides[1]
+
+    width, height = rounded(round)
+    return (width, height) if width * height <= limits.max_pixels else rounded(math.floor)
 
 
 def unresolved(params: ResolvedParams) -> GenerationParams:

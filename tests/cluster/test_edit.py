@@ -43,7 +43,8 @@ def tiny(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def edits(tiny, tmp_path_factory, monkeypatch_session):
     file = tmp_path_factory.mktemp("config") / "edits.toml"
-    write_toml(file, {"models": {"edits": {"source": str(tiny)}}})
+    limits = {"default_width": 64, "default_height": 64, "default_steps": 4}
+    write_toml(file, {"models": {"edits": {"source": str(tiny), "limits": limits}}})
     running = RunningCluster(tmp_path_factory.mktemp("run"), {}, gateways=1, file=file)
     try:
         running.start()
@@ -94,6 +95,11 @@ def test_rest_and_grpc_make_the_same_picture_and_the_input_matters(client, rest)
     assert rest.get(f"/v1/requests/{made.json()['id']}/content").content == theirs
     other = client.generate(PROMPT, images=[picture(90, 50, 2).data], **SMALL).data
     assert not np.array_equal(pixels(other), pixels(theirs))
+
+
+def test_without_a_size_the_result_has_the_pictures_shape(client):
+    result = client.generate(PROMPT, images=[picture(400, 100, 1).data])
+    assert pixels(result.data).shape == (64, 128, 3)
 
 
 def test_both_encoders_saw_the_picture(client):

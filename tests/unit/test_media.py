@@ -9,10 +9,10 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageFile, ImageOps
 
 from services.errors import InvalidRequest
-from services.media import MAX_INPUT_PIXELS, check_image, decode_image
+from services.media import MAX_INPUT_PIXELS, decode_image, first_picture, image_size
 from services.request import Media
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8)
@@ -48,17 +48,32 @@ def test_pictures_come_upright(orientation):
     data = file_of("PNG", exif=exif)
     upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
     assert np.array_equal(decode_image(Media("image/png", data))[0], np.asarray(upright))
+    assert image_size(Media("image/png", data)) == upright.size
+
+
+def test_the_first_picture_tells_the_size_and_all_are_checked():
+    small, other = Media("image/png", file_of("PNG")), Media("image/jpeg", b"no picture", "last_image")
+    assert first_picture([Media("audio/wav", b"RIFF", "audio"), small]) == (40, 24)
+    assert first_picture([]) is None
+    with pytest.raises(InvalidRequest, match="cannot be decoded"):
+        first_picture([small, other])
+
+
+def test_looking_at_the_header_decodes_nothing(monkeypatch):
+    files = [file_of(kind) for kind in ("PNG", "JPEG", "WEBP")]
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("pixels were decoded"))
+    assert [image_size(Media("image/png", data)) for data in files] == [(40, 24)] * 3
 
 
 @pytest.mark.parametrize(("width", "height"), [(60000, 60000), (12000, 8000), (8193, 8193), (2**31 - 1, 2**31 - 1)])
 def test_a_header_that_promises_too_much_is_refused_by_the_header_alone(width, height):
     with pytest.raises(InvalidRequest, match=f"at most {MAX_INPUT_PIXELS} are allowed"):
-        check_image(Media("image/png", bomb(width, height)))
+        image_size(Media("image/png", bomb(width, height)))
 
 
 def test_the_header_alone_says_nothing_about_the_rest():
     cut = Media("image/png", file_of("PNG")[:-200])
-    check_image(cut)
+    image_size(cut)
     with pytest.raises(InvalidRequest, match="cannot be decoded"):
         decode_image(cut)
 
@@ -66,7 +81,7 @@ def test_the_header_alone_says_nothing_about_the_rest():
 @pytest.mark.parametrize("data", [b"", b"GIF", b"\x89PNG\r\n\x1a\n", b"<svg/>", b"%PDF-1.7", b"\x00" * 4096])
 def test_what_is_no_picture_is_refused(data):
     with pytest.raises(InvalidRequest, match="cannot be decoded"):
-        check_image(Media("image/png", data))
+        image_size(Media("image/png", data))
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")

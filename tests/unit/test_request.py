@@ -74,3 +74,30 @@ def test_frames_follow_the_rule_of_the_model() -> None:
 def test_an_edit_model_needs_a_picture() -> None:
     with pytest.raises(InvalidRequest, match="between 1 and 1"):
         resolve(make(), replace(LIMITS, min_inputs=1, max_inputs=1), seed=0)
+
+
+@pytest.mark.parametrize(
+    ("picture", "size"),
+    [
+        ((1000, 1000), (1024, 1024)),
+        ((1200, 800), (1248, 832)),
+        ((90, 160), (768, 1376)),
+        ((4000, 100), (3584, 160)),
+        ((100, 4000), (160, 3584)),
+        ((65535, 1), (3584, 64)),
+    ],
+)
+def test_without_a_size_the_result_has_the_pictures_shape(picture, size) -> None:
+    limits = Limits(max_inputs=1, max_side_px=3584)
+    resolved = resolve(make(inputs=(Media("image/png", b"x"),)), limits, seed=0, picture=picture)
+    assert (resolved.width, resolved.height) == size
+    asked = resolve(make(width=512, height=256), limits, seed=0, picture=picture)
+    assert (asked.width, asked.height) == (512, 256)
+
+
+def test_the_pictures_shape_stays_within_the_models_pixels() -> None:
+    limits = Limits(default_width=512, default_height=512, max_pixels=512 * 512)
+    for width in range(10, 4000, 37):
+        resolved = resolve(make(), limits, seed=0, picture=(width, 999))
+        assert resolved.width * resolved.height <= 512 * 512
+        assert resolved.width % 32 == resolved.height % 32 == 0
