@@ -76,8 +76,11 @@ def decode_image(media: Media) -> Frames:
 def _turn(image: Image.Image) -> Image.Transpose | None:
     # `image.getexif` would decode a PNG's pixels to look for EXIF data behind them.
     exif = Image.Exif()
-    exif.load(image.info.get("exif", b""))
-    return _UPRIGHT.get(exif.get(ExifTags.Base.Orientation, 1))
+    try:
+        exif.load(image.info.get("exif", b""))
+        return _UPRIGHT.get(exif.get(ExifTags.Base.Orientation, 1))
+    except Exception:  # noqa: BLE001 - a broken EXIF block raises anything; the pixels may be fine
+        return None
 
 
 @contextlib.contextmanager

@@ -51,6 +51,11 @@ def test_pictures_come_upright(orientation):
     assert image_size(Media("image/png", data)) == upright.size
 
 
+def test_a_broken_exif_block_does_not_cost_the_picture():
+    data = file_of("PNG", exif=b"Exif\x00\x00garbage of no kind")
+    assert np.array_equal(decode_image(Media("image/png", data))[0], PIXELS)
+
+
 def test_the_first_picture_tells_the_size_and_all_are_checked():
     small, other = Media("image/png", file_of("PNG")), Media("image/jpeg", b"no picture", "last_image")
     assert first_picture([Media("audio/wav", b"RIFF", "audio"), small]) == (40, 24)
