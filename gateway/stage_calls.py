@@ -1,0 +1,228 @@
+"""The gRPC calls of a request to its stages. Tensor frames are relayed as the bytes they came as.
+
+What can run side by side does: embeddings are made while the denoiser's call opens, and the VAE's call opens while the
+latents still come.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from typing import Any
+
+import grpc
+
+from gateway.replicas import Replica
+from gateway.work import Work
+from protos import dit_pb2, gateway_pb2, text_encoder_pb2, types_pb2, vae_pb2
+from services.client import error_from_rpc
+from services.errors import CorruptTensor, ServiceError
+from services.telemetry import internal_error
+from services.tensor_wire import frame_of, is_end
+
+_ENCODE = {"text_encoder": "/lightloom.v1.TextEncoder/Encode", "vae": "/lightloom.v1.Vae/Encode"}
+_DENOISE = "/lightloom.v1.Dit/Denoise"
+_DECODE = "/lightloom.v1.Vae/Decode"
+
+
+class Latents:
+    """A bundle's messages: kept for the store, and followed by a VAE call that begins before they are whole."""
+
+    def __init__(self, messages: Sequence[bytes] = (), *, whole: bool = False) -> None:
+        self.messages = list(messages)
+        self.whole = whole
+        self._grown = asyncio.Event()
+
+    def add(self, message: bytes, frame: memoryview) -> None:
+        """The next message, and the frame in it."""
+        self.messages.append(message)
+        self.whole = is_end(frame)
+        self._grown.set()
+
+    async def follow(self) -> AsyncIterator[bytes]:
+        """The messages from the first on; ends with the bundle."""
+        index = 0
+        while True:
+            while index < len(self.messages):
+                yield self.messages[index]
+                index += 1
+            if self.whole:
+                return
+            self._grown.clear()
+            await self._grown.wait()
+
+
+async def denoise(
+    work: Work, replica: Replica, encoders: Sequence[Replica], fit: types_pb2.LatentRgbFit | None, latents: Latents
+) -> AsyncGenerator[dit_pb2.DenoiseResponse]:
+    """Conditions into the denoiser; yields its events, and collects the frames that follow a `bundle` of latents.
+
+    Args:
+        encoders: replicas that make the conditions, in the order in which the denoiser wants them.
+        fit: for previews.
+
+    Raises:
+        ServiceError: what a stage failed with.
+    """
+    feed = _Feed(work, encoders, fit)
+    method: Any = replica.channel.stream_stream(_DENOISE)
+    with replica.in_use():
+        call = method(**work.call_options())
+        feeding = asyncio.create_task(feed.run(call))
+        try:
+            async for message in call:
+                frame = frame_of(message)
+                if frame is None:
+                    yield dit_pb2.DenoiseResponse.FromString(message)
+                else:
+                    latents.add(message, frame)
+        except grpc.aio.AioRpcError as error:
+            raise (feed.failure or error_from_rpc(error)) from error
+        except asyncio.CancelledError:
+            if feed.failure is not None:
+                raise feed.failure from None
+            raise
+        finally:
+            call.cancel()
+            feeding.cancel()
+            await asyncio.gather(feeding, return_exceptions=True)
+    if not latents.whole:
+        raise CorruptTensor("the denoiser's stream ended before its latents were whole")
+
+
+class _Feed:
+    """Fills a denoiser's request stream: start, embeddings, image latents."""
+
+    def __init__(self, work: Work, encoders: Sequence[Replica], fit: types_pb2.LatentRgbFit | None) -> None:
+        self.failure: ServiceError | None = None
+        self._work = work
+        self._encoders = encoders
+        self._start = dit_pb2.DenoiseStart(context=work.context(), params=work.params, num_bundles=len(encoders))
+        del self._start.params.inputs[:]
+        if fit is not None:
+            self._start.latent_rgb_fit.CopyFrom(fit)
+
+    async def run(self, call: Any) -> None:
+        """Writes until all conditions are there; a failure is kept, and ends the denoiser's call."""
+        try:
+            with contextlib.ExitStack() as stack:
+                bundles = [stack.enter_context(_encoding(self._work, encoder)) for encoder in self._encoders]
+                await call.write(dit_pb2.DenoiseRequest(start=self._start).SerializeToString())
+                for frames in bundles:
+                    async for message in frames:
+                        await call.write(message)
+            await call.done_writing()
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            # The denoiser's call has ended: who reads from it hears why.
+            return
+        except ServiceError as error:
+            self.failure = error
+            call.cancel()
+        except Exception as error:  # noqa: BLE001 - a bug fails its request, not the gateway
+            self.failure = internal_error(error, self._work.request_id)
+            call.cancel()
+
+
+@contextlib.contextmanager
+def _encoding(work: Work, replica: Replica) -> Iterator[AsyncIterator[bytes]]:
+    """An Encode call that has begun when the block is entered; gives its frames as they come."""
+    request = text_encoder_pb2.EncodeRequest(context=work.context(), params=work.params)
+    method: Any = replica.channel.unary_stream(_ENCODE[replica.stage])
+    with replica.in_use():
+        call = method(request.SerializeToString(), **work.call_options())
+        try:
+            yield _frames(work, replica, call)
+        finally:
+            call.cancel()
+
+
+async def _frames(work: Work, replica: Replica, call: Any) -> AsyncIterator[bytes]:
+    try:
+        async for message in call:
+            if frame_of(message) is not None:
+                yield message
+            else:
+                work.add(replica.stage, text_encoder_pb2.EncodeResponse.FromString(message).usage)
+    except grpc.aio.AioRpcError as failure:
+        raise _failed(replica, failure) from failure
+
+
+class Decode:
+    """A Decode call, which begins at once and runs beside its maker. `close` it in any case."""
+
+    def __init__(self, work: Work, replica: Replica, latents: Latents) -> None:
+        self.artifact = gateway_pb2.Artifact(url=f"/v1/requests/{work.request_id}/content")
+        self.start_unix_ns = time.time_ns()
+        self._work = work
+        self._data = bytearray()
+        self._expected = -1
+        self._whole = asyncio.Event()
+        self._usage = types_pb2.StageUsage()
+        self._task = asyncio.create_task(self._run(replica, latents))
+        self._task.add_done_callback(lambda _task: self._whole.set())
+
+    async def media(self) -> bytes:
+        """The encoded media, as soon as its last byte is here.
+
+        Raises:
+            ServiceError: the call failed before.
+        """
+        await self._whole.wait()
+        if self._task.done():
+            self._task.result()
+        return bytes(self._data)
+
+    async def ended(self) -> types_pb2.StageUsage:
+        """What the VAE spent, at the end of the call.
+
+        Raises:
+            ServiceError: the call failed.
+        """
+        await self._task
+        return self._usage
+
+    async def close(self) -> None:
+        """Ends the call if it still runs."""
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+
+    async def _run(self, replica: Replica, latents: Latents) -> None:
+        method: Any = replica.channel.stream_stream(_DECODE)
+        with replica.in_use():
+            try:
+                async for message in method(self._requests(latents), **self._work.call_options()):
+                    self._take(vae_pb2.DecodeResponse.FromString(message))
+            except grpc.aio.AioRpcError as failure:
+                raise _failed(replica, failure) from failure
+        if len(self._data) != self._expected:
+            raise CorruptTensor(f"the VAE announced {self._expected} bytes and sent {len(self._data)}")
+
+    async def _requests(self, latents: Latents) -> AsyncIterator[bytes]:
+        start = vae_pb2.DecodeStart(context=self._work.context(), params=self._work.params)
+        del start.params.inputs[:]
+        yield vae_pb2.DecodeRequest(start=start).SerializeToString()
+        async for message in latents.follow():
+            yield message
+
+    def _take(self, response: vae_pb2.DecodeResponse) -> None:
+        match response.WhichOneof("kind"):
+            case "media":
+                header, artifact = response.media, self.artifact
+                self._expected = header.nbytes
+                artifact.mime, artifact.width, artifact.height = header.mime, header.width, header.height
+                artifact.num_frames, artifact.fps = header.num_frames, header.fps
+            case "chunk":
+                self._data += response.chunk.data
+                if len(self._data) == self._expected:
+                    self._whole.set()
+            case "usage":
+                self._usage = response.usage
+
+
+def _failed(replica: Replica, failure: grpc.aio.AioRpcError) -> ServiceError:
+    error = error_from_rpc(failure)
+    if error.retryable:
+        replica.pause()
+    return error

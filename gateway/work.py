@@ -1,0 +1,107 @@
+"""A claimed request in work: what its stage calls are made of, what they reported, and how far it is."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from gateway.state import Claim, State
+from protos import dit_pb2, gateway_pb2, types_pb2
+from services.errors import ServiceError
+from services.telemetry import new_traceparent
+
+EVENT_PERIOD_S = 0.2
+
+
+@dataclass(slots=True)
+class Work:
+    """A claim in work, with what its stages reported."""
+
+    claim: Claim
+    params: types_pb2.GenerationParams
+    deadline_unix_s: float
+    traceparent: str
+    busy_s: dict[str, float] = field(default_factory=dict)
+    spans: list[types_pb2.Span] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, claim: Claim) -> Work:
+        """From the stored record."""
+        record = claim.record
+        return cls(
+            claim=claim,
+            params=types_pb2.GenerationParams.FromString(record["params"]),
+            deadline_unix_s=float(record["deadline"]),
+            traceparent=record["traceparent"].decode(),
+        )
+
+    @property
+    def request_id(self) -> str:
+        """The request's id."""
+        return self.claim.request_id
+
+    def context(self) -> types_pb2.RequestContext:
+        """For a stage's first message."""
+        attempt = int(self.claim.record.get("attempt", b"1"))
+        return types_pb2.RequestContext(request_id=self.request_id, fence=self.claim.fence, attempt=attempt)
+
+    def call_options(self) -> dict[str, Any]:
+        """Deadline and trace context of a stage call."""
+        return {
+            "timeout": max(0.001, self.deadline_unix_s - time.time()),
+            "metadata": (("traceparent", new_traceparent(self.traceparent)),),
+        }
+
+    def add(self, stage: str, usage: types_pb2.StageUsage) -> None:
+        """Takes a stage's usage."""
+        self.busy_s[stage] = self.busy_s.get(stage, 0.0) + usage.busy_s
+        self.spans.extend(usage.spans)
+
+    def fields(self, **more: str | bytes) -> dict[str, str | bytes | float]:
+        """Hash fields of a commit."""
+        spans = gateway_pb2.TraceResponse(spans=self.spans).SerializeToString()
+        name = "spans:" + (sorted(self.busy_s)[0] if self.busy_s else "none")
+        return {f"busy:{stage}": seconds for stage, seconds in self.busy_s.items()} | {name: spans} | more
+
+
+class Progress:
+    """Step events at no more than five a second; the first and the last always go out."""
+
+    def __init__(self, state: State, claim: Claim, lease_s: float) -> None:
+        self._state = state
+        self._claim = claim
+        self._lease_s = lease_s
+        self._sent_s = 0.0
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def step(self, event: dit_pb2.StepEvent) -> None:
+        """Notes a step."""
+        now_s = time.monotonic()
+        if event.step not in (1, event.total) and now_s - self._sent_s < EVENT_PERIOD_S:
+            return
+        self._sent_s = now_s
+        progress = gateway_pb2.StepProgress(
+            step=event.step, total=event.total, sigma=event.sigma, seconds=event.seconds
+        )
+        self._send("step", progress.SerializeToString(), event.step, event.total)
+
+    def preview(self, media: types_pb2.Media) -> None:
+        """Passes a preview on."""
+        self._send("preview", media.SerializeToString(), 0, 0)
+
+    def _send(self, kind: str, payload: bytes, step: int, total: int) -> None:
+        # Progress is not worth a stall of the stream: Redis is told beside it, in order of starting.
+        task = asyncio.create_task(self._beat(kind, payload, step, total))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _beat(self, kind: str, payload: bytes, step: int, total: int) -> None:
+        with contextlib.suppress(ServiceError):
+            await self._state.beat(self._claim, self._lease_s, kind=kind, payload=payload, step=step, total=total)
+
+    async def close(self) -> None:
+        """Waits for what is under way."""
+        await asyncio.gather(*self._tasks)
