@@ -10,7 +10,6 @@ from __future__ import annotations
 import io
 import time
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,14 +18,13 @@ from PIL import Image
 
 from dit_svc.batching import StrideScheduler
 from dit_svc.checkpoint import restore_state, save_state
+from dit_svc.forward import Forward, Pass, Predicted, by_branch
 from services.config import EngineSection
 from services.errors import InvalidRequest, NonFinite, OutOfMemory, ServiceError
-from services.family import Block, DenoiseState, DitModel, DitPart, Row, Tensors
+from services.family import DenoiseState, DitModel, DitPart, Tensors
+from services.parallel.mesh import Mesh
 from services.request import Media, ResolvedParams
 from services.tensors import Bundle
-
-# Below this many tokens a row, a forward is bound by overheads, and branches gain from sharing it.
-ROWS_BELOW_TOKENS = 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +106,17 @@ class Running:
     busy_s: float = 0.0
     checkpoint_wanted: bool = False
     stop_wanted: bool = False
+    under_way: bool = False
+
+
+@dataclass(slots=True)
+class Flight:
+    """A batch whose step is under way: it lands when `missing` predictions more have come."""
+
+    batch: list[Running]
+    missing: int
+    started_s: float
+    predicted: list[Predicted] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -115,7 +124,6 @@ class Counters:
     """For metrics."""
 
     steps: int = 0
-    rows: int = 0
     ticks: int = 0
     busy_s: float = 0.0
     aborted: int = 0
@@ -123,15 +131,20 @@ class Counters:
 
 
 class DitEngine:
-    """Holds the running requests of one replica. Not thread-safe: one thread calls everything."""
+    """Holds the running requests of one replica. Not thread-safe: one thread calls everything.
 
-    def __init__(self, model: DitModel, part: DitPart, config: EngineSection) -> None:
+    Several ranks hold the same requests and call the same methods in the same order; so they decide alike.
+    """
+
+    def __init__(self, model: DitModel, part: DitPart, config: EngineSection, mesh: Mesh | None = None) -> None:
         if config.branches not in ("rows", "serial", "auto"):
             raise InvalidRequest(f"engine.branches is {config.branches!r}: use rows, serial or auto")
         self._model = model
         self._part = part
         self._config = config
-        self._blocks: dict[str, Sequence[Block]] = {name: part.blocks(module) for name, module in model.modules.items()}
+        self._forward = Forward(model, part, config.branches, mesh)
+        self._single = mesh is None
+        self._flights: dict[str, Flight] = {}
         self._requests: dict[str, Running] = {}
         self._scheduler = StrideScheduler()
         self._events: deque[Event] = deque()
@@ -140,7 +153,7 @@ class DitEngine:
     @property
     def busy(self) -> bool:
         """Whether a tick would do something."""
-        return bool(self._requests) or bool(self._events)
+        return bool(self._requests) or bool(self._events) or not self._forward.empty
 
     def admit(self, job: DenoiseJob) -> None:
         """Takes a request in; it joins the batch at the next tick.
@@ -171,13 +184,16 @@ class DitEngine:
             running.stop_wanted = running.stop_wanted or stop
 
     def tick(self) -> list[Event]:
-        """One step of one batch, and everything that came of it."""
+        """One step of one batch, and everything that came of it. With a pipeline, the step lands some ticks later."""
         self._make_checkpoints()
-        batch = self._scheduler.choose(
-            list(self._requests.values()), self._key, self._cost, max(1, self._config.max_batch)
-        )
+        idle = [running for running in self._requests.values() if not running.under_way]
+        # Behind a pipeline, several batches must be under way for all ranks to work.
+        most = min(self._config.max_batch, -(-len(self._requests) // self._forward.depth))
+        batch = self._scheduler.choose(idle, self._key, self._cost, max(1, most))
         if batch:
             self._step(batch)
+        elif not self._forward.empty:
+            self._beat(None)
         events = list(self._events)
         self._events.clear()
         return events
@@ -192,49 +208,52 @@ class DitEngine:
         return float(self._part.token_count(self._model, running.state.params) * branches)
 
     def _step(self, batch: list[Running]) -> None:
-        started_s = time.perf_counter()
+        states = [running.state for running in batch]
+        branches = self._part.branches(self._model, states[0])
+        flight = Flight(batch, len(batch) * len(branches), time.perf_counter())
+        for running in batch:
+            running.under_way = True
+            self._flights[running.state.request_id] = flight
         try:
-            predictions = self._forward([running.state for running in batch])
-            finite = self._advance(batch, predictions)
+            for entering in self._forward.passes(states):
+                self._beat(entering)
         except torch.OutOfMemoryError:
+            if not self._single:
+                raise  # The other ranks are past this point: the group starts anew.
             self._out_of_memory(batch)
+
+    def _beat(self, entering: Pass | None) -> None:
+        for one in self._forward.beat(entering):
+            flight = self._flights[one.request_id]
+            flight.predicted.append(one)
+            flight.missing -= 1
+            if not flight.missing:
+                self._land(flight)
+
+    def _land(self, flight: Flight) -> None:
+        """The batch's predictions are complete: the scheduler's step, for requests that are still here."""
+        here = []
+        for running in flight.batch:
+            request_id = running.state.request_id
+            del self._flights[request_id]
+            running.under_way = False
+            if self._requests.get(request_id) is running:
+                here.append(running)
+        if not here:
             return
-        seconds = time.perf_counter() - started_s
+        outputs = by_branch(flight.predicted)
+        predictions = {
+            running.state.request_id: self._part.combine(self._model, running.state, outputs[running.state.request_id])
+            for running in here
+        }
+        finite = self._advance(here, predictions)
+        seconds = time.perf_counter() - flight.started_s
         self._counters.ticks += 1
-        self._counters.steps += len(batch)
+        self._counters.steps += len(here)
         self._counters.busy_s += seconds
-        for running, good in zip(batch, finite, strict=True):
+        for running, good in zip(here, finite, strict=True):
             running.busy_s += seconds
-            self._report(running, good, seconds, len(batch), predictions[running.state.request_id])
-
-    def _forward(self, states: list[DenoiseState]) -> dict[str, torch.Tensor]:
-        """Guided predictions by request id."""
-        part, model = self._part, self._model
-        expert = part.expert(model, states[0])
-        branches = part.branches(model, states[0])
-        by_branch: dict[str, dict[str, torch.Tensor]] = {state.request_id: {} for state in states}
-        for rows in self._row_groups(states, branches):
-            outputs = self._run_blocks(expert, rows)
-            for row, output in zip(rows, torch.split(outputs, 1), strict=True):
-                by_branch[row.state.request_id][row.branch] = output
-            self._counters.rows += len(rows)
-        return {state.request_id: part.combine(model, state, by_branch[state.request_id]) for state in states}
-
-    def _row_groups(self, states: list[DenoiseState], branches: tuple[str, ...]) -> list[list[Row]]:
-        mode = self._config.branches
-        if mode == "auto":
-            tokens = self._part.token_count(self._model, states[0].params)
-            mode = "rows" if tokens < ROWS_BELOW_TOKENS else "serial"
-        if mode == "serial":
-            return [[Row(state, branch) for state in states] for branch in branches]
-        return [[Row(state, branch) for state in states for branch in branches]]
-
-    def _run_blocks(self, expert: str, rows: list[Row]) -> torch.Tensor:
-        module = self._model.modules[expert]
-        streams = self._part.embed(module, self._part.collate(self._model, rows))
-        for block in self._blocks[expert]:
-            streams = block.run(streams)
-        return self._part.head(module, streams)
+            self._report(running, good, seconds, len(here), predictions[running.state.request_id])
 
     def _advance(self, batch: list[Running], predictions: dict[str, torch.Tensor]) -> list[bool]:
         checks = []
@@ -283,6 +302,9 @@ class DitEngine:
     def _out_of_memory(self, batch: list[Running]) -> None:
         """The newest request of the batch goes; the others try again without it."""
         torch.cuda.empty_cache()
+        for running in batch:
+            self._flights.pop(running.state.request_id, None)
+            running.under_way = False
         self._fail(batch[-1], OutOfMemory("the device ran out of memory in a step: ask for a smaller size"))
 
     def warm_up(self, params: ResolvedParams, conditions: Tensors) -> None:
@@ -306,7 +328,7 @@ class DitEngine:
             "dit_requests": len(self._requests),
             "dit_live_tensors": sum(_tensor_count(running.state) for running in self._requests.values()),
             "dit_steps_total": counters.steps,
-            "dit_rows_total": counters.rows,
+            "dit_rows_total": self._forward.rows,
             "dit_ticks_total": counters.ticks,
             "dit_busy_seconds_total": round(counters.busy_s, 6),
             "dit_aborted_total": counters.aborted,

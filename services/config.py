@@ -65,9 +65,20 @@ class ModelSection:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParallelSection:
-    """Degrees of the rank group. The trunk runs one rank; larger groups are refused at start."""
+    """Degrees of the rank group; they multiply to the number of ranks (`services/parallel/degrees.py`).
 
-    world_size: int = 1
+    `world_size` may be left out (0); given, it must be their product.
+    """
+
+    world_size: int = 0
+    cfg_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+    ulysses_degree: int = 1
+    ring_degree: int = 1
+    tensor_parallel_size: int = 1
+    hsdp_shard_size: int = 1
+    hsdp_replicate_size: int = 1
+    enable_expert_parallel: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,6 +11,7 @@ from protos import types_pb2
 from services.config import ModelSection, StageConfig, parse
 from services.errors import StartupError
 from services.families import load_family
+from services.parallel.degrees import Degrees
 from services.request import Limits
 from services.weights import ModelSource, open_source
 from services.wire import limits_to_proto
@@ -82,5 +83,5 @@ def describe(
         features=[types_pb2.Feature(name=key, config=value, exact=True) for key, value in (features or {}).items()],
         device=name,
         dtype=str(dtype).removeprefix("torch."),
-        world_size=config.parallel.world_size,
+        world_size=Degrees.of(config.parallel).world,
     )

@@ -49,6 +49,23 @@ class Block:
 
 
 @dataclass(frozen=True, slots=True)
+class Tokens:
+    """A field of the streams that holds one entry for each token of the sequence, in dimension `dim`.
+
+    A field that is a tuple holds tokens in each of its tensors. With `ndim` it does so only while it has that many
+    dimensions (time embeddings for each token of some models).
+    """
+
+    field: str
+    dim: int = 1
+    ndim: int = 0
+
+    def holds(self, value: Any) -> bool:
+        """Whether the field's present value is one entry a token."""
+        return value is not None and (not self.ndim or value.ndim == self.ndim)
+
+
+@dataclass(frozen=True, slots=True)
 class ModelPlan:
     """What features may know of a DiT: data only.
 
@@ -56,7 +73,16 @@ class ModelPlan:
         block_classes: classes of the repeated blocks; compile makes two graphs of each.
         column: names (globs on the module path) of linears split by output features.
         row: names of linears split by input features.
+        gathered: names of linears split by output features whose results every rank needs whole (modulation,
+            embeddings).
+        segments: for linears whose cut features are several laid side by side, their ratio by name.
+        norms_across_heads: names of RMS norms over the features of all heads.
+        heads: the config's key for the number of attention heads.
         attention: the kinds of attention calls, as `DitModel.attention` names them.
+        spread: those of them that attend over the sequence which sequence parallelism cuts.
+        sequence: the fields of the streams that are cut with it.
+        joint: the token fields that make the attended sequence, in its order.
+        flow: the fields that blocks change, which travel from one pipeline rank to the next.
         has_text_mask: text is masked, so prompts of different length share a batch exactly.
         high_precision: names of modules that keep their dtype under quantisation.
         cache_signal: name of the Streams field, or "modulated" for the modulated input of block 0.
@@ -65,7 +91,15 @@ class ModelPlan:
     block_classes: tuple[type[nn.Module], ...]
     column: tuple[str, ...] = ()
     row: tuple[str, ...] = ()
+    gathered: tuple[str, ...] = ()
+    segments: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    norms_across_heads: tuple[str, ...] = ()
+    heads: str = "num_attention_heads"
     attention: tuple[str, ...] = ()
+    spread: tuple[str, ...] = ()
+    sequence: tuple[Tokens, ...] = ()
+    joint: tuple[str, ...] = ("hidden",)
+    flow: tuple[str, ...] = ("hidden",)
     has_text_mask: bool = False
     high_precision: tuple[str, ...] = ()
     cache_signal: str = "hidden"

@@ -35,6 +35,7 @@ from services.errors import (
     ServiceError,
     StartupError,
 )
+from services.parallel.degrees import Degrees
 from services.rank_group import RankCall, RankGroup
 from services.server import Health, abort_with, bind, create_server, parse_arguments, stop_event
 from services.wire import PROTOCOL_VERSION
@@ -59,8 +60,8 @@ def serve_stage(service: ServiceDescriptor, rank_module: str) -> None:
     """
     config = parse_arguments(StageConfig, f"The {service.name} stage of Lightloom")
     telemetry.setup(config.service.name or service.name.lower())
-    if config.parallel.world_size != 1:
-        raise StartupError(f"parallel.world_size is {config.parallel.world_size}: only groups of 1 rank can be served")
+    if Degrees.of(config.parallel).world != 1:
+        raise StartupError(f"parallel: {Degrees.of(config.parallel).world} ranks, only groups of 1 rank can be served")
     asyncio.run(_serve(config, service, rank_module))
 
 
@@ -213,7 +214,7 @@ class Front:
         description.protocol_version = PROTOCOL_VERSION
         description.build = build_version()
         description.replica_id = self._replica_id
-        description.world_size = self._config.parallel.world_size
+        description.world_size = Degrees.of(self._config.parallel).world
         description.max_in_flight = self._config.service.max_in_flight
         description.in_flight = self.in_flight
         description.draining = self.draining

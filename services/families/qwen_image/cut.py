@@ -14,7 +14,7 @@ from diffusers.models.transformers.transformer_qwenimage import QwenImageTransfo
 from torch import nn
 
 from services.families.qwen_image.attention import JOINT, rotary_factors
-from services.family import Block, ModelPlan
+from services.family import Block, ModelPlan, Tokens
 
 Grid = tuple[int, int, int]  # frames, rows, columns of patches
 
@@ -24,7 +24,12 @@ PLAN = ModelPlan(
     block_classes=(QwenImageTransformerBlock,),
     column=("*.attn.to_q", "*.attn.to_k", "*.attn.to_v", "*.attn.add_[qkv]_proj", "*.net.0.proj"),
     row=("*.attn.to_out.0", "*.attn.to_add_out", "*.net.2"),
+    gathered=("*_mod.1", "img_in", "txt_in", "time_text_embed.*", "norm_out.linear", "proj_out"),
     attention=(JOINT,),
+    spread=(JOINT,),
+    sequence=(Tokens("hidden"), Tokens("text"), Tokens("rotary", dim=0)),
+    joint=("text", "hidden"),
+    flow=("hidden", "text"),
     has_text_mask=True,
     high_precision=("time_text_embed", "norm_out", "proj_out"),
     cache_signal="modulated",

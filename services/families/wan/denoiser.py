@@ -22,7 +22,7 @@ from services.attention import Attend
 from services.errors import InvalidRequest, StartupError
 from services.families.wan.attention import CROSS, SELF, WanAttention
 from services.families.wan.text import MAX_TOKENS
-from services.family import Block, DenoiseState, DitModel, DitPart, ModelPlan, Row, Tensors
+from services.family import Block, DenoiseState, DitModel, DitPart, ModelPlan, Row, Tensors, Tokens
 from services.request import ResolvedParams
 from services.weights import ModelSource
 
@@ -34,7 +34,11 @@ PLAN = ModelPlan(
     block_classes=(WanTransformerBlock,),
     column=("blocks.*.attn[12].to_[qkv]", "blocks.*.ffn.net.0.proj"),
     row=("blocks.*.attn[12].to_out.0", "blocks.*.ffn.net.2"),
+    gathered=("condition_embedder.*", "proj_out"),
+    norms_across_heads=("blocks.*.attn[12].norm_[qk]",),
     attention=(SELF, CROSS),
+    spread=(SELF,),
+    sequence=(Tokens("hidden"), Tokens("rotary"), Tokens("temb", ndim=3), Tokens("modulation", ndim=4)),
     has_text_mask=False,
     high_precision=("patch_embedding", "condition_embedder", "norm_out", "proj_out"),
     cache_signal="temb",

@@ -1,0 +1,147 @@
+"""How rows get through the model, on one rank or many.
+
+A pass is the rows of one forward. A beat takes one pass in and lets one out: at once on one rank; behind a pipeline of
+n ranks, the pass that came in n - 1 beats earlier, so that all ranks work while several passes are under way. Passes of
+different guidance branches go to different ranks of the cfg axis; each rank then knows every prediction, so that all
+ranks keep the same states. Every rank calls the same things in the same order.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from services.family import Block, DenoiseState, DitModel, DitPart, Row
+from services.parallel.collectives import all_gather
+from services.parallel.mesh import Axis, Mesh
+from services.parallel.pipeline import PipelineRank
+from services.parallel.sequence import SequenceParallel
+
+# Below this many tokens a row, a forward is bound by overheads, and branches gain from sharing it.
+ROWS_BELOW_TOKENS = 2048
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """Rows of one forward for each rank of the cfg axis: `by_rank[i]` are those that rank i computes.
+
+    The last pass of a step may have fewer groups than ranks; then some compute what others do, and nobody waits less.
+    """
+
+    expert: str
+    by_rank: tuple[tuple[Row, ...], ...]
+    groups: int
+
+
+@dataclass(frozen=True, slots=True)
+class Predicted:
+    """One row's prediction [1, ...]."""
+
+    request_id: str
+    branch: str
+    output: torch.Tensor
+
+
+class Forward:
+    """Runs passes. `mesh` is None on one rank."""
+
+    def __init__(self, model: DitModel, part: DitPart, branches: str, mesh: Mesh | None = None) -> None:
+        self._model = model
+        self._part = part
+        self._branches = branches
+        self._cfg: Axis | None = mesh["cfg"] if mesh and mesh["cfg"].size > 1 else None
+        self._sequence = SequenceParallel(part.plan, mesh) if mesh and mesh.sequence.size > 1 else None
+        self._pipeline = PipelineRank(part.plan, mesh["pipeline"]) if mesh and mesh["pipeline"].size > 1 else None
+        self._blocks = {name: self._own(part.blocks(module)) for name, module in model.modules.items()}
+        if self._sequence is not None:
+            for kind in part.plan.spread:
+                model.attention[kind].across = self._sequence.attend
+        self._under_way: deque[Pass | None] = deque([None] * (self.depth - 1))
+        self.rows = 0
+
+    @property
+    def depth(self) -> int:
+        """Passes that can be under way at once."""
+        return self._pipeline.size if self._pipeline else 1
+
+    @property
+    def empty(self) -> bool:
+        """Whether no pass is under way."""
+        return not any(self._under_way)
+
+    def passes(self, states: Sequence[DenoiseState]) -> list[Pass]:
+        """What one step of a batch takes."""
+        part, model = self._part, self._model
+        expert, branches = part.expert(model, states[0]), part.branches(model, states[0])
+        groups = [tuple(Row(state, branch) for state in states) for branch in branches]
+        ranks = self._cfg.size if self._cfg else 1
+        if ranks == 1 and self._rows_together(states[0]):
+            groups = [tuple(Row(state, branch) for state in states for branch in branches)]
+        return [
+            Pass(expert, tuple(groups[(first + rank) % len(groups)] for rank in range(ranks)), len(groups) - first)
+            for first in range(0, len(groups), ranks)
+        ]
+
+    def _rows_together(self, state: DenoiseState) -> bool:
+        if self._branches == "auto":
+            return self._part.token_count(self._model, state.params) < ROWS_BELOW_TOKENS
+        return self._branches == "rows"
+
+    def beat(self, entering: Pass | None) -> list[Predicted]:
+        """Takes a pass in, works, and returns the predictions of the pass that has come out."""
+        self._under_way.appendleft(entering)
+        outputs = self._work()
+        leaving = self._under_way.pop()
+        if leaving is None:
+            return []
+        own = self._cfg.rank if self._cfg else 0
+        if self._pipeline:
+            outputs = self._pipeline.share(outputs, self._like(leaving.by_rank[own]))
+        assert outputs is not None
+        by_rank = all_gather(outputs, self._cfg.name, self._cfg.size) if self._cfg else outputs[None]
+        return [
+            Predicted(row.state.request_id, row.branch, output[None])
+            for rows, stacked in list(zip(leaving.by_rank, by_rank, strict=True))[: leaving.groups]
+            for row, output in zip(rows, stacked, strict=True)
+        ]
+
+    def _work(self) -> torch.Tensor | None:
+        """This rank's share of the pass that has reached it; predictions where it holds the last blocks."""
+        place = self._pipeline.rank if self._pipeline else 0
+        reached = self._under_way[place]
+        if reached is None:
+            return None
+        rows = reached.by_rank[self._cfg.rank if self._cfg else 0]
+        self.rows += len(rows)
+        module = self._model.modules[reached.expert]
+        whole = self._part.embed(module, self._part.collate(self._model, rows))
+        streams = self._sequence.cut(whole) if self._sequence else whole
+        if self._pipeline:
+            streams = self._pipeline.receive(streams)
+        for block in self._blocks[reached.expert]:
+            streams = block.run(streams)
+        if self._pipeline and not self._pipeline.last:
+            self._pipeline.send(streams)
+            return None
+        if self._sequence:
+            streams = replace(whole, hidden=self._sequence.join(streams.hidden, whole.hidden.shape[1]))
+        return self._part.head(module, streams)
+
+    def _own(self, blocks: Sequence[Block]) -> Sequence[Block]:
+        return self._pipeline.own(blocks) if self._pipeline else blocks
+
+    def _like(self, rows: Sequence[Row]) -> torch.Tensor:
+        """Where a rank without the last blocks puts predictions: they have the latents' shape."""
+        shape = (len(rows), *rows[0].state.latents.shape[1:])
+        return torch.empty(shape, dtype=self._model.dtype, device=self._model.device)
+
+
+def by_branch(predicted: Sequence[Predicted]) -> Mapping[str, dict[str, torch.Tensor]]:
+    """Predictions as `DitPart.combine` takes them, by request."""
+    grouped: dict[str, dict[str, torch.Tensor]] = {}
+    for one in predicted:
+        grouped.setdefault(one.request_id, {})[one.branch] = one.output
+    return grouped

@@ -1,0 +1,87 @@
+"""Collectives as operators that a compiled graph carries without a break, with a count of the bytes that a rank sends.
+
+A group is named by its process group's name, since operators take plain values only. On an axis of one rank nothing
+is called. Bytes are what the algorithm of the fewest bytes sends from one rank; `benchmarks` and tests compare them
+with `services/parallel/volume.py`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+# Bytes that this rank has sent, by kind of collective. A figure for metrics and tests; nothing depends on it.
+sent_bytes: Counter[str] = Counter()
+
+
+def group_of(name: str) -> dist.ProcessGroup:
+    """The process group of that name."""
+    registry: Any = torch._C._distributed_c10d
+    group: dist.ProcessGroup = registry._resolve_process_group(name)
+    return group
+
+
+def _count(kind: str, tensor: torch.Tensor, share: float) -> None:
+    sent_bytes[kind] += round(tensor.numel() * tensor.element_size() * share)
+
+
+@torch.library.custom_op("lightloom::all_to_all", mutates_args=())
+def all_to_all(tensor: torch.Tensor, group: str) -> torch.Tensor:
+    """Piece i of dimension 0 goes to rank i; what comes back is piece i from rank i. [n, ...] to [n, ...]."""
+    tensor = tensor.contiguous()
+    received = torch.empty_like(tensor)
+    dist.all_to_all_single(received, tensor, group=group_of(group))
+    _count("all_to_all", tensor, 1 - 1 / tensor.shape[0])
+    return received
+
+
+@all_to_all.register_fake
+def _(tensor: torch.Tensor, group: str) -> torch.Tensor:
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("lightloom::all_reduce", mutates_args=())
+def all_reduce(tensor: torch.Tensor, group: str) -> torch.Tensor:
+    """The sum over the group."""
+    total = tensor.clone(memory_format=torch.contiguous_format)
+    ranks = group_of(group)
+    dist.all_reduce(total, group=ranks)
+    _count("all_reduce", tensor, 2 * (1 - 1 / ranks.size()))
+    return total
+
+
+@all_reduce.register_fake
+def _(tensor: torch.Tensor, group: str) -> torch.Tensor:
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("lightloom::all_gather", mutates_args=())
+def all_gather(tensor: torch.Tensor, group: str, size: int) -> torch.Tensor:
+    """Everybody's tensor, stacked by rank: [...] to [size, ...]."""
+    gathered = tensor.new_empty((size, *tensor.shape))
+    dist.all_gather_into_tensor(gathered, tensor.contiguous(), group=group_of(group))
+    _count("all_gather", tensor, size - 1)
+    return gathered
+
+
+@all_gather.register_fake
+def _(tensor: torch.Tensor, group: str, size: int) -> torch.Tensor:
+    return tensor.new_empty((size, *tensor.shape))
+
+
+@torch.library.custom_op("lightloom::reduce_scatter", mutates_args=())
+def reduce_scatter(tensor: torch.Tensor, group: str) -> torch.Tensor:
+    """Piece i of dimension 0, summed over the group, for rank i: [n, ...] to [...]."""
+    tensor = tensor.contiguous()
+    mine = torch.empty_like(tensor[0])
+    dist.reduce_scatter_tensor(mine, tensor, group=group_of(group))
+    _count("reduce_scatter", tensor, 1 - 1 / tensor.shape[0])
+    return mine
+
+
+@reduce_scatter.register_fake
+def _(tensor: torch.Tensor, group: str) -> torch.Tensor:
+    return torch.empty_like(tensor[0], memory_format=torch.contiguous_format)

@@ -1,0 +1,155 @@
+"""The degrees of a rank group: one validated object that owns them. Imports no torch.
+
+Ranks are numbered with the axes in the order `AXES`, the last one fastest: tensor-parallel ranks are neighbours.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields, replace
+
+from services.config import ParallelSection
+from services.errors import StartupError
+
+AXES = ("cfg", "pipeline", "replica", "ring", "ulysses", "tensor")
+MAX_WORLD = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Degrees:
+    """How many ways each axis splits the work.
+
+    Attributes:
+        cfg: guidance branches on different ranks.
+        pipeline: ranges of blocks.
+        replica: ranks that do the same work, for HSDP without another axis.
+        ring, ulysses: the sequence.
+        tensor: linears and heads.
+        hsdp_shard, hsdp_replicate: weights over the ranks of all axes but pipeline and tensor; 1 and 1: no HSDP.
+        expert: experts of MoE blocks are spread over the ranks that share a block.
+    """
+
+    cfg: int = 1
+    pipeline: int = 1
+    replica: int = 1
+    ring: int = 1
+    ulysses: int = 1
+    tensor: int = 1
+    hsdp_shard: int = 1
+    hsdp_replicate: int = 1
+    expert: bool = False
+
+    @classmethod
+    def of(cls, section: ParallelSection) -> Degrees:
+        """From a config, checked.
+
+        Raises:
+            StartupError: degrees that are no numbers of ranks or do not multiply to the world, with those that would.
+        """
+        for field in fields(section):
+            value = getattr(section, field.name)
+            if not isinstance(value, bool) and not (field.name == "world_size" and value == 0):
+                _check_degree(f"parallel.{field.name}", value)
+        asked = cls(
+            cfg=section.cfg_parallel_size,
+            pipeline=section.pipeline_parallel_size,
+            ring=section.ring_degree,
+            ulysses=section.ulysses_degree,
+            tensor=section.tensor_parallel_size,
+            hsdp_shard=section.hsdp_shard_size,
+            hsdp_replicate=section.hsdp_replicate_size,
+            expert=section.enable_expert_parallel,
+        )
+        return asked._with_replicas()._for_world(section.world_size)
+
+    @property
+    def world(self) -> int:
+        """Ranks of the group."""
+        return math.prod(self.size(axis) for axis in AXES)
+
+    @property
+    def sequence(self) -> int:
+        """Ranks that share a sequence."""
+        return self.ring * self.ulysses
+
+    @property
+    def hsdp(self) -> bool:
+        """Whether weights are sharded by HSDP."""
+        return self.hsdp_shard * self.hsdp_replicate > 1
+
+    def size(self, axis: str) -> int:
+        """Of one of AXES."""
+        size: int = getattr(self, axis)
+        return size
+
+    def coordinates(self, rank: int) -> dict[str, int]:
+        """Where a rank stands on every axis."""
+        place = {}
+        for axis in reversed(AXES):
+            rank, place[axis] = divmod(rank, self.size(axis))
+        return {axis: place[axis] for axis in AXES}
+
+    def _with_replicas(self) -> Degrees:
+        """HSDP alone makes its ranks replicas of each other; beside other axes it must cover them exactly."""
+        if not self.hsdp:
+            return self
+        wanted = self.hsdp_shard * self.hsdp_replicate
+        covered = self.cfg * self.sequence
+        if wanted % covered:
+            raise StartupError(
+                f"parallel: hsdp_shard_size x hsdp_replicate_size is {wanted}, and must be a multiple of"
+                f" cfg_parallel_size x ulysses_degree x ring_degree = {covered}: use a shard size of"
+                f" {_divisors(covered)}, with the replicate size that completes {covered}"
+            )
+        return replace(self, replica=wanted // covered)
+
+    def _for_world(self, world_size: int) -> Degrees:
+        if world_size not in (0, self.world):
+            factors = " x ".join(f"{axis} {self.size(axis)}" for axis in AXES if self.size(axis) > 1) or "1"
+            raise StartupError(
+                f"parallel.world_size is {world_size}, but the degrees multiply to {self.world} ({factors}): leave"
+                f" world_size out, or use degrees that divide it: {_divisors(world_size)}"
+            )
+        if self.world > MAX_WORLD:
+            raise StartupError(f"parallel: {self.world} ranks in a group, at most {MAX_WORLD} are allowed")
+        return self
+
+
+def check_heads(degrees: Degrees, heads: int) -> None:
+    """Heads are not cut in tensor parallelism; Ulysses pads them.
+
+    Raises:
+        StartupError: they do not divide, with the degrees that would.
+    """
+    if heads % degrees.tensor:
+        raise StartupError(
+            f"parallel.tensor_parallel_size {degrees.tensor} does not divide the {heads} attention heads: use"
+            f" {_divisors(heads)}"
+        )
+
+
+def check_blocks(degrees: Degrees, blocks: int) -> None:
+    """Every rank of a pipeline needs a block.
+
+    Raises:
+        StartupError: there are fewer blocks than ranks.
+    """
+    if degrees.pipeline > blocks:
+        raise StartupError(
+            f"parallel.pipeline_parallel_size {degrees.pipeline} is more than the {blocks} blocks: use 1 to {blocks}"
+        )
+
+
+def split_sizes(total: int, parts: int) -> list[int]:
+    """Nearly equal sizes, larger ones first: 10 in 4 is 3, 3, 2, 2."""
+    small, larger = divmod(total, parts)
+    return [small + (index < larger) for index in range(parts)]
+
+
+def _check_degree(name: str, value: int) -> None:
+    if not 1 <= value <= MAX_WORLD:
+        raise StartupError(f"{name} is {value}: it must be between 1 and {MAX_WORLD}")
+
+
+def _divisors(number: int) -> str:
+    return ", ".join(str(value) for value in range(1, number + 1) if number % value == 0)

@@ -1,0 +1,92 @@
+"""The ranks of a group as a mesh: one process group for each axis, made once, in the same order on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from services.parallel.degrees import AXES, Degrees
+
+# Longer than any pause between two ticks: an idle group beats once a second.
+TIMEOUT = timedelta(minutes=5)
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """One axis of the mesh as this rank sees it.
+
+    Attributes:
+        name: of the process group, as collectives take it.
+        size: ranks along the axis; rank: this one's place.
+        group: the process group; None on an axis of one rank.
+        ranks: world ranks along the axis, in order.
+    """
+
+    name: str
+    size: int
+    rank: int
+    group: dist.ProcessGroup | None
+    ranks: tuple[int, ...]
+
+
+class Mesh:
+    """The axes of `Degrees`, and the two that span several: the sequence (ring x ulysses) and HSDP's.
+
+    Args:
+        rank: of this process in the group.
+        device_type: "cpu" (gloo) or "cuda" (NCCL).
+    """
+
+    def __init__(self, degrees: Degrees, rank: int, device_type: str) -> None:
+        self.degrees = degrees
+        self.rank = rank
+        self.device_type = device_type
+        self._axes = {axis: self._make((axis,)) for axis in AXES}
+        self.sequence = self._make(("ring", "ulysses"))
+        self.sharing = self._make(("cfg", "replica", "ring", "ulysses"))
+
+    def __getitem__(self, axis: str) -> Axis:
+        """One of AXES."""
+        return self._axes[axis]
+
+    def hsdp(self) -> DeviceMesh:
+        """The mesh of HSDP: replicas of shards, over all ranks that hold the same blocks and heads."""
+        shape = (self.degrees.hsdp_replicate, self.degrees.hsdp_shard)
+        if self.degrees.pipeline * self.degrees.tensor == 1:
+            return init_device_mesh(self.device_type, shape, mesh_dim_names=("replicate", "shard"))
+        groups = list(self._lines(("cfg", "replica", "ring", "ulysses")))
+        import torch
+
+        meshes = [
+            DeviceMesh(self.device_type, torch.tensor(ranks).view(shape), mesh_dim_names=("replicate", "shard"))
+            for ranks in groups
+        ]
+        return meshes[next(index for index, ranks in enumerate(groups) if self.rank in ranks)]
+
+    def _make(self, axes: tuple[str, ...]) -> Axis:
+        size = 1
+        for axis in axes:
+            size *= self.degrees.size(axis)
+        if size == 1:
+            return Axis("", 1, 0, None, (self.rank,))
+        mine: Axis | None = None
+        for ranks in self._lines(axes):
+            # Every rank makes every group, in the same order: that is the library's rule.
+            group = dist.new_group(ranks, timeout=TIMEOUT)
+            if self.rank in ranks:
+                mine = Axis(group.group_name, size, ranks.index(self.rank), group, tuple(ranks))
+        assert mine is not None
+        return mine
+
+    def _lines(self, axes: tuple[str, ...]) -> Iterator[list[int]]:
+        """The world's ranks in lines along the axes: equal in all other coordinates."""
+        lines: dict[tuple[int, ...], list[int]] = {}
+        for rank in range(self.degrees.world):
+            place = self.degrees.coordinates(rank)
+            others = tuple(value for axis, value in place.items() if axis not in axes)
+            lines.setdefault(others, []).append(rank)
+        yield from lines.values()

@@ -1,0 +1,160 @@
+"""A sequence over ranks: how streams are cut and joined, and attention across the pieces.
+
+Ulysses (arXiv 2309.14509): one all-to-all turns pieces of the sequence with all heads into the whole sequence with a
+piece of the heads, and one turns it back. Queries, keys and values travel packed in one. Heads that do not divide are
+filled up with zeros; so are sequences, whose filling is taken out before attention. Ring (arXiv 2310.01889) is in
+`ring.py`. Shapes: B rows, L tokens of a piece, n ranks, H heads, D width of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from services.attention import Kernel
+from services.family import ModelPlan
+from services.parallel.collectives import all_gather, all_to_all
+from services.parallel.mesh import Axis, Mesh
+from services.parallel.ring import ring_attention
+
+
+@dataclass(slots=True)
+class Places:
+    """Where the tokens of joined pieces belong, for the forward in hand.
+
+    Attributes:
+        tokens: [K] positions of real tokens among all joined pieces, in the sequence's own order; None where the
+            pieces have no filling and order does not matter.
+        back: [n L] for each joined place its index into `tokens`; filling takes any.
+        masks: for ring attention, which keys of each rank's piece count, [n, B, L]; None where all do.
+    """
+
+    tokens: torch.Tensor | None = None
+    back: torch.Tensor | None = None
+    masks: torch.Tensor | None = None
+
+
+class SequenceParallel:
+    """Cuts streams before the blocks, joins them after, and is what an `Attend` does across ranks in between."""
+
+    def __init__(self, plan: ModelPlan, mesh: Mesh) -> None:
+        self._plan = plan
+        self._whole: Axis = mesh.sequence
+        self._ulysses: Axis = mesh["ulysses"]
+        self._ring: Axis = mesh["ring"]
+        self._places = Places()
+
+    def cut(self, streams: Any) -> Any:
+        """This rank's piece of every field that the plan says holds tokens."""
+        self._places = self._find_places(streams)
+        pieces = {
+            tokens.field: _map(getattr(streams, tokens.field), lambda tensor, t=tokens: self._piece(tensor, t.dim))
+            for tokens in self._plan.sequence
+            if tokens.holds(getattr(streams, tokens.field))
+        }
+        return replace(streams, **pieces)
+
+    def join(self, piece: torch.Tensor, tokens: int) -> torch.Tensor:
+        """Pieces [B, L, ...] of all ranks to the whole [B, tokens, ...]."""
+        gathered: torch.Tensor = all_gather(piece, self._whole.name, self._whole.size)
+        return gathered.transpose(0, 1).flatten(1, 2)[:, :tokens]
+
+    def attend(
+        self, kernel: Kernel, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """[B, L, H, D] of this rank's tokens; `mask` [B, K] is over the whole sequence in its own order."""
+        if self._ulysses.size == 1:
+            return self._across_ring(kernel, query, key, value, mask)
+        heads = query.shape[2]
+        query, key, value = _scatter_heads(query, key, value, self._ulysses)
+        if self._ring.size > 1:
+            mixed = self._across_ring(kernel, query, key, value, mask)
+        elif self._places.tokens is None or self._places.back is None:
+            mixed = kernel(query, key, value, None)
+        else:
+            tokens = self._places.tokens
+            query, key, value = (tensor.index_select(1, tokens) for tensor in (query, key, value))
+            mixed = kernel(query, key, value, mask).index_select(1, self._places.back)
+        return _gather_heads(mixed, self._ulysses)[:, :, :heads]
+
+    def _across_ring(
+        self, kernel: Kernel, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, _mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        mixed: torch.Tensor = ring_attention(query, key, value, self._places.masks, self._ring.name, kernel.__name__)
+        return mixed
+
+    def _piece(self, tensor: torch.Tensor, dim: int) -> torch.Tensor:
+        length = -(-tensor.shape[dim] // self._whole.size)
+        start = min(length * self._whole.rank, tensor.shape[dim])
+        piece = tensor.narrow(dim, start, min(length, tensor.shape[dim] - start))
+        missing = length - piece.shape[dim]
+        if not missing:
+            return piece.contiguous()
+        return F.pad(piece, (0, 0) * (tensor.ndim - 1 - dim) + (0, missing))
+
+    def _find_places(self, streams: Any) -> Places:
+        """Joined pieces stand rank by rank, in each the fields of the joint sequence one after the other."""
+        lengths = [getattr(streams, field).shape[1] for field in self._plan.joint]
+        mask = getattr(streams, "mask", None)
+        if mask is None and all(length % self._whole.size == 0 for length in lengths):
+            return Places()
+        order = _joined_order(lengths, self._whole.size)
+        if self._ring.size == 1:
+            tokens, back = _real_tokens(order, sum(lengths))
+            return Places(tokens.to(streams.hidden.device), back.to(streams.hidden.device))
+        return Places(masks=_ring_masks(order, mask, streams.hidden, self._ring.size))
+
+
+def _joined_order(lengths: Sequence[int], ranks: int) -> torch.Tensor:
+    """[n L] position in the joint sequence of every joined place; -1 for filling."""
+    pieces = []
+    for rank in range(ranks):
+        first = 0
+        for length in lengths:
+            share = -(-length // ranks)
+            places = torch.arange(rank * share, (rank + 1) * share)
+            pieces.append(torch.where(places < length, first + places, -1))
+            first += length
+    return torch.cat(pieces)
+
+
+def _real_tokens(order: torch.Tensor, total: int) -> tuple[torch.Tensor, torch.Tensor]:
+    real = (order >= 0).nonzero()[:, 0]
+    tokens = torch.empty(total, dtype=torch.int64)
+    tokens[order[real]] = real
+    return tokens, order.clamp(min=0)
+
+
+def _ring_masks(order: torch.Tensor, mask: torch.Tensor | None, hidden: torch.Tensor, ring: int) -> torch.Tensor:
+    real = (order >= 0).to(hidden.device)
+    counts = real.expand(hidden.shape[0], -1)
+    if mask is not None:
+        counts = counts & mask[:, order.clamp(min=0).to(hidden.device)]
+    return counts.unflatten(1, (ring, -1)).transpose(0, 1).contiguous()
+
+
+def _scatter_heads(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, axis: Axis
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """[B, L, H, D] each to [B, n L, H / n, D] each."""
+    packed = torch.stack((query, key, value), dim=2)
+    if missing := -query.shape[2] % axis.size:
+        packed = F.pad(packed, (0, 0, 0, missing))
+    # [B, L, 3, n, h, D]: the heads of rank i go to rank i.
+    received: torch.Tensor = all_to_all(packed.unflatten(3, (axis.size, -1)).movedim(3, 0).contiguous(), axis.name)
+    query, key, value = received.transpose(0, 1).flatten(1, 2).unbind(2)
+    return query, key, value
+
+
+def _gather_heads(mixed: torch.Tensor, axis: Axis) -> torch.Tensor:
+    """[B, n L, h, D] back to [B, L, n h, D]."""
+    received: torch.Tensor = all_to_all(mixed.unflatten(1, (axis.size, -1)).movedim(1, 0).contiguous(), axis.name)
+    return received.movedim(0, 2).flatten(2, 3)
+
+
+def _map(value: Any, change: Any) -> Any:
+    return tuple(change(item) for item in value) if isinstance(value, tuple) else change(value)

@@ -1,0 +1,156 @@
+"""Tensor parallelism (arXiv 1909.08053): linears cut by output or input features, one sum a pair.
+
+A column linear holds some output features and leaves its result cut; a row linear holds the matching input features and
+sums over the ranks. Modulation and embedding linears, a third of some models, are cut by output too and gather their
+small results. Which linear is which is data in the `ModelPlan`. Shapes: n ranks, I and O features in and out.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from services.family import ModelPlan
+from services.parallel.collectives import all_gather, all_reduce
+from services.parallel.mesh import Axis
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """The part of a weight that a rank holds: `ranges` of (start, end) along `dim`, one after the other."""
+
+    dim: int
+    ranges: tuple[tuple[int, int], ...]
+
+    @property
+    def size(self) -> int:
+        """Along `dim`."""
+        return sum(end - start for start, end in self.ranges)
+
+    def of(self, weight: Any) -> torch.Tensor:
+        """From a tensor or a slice of a safetensors file, of which only the ranges are read."""
+        before = (slice(None),) * self.dim
+        parts = [weight[(*before, slice(start, end))] for start, end in self.ranges]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=self.dim)
+
+
+class ColumnLinear(nn.Module):
+    """[..., I] to this rank's [..., O / n], or, with `gather`, to all of [..., O]."""
+
+    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, axis: Axis, gather: bool) -> None:
+        super().__init__()
+        self.weight, self.bias = weight, bias
+        self._group, self._size, self._gather = axis.name, axis.size, gather
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """See the class."""
+        mine = F.linear(features, self.weight, self.bias)
+        if not self._gather:
+            return mine
+        whole: torch.Tensor = all_gather(mine, self._group, self._size)
+        return whole.movedim(0, -2).flatten(-2)
+
+
+class RowLinear(nn.Module):
+    """This rank's [..., I / n] to the sum over all ranks, [..., O]."""
+
+    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, axis: Axis) -> None:
+        super().__init__()
+        self.weight, self.bias = weight, bias
+        self._group = axis.name
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """See the class."""
+        total: torch.Tensor = all_reduce(F.linear(features, self.weight), self._group)
+        return total if self.bias is None else total + self.bias
+
+
+class SpreadRMSNorm(nn.Module):
+    """RMS norm over features that lie on several ranks: the mean square is summed over them."""
+
+    def __init__(self, weight: nn.Parameter, eps: float, axis: Axis) -> None:
+        super().__init__()
+        self.weight = weight
+        self._eps, self._group, self._size = eps, axis.name, axis.size
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """[..., O / n], normalised by the root mean square of all O."""
+        wide = features.float()
+        mean = all_reduce(wide.square().mean(dim=-1, keepdim=True), self._group) / self._size
+        return (wide * torch.rsqrt(mean + self._eps)).type_as(features) * self.weight
+
+
+def split_linears(module: nn.Module, plan: ModelPlan, axis: Axis) -> dict[str, Cut]:
+    """Puts this rank's parts in the place of linears and norms; weights on the meta device stay there.
+
+    Returns:
+        The cuts of the parameters that were cut, by name: what a loader reads of each.
+    """
+    cuts: dict[str, Cut] = {}
+    for name, layer in list(module.named_modules()):
+        part = _part(name, layer, plan, axis)
+        if part is None:
+            continue
+        replacement, cut_by_parameter = part
+        parent, _, attribute = name.rpartition(".")
+        setattr(module.get_submodule(parent), attribute, replacement)
+        cuts |= {f"{name}.{parameter}": cut for parameter, cut in cut_by_parameter.items()}
+    return cuts
+
+
+def _part(name: str, layer: Any, plan: ModelPlan, axis: Axis) -> tuple[nn.Module, dict[str, Cut]] | None:
+    if isinstance(layer, nn.Linear):
+        gathered = matches(name, plan.gathered)
+        if gathered and layer.out_features % axis.size:
+            return None
+        if gathered or matches(name, plan.column):
+            cut = _cut(0, layer.out_features, _segments(name, plan), axis)
+            bias = None if layer.bias is None else _held(layer.bias, cut)
+            linear = ColumnLinear(_held(layer.weight, cut), bias, axis, gathered)
+            return linear, {"weight": cut} | ({} if bias is None else {"bias": cut})
+        if matches(name, plan.row):
+            cut = _cut(1, layer.in_features, _segments(name, plan), axis)
+            return RowLinear(_held(layer.weight, cut), layer.bias, axis), {"weight": cut}
+    elif matches(name, plan.norms_across_heads):
+        cut = _cut(0, layer.weight.shape[0], (1,), axis)
+        return SpreadRMSNorm(_held(layer.weight, cut), layer.eps, axis), {"weight": cut}
+    return None
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether one of the globs fits a module's path."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _segments(name: str, plan: ModelPlan) -> tuple[int, ...]:
+    for pattern, ratio in plan.segments.items():
+        if fnmatch.fnmatchcase(name, pattern):
+            return ratio
+    return (1,)
+
+
+def _cut(dim: int, features: int, ratio: tuple[int, ...], axis: Axis) -> Cut:
+    """Features made of segments are cut segment by segment: every rank holds its share of each."""
+    unit = features // sum(ratio)
+    ranges, first = [], 0
+    for part in ratio:
+        share = unit * part // axis.size
+        ranges.append((first + share * axis.rank, first + share * (axis.rank + 1)))
+        first += unit * part
+    return Cut(dim, tuple(ranges))
+
+
+def _held(weight: torch.Tensor, cut: Cut) -> nn.Parameter:
+    # A copy: the whole weight must not stay alive behind a view.
+    return nn.Parameter(cut.of(weight.data).clone(), requires_grad=False)
+
+
+def cut_bytes(module: nn.Module) -> Mapping[str, int]:
+    """Bytes of a module's parameters by name: what a rank holds."""
+    return {name: weight.numel() * weight.element_size() for name, weight in module.named_parameters()}
