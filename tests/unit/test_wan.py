@@ -172,6 +172,8 @@ def test_decoded_frames_are_the_stock_pipelines(folders, variant, frames):
     else:
         # A single frame takes 2-D convolutions: the same sums without the zeros.
         assert 0 < (ours - theirs).abs().max() <= 1e-5
+    again = FAMILY.vae.decode(vae, [{"latents": -latents}, {"latents": latents}], params)
+    assert torch.equal(again[1], decoded[0])
     with pytest.raises(InvalidRequest, match="of shape"):
         FAMILY.vae.decode(vae, [{"latents": latents}], replace(params, num_frames=frames + 4))
 
