@@ -17,7 +17,7 @@ from services.weights import ModelSource
 
 def load(source: ModelSource, device: torch.device, dtype: torch.dtype) -> Any:
     """The autoencoder, with the fast path for single frames."""
-    vae = source.load(AutoencoderKLWan, "vae", device, dtype)
+    vae: Any = source.load(AutoencoderKLWan, "vae", device, dtype)
     use_2d(vae)
     # Clips of one batch are decoded one after the other: together they gain nothing and take each its memory.
     vae.enable_slicing()
