@@ -96,10 +96,16 @@ class Local:
             raise StartupError("use Local as a context manager: with Local(...) as model")
         jobs = {str(index): self._resolve(request) for index, request in enumerate(requests)}
         busy: dict[str, dict[str, float]] = {name: {} for name in jobs}
-        for name, conditions in self._encode(jobs, busy).items():
-            self._dit.admit(DenoiseJob(name, jobs[name], conditions))
-        latents = self._denoise(busy)
-        media = self._decode(jobs, latents, busy)
+        try:
+            for name, conditions in self._encode(jobs, busy).items():
+                self._dit.admit(DenoiseJob(name, jobs[name], conditions))
+            media = self._decode(jobs, self._denoise(busy), busy)
+        finally:
+            # After a failure, the others must not stay in the engines; after success, none is there.
+            for name in jobs:
+                self._text.abort(name)
+                self._dit.abort(name)
+                self._vae.abort(name)
         return [
             Result(
                 request_id=name,

@@ -1,50 +1,14 @@
-"""A whole cluster of real processes, once for the session: Redis, two DiT replicas, text encoder, VAE, two gateways."""
+"""One cluster for the whole session: Redis, two DiT replicas, text encoder, VAE, two gateways; and clients to it."""
 
 from __future__ import annotations
 
-import asyncio
-import threading
-from dataclasses import replace
 from pathlib import Path
 
+import httpx
 import pytest
 
-from lightloom.cluster_config import load_cluster
-from lightloom.launcher import Cluster
-
-CONFIG = Path(__file__).parents[2] / "deploy/config/demo.toml"
-
-
-class RunningCluster:
-    """A Cluster on an event loop of its own thread, for tests that are plain functions."""
-
-    def __init__(self, run_dir: Path, replicas: dict[str, int], gateways: int) -> None:
-        config = load_cluster(CONFIG)
-        gateway = replace(config.gateway, http_port=0, grpc_port=0, replicas=gateways)
-        models = {name: replace(entry, replicas=replicas, threads=1) for name, entry in config.models.items()}
-        self.loop = asyncio.new_event_loop()
-        self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)
-        self.thread.start()
-        self.cluster = self.run(self._make(replace(config, gateway=gateway, models=models), run_dir))
-
-    async def _make(self, config, run_dir):
-        return Cluster(config, run_dir)
-
-    def run(self, work, timeout_s: float = 240.0):
-        return asyncio.run_coroutine_threadsafe(work, self.loop).result(timeout_s)
-
-    def start(self) -> None:
-        self.run(self.cluster.start())
-        self.run(self.cluster.wait_ready(200.0))
-
-    def stop(self) -> None:
-        self.run(self.cluster.stop())
-        self.loop.call_soon_threadsafe(self.loop.stop)
-        self.thread.join()
-
-    def pid(self, name_start: str) -> int:
-        [pid, *_] = [row["pid"] for row in self.cluster.status() if row["name"].startswith(name_start)]
-        return pid
+from lightloom.client import Client
+from tests.cluster.running import RunningCluster
 
 
 @pytest.fixture(scope="session")
@@ -62,3 +26,20 @@ def monkeypatch_session():
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(Path(__file__).parents[2])
         yield patch
+
+
+@pytest.fixture
+def base_url(running_cluster):
+    return running_cluster.base_url
+
+
+@pytest.fixture
+def rest(base_url):
+    with httpx.Client(base_url=base_url, timeout=60) as client:
+        yield client
+
+
+@pytest.fixture
+def client(running_cluster):
+    with Client(running_cluster.cluster.grpc_address) as client:
+        yield client

@@ -14,34 +14,16 @@ import time
 import httpx
 import numpy as np
 import openai
-import psutil
 import pytest
 from PIL import Image
 
 from demo.parse import parse
 from demo.scorer import score
-from lightloom.client import Client
 from protos import gateway_pb2
 from services.errors import InvalidRequest, ServiceError, UnknownModel, UnknownRequest
+from tests.cluster.running import wait_for
 
 PROMPT = "a large green square above a small red circle on a white background"
-
-
-@pytest.fixture
-def base_url(running_cluster):
-    return f"http://{running_cluster.cluster.http_address}"
-
-
-@pytest.fixture
-def rest(base_url):
-    with httpx.Client(base_url=base_url, timeout=60) as client:
-        yield client
-
-
-@pytest.fixture
-def client(running_cluster):
-    with Client(running_cluster.cluster.grpc_address) as client:
-        yield client
 
 
 def picture(data: bytes) -> np.ndarray:
@@ -54,15 +36,6 @@ def event_ids(lines: list[str]) -> list[str]:
 
 def healthy(rest: httpx.Client) -> int:
     return sum(replica["healthy"] for replica in rest.get("/v1/models").json()["data"][0]["replicas"])
-
-
-def wait_for(condition, timeout_s: float = 20.0):
-    end_s = time.monotonic() + timeout_s
-    while time.monotonic() < end_s:
-        if value := condition():
-            return value
-        time.sleep(0.02)
-    raise AssertionError("it did not happen in time")
 
 
 def state_of(rest: httpx.Client, request_id: str) -> str:
@@ -132,8 +105,7 @@ def test_a_killed_rank_costs_no_request(rest, client, running_cluster):
             for i in range(2)
         ]
         wait_for(lambda: [r for r in client.list(2) if r.state == gateway_pb2.REQUEST_STATE_RUNNING and r.step > 1])
-        [rank] = psutil.Process(running_cluster.pid("dit-")).children()
-        os.kill(rank.pid, signal.SIGKILL)
+        running_cluster.rank(running_cluster.names("dit")[0]).kill()
         answers = [job.result() for job in jobs]
     assert [answer.status_code for answer in answers] == [200, 200]
     assert {len(answer.json()["data"]) for answer in answers} == {1}

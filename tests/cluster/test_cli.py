@@ -1,0 +1,265 @@
+"""The `lightloom` command as people type it: real commands against a real cluster, their output and exit codes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from PIL import Image
+
+from services.config import environment_with_malloc
+from tests.cluster.running import wait_for
+
+ROOT = Path(__file__).resolve().parents[2]
+MODEL = "demo/checkpoints/qwen_image"
+
+
+def lightloom(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs a command to its end, on a wide terminal."""
+    return subprocess.run(
+        [sys.executable, "-m", "lightloom", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=ROOT,
+        env={**environment_with_malloc(), "COLUMNS": "200", **environment},
+        check=False,
+    )
+
+
+def refused(done: subprocess.CompletedProcess[str], code: int, *words: str) -> None:
+    """A command that failed said so in one line."""
+    assert done.returncode == code, done
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: "), done.stderr
+    assert all(word in done.stderr for word in words), done.stderr
+
+
+@pytest.fixture
+def cluster(running_cluster):
+    """Options that name the session's cluster."""
+    return "--run-dir", running_cluster.run_dir
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    """A cluster file on free ports."""
+    return cluster_file(tmp_path, MODEL)
+
+
+def cluster_file(folder: Path, source: str, http_port: int = 0) -> Path:
+    path = folder / "cluster.toml"
+    path.write_text(
+        f'[gateway]\nhttp_port = {http_port}\ngrpc_port = 0\n[models.demo]\nsource = "{source}"\nthreads = 1\n'
+        "[models.demo.limits]\ndefault_width = 256\ndefault_height = 256\n"
+    )
+    return path
+
+
+# ---- Looking at a cluster --------------------------------------------------------------------------------------------
+
+
+def test_generate_status_trace_and_abort(cluster, client, tmp_path):
+    output = tmp_path / "out.webp"
+    made = lightloom(
+        "generate", "a red circle on a white background", "-o", output, "--steps", 2, "--seed", 5, *cluster
+    )
+    assert made.returncode == 0, made.stderr
+    assert Image.open(output).format == "WEBP"
+    assert "256x256, seed 5" in made.stderr and "dit" in made.stderr
+    [newest] = client.list(1)
+
+    status = lightloom("status", *cluster)
+    assert status.returncode == 0, status.stderr
+    [row] = [line for line in status.stdout.splitlines() if newest.request_id in line]
+    assert row.split()[1:3] == ["done", "2/2"] and "a red circle" in row
+    assert "dit 2" in status.stdout and "yes" in status.stdout
+    assert {"gateway-0", "gateway-1"} <= {line.split()[0] for line in status.stderr.splitlines() if line.strip()}
+
+    trace = lightloom("trace", newest.request_id, *cluster)
+    assert trace.returncode == 0, trace.stderr
+    for span in ("text.encode", "dit.denoise", "vae.decode", "gateway.store"):
+        assert span in trace.stdout
+
+    ended = lightloom("abort", newest.request_id, *cluster)
+    assert (ended.returncode, ended.stdout) == (0, "done\n")
+    running = client.submit("a cat", steps=200)
+    stopped = lightloom("abort", running, *cluster)
+    assert (stopped.returncode, stopped.stdout.strip()) in ((0, "cancelling"), (0, "cancelled"))
+    wait_for(lambda: client.abort(running) == "cancelled")
+
+
+def test_ctrl_c_aborts_what_is_being_made(running_cluster, client, tmp_path):
+    address = running_cluster.cluster.grpc_address
+    command = [sys.executable, "-m", "lightloom", "generate", "a lost cat", "--steps", "200", "--address", address]
+    making = subprocess.Popen(command, cwd=tmp_path, env={**environment_with_malloc(), "PYTHONPATH": str(ROOT)})
+    wait_for(lambda: [status for status in client.list(3) if status.params.prompt == "a lost cat" and status.step])
+    making.send_signal(signal.SIGINT)
+    assert making.wait(10) == 130
+    [ours] = [status for status in client.list(3) if status.params.prompt == "a lost cat"]
+    wait_for(lambda: client.abort(ours.request_id) == "cancelled")
+    assert client.get(ours.request_id).step < 200
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_address_serves_instead_of_a_folder(running_cluster):
+    there = lightloom("status", "--address", running_cluster.cluster.grpc_address, "--run-dir", "nowhere")
+    assert there.returncode == 0 and "demo" in there.stdout
+    refused(lightloom("status", "--address", "127.0.0.1:1", "--run-dir", "nowhere"), 1, "no service answers")
+    refused(lightloom("status", "--run-dir", "nowhere"), 2, "no cluster runs in nowhere", "lightloom up")
+
+
+def test_unknown_requests_and_bad_wishes(cluster, tmp_path):
+    refused(lightloom("trace", "none", *cluster), 1, "there is no request 'none'")
+    refused(lightloom("abort", "none", *cluster), 1, "there is no request 'none'")
+    refused(lightloom("generate", "a cat", "-o", tmp_path / "a.tiff", *cluster), 2, ".tiff", ".png")
+    refused(lightloom("generate", "a cat", "--size", "256*256", *cluster), 2, "WIDTHxHEIGHT")
+    refused(lightloom("generate", "a cat", "--model", "none", *cluster), 1, "there are demo")
+    refused(lightloom("generate", "a cat", "--image", tmp_path / "none.png", *cluster), 2, "none.png")
+    refused(lightloom("generate", "a cat", "-o", tmp_path / "none" / "a.png", *cluster), 2, "no folder")
+    assert not list(tmp_path.iterdir())
+
+
+def test_scale(cluster, running_cluster):
+    more = lightloom("scale", "text_encoder=2", *cluster)
+    assert more.returncode == 0, more.stderr
+    names = [line.split()[0] for line in more.stderr.splitlines()]
+    assert len([name for name in names if name.startswith("text_encoder-")]) == 2
+    fewer = lightloom("scale", "text_encoder=1", *cluster)
+    assert fewer.returncode == 0, fewer.stderr
+    assert len(running_cluster.names("text_encoder")) == 1
+    refused(lightloom("scale", "dot=1", *cluster), 2, "unknown stage 'dot'")
+    refused(lightloom("scale", "dit=many", *cluster), 2, "STAGE=COUNT")
+    refused(lightloom("scale", "dit=1", "--model", "none", *cluster), 2, "unknown model 'none'", "demo")
+    refused(lightloom("scale", "dit=1", "--run-dir", "nowhere"), 2, "no cluster runs")
+
+
+# ---- Looking at the machine ------------------------------------------------------------------------------------------
+
+
+def test_features_prints_the_matrix():
+    shown = lightloom("features")
+    assert shown.returncode == 0, shown.stderr
+    rows = [line.split() for line in shown.stdout.splitlines()]
+    assert ["qwen_image", "attention", "yes", "works"] in rows
+    assert ["qwen_image", "compile", "no", "works"] in rows
+
+
+def test_doctor_tells_good_from_bad(config, tmp_path):
+    fine = lightloom("doctor", "--config", config, "--run-dir", tmp_path)
+    assert fine.returncode == 0, fine.stdout
+    assert "bad" not in fine.stdout
+    for subject in ("python", "packages", "device", "config", "ports", "redis", "disk"):
+        assert subject in fine.stdout
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        busy = lightloom("doctor", "--config", cluster_file(tmp_path, "nowhere", port), "--run-dir", tmp_path)
+    assert busy.returncode == 1
+    assert "model folder nowhere does not exist" in busy.stdout and f"{port} cannot be bound" in busy.stdout
+    deaf = lightloom("doctor", "--config", config, REDIS_URL="redis://127.0.0.1:1/0")
+    assert deaf.returncode == 1 and "REDIS_URL does not answer" in deaf.stdout
+
+
+# ---- A cluster in the foreground -------------------------------------------------------------------------------------
+
+
+class Up:
+    """`lightloom up` in the foreground."""
+
+    def __init__(self, config: Path, run_dir: Path, **environment: str) -> None:
+        self.run_dir = run_dir
+        self._output = config.with_suffix(".out")
+        with self._output.open("w") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "lightloom", "up", "--config", str(config), "--run-dir", str(run_dir)],
+                stdout=output,
+                stderr=output,
+                cwd=ROOT,
+                env={**environment_with_malloc(), "COLUMNS": "200", **environment},
+            )
+
+    def said(self) -> str:
+        """What it has printed."""
+        return self._output.read_text()
+
+    def family(self) -> list[psutil.Process]:
+        """Every process below it."""
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def interrupt(self) -> list[psutil.Process]:
+        """Ctrl-C; returns the processes that are left when it has ended."""
+        family = self.family()
+        self.process.send_signal(signal.SIGINT)
+        self.process.wait(30)
+        _, alive = psutil.wait_procs(family, 1)
+        return alive
+
+
+def test_up_serves_and_ctrl_c_leaves_no_process(config, tmp_path):
+    up = Up(config, tmp_path / "run")
+    wait_for(lambda: "ready after" in up.said(), 90)
+    assert "yes" in lightloom("status", "--run-dir", up.run_dir).stdout
+    refused(lightloom("up", "--config", config, "--run-dir", up.run_dir), 2, "a cluster already runs in", "--run-dir")
+    # Redis, a gateway, three fronts, three ranks.
+    assert len(up.family()) == 8
+    assert not up.interrupt()
+    assert up.process.returncode == 0
+    assert "Ctrl-C stops everything" in up.said() and "Traceback" not in up.said()
+    assert not (up.run_dir / "cluster.json").exists() and not (up.run_dir / "control.sock").exists()
+
+
+def test_ctrl_c_while_it_starts_leaves_no_process(config, tmp_path):
+    up = Up(config, tmp_path / "run")
+    wait_for(lambda: len(up.family()) >= 5, 30)
+    assert not up.interrupt()
+    assert up.process.returncode == 0
+    assert "Traceback" not in up.said()
+
+
+def test_what_up_cannot_start(tmp_path):
+    """One line says why, and nothing is left."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        cases = [
+            (cluster_file(folder(tmp_path, "port"), MODEL, port), {}, f"HTTP port 127.0.0.1:{port} cannot be bound"),
+            (cluster_file(folder(tmp_path, "model"), "nowhere"), {}, "model folder nowhere does not exist"),
+            (broken_file(folder(tmp_path, "key")), {}, "unknown config key modles"),
+            (tmp_path / "none.toml", {}, "none.toml does not exist"),
+            (cluster_file(folder(tmp_path, "redis"), MODEL), {"REDIS_URL": "redis://127.0.0.1:1/0"}, "does not answer"),
+        ]
+        for config, environment, words in cases:
+            started_s = time.monotonic()
+            refused(lightloom("up", "--config", config, "--run-dir", tmp_path / "run", **environment), 2, words)
+            assert time.monotonic() - started_s < 60, words
+            assert not left_behind(tmp_path / "run"), words
+
+
+def folder(root: Path, name: str) -> Path:
+    (root / name).mkdir()
+    return root / name
+
+
+def broken_file(root: Path) -> Path:
+    path = root / "cluster.toml"
+    path.write_text(f'[modles.demo]\nsource = "{MODEL}"\n')
+    return path
+
+
+def left_behind(run_dir: Path) -> list[list[str]]:
+    """Processes whose command line names the run folder."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        command = process.info["cmdline"] or []
+        if any(str(run_dir) in part for part in command) and process.pid != os.getpid():
+            found.append(command)
+    return found
