@@ -91,6 +91,17 @@ def test_both_experts_take_their_steps_and_any_checkpoint_resumes_bit_for_bit(fo
     assert set(used) == {"high_noise", "low_noise"}
 
 
+def test_the_boundary_itself_belongs_to_the_high_noise_expert(folders):
+    subject = Subject(BY_VARIANT["t2v"], folders["t2v"])
+    params = subject.params(BY_VARIANT["t2v"].wishes[0])
+    state = FAMILY.dit.prepare(subject.dit, "a", params, subject.job("a", params).conditions)
+    state.timesteps = torch.tensor([876, 875, 874])
+    taken = []
+    for state.step in range(3):
+        taken.append(FAMILY.dit.expert(subject.dit, state))
+    assert taken == ["high_noise", "high_noise", "low_noise"]
+
+
 def test_requests_of_different_experts_never_share_a_forward(folders):
     subject = Subject(BY_VARIANT["t2v"], folders["t2v"])
     params = subject.params(BY_VARIANT["t2v"].wishes[0])
