@@ -17,7 +17,7 @@ from gateway.stage_calls import Decode, Latents, denoise
 from gateway.state import TERMINAL, Claim, State, queue_key
 from gateway.store import Store
 from gateway.work import Progress, Work
-from services.errors import Cancelled, NotReady, Overloaded, ServiceError
+from services.errors import Cancelled, InvalidRequest, NotReady, Overloaded, ServiceError, StageMismatch
 from services.telemetry import internal_error, make_span, request_context
 from services.wire import error_to_proto
 
@@ -138,6 +138,8 @@ class Lifecycle:
         self.forget(work.request_id, await self._state.commit(work.claim, "done", "vae", "", fields))
 
     async def _give_up(self, work: Work, replica: Replica, error: ServiceError) -> None:
+        if isinstance(error, InvalidRequest) and not error.param:
+            error = StageMismatch(f"the stages of model {work.params.model!r} do not fit each other: {error.message}")
         log.warning("%s at %s: %s", error.reason, replica.address, error.message)
         if not error.retryable or time.time() > work.deadline_unix_s:
             await self._end(work, "failed", error)

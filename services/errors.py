@@ -47,7 +47,10 @@ class ServiceError(Exception):
 
 
 class InvalidRequest(ServiceError):
-    """The caller asked for something no replica could do."""
+    """The caller asked for something no replica could do.
+
+    A stage names the parameter at fault. One without a name is about tensors, so about the stage that sent them.
+    """
 
     reason, code, http = "invalid_request", Code.INVALID_ARGUMENT, 400
 
@@ -118,6 +121,12 @@ class CorruptTensor(ServiceError):
     reason, code, http, retryable = "corrupt_tensor", Code.DATA_LOSS, 502, True
 
 
+class StageMismatch(ServiceError):
+    """A stage sent tensors of a name, shape or dtype that the next one cannot take: a deployment mixes models."""
+
+    reason, code, http = "stage_mismatch", Code.INTERNAL, 502
+
+
 class NonFinite(ServiceError):
     """Latents became NaN or infinite; the message names the step."""
 
@@ -159,6 +168,7 @@ ERRORS: dict[str, type[ServiceError]] = {
         DeviceLost,
         StateStoreDown,
         CorruptTensor,
+        StageMismatch,
         NonFinite,
         Cancelled,
         DeadlineExceeded,
