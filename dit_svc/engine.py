@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from PIL import Image
+from torch import nn
 
 from dit_svc.batching import StrideScheduler
 from dit_svc.checkpoint import restore_state, save_state
@@ -154,6 +155,11 @@ class DitEngine:
     def busy(self) -> bool:
         """Whether a tick would do something."""
         return bool(self._requests) or bool(self._events) or not self._forward.empty
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """The transformers that this rank holds, or holds a share of."""
+        return list(self._model.modules.values())
 
     def admit(self, job: DenoiseJob) -> None:
         """Takes a request in; it joins the batch at the next tick.

@@ -16,6 +16,7 @@ import torch
 
 from services.family import Block, DenoiseState, DitModel, DitPart, Row
 from services.parallel.collectives import all_gather
+from services.parallel.hsdp import shard_blocks
 from services.parallel.mesh import Axis, Mesh
 from services.parallel.pipeline import PipelineRank
 from services.parallel.sequence import SequenceParallel
@@ -56,6 +57,9 @@ class Forward:
         self._sequence = SequenceParallel(part.plan, mesh) if mesh and mesh.sequence.size > 1 else None
         self._pipeline = PipelineRank(part.plan, mesh["pipeline"]) if mesh and mesh["pipeline"].size > 1 else None
         self._blocks = {name: self._own(part.blocks(module)) for name, module in model.modules.items()}
+        if mesh and mesh.degrees.hsdp:
+            device_mesh = mesh.hsdp()
+            self._blocks = {name: shard_blocks(blocks, device_mesh) for name, blocks in self._blocks.items()}
         if self._sequence is not None:
             for kind in part.plan.spread:
                 model.attention[kind].across = self._sequence.attend

@@ -11,6 +11,8 @@ from services.config import StageConfig
 from services.describe import limits_of, open_model, placement
 from services.families import load_family
 from services.feature_set import FeatureSet, apply_features
+from services.parallel.mesh import Mesh
+from services.parallel.partition import Partition
 from services.request import GenerationParams, Limits, ResolvedParams, resolve
 
 WARMUP_SIDE_PX = 208
@@ -20,17 +22,22 @@ WARMUP_TEXT_TOKENS = 23
 WARMUP_GUIDANCES = (4.0, 1.0)
 
 
-def open_engine(config: StageConfig) -> tuple[DitEngine, FeatureSet]:
+def open_engine(config: StageConfig, mesh: Mesh | None = None) -> tuple[DitEngine, FeatureSet]:
     """Loads the denoiser that a config names; also returns the features that are on.
 
+    Args:
+        mesh: of the group, on a rank of several.
+
     Raises:
-        StartupError: weights that cannot be served, or features that do not fit.
+        StartupError: weights that cannot be served, or features or degrees that do not fit.
     """
     source = open_model(config.model)
     family = load_family(source.family)
+    if mesh is not None and mesh.degrees.tensor * mesh.degrees.pipeline > 1:
+        source = replace(source, partition=Partition(family.dit.plan, family.dit.blocks, mesh))
     model = family.dit.load(source, *placement(config.model))
     features = apply_features(model, family.dit, config.features)
-    engine = DitEngine(model, family.dit, config.engine)
+    engine = DitEngine(model, family.dit, config.engine, mesh)
     if config.engine.warmup:
         for guidance in WARMUP_GUIDANCES:
             # Pictures come as latents, among the conditions.

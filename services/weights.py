@@ -13,9 +13,11 @@ import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from accelerate.big_modeling import init_empty_weights
+from safetensors import safe_open
 from torch import nn
 
 from services.errors import StartupError
@@ -24,12 +26,27 @@ from services.families import family_of_pipeline, load_family
 PROBE_BYTES = 64 * 1024
 
 
+class Slice(Protocol):
+    """The part of a stored tensor that a rank holds."""
+
+    def of(self, weight: Any) -> torch.Tensor:
+        """From an open safetensors slice, of which only the part is read."""
+
+
+class Partition(Protocol):
+    """What a rank of several holds of a denoiser (`services/parallel/partition.py`)."""
+
+    def apply(self, module: Any) -> Mapping[str, Slice]:
+        """Leaves this rank's share in the module; returns how cut parameters lie in the stored ones."""
+
+
 @dataclass(frozen=True, slots=True)
 class ModelSource:
     """An opened source. `root` is set for folders, `seed` and `preset` for random weights.
 
     Attributes:
         family, variant: who serves it, by the pipeline class that model_index.json (or the preset) names.
+        partition: set on a rank that holds a share of the denoiser's weights.
     """
 
     spec: str
@@ -38,6 +55,7 @@ class ModelSource:
     root: Path | None = None
     seed: int = 0
     preset: Mapping[str, Mapping[str, Any]] | None = None
+    partition: Partition | None = None
 
     def config(self, subfolder: str, name: str = "config.json") -> dict[str, Any]:
         """A component's config as plain data.
@@ -80,7 +98,13 @@ class ModelSource:
         """
         kept: Sequence[str] = cls._keep_in_fp32_modules or ()
         if self.preset is not None:
-            return self.randomise(lambda: cls.from_config(self.config(subfolder)), subfolder, device, dtype, kept)
+            module = self.randomise(lambda: cls.from_config(self.config(subfolder)), subfolder, device, dtype, kept)
+            if self.partition is not None:
+                # The numbers must be those of one rank, so the whole is made and cut.
+                self.partition.apply(module)
+            return module
+        if self.partition is not None:
+            return self._load_share(cls, subfolder, device, dtype, self.partition)
         folder = self.folder(subfolder)
         check_safetensors(folder)
         # The library insists on an empty module where a class keeps some of its weights in fp32.
@@ -95,6 +119,19 @@ class ModelSource:
         missing = [name for name, parameter in module.named_parameters() if parameter.is_meta]
         if missing:
             raise StartupError(f"{folder} has no weights for {len(missing)} parameters, {missing[0]} first")
+        return _frozen(module.to(device))
+
+    def _load_share(
+        self, cls: Any, subfolder: str, device: torch.device, dtype: torch.dtype, partition: Partition
+    ) -> nn.Module:
+        """Builds the module without weights, lets the partition cut it, and reads what is left of each tensor."""
+        folder = self.folder(subfolder)
+        check_safetensors(folder)
+        with _weight_errors(folder):
+            with init_empty_weights(include_buffers=False):
+                module: nn.Module = cls.from_config(self.config(subfolder))
+            slices = partition.apply(module)
+            read_share(module, folder, slices, device, dtype, cls._keep_in_fp32_modules or ())
         return _frozen(module.to(device))
 
     def load_transformers(
@@ -178,6 +215,37 @@ def _open_random(spec: str, family: str, preset: str) -> ModelSource:
     index = presets[preset]["model_index"]
     _, variant = family_of_pipeline(index["_class_name"], index)
     return ModelSource(spec=spec, family=family, variant=variant, seed=int(text), preset=presets[preset])
+
+
+def read_share(
+    module: nn.Module,
+    folder: Path,
+    slices: Mapping[str, Slice],
+    device: torch.device,
+    dtype: torch.dtype,
+    kept: Sequence[str],
+) -> None:
+    """Fills a module's parameters from a folder's safetensors files, each read only where the rank holds it.
+
+    Args:
+        kept: names of submodules and parameters that stay in fp32.
+
+    Raises:
+        StartupError: a parameter has no stored tensor.
+    """
+    wanted = dict(module.named_parameters())
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys() & wanted.keys():  # noqa: SIM118 - the file's handle is no mapping
+                stored = file.get_slice(name)
+                part = slices[name].of(stored).contiguous() if name in slices else stored[:]
+                parent, _, attribute = name.rpartition(".")
+                precision = torch.float32 if set(kept) & set(name.split(".")) else dtype
+                weight = nn.Parameter(part.to(device, precision), requires_grad=False)
+                module.get_submodule(parent).register_parameter(attribute, weight)
+                del wanted[name]
+    if wanted:
+        raise StartupError(f"{folder} has no weights for {len(wanted)} parameters, {min(wanted)} first")
 
 
 def check_safetensors(folder: Path) -> None:

@@ -62,7 +62,7 @@ def _(tensor: torch.Tensor, group: str) -> torch.Tensor:
 def all_gather(tensor: torch.Tensor, group: str, size: int) -> torch.Tensor:
     """Everybody's tensor, stacked by rank: [...] to [size, ...]."""
     gathered = tensor.new_empty((size, *tensor.shape))
-    dist.all_gather_into_tensor(gathered, tensor.contiguous(), group=group_of(group))
+    dist.all_gather_into_tensor(gathered.flatten(0, 1), tensor.contiguous(), group=group_of(group))
     _count("all_gather", tensor, size - 1)
     return gathered
 
@@ -77,7 +77,7 @@ def reduce_scatter(tensor: torch.Tensor, group: str) -> torch.Tensor:
     """Piece i of dimension 0, summed over the group, for rank i: [n, ...] to [...]."""
     tensor = tensor.contiguous()
     mine = torch.empty_like(tensor[0])
-    dist.reduce_scatter_tensor(mine, tensor, group=group_of(group))
+    dist.reduce_scatter_tensor(mine, tensor.flatten(0, 1), group=group_of(group))
     _count("reduce_scatter", tensor, 1 - 1 / tensor.shape[0])
     return mine
 

@@ -148,7 +148,7 @@ def _cut(dim: int, features: int, ratio: tuple[int, ...], axis: Axis) -> Cut:
 
 def _held(weight: torch.Tensor, cut: Cut) -> nn.Parameter:
     # A copy: the whole weight must not stay alive behind a view.
-    return nn.Parameter(cut.of(weight.data).clone(), requires_grad=False)
+    return nn.Parameter(cut.of(weight.data).clone(memory_format=torch.contiguous_format), requires_grad=False)
 
 
 def cut_bytes(module: nn.Module) -> Mapping[str, int]:

@@ -14,7 +14,7 @@ from services.attention import Attend
 SELF, CROSS = "self", "cross"
 
 
-class WanAttention:
+class WanProcessor:
     """Processor of all self-attention, or of all cross-attention modules. It takes every count of heads."""
 
     def __init__(self, attend: Attend) -> None:

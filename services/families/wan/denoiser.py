@@ -13,14 +13,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from diffusers.models.transformers.transformer_wan import WanTransformer3DModel, WanTransformerBlock
+from diffusers.models.transformers.transformer_wan import WanAttention, WanTransformer3DModel, WanTransformerBlock
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
 from torch import nn
 
 from services.attention import Attend
 from services.errors import InvalidRequest, StartupError
-from services.families.wan.attention import CROSS, SELF, WanAttention
+from services.families.wan.attention import CROSS, SELF, WanProcessor
 from services.families.wan.text import MAX_TOKENS
 from services.family import Block, DenoiseState, DitModel, DitPart, ModelPlan, Row, Tensors, Tokens
 from services.request import ResolvedParams
@@ -82,12 +82,11 @@ def load(source: ModelSource, device: torch.device, dtype: torch.dtype) -> DitMo
     folders = {ONLY: "transformer"} if ratio is None else {HIGH_NOISE: "transformer", LOW_NOISE: "transformer_2"}
     modules = {name: source.load(WanTransformer3DModel, folder, device, dtype) for name, folder in folders.items()}
     attention = {SELF: Attend(), CROSS: Attend()}
-    processors = {kind: WanAttention(attend) for kind, attend in attention.items()}
+    processors = {kind: WanProcessor(attend) for kind, attend in attention.items()}
     for module in modules.values():
-        transformer: Any = module
-        for block in transformer.blocks:
-            block.attn1.set_processor(processors[SELF])
-            block.attn2.set_processor(processors[CROSS])
+        for layer in module.modules():
+            if isinstance(layer, WanAttention):
+                layer.set_processor(processors[CROSS if layer.is_cross_attention else SELF])
     return DitModel(
         variant=source.variant,
         modules=modules,

@@ -83,7 +83,7 @@ def tiny(folder: Path, variant: str, seed: int) -> None:
 
 def _transformer(channels: int) -> WanTransformer3DModel:
     return WanTransformer3DModel(
-        num_attention_heads=3,
+        num_attention_heads=6,
         attention_head_dim=16,
         in_channels=channels,
         out_channels=channels,

@@ -1,0 +1,74 @@
+"""Four rank processes for the whole session: starting one costs seconds, a job on them a fraction of one."""
+
+from __future__ import annotations
+
+import importlib
+import multiprocessing
+import tempfile
+import traceback
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+SIZE = 4
+TIMEOUT_S = 240.0
+
+
+class RankPool:
+    """Runs `tests.parallel.jobs` functions on the first ranks of the pool, each call in a process group of its own."""
+
+    def __init__(self, size: int = SIZE) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._ends: list[Connection] = []
+        self._processes = []
+        self._folder = tempfile.TemporaryDirectory()
+        self._calls = 0
+        for rank in range(size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            self._ends.append(ours)
+            self._processes.append(process)
+
+    def run(self, name: str, world: int, *arguments: Any) -> list[Any]:
+        """Results of `name(rank, world, *arguments)`, by rank."""
+        self._calls += 1
+        rendezvous = f"file://{Path(self._folder.name) / str(self._calls)}"
+        for end in self._ends[:world]:
+            end.send((name, world, rendezvous, arguments))
+        answers = [self._answer(name, rank, end) for rank, end in enumerate(self._ends[:world])]
+        failures = [f"rank {rank}:\n{result}" for rank, (good, result) in enumerate(answers) if not good]
+        assert not failures, "\n".join(failures)
+        return [result for _, result in answers]
+
+    def _answer(self, name: str, rank: int, end: Connection) -> tuple[bool, Any]:
+        return end.recv() if end.poll(TIMEOUT_S) else (False, f"no answer to {name} within {TIMEOUT_S:.0f} s")
+
+    def close(self) -> None:
+        """Ends the processes."""
+        for process in self._processes:
+            process.kill()
+            process.join()
+        self._folder.cleanup()
+
+
+def _serve(rank: int, end: Connection) -> None:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    while True:
+        try:
+            name, world, rendezvous, arguments = end.recv()
+        except EOFError:
+            return
+        dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world)
+        try:
+            with torch.inference_mode():
+                function = getattr(importlib.import_module("tests.parallel.jobs"), name)
+                end.send((True, function(rank, world, *arguments)))
+        except Exception:  # noqa: BLE001 - the test that asked shows it
+            end.send((False, traceback.format_exc()))
+        finally:
+            dist.destroy_process_group()

@@ -1,0 +1,62 @@
+"""Every layout against one process: 2 ranks, hybrids on 4; interleaved, aborted and resumed requests too."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.oracle import ROWS
+from tests.oracle.harness import difference
+from tests.parallel.jobs import Script
+
+TWO = {
+    "ulysses": {"ulysses_degree": 2},
+    "ring": {"ring_degree": 2},
+    "cfg": {"cfg_parallel_size": 2},
+    "tensor": {"tensor_parallel_size": 2},
+    "pipeline": {"pipeline_parallel_size": 2},
+    "hsdp": {"hsdp_shard_size": 2},
+}
+FOUR = {
+    "ulysses-ring": {"ulysses_degree": 2, "ring_degree": 2},
+    "cfg-ulysses": {"cfg_parallel_size": 2, "ulysses_degree": 2},
+    "tensor-cfg": {"tensor_parallel_size": 2, "cfg_parallel_size": 2},
+    "pipeline-cfg": {"pipeline_parallel_size": 2, "cfg_parallel_size": 2},
+    "hsdp-ulysses": {"hsdp_shard_size": 2, "hsdp_replicate_size": 2, "ulysses_degree": 2},
+    "hsdp-tensor": {"hsdp_shard_size": 2, "tensor_parallel_size": 2},
+    "ulysses-4": {"ulysses_degree": 4},
+    "ring-4": {"ring_degree": 4},
+    "pipeline-4": {"pipeline_parallel_size": 4},
+}
+NAMES = [str(row) for row in ROWS]
+
+
+def world_of(parallel: dict[str, int]) -> int:
+    work = 1
+    for name, degree in parallel.items():
+        if not name.startswith("hsdp"):
+            work *= degree
+    weights = parallel.get("hsdp_shard_size", 1) * parallel.get("hsdp_replicate_size", 1)
+    others = parallel.get("tensor_parallel_size", 1) * parallel.get("pipeline_parallel_size", 1)
+    return max(work, weights * others)
+
+
+@pytest.mark.parametrize("layout", [*TWO, *FOUR])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_layout_gives_what_one_process_gives(pool, prepared, name, layout):
+    parallel = (TWO | FOUR)[layout]
+    subject = prepared(name)
+    jobs, stock = subject.jobs(3)
+    script = Script(jobs, abort={"r2": 3})
+    reports = pool.run("denoise", world_of(parallel), str(subject.folder), parallel, {"max_batch": 8}, script)
+    first = reports[0]
+    assert set(first.finished) == {"r0", "r1"}
+    for request_id, tensors in first.finished.items():
+        assert difference(tensors, stock[request_id]) <= 1e-4, request_id
+    for report in reports:
+        assert report.live_tensors == 0
+        assert all(
+            torch.equal(tensor, first.finished[request_id][key])
+            for request_id, tensors in report.finished.items()
+            for key, tensor in tensors.items()
+        ), "the ranks' states have drifted apart"
