@@ -221,17 +221,25 @@ class TextInput:
     images: tuple[Frames, ...] = ()
 
 
+def guided_branches(params: ResolvedParams) -> tuple[str, ...]:
+    """The branches of classifier-free guidance: the negative one while `guidance` is above 1."""
+    return ("positive", "negative") if params.guidance > 1 else ("positive",)
+
+
 @dataclass(frozen=True, slots=True)
 class TextPart:
     """A family's text encoder.
 
     Attributes:
         load: reads tokenizer, encoder (and processor) and nothing else; returns an object only `encode` understands.
-        encode: a batch of inputs to one dict of tensors each, batch dimension dropped, padding trimmed.
+        encode: a batch of inputs to one dict of tensors each, batch dimension dropped, padding trimmed where a mask
+            or the denoiser makes up for it.
+        branches: guidance branches whose text a request needs, positive first.
     """
 
     load: Callable[[ModelSource, torch.device, torch.dtype], Any]
     encode: Callable[[Any, Sequence[TextInput]], list[Tensors]]
+    branches: Callable[[ResolvedParams], tuple[str, ...]] = guided_branches
 
 
 @dataclass(frozen=True, slots=True)

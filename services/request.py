@@ -58,6 +58,8 @@ class Limits:
     """What a model accepts and takes by default. Sizes in pixels, frames counted, fps in frames a second.
 
     `default_guidance_2` is for the second (low-noise) expert of models with two; 0: the same as `default_guidance`.
+    With `separate_guidance_2` it is a scale of another kind (true guidance beside a distilled one), which a request
+    that sets `guidance` alone leaves at its default.
     """
 
     output: str = "image"
@@ -79,6 +81,7 @@ class Limits:
     default_steps: int = 50
     default_guidance: float = 4.0
     default_guidance_2: float = 0.0
+    separate_guidance_2: bool = False
     default_negative_prompt: str = " "
 
 
@@ -119,7 +122,8 @@ def resolve(
     """
     guidance = _or(params.guidance, limits.default_guidance)
     # Who sets one scale means both experts; the model's own pair comes as a pair.
-    second = limits.default_guidance_2 if params.guidance is None and limits.default_guidance_2 else guidance
+    own_second = limits.separate_guidance_2 or (params.guidance is None and limits.default_guidance_2 > 0)
+    second = limits.default_guidance_2 if own_second else guidance
     width, height = _default_size(limits, picture)
     resolved = ResolvedParams(
         model=params.model,

@@ -199,7 +199,8 @@ def open_source(spec: str, *, family: str = "", preset: str = "") -> ModelSource
         raise StartupError(f"model folder {spec} does not exist")
     index = _read_json(root / "model_index.json")
     pipeline = index.get("_class_name", "")
-    name, variant = family_of_pipeline(pipeline, index)
+    config = root / "transformer" / "config.json"
+    name, variant = family_of_pipeline(pipeline, (_read_json(config) if config.is_file() else {}) | index)
     if family and family != name:
         raise StartupError(f"{spec} holds a {pipeline}, served by family {name!r}, not {family!r}")
     return ModelSource(spec=spec, family=name, variant=variant, root=root)
@@ -213,7 +214,7 @@ def _open_random(spec: str, family: str, preset: str) -> ModelSource:
     if preset not in presets:
         raise StartupError(f"{spec}: family {family!r} has no preset {preset!r}, it has {', '.join(sorted(presets))}")
     index = presets[preset]["model_index"]
-    _, variant = family_of_pipeline(index["_class_name"], index)
+    _, variant = family_of_pipeline(index["_class_name"], {**presets[preset].get("transformer", {}), **index})
     return ModelSource(spec=spec, family=family, variant=variant, seed=int(text), preset=presets[preset])
 
 

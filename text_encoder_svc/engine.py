@@ -86,15 +86,14 @@ class TextEngine:
         return bool(self._waiting)
 
     def submit(self, request_id: str, params: ResolvedParams) -> None:
-        """Queues a request. The negative prompt is encoded while guidance is on.
+        """Queues a request. The negative prompt is encoded only where the family says that it counts.
 
         Raises:
             InvalidRequest: an input picture cannot be decoded.
         """
         images = tuple(decode_image(media) for media in params.inputs if media.role == "image")
-        inputs = {"positive": TextInput(params.prompt, images)}
-        if params.guidance > 1 or params.guidance_2 > 1:
-            inputs["negative"] = TextInput(params.negative_prompt, images)
+        texts = {"positive": params.prompt, "negative": params.negative_prompt}
+        inputs = {branch: TextInput(texts[branch], images) for branch in self._part.branches(params)}
         self._waiting.append(_Job(request_id, inputs))
 
     def abort(self, request_id: str) -> None:

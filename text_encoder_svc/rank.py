@@ -12,7 +12,7 @@ from services.telemetry import make_span
 from services.wire import resolved_from_proto
 from text_encoder_svc.engine import Encoded, TextEngine, open_engine
 
-SUBFOLDERS = ("tokenizer", "processor", "text_encoder")
+SUBFOLDERS = ("tokenizer", "tokenizer_2", "processor", "text_encoder", "text_encoder_2")
 
 
 class TextEncoderProgram:

@@ -12,13 +12,16 @@ if TYPE_CHECKING:
     from services.family import Family
 
 FAMILIES = {
+    "flux": "services.families.flux",
     "qwen_image": "services.families.qwen_image",
     "wan": "services.families.wan",
 }
 
 # The pipeline class in a folder's model_index.json -> (family, variant). Where one class serves several variants, the
-# setting that tells them apart stands behind it.
+# setting that tells them apart stands behind it: of model_index.json or of the transformer's config.
 PIPELINES = {
+    "FluxPipeline": ("flux", "schnell"),
+    "FluxPipeline guidance_embeds": ("flux", "dev"),
     "QwenImagePipeline": ("qwen_image", "t2i"),
     "QwenImageEditPipeline": ("qwen_image", "edit"),
     "WanPipeline": ("wan", "t2v_one_expert"),
@@ -40,7 +43,7 @@ def load_family(name: str) -> Family:
 
 
 def family_of_pipeline(pipeline: str, settings: Mapping[str, Any]) -> tuple[str, str]:
-    """The (family, variant) that serves folders of that pipeline class with these settings of model_index.json.
+    """The (family, variant) that serves folders of that pipeline class with these settings.
 
     Raises:
         StartupError: names the pipelines that are served.

@@ -1,0 +1,105 @@
+"""FLUX's transformer cut in three: embed, blocks, head. One after the other they are the library's forward.
+
+Shapes: B rows, S image tokens, T text tokens, C latent channels, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
+from torch import nn
+
+from services.families.flux.attention import JOINT, Rotary
+from services.family import Block, ModelPlan, Tokens
+
+# No text mask: rows share a batch when their texts have one length. The last linear of a block of one stream takes
+# attention (one part) and MLP (four parts) side by side.
+PLAN = ModelPlan(
+    block_classes=(FluxTransformerBlock, FluxSingleTransformerBlock),
+    column=("*.attn.to_[qkv]", "*.attn.add_[qkv]_proj", "*.net.0.proj", "*.proj_mlp"),
+    row=("*.attn.to_out.0", "*.attn.to_add_out", "*.net.2", "single_transformer_blocks.*.proj_out"),
+    gathered=("*.norm*.linear", "norm_out.linear", "x_embedder", "context_embedder", "time_text_embed.*", "proj_out"),
+    segments={"single_transformer_blocks.*.proj_out": (1, 4)},
+    attention=(JOINT,),
+    spread=(JOINT,),
+    sequence=(Tokens("hidden"), Tokens("text"), Tokens("rotary", dim=0)),
+    joint=("text", "hidden"),
+    flow=("hidden", "text"),
+    has_text_mask=False,
+    high_precision=("time_text_embed", "norm_out", "proj_out"),
+    cache_signal="modulated",
+)
+
+
+@dataclass(slots=True)
+class Batch:
+    """Rows of one forward.
+
+    Attributes:
+        latents: [B, S, 4 C].
+        timestep: [B], 1 to 0.
+        guidance: [B], the scale that a guidance-distilled model is told; None for others.
+        text: [B, T, text width].
+        pooled: [B, pooled width].
+        rotary: the same for all rows.
+    """
+
+    latents: torch.Tensor
+    timestep: torch.Tensor
+    guidance: torch.Tensor | None
+    text: torch.Tensor
+    pooled: torch.Tensor
+    rotary: Rotary
+
+
+@dataclass(slots=True)
+class FluxStreams:
+    """What the blocks pass on: image tokens `hidden` [B, S, D] and `text` [B, T, D]; `temb` is [B, D]."""
+
+    hidden: torch.Tensor
+    text: torch.Tensor
+    temb: torch.Tensor
+    rotary: Rotary
+
+
+def embed(module: nn.Module, batch: Batch) -> FluxStreams:
+    """As FluxTransformer2DModel.forward up to its blocks."""
+    model: Any = module
+    hidden = model.x_embedder(batch.latents)
+    told = (batch.timestep,) if batch.guidance is None else (batch.timestep, batch.guidance)
+    temb = model.time_text_embed(*(value.to(hidden.dtype) * 1000 for value in told), batch.pooled)
+    return FluxStreams(hidden=hidden, text=model.context_embedder(batch.text), temb=temb, rotary=batch.rotary)
+
+
+def blocks(module: nn.Module) -> Sequence[Block]:
+    """The transformer's own blocks: those of two streams, then those of one."""
+    return [
+        _block(f"{name}.{index}", block)
+        for name in ("transformer_blocks", "single_transformer_blocks")
+        for index, block in enumerate(getattr(module, name))
+    ]
+
+
+def _block(name: str, block: Any) -> Block:
+    def run(streams: FluxStreams) -> FluxStreams:
+        # `forward`, not `__call__`: a feature may have rebound it, and nothing here hangs on hooks.
+        text, hidden = block.forward(
+            hidden_states=streams.hidden,
+            encoder_hidden_states=streams.text,
+            temb=streams.temb,
+            image_rotary_emb=streams.rotary,
+        )
+        return replace(streams, hidden=hidden, text=text)
+
+    return Block(name, block, run)
+
+
+def head(module: nn.Module, streams: FluxStreams) -> torch.Tensor:
+    """Velocity [B, S, 4 C]."""
+    model: Any = module
+    prediction: torch.Tensor = model.proj_out(model.norm_out(streams.hidden, streams.temb))
+    return prediction
