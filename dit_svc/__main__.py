@@ -6,4 +6,4 @@ from services.server import ensure_malloc, run_service
 
 if __name__ == "__main__":
     ensure_malloc()
-    run_service(lambda: serve_stage(dit_pb2.DESCRIPTOR.services_by_name["Dit"], "dit_svc.rank"))
+    run_service(lambda: serve_stage(dit_pb2.DESCRIPTOR.services_by_name["Dit"], "dit_svc.rank", groups=True))

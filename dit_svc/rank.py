@@ -21,6 +21,7 @@ from protos import dit_pb2, types_pb2
 from services.config import StageConfig
 from services.describe import describe, open_model
 from services.errors import CorruptTensor, InvalidRequest
+from services.parallel.mesh import Mesh
 from services.rank_process import Call, run
 from services.request import ResolvedParams
 from services.telemetry import make_span
@@ -53,9 +54,9 @@ class Opened:
 class DitProgram:
     """RankProgram of the service."""
 
-    def __init__(self, config: StageConfig) -> None:
+    def __init__(self, config: StageConfig, mesh: Mesh | None = None) -> None:
         self._config = config
-        self._engine, self._features = open_engine(config)
+        self._engine, self._features = open_engine(config, mesh)
         self._open: dict[str, Opened] = {}
 
     def describe(self) -> types_pb2.DescribeResponse:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import signal
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,6 +15,9 @@ PR_SET_PDEATHSIG = 1
 FIRST_BACKOFF_S = 0.5
 MAX_BACKOFF_S = 10.0
 STARTUP_ERROR_CODE = 2
+# A process that has never lived this long and dies this often will not live.
+SOUND_LIFE_S = 30.0
+MAX_FIRST_STARTS = 4
 
 _libc = ctypes.CDLL(None)
 
@@ -85,11 +89,14 @@ class Child:
 
     async def _keep_alive(self) -> None:
         backoff_s = FIRST_BACKOFF_S
+        sound = False
         while self._process:
+            born_s = time.monotonic()
             code = await self._process.wait()
             if self._stopping:
                 return
-            if code == STARTUP_ERROR_CODE:
+            sound = sound or time.monotonic() - born_s > SOUND_LIFE_S
+            if code == STARTUP_ERROR_CODE or not sound and self.restarts + 1 >= MAX_FIRST_STARTS:
                 self.failed.set_result(f"{self.name} cannot start: {self.last_error()}")
                 return
             await asyncio.sleep(backoff_s)

@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from services.config import EngineSection, parse, read_toml
+from services.config import EngineSection, ParallelSection, parse, read_toml
 from services.errors import StartupError
+from services.parallel.degrees import Degrees
 
 STAGES = ("text_encoder", "dit", "vae")
 
@@ -29,7 +30,10 @@ class GatewayEntry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelEntry:
-    """One model: its weights (see services.config.ModelSection) and how many replicas each stage gets."""
+    """One model: its weights (see services.config.ModelSection) and how many replicas each stage gets.
+
+    `parallel` spreads each replica of the denoiser over ranks.
+    """
 
     source: str
     family: str = ""
@@ -39,6 +43,7 @@ class ModelEntry:
     threads: int = 0
     max_in_flight: int = 16
     engine: EngineSection = field(default_factory=EngineSection)
+    parallel: ParallelSection = field(default_factory=ParallelSection)
     features: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     limits: Mapping[str, Any] = field(default_factory=dict)
     replicas: Mapping[str, int] = field(default_factory=dict)
@@ -64,6 +69,7 @@ def load_cluster(path: Path) -> ClusterConfig:
         raise StartupError(f"{path} names no model: add a [models.NAME] section with a source")
     for name, entry in config.models.items():
         check_replicas(entry.replicas, f"models.{name}.replicas")
+        Degrees.of(entry.parallel)
     return config
 
 

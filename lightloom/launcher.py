@@ -161,6 +161,7 @@ class Cluster:
             },
             "engine": asdict(entry.engine),
             "features": entry.features if stage == "dit" else {},
+            "parallel": asdict(entry.parallel) if stage == "dit" else {},
             "limits": entry.limits,
         }
         return f"127.0.0.1:{port}", await self._spawn(name, f"{stage}_svc", table)

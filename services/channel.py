@@ -212,6 +212,27 @@ class FrameQueue:
             self._changed.notify_all()
             return frames
 
+    def take_exactly(self, count: int) -> list[Frame]:
+        """The next `count` frames; waits until they are all there."""
+        with self._changed:
+            self._changed.wait_for(lambda: len(self._frames) >= count or self._closed)
+            frames = [self._frames.popleft() for _ in range(min(count, len(self._frames)))]
+            self._bytes -= sum(len(frame.payload) + HEADER.size for frame in frames)
+            self._changed.notify_all()
+            return frames
+
+    def take_exactly(self, count: int) -> list[Frame]:
+        """The next `count` frames; waits until all are there. Fewer only after `close`."""
+        frames: list[Frame] = []
+        with self._changed:
+            while len(frames) < count and not (self._closed and not self._frames):
+                self._changed.wait_for(lambda: bool(self._frames) or self._closed)
+                while self._frames and len(frames) < count:
+                    frames.append(self._frames.popleft())
+                    self._bytes = max(0, self._bytes - len(frames[-1].payload) - HEADER.size)
+                self._changed.notify_all()
+        return frames
+
     def close(self) -> None:
         """No more waiting, on either side."""
         with self._changed:

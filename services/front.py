@@ -48,20 +48,22 @@ _log = logging.getLogger(__name__)
 Context = grpc.aio.ServicerContext[bytes, bytes]
 
 
-def serve_stage(service: ServiceDescriptor, rank_module: str) -> None:
+def serve_stage(service: ServiceDescriptor, rank_module: str, *, groups: bool = False) -> None:
     """The main function of a stage: reads the command line, serves until SIGTERM.
 
     Args:
         service: descriptor of its gRPC service.
         rank_module: what `python -m` runs as its rank process.
+        groups: whether several ranks can serve it together.
 
     Raises:
         StartupError: bad config, a port in use, or a rank that cannot start.
     """
     config = parse_arguments(StageConfig, f"The {service.name} stage of Lightloom")
     telemetry.setup(config.service.name or service.name.lower())
-    if Degrees.of(config.parallel).world != 1:
-        raise StartupError(f"parallel: {Degrees.of(config.parallel).world} ranks, only groups of 1 rank can be served")
+    world = Degrees.of(config.parallel).world
+    if world > 1 and not groups:
+        raise StartupError(f"parallel: the degrees make {world} ranks, and the {service.name} stage runs on 1")
     asyncio.run(_serve(config, service, rank_module))
 
 

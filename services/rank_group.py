@@ -1,7 +1,8 @@
-"""The front's side of its rank process: start it, relay calls, watch it, start it again.
+"""The front's side of its rank processes: start them, relay calls, watch them, start them again.
 
-`RankLife` is one rank process from spawn to death with the calls it has; `RankGroup` keeps one alive. A life ends when
-its process or its channel does, or when it has been silent for too long; its open calls then fail with DeviceLost.
+`RankLife` is a group of ranks from spawn to death with the calls it has; `RankGroup` keeps one alive. What comes in
+goes to every rank, rank 0 answers for all. A life ends when any of its processes or channels does, or when rank 0 has
+been silent for too long, as it is when another rank hangs; its open calls then fail with DeviceLost.
 """
 
 from __future__ import annotations
@@ -10,17 +11,20 @@ import asyncio
 import contextlib
 import json
 import logging
-import socket
-import sys
+import tempfile
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 from protos import types_pb2
-from services.channel import AsyncChannel, Fatal, Frame, Kind, OpenCall, error_from_bytes
-from services.config import StageConfig, environment_with_malloc
+from services.channel import Fatal, Frame, Kind, OpenCall, error_from_bytes
+from services.config import StageConfig
 from services.errors import Cancelled, DeviceLost, NotReady, ServiceError, StartupError
+from services.parallel.degrees import Degrees
+from services.rank_handle import Place, RankHandle
 
 FIRST_BACKOFF_S = 0.25
 MAX_BACKOFF_S = 15.0
@@ -29,7 +33,6 @@ SOUND_LIFE_S = 60.0
 MAX_FIRST_STARTS = 3
 EXIT_GRACE_S = 5.0
 WATCH_EVERY_S = 0.25
-SOCKET_BUFFER_BYTES = 4 * 1024 * 1024
 
 # A call whose caller does not read keeps this much; then the whole channel waits for it, but not for longer than
 # STALL_LIMIT_S, because the other calls wait too.
@@ -55,13 +58,13 @@ class RankCall:
     async def send(self, message: bytes) -> None:
         """Passes a request message on; waits while the rank is behind."""
         if not self._ended:
-            self._life.channel.send(Kind.MESSAGE, self.id, message)
-            await self._life.channel.drained()
+            self._life.send(Kind.MESSAGE, self.id, message)
+            await self._life.drained()
 
     def half_close(self) -> None:
         """The caller has nothing more to say."""
         if not self._ended:
-            self._life.channel.send(Kind.HALF_CLOSE, self.id)
+            self._life.send(Kind.HALF_CLOSE, self.id)
 
     async def receive(self) -> bytes | None:
         """The next response message; None at the end.
@@ -86,7 +89,7 @@ class RankCall:
     def cancel(self, error: ServiceError) -> None:
         """Ends the call from this side: the rank is told to stop, and `receive` raises the error."""
         if not self._ended:
-            self._life.channel.send(Kind.CANCEL, self.id)
+            self._life.send(Kind.CANCEL, self.id)
             self.end(error)
 
     def close(self) -> None:
@@ -122,65 +125,75 @@ class Death:
 
 
 class RankLife:
-    """One rank process and its calls. `started` makes one."""
+    """One group of rank processes and its calls. `start` makes them."""
 
     def __init__(self, config: StageConfig, on_ready: Callable[[], None]) -> None:
         self._config = config
         self._on_ready = on_ready
-        self._process: asyncio.subprocess.Process | None = None
+        self._ranks: list[RankHandle] = []
+        self._waiting: set[int] = set()
+        self._folder = tempfile.TemporaryDirectory(prefix="lightloom-ranks-")
         self._calls: dict[int, RankCall] = {}
         self._next_id = 1
         self._heard_s = time.monotonic()
         self._over = asyncio.Event()
         self._reason = ""
         self._fatal: Fatal | None = None
-        self.channel: AsyncChannel
         self.description: types_pb2.DescribeResponse | None = None
         self.metrics: dict[str, float] = {}
 
     async def start(self, rank_module: str) -> None:
-        """Spawns the process."""
-        ours, theirs = _socket_pair()
-        self.channel = AsyncChannel(ours, self._on_frame, self._over.set)
-        arguments = ("--channel-fd", str(theirs.fileno()), "--config-json", json.dumps(asdict(self._config)))
-        with theirs:
-            self._process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", rank_module, *arguments),
-                stdin=asyncio.subprocess.DEVNULL,
-                pass_fds=(theirs.fileno(),),
-                env=environment_with_malloc(),
-            )
-        _log.info("rank started", extra={"pid": self._process.pid})
+        """Spawns the processes."""
+        world = Degrees.of(self._config.parallel).world
+        rendezvous = f"file://{Path(self._folder.name) / 'rendezvous'}"
+        self._waiting = set(range(world))
+        for rank in range(world):
+            place = Place(rank, world, rendezvous)
+            heard = partial(self._on_frame, rank)
+            self._ranks.append(await RankHandle.spawn(self._config, rank_module, place, heard, self._over.set))
+
+    def send(self, kind: Kind, call_id: int = 0, payload: bytes = b"") -> None:
+        """A frame to every rank."""
+        for rank in self._ranks:
+            rank.channel.send(kind, call_id, payload)
+
+    async def drained(self) -> None:
+        """Waits until every rank has room again."""
+        for rank in self._ranks:
+            await rank.channel.drained()
 
     @property
     def ready(self) -> bool:
         """Whether it takes calls."""
-        return self.description is not None and not self._over.is_set()
+        return not self._waiting and self.description is not None and not self._over.is_set()
 
     def open(self, opened: OpenCall) -> RankCall:
         """Begins a call."""
         call = RankCall(self._next_id, self)
         self._next_id += 1
         self._calls[call.id] = call
-        self.channel.send(Kind.OPEN, call.id, opened.to_bytes())
+        self.send(Kind.OPEN, call.id, opened.to_bytes())
         return call
 
     async def watch(self) -> Death:
-        """Waits for the end of this life, brings it about when the rank hangs, and clears up after it."""
-        assert self._process is not None
-        exited = asyncio.create_task(self._process.wait())
-        while not self._over.is_set() and not exited.done():
+        """Waits for the end of this life, brings it about when a rank hangs, and clears up after it."""
+        while not self._over.is_set() and not any(rank.exited.done() for rank in self._ranks):
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._over.wait(), WATCH_EVERY_S)
             self._check_silence()
             self._check_stalls()
-        self.channel.read_rest()
-        try:
-            await asyncio.wait_for(asyncio.shield(exited), 0.0 if self._reason else EXIT_GRACE_S)
-        except TimeoutError:
-            self._kill_process()
-            await exited
-        return self._died(exited.result())
+        # A rank that ends by itself still has something to say; the others wait for it in vain.
+        grace_s = 0.0 if self._reason else EXIT_GRACE_S
+        first = next((rank for rank in self._ranks if rank.exited.done()), self._ranks[0])
+        first.channel.read_rest()
+        codes = {first.place.rank: await first.end(grace_s)}
+        for rank in self._ranks:
+            if rank is not first:
+                rank.kill()
+                rank.channel.read_rest()
+                codes[rank.place.rank] = await rank.end(0.0)
+        self._folder.cleanup()
+        return self._died(first.place.rank, codes[first.place.rank])
 
     def forget(self, call: RankCall) -> None:
         """Called by a call that is over."""
@@ -189,52 +202,59 @@ class RankLife:
 
     def relieved(self) -> None:
         """Called when a full queue has room again."""
-        if self.channel.paused and not any(call.full_since_s for call in self._calls.values()):
+        channel = self._ranks[0].channel
+        if channel.paused and not any(call.full_since_s for call in self._calls.values()):
             # The rank could not be heard while the channel stood still.
             self._heard_s = time.monotonic()
-            self.channel.resume()
+            channel.resume()
 
     def kill(self, reason: str) -> None:
-        """Ends the process at once; `watch` does the rest."""
+        """Ends the processes at once; `watch` does the rest."""
         self._reason = self._reason or reason
-        self._kill_process()
+        for rank in self._ranks:
+            rank.kill()
         self._over.set()
 
-    def _kill_process(self) -> None:
-        if self._process is not None and self._process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                self._process.kill()
-
-    def _died(self, code: int) -> Death:
-        message = self._reason or (self._fatal.message if self._fatal else f"the rank process died ({_ending(code)})")
+    def _died(self, rank: int, code: int) -> Death:
+        which = "the rank process" if len(self._ranks) == 1 else f"rank {rank} of {len(self._ranks)}"
+        message = self._reason or (self._fatal.message if self._fatal else f"{which} died ({_ending(code)})")
         for call in list(self._calls.values()):
             call.end(DeviceLost("the rank process died with the request in work; it can run again", retry_after_s=1.0))
         return Death(message, startup=self._fatal is not None and self._fatal.startup)
 
-    def _on_frame(self, frame: Frame) -> None:
+    def _on_frame(self, rank: int, frame: Frame) -> None:
+        if frame.kind is Kind.FATAL:
+            self._fatal = self._fatal or Fatal.from_bytes(frame.payload)
+        elif frame.kind is Kind.READY:
+            self._rank_ready(rank, frame.payload)
+        if rank:
+            return
         self._heard_s = time.monotonic()
         call = self._calls.get(frame.call_id)
         if frame.kind is Kind.MESSAGE and call:
             call.deliver(frame.payload)
             if call.full_since_s:
-                self.channel.pause()
+                self._ranks[0].channel.pause()
         elif frame.kind is Kind.FINISH and call:
             call.end(None)
         elif frame.kind is Kind.ERROR and call:
             call.end(error_from_bytes(frame.payload))
         elif frame.kind is Kind.STATUS:
             self.metrics = json.loads(frame.payload)
-        elif frame.kind is Kind.READY:
-            self.description = types_pb2.DescribeResponse.FromString(frame.payload)
+
+    def _rank_ready(self, rank: int, description: bytes) -> None:
+        self._waiting.discard(rank)
+        if not rank:
+            self.description = types_pb2.DescribeResponse.FromString(description)
+        if self.ready:
+            self._heard_s = time.monotonic()
             self._on_ready()
-        elif frame.kind is Kind.FATAL:
-            self._fatal = Fatal.from_bytes(frame.payload)
 
     def _check_silence(self) -> None:
         service = self._config.service
-        limit_s = service.hang_timeout_s if self.description is not None else service.start_timeout_s
-        if not self.channel.paused and time.monotonic() - self._heard_s > limit_s:
-            what = "was silent" if self.description is not None else "was not ready"
+        limit_s = service.start_timeout_s if self._waiting else service.hang_timeout_s
+        if not self._ranks[0].channel.paused and time.monotonic() - self._heard_s > limit_s:
+            what = "was not ready" if self._waiting else "was silent"
             self.kill(f"the rank {what} for {limit_s:.0f} s and was killed")
 
     def _check_stalls(self) -> None:
@@ -309,7 +329,7 @@ class RankGroup:
         """Tells the rank to bring its calls to an end and leave; it is not started again."""
         self._stopping.set()
         if self._life is not None and self._life.ready:
-            self._life.channel.send(Kind.SHUTDOWN)
+            self._life.send(Kind.SHUTDOWN)
 
     def stop(self) -> None:
         """Ends the rank now; `supervise` returns soon after."""
@@ -320,15 +340,6 @@ class RankGroup:
     def _ready(self) -> None:
         self._was_ready = True
         self._changed()
-
-
-def _socket_pair() -> tuple[socket.socket, socket.socket]:
-    """Ends with buffers for a few chunks (as far as the kernel lets us)."""
-    ends = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-    for end in ends:
-        for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
-            end.setsockopt(socket.SOL_SOCKET, option, SOCKET_BUFFER_BYTES)
-    return ends
 
 
 def _ending(code: int) -> str:

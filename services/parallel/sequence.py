@@ -130,11 +130,11 @@ def _real_tokens(order: torch.Tensor, total: int) -> tuple[torch.Tensor, torch.T
 
 
 def _ring_masks(order: torch.Tensor, mask: torch.Tensor | None, hidden: torch.Tensor, ring: int) -> torch.Tensor:
-    real = (order >= 0).to(hidden.device)
-    counts = real.expand(hidden.shape[0], -1)
+    counts: torch.Tensor = (order >= 0).to(hidden.device).expand(hidden.shape[0], -1)
     if mask is not None:
         counts = counts & mask[:, order.clamp(min=0).to(hidden.device)]
-    return counts.unflatten(1, (ring, -1)).transpose(0, 1).contiguous()
+    by_rank: torch.Tensor = counts.unflatten(1, (ring, -1))
+    return by_rank.transpose(0, 1).contiguous()
 
 
 def _scatter_heads(

@@ -1,0 +1,101 @@
+"""A denoiser on two ranks behind one front: the picture, aborts, a dead rank, a frozen rank."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import numpy as np
+import psutil
+import pytest
+from PIL import Image
+
+from demo.parse import parse
+from demo.scorer import score
+from lightloom.client import Client
+from protos import gateway_pb2
+from tests.cluster.running import RunningCluster, wait_for
+
+PROMPT = "a large green square above a small red circle on a white background"
+FILE = """
+[models.demo]
+source = "demo/checkpoints/qwen_image"
+[models.demo.limits]
+max_side_px = 1024
+default_width = 256
+default_height = 256
+default_steps = 20
+[models.demo.parallel]
+ulysses_degree = 2
+"""
+
+
+@pytest.fixture(scope="module")
+def group(tmp_path_factory, monkeypatch_session):
+    file = tmp_path_factory.mktemp("config") / "group.toml"
+    file.write_text(FILE)
+    running = RunningCluster(tmp_path_factory.mktemp("group"), {"dit": 1}, gateways=1, file=file)
+    try:
+        running.start()
+        yield running
+    finally:
+        running.stop()
+
+
+@pytest.fixture
+def client(group):
+    with Client(group.cluster.grpc_address) as client:
+        yield client
+
+
+def picture(data: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+
+
+def ranks(group: RunningCluster) -> list[psutil.Process]:
+    [name] = group.names("dit")
+    [pid] = [row["pid"] for row in group.cluster.status() if row["name"] == name]
+    return sorted(psutil.Process(pid).children(), key=lambda process: process.pid)
+
+
+def serving(group: RunningCluster) -> bool:
+    return httpx.get(f"{group.base_url}/health").status_code == 200
+
+
+def test_two_ranks_draw_what_one_draws(group, client, running_cluster):
+    result = client.generate(PROMPT, model="demo", seed=7)
+    assert score(picture(result.data), parse(PROMPT)).agrees
+    with Client(running_cluster.cluster.grpc_address) as single:
+        alone = single.generate(PROMPT, model="demo", seed=7)
+    difference = np.abs(picture(result.data).astype(int) - picture(alone.data).astype(int))
+    assert difference.max() <= 2
+    assert len(ranks(group)) == 2
+
+
+def test_an_abort_frees_both_ranks(group, client):
+    request_id = client.submit(PROMPT, model="demo", steps=200)
+    wait_for(lambda: client.get(request_id).step > 1)
+    client.abort(request_id)
+    wait_for(lambda: client.get(request_id).state == gateway_pb2.REQUEST_STATE_CANCELLED)
+    wait_for(lambda: not group.leftovers())
+    assert client.generate(PROMPT, model="demo", steps=2).data
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_rank_takes_the_group_down_and_the_request_goes_on(group, client, victim):
+    old = ranks(group)
+    with ThreadPoolExecutor() as threads:
+        job = threads.submit(client.generate, PROMPT, model="demo", steps=100, seed=3)
+        wait_for(lambda: any(r.step > 1 for r in client.list(1) if r.state == gateway_pb2.REQUEST_STATE_RUNNING))
+        killed_s = time.monotonic()
+        os.kill(old[victim].pid, signal.SIGKILL)
+        wait_for(lambda: not any(process.is_running() for process in old), 5)
+        assert time.monotonic() - killed_s <= 5
+        wait_for(lambda: serving(group), 60)
+        assert job.result(120).data
+    assert len(ranks(group)) == 2
+    assert not {process.pid for process in old} & {process.pid for process in ranks(group)}
