@@ -213,15 +213,6 @@ class FrameQueue:
             return frames
 
     def take_exactly(self, count: int) -> list[Frame]:
-        """The next `count` frames; waits until they are all there."""
-        with self._changed:
-            self._changed.wait_for(lambda: len(self._frames) >= count or self._closed)
-            frames = [self._frames.popleft() for _ in range(min(count, len(self._frames)))]
-            self._bytes -= sum(len(frame.payload) + HEADER.size for frame in frames)
-            self._changed.notify_all()
-            return frames
-
-    def take_exactly(self, count: int) -> list[Frame]:
         """The next `count` frames; waits until all are there. Fewer only after `close`."""
         frames: list[Frame] = []
         with self._changed:

@@ -1,10 +1,8 @@
-# TODO (delete before commit): the uncommitted edits that this file and channel.py had at 15:59 (lockstep, --rank, --world,
-# --rendezvous, take_exactly) were lost by another engineer's mistaken `git checkout`. What stands here is a
-# reconstruction from lockstep.py, rank_handle.py and rank_group.py: compare it with what you had.
 """The main of every rank process: threads for the channel, one main thread for all torch work.
 
-`python -m X_svc.rank --channel-fd N --config-json JSON`, started by a front (`services/rank_group.py`). A stage brings
-a `RankProgram` and calls `run(build)`; it never sees sockets, threads or frames.
+`python -m X_svc.rank --channel-fd N --config-json JSON`, started by a front (`services/rank_handle.py`), with
+`--rank`, `--world` and `--rendezvous` in a group of several. A stage brings a `RankProgram` and calls `run(build)`; it
+never sees sockets, threads or frames. The ranks of a group handle the same frames in lockstep; rank 0 answers.
 """
 
 from __future__ import annotations
@@ -68,7 +66,7 @@ _log = logging.getLogger(__name__)
 class Call:
     """One open call, as the program sees it. `cancelled` may turn True at any moment; sends are dropped then."""
 
-    def __init__(self, call_id: int, opened: OpenCall, outbox: FrameQueue) -> None:
+    def __init__(self, call_id: int, opened: OpenCall, outbox: FrameQueue, *, speaks: bool = True) -> None:
         self.id = call_id
         self.method = opened.method
         self.request_id = opened.request_id
@@ -77,6 +75,8 @@ class Call:
         self.cancelled = False
         self.closed = False
         self._outbox = outbox
+        # Rank 0 answers for the group; the others do the same work and say nothing.
+        self._speaks = speaks
 
     def send(self, message_bytes: bytes) -> None:
         """Sends one serialised response message; waits while the writer is behind.
@@ -90,7 +90,7 @@ class Call:
 
     def send_tensors(self, tensors: Mapping[str, torch.Tensor], attributes: Mapping[str, str] | None = None) -> None:
         """Sends a bundle. The tensors may change once this returns."""
-        for message in bundle_frames(tensors, attributes):
+        for message in bundle_frames(tensors, attributes) if self._speaks else ():
             self._put(Kind.MESSAGE, message)
 
     def finish(self) -> None:
@@ -105,7 +105,7 @@ class Call:
         self.closed = True
 
     def _put(self, kind: Kind, payload: bytes = b"") -> None:
-        if not self.cancelled and not self.closed:
+        if self._speaks and not self.cancelled and not self.closed:
             self._outbox.put(Frame(kind, self.id, payload), dropped=lambda: self.cancelled)
 
 
@@ -143,7 +143,11 @@ class RankProgram(Protocol):
 
 
 def run(build: Callable[..., RankProgram]) -> NoReturn:
-    """Reads the command line, builds the program, serves until the front ends it. Never returns."""
+    """Reads the command line, builds the program, serves until the front ends it. Never returns.
+
+    Args:
+        build: gets the StageConfig, and in a group of several ranks the Mesh.
+    """
     parser = argparse.ArgumentParser()
     parser.add_argument("--channel-fd", type=int, required=True)
     parser.add_argument("--config-json", required=True)
@@ -155,8 +159,8 @@ def run(build: Callable[..., RankProgram]) -> NoReturn:
     die_with_front()
     config = parse(StageConfig, json.loads(arguments.config_json))
     setup(f"{config.service.name or config.model.name}.rank{arguments.rank}")
-    rank = Rank(BlockingChannel(socket.socket(fileno=arguments.channel_fd)))
-    sys.exit(rank.serve(build, config, arguments.rank, arguments.world, arguments.rendezvous))
+    rank = Rank(BlockingChannel(socket.socket(fileno=arguments.channel_fd)), arguments.rank, arguments.world)
+    sys.exit(rank.serve(build, config, arguments.rendezvous))
 
 
 def die_with_front() -> None:
@@ -169,8 +173,9 @@ def die_with_front() -> None:
 class Rank:
     """Calls, inbox and outbox of a rank process, and its main loop."""
 
-    def __init__(self, channel: BlockingChannel) -> None:
+    def __init__(self, channel: BlockingChannel, rank: int = 0, world: int = 1) -> None:
         self._channel = channel
+        self._rank, self._world = rank, world
         self._inbox = FrameQueue(INBOX_BYTES)
         self._outbox = FrameQueue(OUTBOX_BYTES)
         self._calls: dict[int, Call] = {}
@@ -182,23 +187,17 @@ class Rank:
         self._writer.start()
         threading.Thread(target=self._read, name="channel reader", daemon=True).start()
 
-    def serve(
-        self,
-        build: Callable[..., RankProgram],
-        config: StageConfig,
-        rank: int = 0,
-        world: int = 1,
-        rendezvous: str = "",
-    ) -> int:
+    def serve(self, build: Callable[..., RankProgram], config: StageConfig, rendezvous: str = "") -> int:
         """Builds the program and runs it to its end; returns the exit code."""
         try:
             if config.model.threads:
                 torch.set_num_threads(config.model.threads)
-            mesh = join_group(config, rank, world, rendezvous)
             with torch.inference_mode():
+                mesh = join_group(config, self._rank, self._world, rendezvous)
+                lockstep = Lockstep(self._rank, self._world)
                 program = build(config) if mesh is None else build(config, mesh)
                 self._outbox.put(Frame(Kind.READY, PROCESS, program.describe().SerializeToString()))
-                self._loop(program, Lockstep(rank, world))
+                self._loop(program, lockstep)
         except StartupError as error:
             return self._end(Fatal(startup=True, message=str(error)), STARTUP_ERROR_CODE)
         except Exception as error:  # noqa: BLE001 - logged, told to the front, and the process ends
@@ -210,7 +209,8 @@ class Rank:
         busy = False
         while not (self._draining and not self._calls and not busy):
             fresh = self._status_s + STATUS_MIN_S > time.monotonic()
-            for frame in lockstep.take(self._inbox, 0 if busy else STATUS_MIN_S if fresh else STATUS_EVERY_S):
+            timeout_s = 0 if busy else STATUS_MIN_S if fresh else STATUS_EVERY_S
+            for frame in lockstep.take(self._inbox, timeout_s):
                 self._handle(program, frame)
             busy = self._tick(program)
             self._calls = {key: call for key, call in self._calls.items() if not call.closed}
@@ -222,7 +222,9 @@ class Rank:
             program.drain()
             return
         if frame.kind is Kind.OPEN:
-            self._calls[frame.call_id] = Call(frame.call_id, OpenCall.from_bytes(frame.payload), self._outbox)
+            self._calls[frame.call_id] = Call(
+                frame.call_id, OpenCall.from_bytes(frame.payload), self._outbox, speaks=not self._rank
+            )
         call = self._calls.get(frame.call_id)
         if call is None or call.closed:
             return
@@ -267,7 +269,7 @@ class Rank:
 
     def _report(self, program: RankProgram) -> None:
         now_s = time.monotonic()
-        if now_s - self._status_s < STATUS_MIN_S:
+        if self._rank or now_s - self._status_s < STATUS_MIN_S:
             return
         metrics = program.metrics()
         if metrics != self._status or now_s - self._status_s >= STATUS_EVERY_S:
