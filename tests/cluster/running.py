@@ -76,6 +76,12 @@ class RunningCluster:
         """Of the first gateway's REST front."""
         return f"http://{self.cluster.http_address}"
 
+    @property
+    def redis_url(self) -> str:
+        """Of the cluster's own Redis."""
+        assert self.cluster._redis is not None
+        return self.cluster._redis.url
+
     def names(self, stage: str) -> list[str]:
         """The processes of a stage, or the gateways."""
         return [row["name"] for row in self.cluster.status() if row["name"].startswith(f"{stage}-")]
