@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from PIL import Image
-from torch import nn
 
 from dit_svc.batching import StrideScheduler
 from dit_svc.checkpoint import restore_state, save_state
@@ -157,9 +156,9 @@ class DitEngine:
         return bool(self._requests) or bool(self._events) or not self._forward.empty
 
     @property
-    def modules(self) -> list[nn.Module]:
+    def model(self) -> DitModel:
         """The transformers that this rank holds, or holds a share of."""
-        return list(self._model.modules.values())
+        return self._model
 
     def admit(self, job: DenoiseJob) -> None:
         """Takes a request in; it joins the batch at the next tick.

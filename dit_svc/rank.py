@@ -30,6 +30,8 @@ from services.tensors import Bundle, BundleReader
 from services.wire import media_to_proto, resolved_from_proto
 
 SUBFOLDERS = ("transformer", "transformer_2", "scheduler")
+# Step events of a request are at least this far apart: nobody watches closer, and each one wakes three processes.
+STEP_EVENT_S = 0.1
 
 
 class Opened:
@@ -42,6 +44,7 @@ class Opened:
         self.params: ResolvedParams | None = None
         self.bundles: list[Bundle] = []
         self.admitted_ns = 0
+        self.stepped_s = 0.0
 
     @property
     def missing(self) -> int:
@@ -76,7 +79,7 @@ class DitProgram:
         if frame is not None:
             bundle = opened.reader.feed(frame)
             if bundle is not None:
-                if opened.missing <= 0:
+                if opened.admitted_ns or opened.missing <= 0:
                     raise InvalidRequest("more tensor bundles came than the start message announced")
                 opened.bundles.append(bundle)
                 self._admit_when_whole(opened)
@@ -127,10 +130,7 @@ class DitProgram:
         call = opened.call
         match event:
             case Stepped():
-                step = dit_pb2.StepEvent(
-                    step=event.step, total=event.total, sigma=event.sigma, seconds=event.seconds, batch=event.batch
-                )
-                call.send(dit_pb2.DenoiseResponse(step=step).SerializeToString())
+                self._send_step(opened, event)
             case Previewed():
                 call.send(dit_pb2.DenoiseResponse(preview=media_to_proto(event.media)).SerializeToString())
             case Checkpointed():
@@ -147,6 +147,16 @@ class DitProgram:
             case Failed():
                 self._open.pop(str(call.id), None)
                 call.fail(event.error)
+
+    def _send_step(self, opened: Opened, event: Stepped) -> None:
+        now_s = time.monotonic()
+        if event.step not in (1, event.total) and now_s - opened.stepped_s < STEP_EVENT_S:
+            return
+        opened.stepped_s = now_s
+        step = dit_pb2.StepEvent(
+            step=event.step, total=event.total, sigma=event.sigma, seconds=event.seconds, batch=event.batch
+        )
+        opened.call.send(dit_pb2.DenoiseResponse(step=step).SerializeToString())
 
     def _send_bundle(
         self,

@@ -77,7 +77,9 @@ def denoise(rank: int, world: int, folder: str, parallel: dict[str, int], engine
         },
         sent=dict(sent_bytes),
         weight_bytes=sum(
-            weight.numel() * weight.element_size() for module in dit.modules for weight in module.parameters()
+            weight.numel() * weight.element_size()
+            for module in dit.model.modules.values()
+            for weight in module.parameters()
         ),
         live_tensors=dit.metrics()["dit_live_tensors"],
         ticks=ticks,

@@ -42,7 +42,7 @@ class Batch:
 
     Attributes:
         latents: [B, S, 4 C], the picture's own tokens first, then those of input pictures.
-        mask: [B, T]; None for one row, which has no padding.
+        mask: [B, T]; None where all texts have one length, so that nothing is padded.
         grids: of the picture, then of input pictures.
         num_image_tokens: the picture's own.
     """

@@ -125,8 +125,10 @@ def collate(model: DitModel, rows: Sequence[Row]) -> Batch:
     if len(rows) > 1:
         lengths = torch.tensor([text.shape[1] for text in texts])
         longest = int(lengths.max())
-        mask = (torch.arange(longest) < lengths[:, None]).to(model.device)
-        texts = [nn.functional.pad(text, (0, 0, 0, longest - text.shape[1])) for text in texts]
+        if int(lengths.min()) < longest:
+            # Without padding there is no mask: the fastest kernels take none.
+            mask = (torch.arange(longest) < lengths[:, None]).to(model.device)
+            texts = [nn.functional.pad(text, (0, 0, 0, longest - text.shape[1])) for text in texts]
     # The stock pipeline rounds the timestep to the latents' dtype before it divides.
     steps = torch.stack([row.state.timesteps[row.state.step] for row in rows])
     latents = torch.cat([row.state.latents for row in rows])
