@@ -72,11 +72,14 @@ class ModelPlan:
     Attributes:
         block_classes: classes of the repeated blocks; compile makes two graphs of each.
         column: names (globs on the module path) of linears split by output features.
-        row: names of linears split by input features.
+        row: names of linears split by input features, whose results are summed over the ranks.
+        partial: names of more such linears, whose results are added to each other first, and
+        summed: names of the modules (identities on one rank) that then sum over the ranks.
         gathered: names of linears split by output features whose results every rank needs whole (modulation,
             embeddings).
         segments: for linears whose cut features are several laid side by side, their ratio by name.
         norms_across_heads: names of RMS norms over the features of all heads.
+        experts: names of the lists of experts in mixture-of-experts blocks (`services/experts.py`).
         heads: the config's key for the number of attention heads.
         attention: the kinds of attention calls, as `DitModel.attention` names them.
         spread: those of them that attend over the sequence which sequence parallelism cuts.
@@ -91,9 +94,12 @@ class ModelPlan:
     block_classes: tuple[type[nn.Module], ...]
     column: tuple[str, ...] = ()
     row: tuple[str, ...] = ()
+    partial: tuple[str, ...] = ()
+    summed: tuple[str, ...] = ()
     gathered: tuple[str, ...] = ()
     segments: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     norms_across_heads: tuple[str, ...] = ()
+    experts: tuple[str, ...] = ()
     heads: str = "num_attention_heads"
     attention: tuple[str, ...] = ()
     spread: tuple[str, ...] = ()

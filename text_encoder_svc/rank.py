@@ -12,7 +12,8 @@ from services.telemetry import make_span
 from services.wire import resolved_from_proto
 from text_encoder_svc.engine import Encoded, TextEngine, open_engine
 
-SUBFOLDERS = ("tokenizer", "tokenizer_2", "processor", "text_encoder", "text_encoder_2")
+NUMBERS = ("", "_2", "_3", "_4")
+SUBFOLDERS = ("processor", *(f"{kind}{number}" for kind in ("tokenizer", "text_encoder") for number in NUMBERS))
 
 
 class TextEncoderProgram:

@@ -13,15 +13,20 @@ if TYPE_CHECKING:
 
 FAMILIES = {
     "flux": "services.families.flux",
+    "hidream": "services.families.hidream",
     "qwen_image": "services.families.qwen_image",
     "wan": "services.families.wan",
 }
 
 # The pipeline class in a folder's model_index.json -> (family, variant). Where one class serves several variants, the
-# setting that tells them apart stands behind it: of model_index.json or of the transformer's config.
+# setting that tells them apart stands behind it, of model_index.json or of the transformer's config, or the class of a
+# component.
 PIPELINES = {
     "FluxPipeline": ("flux", "schnell"),
     "FluxPipeline guidance_embeds": ("flux", "dev"),
+    "HiDreamImagePipeline": ("hidream", "full"),
+    "HiDreamImagePipeline fast": ("hidream", "fast"),
+    "HiDreamImagePipeline FlowMatchLCMScheduler": ("hidream", "dev"),
     "QwenImagePipeline": ("qwen_image", "t2i"),
     "QwenImageEditPipeline": ("qwen_image", "edit"),
     "WanPipeline": ("wan", "t2v_one_expert"),
@@ -49,8 +54,10 @@ def family_of_pipeline(pipeline: str, settings: Mapping[str, Any]) -> tuple[str,
         StartupError: names the pipelines that are served.
     """
     for name, value in settings.items():
-        if value and f"{pipeline} {name}" in PIPELINES:
-            return PIPELINES[f"{pipeline} {name}"]
+        # Components stand in model_index.json as [library, class].
+        for key in (name, value[-1] if value and isinstance(value, list) else ""):
+            if value and f"{pipeline} {key}" in PIPELINES:
+                return PIPELINES[f"{pipeline} {key}"]
     if pipeline not in PIPELINES:
         raise StartupError(f"no family serves models of {pipeline!r}: served are {', '.join(sorted(PIPELINES))}")
     return PIPELINES[pipeline]

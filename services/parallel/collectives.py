@@ -8,6 +8,7 @@ with `services/parallel/volume.py`.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -85,3 +86,25 @@ def reduce_scatter(tensor: torch.Tensor, group: str) -> torch.Tensor:
 @reduce_scatter.register_fake
 def _(tensor: torch.Tensor, group: str) -> torch.Tensor:
     return torch.empty_like(tensor[0], memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("lightloom::all_to_all_uneven", mutates_args=())
+def all_to_all_uneven(
+    tensor: torch.Tensor, sent: Sequence[int], received: Sequence[int], rank: int, group: str
+) -> torch.Tensor:
+    """Pieces of dimension 0 go to their ranks, and pieces of other sizes come back.
+
+    Args:
+        sent, received: entries for and from each rank.
+        rank: this one's place in the group; its own piece crosses no wire.
+    """
+    tensor = tensor.contiguous()
+    incoming = tensor.new_empty((sum(received), *tensor.shape[1:]))
+    dist.all_to_all_single(incoming, tensor, list(received), list(sent), group=group_of(group))
+    _count("all_to_all_uneven", tensor, 1 - sent[rank] / max(1, tensor.shape[0]))
+    return incoming
+
+
+@all_to_all_uneven.register_fake
+def _(tensor: torch.Tensor, sent: Sequence[int], received: Sequence[int], rank: int, group: str) -> torch.Tensor:
+    return tensor.new_empty((sum(received), *tensor.shape[1:]))

@@ -71,6 +71,31 @@ class RowLinear(nn.Module):
         return total if self.bias is None else total + self.bias
 
 
+class PartialLinear(nn.Module):
+    """This rank's [..., I / n] to its part of the sum, [..., O]; a `SumOverRanks` further on completes it."""
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """See the class."""
+        return F.linear(features, self.weight)
+
+
+class SumOverRanks(nn.Module):
+    """Each rank's part [...] to the sum over all ranks."""
+
+    def __init__(self, axis: Axis) -> None:
+        super().__init__()
+        self._group = axis.name
+
+    def forward(self, part: torch.Tensor) -> torch.Tensor:
+        """See the class."""
+        total: torch.Tensor = all_reduce(part, self._group)
+        return total
+
+
 class SpreadRMSNorm(nn.Module):
     """RMS norm over features that lie on several ranks: the mean square is summed over them."""
 
@@ -117,6 +142,13 @@ def _part(name: str, layer: Any, plan: ModelPlan, axis: Axis) -> tuple[nn.Module
         if matches(name, plan.row):
             cut = _cut(1, layer.in_features, _segments(name, plan), axis)
             return RowLinear(_held(layer.weight, cut), layer.bias, axis), {"weight": cut}
+        if matches(name, plan.partial):
+            unbiased: Any = layer.bias is None
+            assert unbiased, f"{name} has a bias, which would be summed over the ranks"
+            cut = _cut(1, layer.in_features, _segments(name, plan), axis)
+            return PartialLinear(_held(layer.weight, cut)), {"weight": cut}
+    elif matches(name, plan.summed):
+        return SumOverRanks(axis), {}
     elif matches(name, plan.norms_across_heads):
         cut = _cut(0, layer.weight.shape[0], (1,), axis)
         return SpreadRMSNorm(_held(layer.weight, cut), layer.eps, axis), {"weight": cut}

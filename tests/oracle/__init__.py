@@ -5,7 +5,7 @@ To add a model: a file with its ROWS beside this one, and its name in `ROWS` her
 
 from __future__ import annotations
 
-from tests.oracle import flux, qwen_image, wan
+from tests.oracle import flux, hidream, qwen_image, wan
 from tests.oracle.harness import OracleRow
 
-ROWS: tuple[OracleRow, ...] = (*flux.ROWS, *qwen_image.ROWS, *wan.ROWS)
+ROWS: tuple[OracleRow, ...] = (*flux.ROWS, *hidream.ROWS, *qwen_image.ROWS, *wan.ROWS)
