@@ -18,6 +18,10 @@ from services.request import MAX_SEED, GenerationParams, Media
 
 UINT32_MAX = 2**32 - 1
 MAX_IMAGES = 10
+GUIDANCE_2 = (
+    "Scale of the low-noise expert (default: guidance, if given), or of true guidance beside a distilled one "
+    "(default: 1, off)."
+)
 
 Count = Annotated[int, Field(ge=1, le=UINT32_MAX)]
 Scale = Annotated[float, Field(ge=0)]
@@ -72,6 +76,7 @@ class ImageRequest(StrictBody):
     guidance: Scale | None = Field(None, description="Classifier-free guidance scale; 1 turns guidance off.")
     guidance_scale: Scale | None = Field(None, description="Same as guidance.")
     true_cfg_scale: Scale | None = Field(None, description="Same as guidance.")
+    guidance_2: Scale | None = Field(None, description=GUIDANCE_2)
     input_image: str | list[str] | None = Field(
         None, description="Pictures to edit, as data URLs (data:image/png;base64,...)."
     )
@@ -124,6 +129,7 @@ class ImageRequest(StrictBody):
             guidance=one_of(
                 guidance=self.guidance, guidance_scale=self.guidance_scale, true_cfg_scale=self.true_cfg_scale
             ),
+            guidance_2=self.guidance_2,
             seed=self.seed,
             output_format=self.file_format(),
             # OpenAI counts from 0, our encoders from 1.
@@ -151,7 +157,7 @@ class GenerationRequest(StrictBody):
     fps: Annotated[float, Field(gt=0)] | None = None
     steps: Count | None = None
     guidance: Scale | None = None
-    guidance_2: Scale | None = Field(None, description="Guidance of the low-noise expert; default: guidance, if given.")
+    guidance_2: Scale | None = Field(None, description=GUIDANCE_2)
     seed: Seed | None = None
     output_format: Literal["png", "jpeg", "webp", "mp4", "wav", "flac", "raw"] | None = None
     quality: Annotated[int, Field(ge=1, le=100)] | None = None

@@ -77,15 +77,19 @@ def embed(module: nn.Module, batch: Batch) -> FluxStreams:
 
 def blocks(module: nn.Module) -> Sequence[Block]:
     """The transformer's own blocks: those of two streams, then those of one."""
-    return [
-        _block(f"{name}.{index}", block)
-        for name in ("transformer_blocks", "single_transformer_blocks")
-        for index, block in enumerate(getattr(module, name))
+    model: Any = module
+    double = [_block(f"transformer_blocks.{index}", block) for index, block in enumerate(model.transformer_blocks)]
+    single = [
+        _block(f"single_transformer_blocks.{index}", block, one_stream=True)
+        for index, block in enumerate(model.single_transformer_blocks)
     ]
+    return [*double, *single]
 
 
-def _block(name: str, block: Any) -> Block:
+def _block(name: str, block: Any, one_stream: bool = False) -> Block:
     def run(streams: FluxStreams) -> FluxStreams:
+        if one_stream:
+            streams = _side_by_side(streams)
         # `forward`, not `__call__`: a feature may have rebound it, and nothing here hangs on hooks.
         text, hidden = block.forward(
             hidden_states=streams.hidden,
@@ -96,6 +100,20 @@ def _block(name: str, block: Any) -> Block:
         return replace(streams, hidden=hidden, text=text)
 
     return Block(name, block, run)
+
+
+def _side_by_side(streams: FluxStreams) -> FluxStreams:
+    """Text and image as slices of one tensor, as a block of one stream leaves them.
+
+    Compiled code is made for its inputs' strides: tensors of their own, from blocks of two streams, from another rank
+    or out of a cache, would take a graph more.
+    """
+    text, hidden = streams.text, streams.hidden
+    row = (text.shape[1] + hidden.shape[1]) * hidden.shape[2]
+    if text.stride(0) == hidden.stride(0) == row:
+        return streams
+    joined = torch.cat((text, hidden), dim=1)
+    return replace(streams, text=joined[:, : text.shape[1]], hidden=joined[:, text.shape[1] :])
 
 
 def head(module: nn.Module, streams: FluxStreams) -> torch.Tensor:
