@@ -41,10 +41,10 @@ def tiny(folder: Path, variant: str, seed: int) -> None:
     Qwen2_5_VLForConditionalGeneration(_text_config()).save_pretrained(folder / "text_encoder")
     QwenImageTransformer2DModel(
         num_layers=4,
-        attention_head_dim=8,
-        num_attention_heads=6,
+        attention_head_dim=16,
+        num_attention_heads=2,
         joint_attention_dim=TEXT_WIDTH,
-        axes_dims_rope=(2, 2, 4),
+        axes_dims_rope=(4, 6, 6),
     ).save_pretrained(folder / "transformer")
     mean = torch.randn(16) * 0.1
     std = torch.rand(16) + 0.5
