@@ -33,7 +33,7 @@ def open_engine(config: StageConfig, mesh: Mesh | None = None) -> tuple[DitEngin
     """
     source = open_model(config.model)
     family = load_family(source.family)
-    if mesh is not None and mesh.degrees.tensor * mesh.degrees.pipeline > 1:
+    if mesh is not None and (mesh.degrees.tensor * mesh.degrees.pipeline > 1 or mesh.degrees.expert):
         source = replace(source, partition=Partition(family.dit.plan, family.dit.blocks, mesh))
     model = family.dit.load(source, *placement(config.model))
     features = apply_features(model, family.dit, config.features)

@@ -51,6 +51,8 @@ def apply(model: DitModel, part: DitPart, config: Config) -> Applied:
     """Rebinds `forward` of every block."""
     settings: Any = torch._dynamo.config
     settings.recompile_limit = RECOMPILE_LIMIT
+    # How many tokens go to an expert is known only when they are there; a graph takes such sizes as they come.
+    settings.capture_scalar_outputs = True
     # Two sizes that happen to be equal at first must not be taken for one.
     shapes: Any = torch.fx.experimental._config
     shapes.use_duck_shape = False

@@ -48,7 +48,8 @@ class Degrees:
         """
         for field in fields(section):
             value = getattr(section, field.name)
-            if not isinstance(value, bool) and not (field.name == "world_size" and value == 0):
+            counted = isinstance(value, int) and not isinstance(value, bool)
+            if counted and not (field.name == "world_size" and value == 0):
                 _check_degree(f"parallel.{field.name}", value)
         asked = cls(
             cfg=section.cfg_parallel_size,
@@ -60,7 +61,7 @@ class Degrees:
             hsdp_replicate=section.hsdp_replicate_size,
             expert=section.enable_expert_parallel,
         )
-        return asked._with_replicas()._for_world(section.world_size)
+        return asked._with_replicas()._for_world(section.world_size)._with_experts()._over_hosts(section)
 
     @property
     def world(self) -> int:
@@ -71,6 +72,11 @@ class Degrees:
     def sequence(self) -> int:
         """Ranks that share a sequence."""
         return self.ring * self.ulysses
+
+    @property
+    def sharing(self) -> int:
+        """Ranks that hold the same blocks and heads, and share the experts of those blocks."""
+        return self.cfg * self.replica * self.sequence
 
     @property
     def hsdp(self) -> bool:
@@ -103,6 +109,14 @@ class Degrees:
             )
         return replace(self, replica=wanted // covered)
 
+    def _with_experts(self) -> Degrees:
+        if self.expert and self.sharing == 1:
+            raise StartupError(
+                "parallel.enable_expert_parallel spreads experts over the ranks that share a block, and there is 1:"
+                " raise cfg_parallel_size, ulysses_degree, ring_degree or HSDP's sizes"
+            )
+        return self
+
     def _for_world(self, world_size: int) -> Degrees:
         if world_size not in (0, self.world):
             factors = " x ".join(f"{axis} {self.size(axis)}" for axis in AXES if self.size(axis) > 1) or "1"
@@ -112,6 +126,18 @@ class Degrees:
             )
         if self.world > MAX_WORLD:
             raise StartupError(f"parallel: {self.world} ranks in a group, at most {MAX_WORLD} are allowed")
+        return self
+
+
+    def _over_hosts(self, section: ParallelSection) -> Degrees:
+        hosts = len(section.hosts) + 1
+        if hosts > 1 and not section.leader_address:
+            raise StartupError("parallel.hosts needs leader_address: this host's address as the others reach it")
+        if self.world % hosts:
+            raise StartupError(
+                f"parallel: {self.world} ranks cannot be shared equally by {hosts} hosts: use a number of ranks that"
+                f" {hosts} divides"
+            )
         return self
 
 

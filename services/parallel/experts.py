@@ -52,8 +52,6 @@ class SpreadExperts(nn.Module):
     def _run(self, arrived: torch.Tensor, coming: list[list[int]]) -> torch.Tensor:
         """Each own expert on its tokens from all ranks; results in the order of arrival, rank by rank."""
         experts = list(self.children())
-        if not experts:
-            return arrived
         pieces = arrived.split([count for row in coming for count in row])
         by_expert = []
         for index, expert in enumerate(experts):

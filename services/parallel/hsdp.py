@@ -10,20 +10,27 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
 from services.family import Block
+from services.parallel.experts import SpreadExperts
 
 
 def shard_blocks(blocks: Sequence[Block], mesh: DeviceMesh) -> list[Block]:
     """The same blocks with sharded weights: at most two blocks' weights are whole at a time."""
     for block in blocks:
-        fully_shard(block.module, mesh=mesh)
+        fully_shard(block.module, mesh=mesh, ignored_params=_spread(block.module))
         module: Any = block.module
         # Inference needs no gradients, so nothing is kept for a backward pass.
         module.set_requires_gradient_sync(False)
     return [replace(block, run=_gathered(blocks, index)) for index, block in enumerate(blocks)]
+
+
+def _spread(block: nn.Module) -> set[nn.Parameter]:
+    """Experts differ from rank to rank, and are spread over the same ranks already."""
+    return {weight for module in block.modules() if isinstance(module, SpreadExperts) for weight in module.parameters()}
 
 
 def _gathered(blocks: Sequence[Block], index: int) -> Any:

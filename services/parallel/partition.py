@@ -1,4 +1,4 @@
-"""Which weights of a denoiser a rank holds: its parts of linears, its range of blocks.
+"""Which weights of a denoiser a rank holds: its parts of linears, its range of blocks, its experts.
 
 A `Partition` is given to a `ModelSource`, which asks it before it reads a file: what it does not hold is never read.
 """
@@ -14,6 +14,7 @@ from torch import nn
 
 from services.family import Block, ModelPlan
 from services.parallel.degrees import check_blocks, check_heads
+from services.parallel.experts import spread_experts
 from services.parallel.mesh import Mesh
 from services.parallel.pipeline import own_range
 from services.parallel.tensor import Cut, split_linears
@@ -29,7 +30,7 @@ class Absent(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class Partition:
-    """One rank's share, by tensor and pipeline parallelism."""
+    """One rank's share, by tensor, pipeline and expert parallelism."""
 
     plan: ModelPlan
     blocks: Callable[[nn.Module], Sequence[Block]]
@@ -42,7 +43,7 @@ class Partition:
             How each parameter that was cut lies in the whole one, by name.
 
         Raises:
-            StartupError: heads or blocks that the degrees do not divide.
+            StartupError: heads or blocks that the degrees do not divide, or experts that are too few.
         """
         degrees = self.mesh.degrees
         names = [block.name for block in self.blocks(module)]
@@ -53,4 +54,6 @@ class Partition:
             if name not in own:
                 parent, _, attribute = name.rpartition(".")
                 setattr(module.get_submodule(parent), attribute, Absent())
+        if degrees.expert:
+            spread_experts(module, self.plan, self.mesh.sharing)
         return split_linears(module, self.plan, self.mesh["tensor"]) if degrees.tensor > 1 else {}
