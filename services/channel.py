@@ -172,7 +172,7 @@ class BlockingChannel:
     def _receive(self, size: int) -> bytes:
         try:
             return self._socket.recv(size, socket.MSG_WAITALL)
-        except ConnectionError:
+        except OSError:
             return b""
 
 
@@ -329,7 +329,7 @@ class AsyncChannel:
                     self._complete(data)
         except BlockingIOError:
             return False
-        except (ConnectionError, ChannelBroken):
+        except (OSError, ChannelBroken):
             self.close()
             return False
         return True
@@ -354,7 +354,7 @@ class AsyncChannel:
                 self._take_sent(self._socket.sendmsg(some))
         except BlockingIOError:
             self._loop.add_writer(self._socket, self._writable)
-        except ConnectionError:
+        except OSError:
             # The reader meets the end of the stream next, after what the rank still had to say.
             self._outgoing.clear()
             self._outgoing_bytes = 0

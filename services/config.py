@@ -7,6 +7,7 @@ that names the keys there are; nothing is guessed and nothing is ignored.
 from __future__ import annotations
 
 import os
+import socket
 import tomllib
 import types
 import typing
@@ -14,6 +15,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
+
+import psutil
 
 from services.errors import StartupError
 
@@ -67,7 +70,9 @@ class ModelSection:
 class ParallelSection:
     """Degrees of the rank group; they multiply to the number of ranks (`services/parallel/degrees.py`).
 
-    `world_size` may be left out (0); given, it must be their product.
+    `world_size` may be left out (0); given, it must be their product. A group over several hosts names the others'
+    agents (`host:port`; each host gets an equal share of the ranks), this host's address as they reach it, and the
+    token that the agents were started with.
     """
 
     world_size: int = 0
@@ -79,6 +84,9 @@ class ParallelSection:
     hsdp_shard_size: int = 1
     hsdp_replicate_size: int = 1
     enable_expert_parallel: bool = False
+    hosts: tuple[str, ...] = ()
+    leader_address: str = ""
+    agent_token: str = field(default="", repr=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,6 +180,17 @@ def parse(cls: type[T], table: Mapping[str, Any], where: str = "") -> T:
 def environment(name: str) -> str | None:
     """An environment variable, or None when unset or empty. The one place where they are read."""
     return os.environ.get(name) or None
+
+
+def choose_interface(address: str) -> None:
+    """Has torch.distributed use the interface by which this host reaches `address`; it would go by the hostname."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((address, 9))
+        own = probe.getsockname()[0]
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(entry.address == own for entry in addresses):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
 
 
 def environment_with_malloc() -> dict[str, str]:

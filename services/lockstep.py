@@ -6,11 +6,13 @@ the ticks between them. So one number a tick is all that the ranks must agree on
 
 from __future__ import annotations
 
+from urllib.parse import urlsplit
+
 import torch
 import torch.distributed as dist
 
 from services.channel import Frame, FrameQueue
-from services.config import StageConfig
+from services.config import StageConfig, choose_interface
 from services.parallel.degrees import Degrees
 from services.parallel.mesh import TIMEOUT, Mesh
 
@@ -40,6 +42,8 @@ def join_group(config: StageConfig, rank: int, world: int, rendezvous: str) -> M
     cuda = config.model.device.startswith("cuda") or (config.model.device == "auto" and torch.cuda.is_available())
     if cuda:
         torch.cuda.set_device(rank % torch.cuda.device_count())
+    if rendezvous.startswith("tcp://"):
+        choose_interface(urlsplit(rendezvous).hostname or "")
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     dist.init_process_group(backend, init_method=rendezvous, rank=rank, world_size=world, timeout=TIMEOUT)
     return Mesh(Degrees.of(config.parallel), rank, "cuda" if cuda else "cpu")

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import socket
 import tempfile
 import time
 from collections import deque
@@ -24,7 +25,7 @@ from services.channel import Fatal, Frame, Kind, OpenCall, error_from_bytes
 from services.config import StageConfig
 from services.errors import Cancelled, DeviceLost, NotReady, ServiceError, StartupError
 from services.parallel.degrees import Degrees
-from services.rank_handle import Place, RankHandle
+from services.rank_handle import LocalRank, Place, Rank, RemoteRank
 
 FIRST_BACKOFF_S = 0.25
 MAX_BACKOFF_S = 15.0
@@ -130,7 +131,7 @@ class RankLife:
     def __init__(self, config: StageConfig, on_ready: Callable[[], None]) -> None:
         self._config = config
         self._on_ready = on_ready
-        self._ranks: list[RankHandle] = []
+        self._ranks: list[Rank] = []
         self._waiting: set[int] = set()
         self._folder = tempfile.TemporaryDirectory(prefix="lightloom-ranks-")
         self._calls: dict[int, RankCall] = {}
@@ -143,14 +144,26 @@ class RankLife:
         self.metrics: dict[str, float] = {}
 
     async def start(self, rank_module: str) -> None:
-        """Spawns the processes."""
-        world = Degrees.of(self._config.parallel).world
+        """Spawns the processes: an equal share on this host and on every other."""
+        parallel = self._config.parallel
+        world = Degrees.of(parallel).world
         rendezvous = f"file://{Path(self._folder.name) / 'rendezvous'}"
+        if parallel.hosts:
+            rendezvous = f"tcp://{parallel.leader_address}:{_free_port(parallel.leader_address)}"
+        share = world // (len(parallel.hosts) + 1)
         self._waiting = set(range(world))
         for rank in range(world):
             place = Place(rank, world, rendezvous)
             heard = partial(self._on_frame, rank)
-            self._ranks.append(await RankHandle.spawn(self._config, rank_module, place, heard, self._over.set))
+            if rank < share:
+                self._ranks.append(await LocalRank.spawn(self._config, rank_module, place, heard, self._over.set))
+            else:
+                agent = parallel.hosts[rank // share - 1]
+                try:
+                    self._ranks.append(await RemoteRank.spawn(self._config, agent, place, heard, self._over.set))
+                except OSError as error:
+                    self.kill(f"the agent at {agent} does not answer: {error.strerror or error}")
+                    return
 
     def send(self, kind: Kind, call_id: int = 0, payload: bytes = b"") -> None:
         """A frame to every rank."""
@@ -177,23 +190,22 @@ class RankLife:
 
     async def watch(self) -> Death:
         """Waits for the end of this life, brings it about when a rank hangs, and clears up after it."""
-        while not self._over.is_set() and not any(rank.exited.done() for rank in self._ranks):
+        while not self._over.is_set() and not any(rank.gone for rank in self._ranks):
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._over.wait(), WATCH_EVERY_S)
             self._check_silence()
             self._check_stalls()
         # A rank that ends by itself still has something to say; the others wait for it in vain.
-        grace_s = 0.0 if self._reason else EXIT_GRACE_S
-        first = next((rank for rank in self._ranks if rank.exited.done()), self._ranks[0])
+        first = next((rank for rank in self._ranks if rank.gone), self._ranks[0])
         first.channel.read_rest()
-        codes = {first.place.rank: await first.end(grace_s)}
+        ending = await first.end(0.0 if self._reason else EXIT_GRACE_S)
         for rank in self._ranks:
             if rank is not first:
                 rank.kill()
                 rank.channel.read_rest()
-                codes[rank.place.rank] = await rank.end(0.0)
+                await rank.end(0.0)
         self._folder.cleanup()
-        return self._died(first.place.rank, codes[first.place.rank])
+        return self._died(first.place.rank, ending)
 
     def forget(self, call: RankCall) -> None:
         """Called by a call that is over."""
@@ -215,9 +227,9 @@ class RankLife:
             rank.kill()
         self._over.set()
 
-    def _died(self, rank: int, code: int) -> Death:
+    def _died(self, rank: int, ending: str) -> Death:
         which = "the rank process" if len(self._ranks) == 1 else f"rank {rank} of {len(self._ranks)}"
-        message = self._reason or (self._fatal.message if self._fatal else f"{which} died ({_ending(code)})")
+        message = self._reason or (self._fatal.message if self._fatal else f"{which} died ({ending})")
         for call in list(self._calls.values()):
             call.end(DeviceLost("the rank process died with the request in work; it can run again", retry_after_s=1.0))
         return Death(message, startup=self._fatal is not None and self._fatal.startup)
@@ -342,5 +354,8 @@ class RankGroup:
         self._changed()
 
 
-def _ending(code: int) -> str:
-    return f"signal {-code}" if code < 0 else f"exit code {code}"
+def _free_port(host: str) -> int:
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        port: int = probe.getsockname()[1]
+        return port
