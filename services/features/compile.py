@@ -18,6 +18,7 @@ import torch
 
 from services.family import DitModel, DitPart, ModelPlan
 from services.features import Applied
+from services.parallel.partition import Absent
 
 NAME = "compile"
 EXACT = False
@@ -62,6 +63,8 @@ def apply(model: DitModel, part: DitPart, config: Config) -> Applied:
     compiled = {cls: _compiled(cls.forward, config.mode, fallbacks) for cls in part.plan.block_classes}
     for module in model.modules.values():
         for block in part.blocks(module):
+            if isinstance(block.module, Absent):
+                continue
             block.module.forward = MethodType(compiled[type(block.module)], block.module)
 
     def seal() -> None:
