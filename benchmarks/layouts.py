@@ -12,6 +12,7 @@ A rehearsal without GPUs: `--source FOLDER --device cpu --side 64 --no-compile`.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import time
@@ -62,6 +63,7 @@ class Setting:
     frames: int
     steps: int
     compiled: bool
+    profiled: bool
 
 
 def run_rank(rank: int, world: int, rendezvous: str, setting: Setting, layouts: list[str], out: str) -> None:
@@ -80,13 +82,15 @@ def run_rank(rank: int, world: int, rendezvous: str, setting: Setting, layouts: 
             Path(out).write_text(json.dumps(results))
             print(f"{layout}: {figures} ({time.perf_counter() - started_s:.0f} s in all)", flush=True)
         torch.compiler.reset()
+        # Bound methods make cycles: the last layout's weights must be gone before the next ones come.
+        gc.collect()
         if cuda:
             torch.cuda.empty_cache()
         dist.barrier()
     dist.destroy_process_group()
 
 
-def measure(setting: Setting, layout: str, rank: int) -> dict[str, float]:
+def measure(setting: Setting, layout: str, rank: int) -> dict[str, Any]:
     """Seconds a step with guidance, and with two requests in flight without."""
     options = OPTIONS[layout]
     section = ParallelSection(**options)
@@ -103,9 +107,11 @@ def measure(setting: Setting, layout: str, rank: int) -> dict[str, float]:
         features={"attention": {}} | ({"compile": {}} if setting.compiled else {}),
     )
     engine, _ = open_engine(config, mesh)
-    figures = {"step_s": seconds_a_step(config, engine, setting, requests=1, guidance=4.0)}
+    figures: dict[str, Any] = {"step_s": seconds_a_step(config, engine, setting, requests=1, guidance=4.0)}
     figures |= {f"sent_{kind}_bytes": float(count) for kind, count in sent_bytes.items()}
     figures["two_requests_step_s"] = seconds_a_step(config, engine, setting, requests=2, guidance=1.0)
+    if setting.profiled:
+        figures["kernels"] = kernels(config, engine, setting)
     if setting.device == "cuda":
         figures["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         torch.cuda.reset_peak_memory_stats()
@@ -116,24 +122,7 @@ def seconds_a_step(
     config: StageConfig, engine: DitEngine, setting: Setting, *, requests: int, guidance: float
 ) -> float:
     """Median over the steps after the warm-up, of all requests together: wall seconds in which each makes a step."""
-    source = open_model(config.model)
-    part = load_family(source.family).dit
-    wish = GenerationParams(
-        model="m",
-        prompt="x",
-        width=setting.side_px,
-        height=setting.height_px or setting.side_px,
-        num_frames=setting.frames,
-        steps=setting.steps + WARMUP_STEPS,
-        guidance=guidance,
-        seed=1,
-    )
-    params = resolve(wish, limits_of(config, source), seed=0)
-    for index in range(requests):
-        # The engine of every rank must get the same numbers.
-        torch.manual_seed(index)
-        conditions = part.example_conditions(engine.model, params, TEXT_TOKENS)
-        engine.admit(DenoiseJob(f"r{index}", params, conditions))
+    admit(config, engine, setting, requests=requests, guidance=guidance, steps=setting.steps + WARMUP_STEPS)
     moments: list[float] = []
     while engine.busy:
         for event in engine.tick():
@@ -144,6 +133,41 @@ def seconds_a_step(
     for kind in sent_bytes:
         sent_bytes[kind] //= setting.steps
     return statistics.median(b - a for a, b in zip(moments[WARMUP_STEPS - 1 :], moments[WARMUP_STEPS:], strict=False))
+
+
+def kernels(config: StageConfig, engine: DitEngine, setting: Setting) -> list[tuple[str, float, int]]:
+    """(name, milliseconds, calls) of the kernels of two steps with guidance, the longest ten."""
+    admit(config, engine, setting, requests=1, guidance=4.0, steps=3)
+    engine.tick()
+    activity = torch.profiler.ProfilerActivity.CUDA if setting.device == "cuda" else torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[activity]) as profile:
+        while engine.busy:
+            engine.tick()
+    rows = [(row.key[:80], row.self_device_time_total / 1000, row.count) for row in profile.key_averages()]
+    return sorted(rows, key=lambda row: -row[1])[:10]
+
+
+def admit(
+    config: StageConfig, engine: DitEngine, setting: Setting, *, requests: int, guidance: float, steps: int
+) -> None:
+    """Gives the engine requests r0, r1, ... with the same numbers on every rank."""
+    source = open_model(config.model)
+    part = load_family(source.family).dit
+    wish = GenerationParams(
+        model="m",
+        prompt="x",
+        width=setting.side_px,
+        height=setting.height_px or setting.side_px,
+        num_frames=setting.frames,
+        steps=steps,
+        guidance=guidance,
+        seed=1,
+    )
+    params = resolve(wish, limits_of(config, source), seed=0)
+    for index in range(requests):
+        torch.manual_seed(index)
+        conditions = part.example_conditions(engine.model, params, TEXT_TOKENS)
+        engine.admit(DenoiseJob(f"r{index}", params, conditions))
 
 
 def main() -> None:
@@ -160,6 +184,7 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=1)
     parser.add_argument("--steps", type=int, default=10, help="measured steps of each run")
     parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--profile", action="store_true", help="keep the kernels of a step that take longest")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     random = args.source.startswith("random:")
@@ -173,6 +198,7 @@ def main() -> None:
         frames=args.frames,
         steps=args.steps,
         compiled=not args.no_compile,
+        profiled=args.profile,
     )
     layouts = ["one", *args.layouts]
     with TemporaryDirectory() as folder:
