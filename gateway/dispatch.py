@@ -57,6 +57,9 @@ class Dispatcher:
                 await self._claim_all()
             except ServiceError as error:
                 log.warning("cannot claim: %s", error.message)
+                # Claims without an answer hold requests until their leases run out: no more until Redis answers.
+                while not await self._state.ping():
+                    pass
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), IDLE_S)
 
@@ -96,10 +99,14 @@ class Dispatcher:
     async def reap(self) -> None:
         """Gives expired leases back, for ever. Any gateway may do it."""
         lost = error_to_proto(DeviceLost("the gateway that ran the request went silent")).SerializeToString()
+        before: set[str] = set()
         while True:
             await asyncio.sleep(min(1.0, self._config.lease_s / 4))
             with contextlib.suppress(ServiceError):
-                for request_id in await self._state.expired():
+                now = set(await self._state.expired())
+                # Seen twice: when Redis comes back after an outage, owners have the time between to renew their leases.
+                expired, before = now & before, now
+                for request_id in expired:
                     log.warning("lease of %s expired", request_id)
                     state = await self._state.requeue(request_id, None, self._config.max_attempts, True, lost)
                     self._lifecycle.forget(request_id, state)

@@ -170,12 +170,16 @@ class Lifecycle:
 
     async def _keep_lease(self, work: Work, task: asyncio.Task[None] | None) -> None:
         """Beats until cancelled; a lost lease or an abort that was missed cancels the work."""
+        pause_s = self._config.lease_s / 3
         while True:
-            await asyncio.sleep(self._config.lease_s / 3)
+            await asyncio.sleep(pause_s)
             try:
                 state = await self._state.beat(work.claim, self._config.lease_s)
             except ServiceError:
+                # Redis is away. When it is back, the lease must be renewed before a reaper takes it for abandoned.
+                pause_s = 0.0
                 continue
+            pause_s = self._config.lease_s / 3
             if state in ("lost", "cancelling") and task is not None:
                 task.cancel()
                 return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import time
 import uuid
@@ -47,6 +48,7 @@ class RequestService:
         self._replicas = replicas
         self._store = store
         self._config = config
+        self._withdrawals: set[asyncio.Task[None]] = set()
 
     async def submit(
         self, params: GenerationParams, *, idempotency_key: str = "", priority: int = 0, traceparent: str = ""
@@ -65,27 +67,33 @@ class RequestService:
         resolved = resolve(params, limits, seed=secrets.randbelow(MAX_SEED), picture=picture)
         if resolved.preview_every:
             self._check_previews(model)
-        if len(idempotency_key) > MAX_KEY_CHARS:
-            raise InvalidRequest(f"idempotency_key has more than {MAX_KEY_CHARS} characters", param="idempotency_key")
-        name = f"lightloom/{idempotency_key}"
-        request_id = uuid.uuid5(uuid.NAMESPACE_URL, name).hex if idempotency_key else uuid.uuid4().hex
-        stored = await self._state.submit(
-            request_id,
-            queue_key("dit", self._replicas.component("dit", model)),
-            priority=priority,
-            max_queued=self._config.max_queued,
-            keep_s=self._config.keep_s,
-            fields={
-                "params": params_to_proto(resolved).SerializeToString(),
-                "total": resolved.steps,
-                "step": 0,
-                "deadline": time.time() + self._config.request_timeout_s,
-                "traceparent": new_traceparent(traceparent),
-            },
-        )
+        request_id = _new_id(idempotency_key)
+        fields: dict[str, str | bytes | float] = {
+            "params": params_to_proto(resolved).SerializeToString(),
+            "total": resolved.steps,
+            "step": 0,
+            "deadline": time.time() + self._config.request_timeout_s,
+            "traceparent": new_traceparent(traceparent),
+        }
+        queue = queue_key("dit", self._replicas.component("dit", model))
+        limit, keep_s = self._config.max_queued, self._config.keep_s
+        try:
+            stored = await self._state.submit(
+                request_id, queue, priority=priority, max_queued=limit, keep_s=keep_s, fields=fields
+            )
+        except BaseException:
+            # It may be stored all the same. Nobody waits for it then, unless the key brings its owner back.
+            if not idempotency_key:
+                self._withdraw(request_id)
+            raise
         if stored < 0:
-            raise Overloaded(f"{self._config.max_queued} requests wait already: try again later", retry_after_s=5.0)
+            raise Overloaded(f"{limit} requests wait already: try again later", retry_after_s=5.0)
         return request_id
+
+    def _withdraw(self, request_id: str) -> None:
+        task = asyncio.create_task(self._state.withdraw(request_id))
+        self._withdrawals.add(task)
+        task.add_done_callback(self._withdrawals.discard)
 
     def _check_previews(self, model: str) -> None:
         if self._replicas.fit(model) is None:
@@ -193,6 +201,13 @@ class RequestService:
     async def health(self) -> Health:
         """For probes and the launcher."""
         return Health(await self._state.ping(), {info.name: info.ready for info in self.models()})
+
+
+def _new_id(idempotency_key: str) -> str:
+    if len(idempotency_key) > MAX_KEY_CHARS:
+        raise InvalidRequest(f"idempotency_key has more than {MAX_KEY_CHARS} characters", param="idempotency_key")
+    name = f"lightloom/{idempotency_key}"
+    return uuid.uuid5(uuid.NAMESPACE_URL, name).hex if idempotency_key else uuid.uuid4().hex
 
 
 _FIELDS = tuple(GenerationParams.__dataclass_fields__)

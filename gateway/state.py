@@ -19,7 +19,7 @@ from typing import Any, cast
 
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
-from redis.backoff import ExponentialBackoff
+from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
@@ -34,6 +34,11 @@ TERMINAL = frozenset({"done", "failed", "cancelled", "expired"})
 SCRIPTS = ("submit", "claim", "beat", "commit", "requeue", "abort", "expired", "follow")
 READ_EVENTS = 256
 WATCH_TIMEOUT_S = 2.0
+# How long a call waits for a Redis that is away. Who asks is told soon; what a stage has made is worth a longer wait.
+PATIENCE_S = 2.0
+RESULT_PATIENCE_S = 30.0
+WITHDRAW_PATIENCE_S = 600.0
+RETRY_S = 0.1
 
 Fields = Mapping[str, str | bytes | float]
 
@@ -69,14 +74,8 @@ class State:
     def __init__(self, url: str, owner: str) -> None:
         # Two gateways may have been given one name; what they publish must still be told apart.
         self._owner = f"{owner}/{secrets.token_hex(4)}"
-        # A short outage is waited out inside a call; a longer one becomes StateStoreDown.
-        self._redis: Redis = Redis.from_url(
-            url,
-            socket_timeout=5.0,
-            socket_connect_timeout=2.0,
-            retry=Retry(ExponentialBackoff(cap=0.5, base=0.05), 5),
-            retry_on_error=[RedisConnectionError, RedisTimeoutError],
-        )
+        # Tries are counted in time, by `_call`.
+        self._redis: Redis = Redis.from_url(url, socket_connect_timeout=2.0, retry=Retry(NoBackoff(), 0))
         self._listener: Redis = Redis.from_url(url, socket_connect_timeout=2.0)
         folder = Path(__file__).parent / "lua"
         self._scripts = {name: self._redis.register_script((folder / f"{name}.lua").read_text()) for name in SCRIPTS}
@@ -121,7 +120,8 @@ class State:
         """Ends a stage. Returns the state afterwards ("cancelled" when an abort came first), or "lost"."""
         keys = [_request(claim.request_id), LEASES, _events(claim.request_id)]
         arguments = (claim.request_id, claim.fence, self._owner, state, stage, queue, *_flat(fields))
-        committed = str((await self._run("commit", keys, *arguments)).decode())
+        patience_s = RESULT_PATIENCE_S if state in ("running", "queued", "done") else PATIENCE_S
+        committed = str((await self._run("commit", keys, *arguments, patience_s=patience_s)).decode())
         self._wake(claim.request_id)
         if committed == "queued":
             self._on_queue()
@@ -140,7 +140,16 @@ class State:
 
     async def abort(self, request_id: str) -> str | None:
         """The state after the abort; None for an unknown request."""
-        result = await self._run("abort", [_request(request_id), _events(request_id)], request_id, self._owner)
+        return await self._abort(request_id, never=False, patience_s=PATIENCE_S)
+
+    async def withdraw(self, request_id: str) -> None:
+        """Aborts what a submit without an answer may have stored, or may still store, as soon as Redis answers."""
+        with contextlib.suppress(StateStoreDown):
+            await self._abort(request_id, never=True, patience_s=WITHDRAW_PATIENCE_S)
+
+    async def _abort(self, request_id: str, *, never: bool, patience_s: float) -> str | None:
+        keys = [_request(request_id), _events(request_id)]
+        result = await self._run("abort", keys, request_id, self._owner, int(never), patience_s=patience_s)
         if not result:
             return None
         state = str(result.decode())
@@ -172,17 +181,25 @@ class State:
         return True
 
     async def events(self, request_id: str, after: str) -> AsyncIterator[StoredEvent]:
-        """Events later than `after` ("0" for all), until a terminal status.
+        """Events later than `after` ("0" for all), until a terminal status. Once begun, it waits for Redis.
 
         Raises:
             UnknownRequest: there is no such request, or it has been forgotten.
+            StateStoreDown: at the start only.
         """
-        wake = asyncio.Event()
+        wake, begun = asyncio.Event(), False
         self._watchers[request_id].add(wake)
         try:
             while True:
                 wake.clear()
-                for event in await self._read_events(request_id, after):
+                try:
+                    events = await self._read_events(request_id, after)
+                except StateStoreDown:
+                    if not begun:
+                        raise
+                    continue
+                begun = True
+                for event in events:
                     after = event.event_id
                     yield event
                     if event.kind == "status" and event.state in TERMINAL:
@@ -243,13 +260,20 @@ class State:
         await self._redis.aclose()
         await self._listener.aclose()
 
-    async def _run(self, name: str, keys: list[str], *arguments: Any) -> Any:
-        return await self._call(lambda: self._scripts[name](keys=keys, args=list(arguments)))
+    async def _run(self, name: str, keys: list[str], *arguments: Any, patience_s: float = PATIENCE_S) -> Any:
+        return await self._call(lambda: self._scripts[name](keys=keys, args=list(arguments)), patience_s)
 
-    async def _call(self, command: Callable[[], Awaitable[Any]]) -> Any:
+    async def _call(self, command: Callable[[], Awaitable[Any]], patience_s: float = PATIENCE_S) -> Any:
+        # A script may have run although its answer was lost. Each may run again: a second claim takes another request,
+        # and the first one's lease runs out.
         try:
-            return await command()
-        except (RedisConnectionError, RedisTimeoutError, OSError) as error:
+            async with asyncio.timeout(patience_s):
+                while True:
+                    try:
+                        return await command()
+                    except (RedisConnectionError, RedisTimeoutError, OSError):
+                        await asyncio.sleep(RETRY_S)
+        except TimeoutError as error:
             raise StateStoreDown("the state store does not answer: try again later", retry_after_s=1.0) from error
 
 

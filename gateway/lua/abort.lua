@@ -1,7 +1,14 @@
--- KEYS: request, events. ARGV: id, sender. Cancels a queued request at once, marks a running one, leaves an ended one.
+-- KEYS: request, events. ARGV: id, sender, never (1 or 0). Cancels a queued request at once, marks a running one, leaves an ended one.
 -- Returns the state afterwards, or nothing for an unknown id.
 local state = redis.call('HGET', KEYS[1], 'state')
-if not state then return false end
+if not state then
+  -- A submit of that id may still come, out of the buffer of a connection that was given up: it will find the id taken.
+  if ARGV[3] == '1' then
+    redis.call('HSET', KEYS[1], 'state', 'cancelled')
+    redis.call('EXPIRE', KEYS[1], 60)
+  end
+  return false
+end
 if state == 'queued' then
   redis.call('ZREM', redis.call('HGET', KEYS[1], 'queue'), ARGV[1])
   state = 'cancelled'

@@ -4,6 +4,8 @@
 -- or it has ended.
 if redis.call('HGET', KEYS[1], 'fence') ~= ARGV[2] then return 'lost' end
 local state = redis.call('HGET', KEYS[1], 'state')
+-- The same owner once more: the answer to its first call was lost.
+if state == ARGV[4] and state ~= 'running' then return state end
 if state ~= 'running' and state ~= 'cancelling' then return 'lost' end
 local target = ARGV[4]
 if state == 'cancelling' then target = 'cancelled' end
