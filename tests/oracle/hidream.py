@@ -1,4 +1,7 @@
-"""HiDream's rows: the full model with UniPC, a distilled one with fresh noise each step; squares and other shapes."""
+"""HiDream's rows: the full model with UniPC, dev with fresh noise each step; squares and other shapes.
+
+The third variant, fast, is dev with another shift and fewer steps.
+"""
 
 from __future__ import annotations
 
