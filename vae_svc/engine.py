@@ -12,7 +12,7 @@ import torch
 
 from services.config import StageConfig
 from services.describe import open_model, placement
-from services.errors import InvalidRequest, NonFinite, ServiceError
+from services.errors import InvalidRequest, NonFinite, OutOfMemory, ServiceError
 from services.families import load_family
 from services.family import Frames, Tensors, VaePart
 from services.media import decode_image, encode_frames
@@ -87,8 +87,9 @@ class VaeEngine:
             if not pictures:
                 raise InvalidRequest("there is no input picture to encode", param="inputs")
             tensors = self._part.encode(self._model, pictures, job.params)
-        except ServiceError as error:
-            return VaeResult(job, time.perf_counter() - start_s, start_ns, error=error)
+        except (ServiceError, torch.OutOfMemoryError) as error:
+            failure = error if isinstance(error, ServiceError) else out_of_memory()
+            return VaeResult(job, time.perf_counter() - start_s, start_ns, error=failure)
         return VaeResult(job, time.perf_counter() - start_s, start_ns, tensors=tensors)
 
     def _decode(self, jobs: list[VaeJob]) -> list[VaeResult]:
@@ -98,11 +99,12 @@ class VaeEngine:
             floats = self._part.decode(self._model, rows, jobs[0].params)
             finite = torch.isfinite(floats).flatten(1).all(1).tolist()
             pixels = to_pixels(floats)
-        except ServiceError as error:
+        except (ServiceError, torch.OutOfMemoryError) as error:
             if len(jobs) > 1:
                 # Alone, each job fails for its own reasons only.
                 return [result for job in jobs for result in self._decode([job])]
-            return [VaeResult(jobs[0], time.perf_counter() - start_s, start_ns, error=error)]
+            failure = error if isinstance(error, ServiceError) else out_of_memory()
+            return [VaeResult(jobs[0], time.perf_counter() - start_s, start_ns, error=failure)]
         shared_s = time.perf_counter() - start_s
         results = []
         for job, good, frames in zip(jobs, finite, pixels, strict=True):
@@ -121,6 +123,13 @@ class VaeEngine:
     def metrics(self) -> dict[str, float]:
         """Jobs that wait."""
         return {"vae_waiting": len(self._waiting)}
+
+
+def out_of_memory() -> OutOfMemory:
+    """What a client hears when a picture does not fit into the device's memory, which is free again."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return OutOfMemory("the device ran out of memory: ask for a smaller size or fewer frames")
 
 
 def to_pixels(frames: torch.Tensor) -> np.ndarray:

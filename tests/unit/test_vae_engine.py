@@ -1,0 +1,151 @@
+"""The VAE's engine on a VAE made of a few lines: batches, failures that stay alone, and the fit for previews."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from services.errors import InvalidRequest, NonFinite, OutOfMemory, ServiceError
+from services.family import Frames, Tensors, VaePart
+from services.request import GenerationParams, Limits, Media, ResolvedParams, resolve
+from vae_svc.engine import VaeEngine, VaeJob, to_pixels
+from vae_svc.latent_rgb_fit import fit_latent_rgb, synthetic_pictures
+
+PARAMS = resolve(GenerationParams(model="m", prompt="a cat", width=64, height=64), Limits(), seed=0)
+COVERED_PX = 8
+
+
+class FakeVae:
+    """Decodes latents [1, 3] to pictures of one colour; runs out of memory and refuses when it is told to."""
+
+    def __init__(self) -> None:
+        self.batches: list[int] = []
+
+    def decode(self, _model: object, rows: Sequence[Tensors], params: ResolvedParams) -> torch.Tensor:
+        self.batches.append(len(rows))
+        colours = torch.cat([row["latents"] for row in rows])
+        if bool((colours == 7).any()):
+            raise torch.OutOfMemoryError("too large")
+        if bool((colours == 9).any()):
+            raise InvalidRequest("9 cannot be decoded")
+        return colours[:, None, :, None, None].expand(-1, 1, 3, params.height, params.width)
+
+    def encode(self, _model: object, pictures: Sequence[Frames], _params: ResolvedParams) -> Tensors:
+        return {"image/0": torch.from_numpy(pictures[0].astype(np.float32)).mean((0, 1, 2))}
+
+    def part(self, **changes: object) -> VaePart:
+        part = VaePart(
+            load=lambda *_: None,
+            decode=self.decode,
+            encode=self.encode,
+            latent_geometry=lambda _model: (5, COVERED_PX, 1),
+        )
+        return replace(part, **changes)
+
+
+@pytest.fixture
+def fake() -> FakeVae:
+    return FakeVae()
+
+
+def job(name: str, *colour: float, **changes: int) -> VaeJob:
+    return VaeJob(name, replace(PARAMS, **changes), {"latents": torch.tensor([colour])})
+
+
+def run(engine: VaeEngine) -> dict[str, ServiceError | tuple[int, ...]]:
+    """Each job's error, or the colour of its first pixel."""
+    seen: dict[str, ServiceError | tuple[int, ...]] = {}
+    while engine.busy:
+        for result in engine.tick():
+            pixel = None if result.frames is None else tuple(result.frames[0, 0, 0].tolist())
+            seen[result.job.request_id] = result.error or pixel or ()
+            assert result.busy_s >= 0
+    return seen
+
+
+def test_jobs_of_one_shape_share_a_batch(fake):
+    engine = VaeEngine(fake.part(), None, 2)
+    for index, width in enumerate((64, 96, 64, 64)):
+        engine.submit(job(str(index), 1.0, -1.0, 0.0, width=width))
+    assert run(engine) == dict.fromkeys("0123", (255, 0, 128))
+    assert fake.batches == [2, 1, 1]
+
+
+def test_one_bad_job_fails_alone(fake):
+    engine = VaeEngine(fake.part(), None, 8)
+    colours = {"good": (1.0,) * 3, "large": (7.0,) * 3, "wrong": (9.0,) * 3, "black": (float("nan"),) * 3}
+    for name, colour in colours.items():
+        engine.submit(job(name, *colour))
+    seen = run(engine)
+    assert seen["good"] == (255, 255, 255)
+    assert isinstance(seen["large"], OutOfMemory)
+    assert isinstance(seen["wrong"], InvalidRequest)
+    assert isinstance(seen["black"], NonFinite)
+
+
+def test_jobs_that_wait_can_be_aborted(fake):
+    engine = VaeEngine(fake.part(), None, 8)
+    engine.submit(job("kept", 0.0, 0.0, 0.0))
+    engine.submit(job("gone", 0.0, 0.0, 0.0))
+    engine.abort("gone")
+    engine.abort("never there")
+    assert engine.metrics() == {"vae_waiting": 1}
+    assert list(run(engine)) == ["kept"]
+
+
+def test_pictures_are_encoded_or_refused(fake):
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8), (10, 20, 30)).save(file, "PNG")
+    engine = VaeEngine(fake.part(), None, 8)
+    whole, cut = Media("image/png", file.getvalue()), Media("image/png", file.getvalue()[:45])
+    for name, inputs in (("whole", (whole,)), ("cut", (cut,)), ("none", ())):
+        engine.submit(VaeJob(name, replace(PARAMS, inputs=inputs)))
+    results = {result.job.request_id: result for _ in range(3) for result in engine.tick()}
+    assert results["whole"].tensors["image/0"].tolist() == [10, 20, 30]
+    for name in ("cut", "none"):
+        assert isinstance(results[name].error, InvalidRequest)
+        assert results[name].error.param == "inputs"
+
+
+def test_pixels_are_rounded_and_clipped():
+    values = torch.tensor([-2.0, -1.0, 0.0, 1.0, 5.0]).view(1, 1, 1, 1, 5).expand(1, 1, 3, 1, 5)
+    assert to_pixels(values)[0, 0, 0, :, 0].tolist() == [0, 0, 128, 255, 255]
+
+
+# ---- The fit for previews --------------------------------------------------------------------------------------------
+
+
+def test_a_linear_vae_is_fitted_exactly(fake):
+    generator = torch.Generator().manual_seed(1)
+    mixing, offset = torch.randn(3, 5, generator=generator), torch.randn(5, generator=generator)
+
+    def latents(_model: object, pixels: torch.Tensor) -> torch.Tensor:
+        pooled = torch.nn.functional.avg_pool2d(pixels, COVERED_PX)
+        return torch.einsum("bchw,cd->bdhw", pooled, mixing) + offset[:, None, None]
+
+    fit = fit_latent_rgb(fake.part(picture_latents=latents), None)
+    pictures = torch.rand(2, 3, 32, 32, generator=generator)
+    rgb = latents(None, 2 * pictures - 1).movedim(1, -1) @ fit.weight + fit.bias
+    expected = torch.nn.functional.avg_pool2d(pictures, COVERED_PX).movedim(1, -1)
+    assert fit.weight.shape == (5, 3) and fit.bias.shape == (3,)
+    assert torch.allclose(rgb, expected, atol=1e-4)
+
+
+def test_without_an_encoder_there_is_no_fit(fake):
+    assert fit_latent_rgb(fake.part(), None) is None
+
+
+def test_synthetic_pictures_are_the_same_and_full_of_colours():
+    pictures = synthetic_pictures(16, 64)
+    assert torch.equal(pictures, synthetic_pictures(16, 64))
+    assert pictures.shape == (16, 3, 64, 64)
+    assert pictures.min() == 0 and pictures.max() == 1
+    flat, smooth = pictures[1::2].flatten(2), pictures[::2].flatten(2)
+    assert all(len(torch.unique(picture, dim=1).T) <= 6 for picture in flat)
+    assert all(len(torch.unique(picture, dim=1).T) > 100 for picture in smooth)
