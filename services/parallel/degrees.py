@@ -128,7 +128,6 @@ class Degrees:
             raise StartupError(f"parallel: {self.world} ranks in a group, at most {MAX_WORLD} are allowed")
         return self
 
-
     def _over_hosts(self, section: ParallelSection) -> Degrees:
         hosts = len(section.hosts) + 1
         if hosts > 1 and not section.leader_address:
