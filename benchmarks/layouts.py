@@ -109,7 +109,8 @@ def measure(setting: Setting, layout: str, rank: int) -> dict[str, Any]:
     engine, _ = open_engine(config, mesh)
     figures: dict[str, Any] = {"step_s": seconds_a_step(config, engine, setting, requests=1, guidance=4.0)}
     figures |= {f"sent_{kind}_bytes": float(count) for kind, count in sent_bytes.items()}
-    figures["two_requests_step_s"] = seconds_a_step(config, engine, setting, requests=2, guidance=1.0)
+    if layout in ("one", "pipeline"):
+        figures["two_requests_step_s"] = seconds_a_step(config, engine, setting, requests=2, guidance=1.0)
     if setting.profiled:
         figures["kernels"] = kernels(config, engine, setting)
     if setting.device == "cuda":
@@ -209,9 +210,9 @@ def main() -> None:
         results = json.loads(out.read_text())
     for layout, figures in results.items():
         for kind in ("step_s", "two_requests_step_s"):
-            figures[f"{kind}_speedup"] = results["one"][kind] / figures[kind]
-        print(f"{layout:14} {figures['step_s']:.4f} s a step, {figures['step_s_speedup']:.2f}x;", end=" ")
-        print(f"two requests {figures['two_requests_step_s']:.4f} s, {figures['two_requests_step_s_speedup']:.2f}x")
+            if kind in figures:
+                figures[f"{kind}_speedup"] = results["one"][kind] / figures[kind]
+                print(f"{layout:14} {kind:20} {figures[kind]:.4f}, {figures[f'{kind}_speedup']:.2f}x")
     write_result(args.json, "layouts", {"work": setting, "world": args.world, "layouts": results})
 
 
