@@ -9,14 +9,14 @@ import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI, Query, Request, Response
 from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from gateway.config import GatewaySection
-from gateway.http_errors import Border, ErrorEnvelope, install
+from gateway.http_errors import Border, ErrorEnvelope, install, service_envelope
 from gateway.http_json import (
     content_path,
     error_from,
@@ -28,7 +28,7 @@ from gateway.http_json import (
     status_json,
 )
 from gateway.http_schema import GenerationRequest, ImageRequest
-from gateway.requests import RequestService
+from gateway.requests import MAX_LIST, RequestService
 from protos import gateway_pb2
 from services.errors import Cancelled, Internal, ServiceError
 from services.request import GenerationParams, with_seed
@@ -86,7 +86,7 @@ def _add_requests(app: FastAPI, service: RequestService) -> None:
         return status_json(await service.get(request_id))
 
     @app.get("/v1/requests")
-    async def list_requests(limit: int = 100) -> dict[str, Any]:
+    async def list_requests(limit: Annotated[int, Query(ge=1, le=MAX_LIST)] = 100) -> dict[str, Any]:
         """The newest requests."""
         return {"object": "list", "data": [status_json(status) for status in await service.newest(limit)]}
 
@@ -103,8 +103,10 @@ def _add_requests(app: FastAPI, service: RequestService) -> None:
     @app.get("/v1/requests/{request_id}/events", response_model=None)
     async def request_events(request_id: str, request: Request) -> Response:
         """Server-sent events, resumable by Last-Event-ID through any gateway."""
+        events = service.events(request_id, request.headers.get("last-event-id", ""))
+        # The answer's status goes out before the first event: what is wrong must be known now.
         await service.get(request_id)
-        return _sse(_events(service, request_id, request.headers.get("last-event-id", "")))
+        return _sse(_events(events))
 
     @app.get("/v1/requests/{request_id}/content", response_model=None)
     async def request_content(request_id: str) -> Response:
@@ -231,9 +233,10 @@ async def _stream_image(service: RequestService, request_id: str, partial_images
                 ended = True
                 yield _line("image_generation.completed", common)
             elif kind == "status" and event.status.state >= gateway_pb2.REQUEST_STATE_FAILED:
-                name, data = event_json(gateway_pb2.GenerateResponse(error=event.status.error))
                 ended = True
-                yield _line(name, data)
+                yield _line("error", service_envelope(_failure(event.status)))
+    except ServiceError as error:
+        yield _line("error", service_envelope(error))
     finally:
         if not ended:
             await asyncio.shield(_abort_all(service, [request_id]))
@@ -249,10 +252,13 @@ def _common(data: dict[str, Any], output_format: str, size: str) -> dict[str, An
     }
 
 
-async def _events(service: RequestService, request_id: str, last_event_id: str) -> AsyncIterator[str]:
-    async for event in service.events(request_id, last_event_id):
-        name, data = event_json(event)
-        yield f"id: {event.event_id}\nevent: {name}\ndata: {json.dumps(data)}\n\n"
+async def _events(events: AsyncIterator[gateway_pb2.GenerateResponse]) -> AsyncIterator[str]:
+    try:
+        async for event in events:
+            name, data = event_json(event)
+            yield f"id: {event.event_id}\nevent: {name}\ndata: {json.dumps(data)}\n\n"
+    except ServiceError as error:
+        yield _line("error", service_envelope(error))
 
 
 def _line(kind: str, data: dict[str, Any]) -> str:

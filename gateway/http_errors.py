@@ -90,6 +90,9 @@ def install(app: FastAPI) -> None:
         message = str(error.detail)
         if error.status_code == 404:
             message = f"there is no {request.method} {request.url.path[:200]}: see /docs"
+        elif error.status_code == 400:
+            # What is no text in UTF-8 fails before anything looks at the JSON.
+            message = "the body cannot be read: send a JSON object in UTF-8"
         elif error.status_code == 405:
             message = f"{request.url.path[:200]} does not take {request.method}: see /docs"
         code = _HTTP_CODES.get(error.status_code, "invalid_request")
@@ -101,7 +104,7 @@ def explain(error: dict[str, Any]) -> tuple[str, str]:
     kind, context = error["type"], error.get("ctx", {})
     path = [str(part) for part in error["loc"][1:]]
     param = ".".join(path)
-    if kind == "unknown_field":
+    if kind in ("unknown_field", "no_text"):
         return context["message"], ".".join([*path, context["param"]])
     if kind == "json_invalid":
         return f"the body is not valid JSON: {context['error']} at character {param}", ""

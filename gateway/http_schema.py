@@ -36,7 +36,16 @@ class StrictBody(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _only_known_fields(cls, body: Any) -> Any:
-        unknown = sorted(set(body) - set(cls.model_fields)) if isinstance(body, dict) else ()
+        if not isinstance(body, dict):
+            return body
+        for name, value in body.items():
+            # JSON can escape half of a surrogate pair, which is no text and has no bytes to be stored as.
+            if any(isinstance(text, str) and not _has_bytes(text) for text in (name, value)):
+                message = f"{ascii(name)[:100]} holds half of a surrogate pair: send whole Unicode characters"
+                raise PydanticCustomError(
+                    "no_text", "{message}", {"message": message, "param": ascii(name)[1:-1][:100]}
+                )
+        unknown = sorted(set(body) - set(cls.model_fields))
         if unknown:
             allowed = ", ".join(sorted(cls.model_fields))
             message = f"unknown field {unknown[0][:100]!r}: allowed are {allowed}"
@@ -180,6 +189,14 @@ class GenerationRequest(StrictBody):
         )
         check_total(inputs, "inputs")
         return GenerationParams(model=model, inputs=inputs, **plain)
+
+
+def _has_bytes(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def parse_size(size: str | None) -> tuple[int | None, int | None]:

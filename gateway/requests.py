@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import secrets
 import time
 import uuid
@@ -24,6 +25,7 @@ from services.wire import params_to_proto
 
 MAX_LIST = 1000
 MAX_KEY_CHARS = 128
+_EVENT_ID = re.compile(r"[0-9]{1,19}(-[0-9]{1,19})?")
 _STAGES = {b"dit": types_pb2.STAGE_DIT, b"vae": types_pb2.STAGE_VAE}
 
 
@@ -150,16 +152,18 @@ class RequestService:
             self._store.drop_latents(request_id)
         return state_number(state)
 
-    async def events(self, request_id: str, last_event_id: str = "") -> AsyncIterator[gateway_pb2.GenerateResponse]:
+    def events(self, request_id: str, last_event_id: str = "") -> AsyncIterator[gateway_pb2.GenerateResponse]:
         """Events after `last_event_id`, until the request has ended; a status comes with the whole record.
 
         Raises:
-            UnknownRequest: as `get`.
-            InvalidRequest: the event id is not one of ours.
+            UnknownRequest: as `get`, with the first event.
+            InvalidRequest: at once, when the event id is not one of ours.
         """
-        after = last_event_id or "0"
-        if not all(part.isdigit() for part in after.split("-", 1)):
+        if last_event_id and not _EVENT_ID.fullmatch(last_event_id):
             raise InvalidRequest(f"last_event_id {last_event_id[:40]!r} is not one of ours", param="last_event_id")
+        return self._events(request_id, last_event_id or "0")
+
+    async def _events(self, request_id: str, after: str) -> AsyncIterator[gateway_pb2.GenerateResponse]:
         async for event in self._state.events(request_id, after):
             yield _response(request_id, event)
 
