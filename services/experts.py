@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from services.parallel.degrees import split_sizes
+
 
 class Experts(nn.ModuleList):
     """Experts, each a module from [n, D] to [n, D]."""
@@ -19,5 +21,13 @@ class Experts(nn.ModuleList):
         Args:
             counts: [E] tokens of each expert. The host waits for them: no expert computes more than its own.
         """
-        pieces = tokens.split(counts.tolist())
+        pieces = tokens.split(token_counts(tokens, counts))
         return torch.cat([expert(piece) for expert, piece in zip(self, pieces, strict=True)])
+
+
+def token_counts(tokens: torch.Tensor, counts: torch.Tensor) -> list[int]:
+    """Counts [E] as numbers. On the meta device, where nobody knows them, as if tokens [N, D] were spread evenly."""
+    if counts.device.type == "meta":
+        return split_sizes(len(tokens), len(counts))
+    numbers: list[int] = counts.tolist()
+    return numbers

@@ -11,7 +11,7 @@ import hashlib
 import json
 import struct
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -89,6 +89,19 @@ class ModelSource:
         if self.root is None:
             raise StartupError(f"{self.spec} has no files: {subfolder!r} must be made by the family")
         return self.root / subfolder
+
+    def without_weights(self) -> ModelSource:
+        """The same model as a source of random weights, by its configs: for modules on the meta device.
+
+        Raises:
+            StartupError: a config is not JSON.
+        """
+        if self.root is None:
+            return self
+        preset = {"model_index": _read_json(self.root / "model_index.json")}
+        for path in sorted((*self.root.glob("*/config.json"), *self.root.glob("*/scheduler_config.json"))):
+            preset[path.parent.name] = _read_json(path)
+        return replace(self, root=None, preset=preset)
 
     def load(self, cls: Any, subfolder: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
         """A diffusers model class with its weights, in eval mode, without gradients.

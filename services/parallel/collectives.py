@@ -1,8 +1,8 @@
 """Collectives as operators that a compiled graph carries without a break, with a count of the bytes that a rank sends.
 
 A group is named by its process group's name, since operators take plain values only. On an axis of one rank nothing
-is called. Bytes are what the algorithm of the fewest bytes sends from one rank; `benchmarks` and tests compare them
-with `services/parallel/volume.py`.
+is called. Bytes are what the algorithm of the fewest bytes sends from one rank. On the meta device nothing is sent, but
+counted all the same: that is how a dry run (`dit_svc/dry_run.py`) knows what a layout costs.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# Bytes that this rank has sent, by kind of collective. A figure for metrics and tests; nothing depends on it.
+# What this rank has sent, by kind of collective: bytes, and calls. Figures for metrics, tests and dry runs.
 sent_bytes: Counter[str] = Counter()
+sent_calls: Counter[str] = Counter()
 
 
 def group_of(name: str) -> dist.ProcessGroup:
@@ -25,8 +26,16 @@ def group_of(name: str) -> dist.ProcessGroup:
     return group
 
 
-def _count(kind: str, tensor: torch.Tensor, share: float) -> None:
+def count_sent(kind: str, tensor: torch.Tensor, share: float = 1.0) -> None:
+    """Notes that `share` of a tensor's bytes left this rank."""
     sent_bytes[kind] += round(tensor.numel() * tensor.element_size() * share)
+    sent_calls[kind] += 1
+
+
+def _plan(kind: str, tensor: torch.Tensor, share: float) -> None:
+    """Counts in a dry run only: a compiler's fake tensors have the device that they stand for."""
+    if tensor.device.type == "meta":
+        count_sent(kind, tensor, share)
 
 
 @torch.library.custom_op("lightloom::all_to_all", mutates_args=())
@@ -35,27 +44,28 @@ def all_to_all(tensor: torch.Tensor, group: str) -> torch.Tensor:
     tensor = tensor.contiguous()
     received = torch.empty_like(tensor)
     dist.all_to_all_single(received, tensor, group=group_of(group))
-    _count("all_to_all", tensor, 1 - 1 / tensor.shape[0])
+    count_sent("all_to_all", tensor, 1 - 1 / tensor.shape[0])
     return received
 
 
 @all_to_all.register_fake
 def _(tensor: torch.Tensor, group: str) -> torch.Tensor:
+    _plan("all_to_all", tensor, 1 - 1 / tensor.shape[0])
     return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
 @torch.library.custom_op("lightloom::all_reduce", mutates_args=())
-def all_reduce(tensor: torch.Tensor, group: str) -> torch.Tensor:
-    """The sum over the group."""
+def all_reduce(tensor: torch.Tensor, group: str, size: int) -> torch.Tensor:
+    """The sum over the group's `size` ranks."""
     total = tensor.clone(memory_format=torch.contiguous_format)
-    ranks = group_of(group)
-    dist.all_reduce(total, group=ranks)
-    _count("all_reduce", tensor, 2 * (1 - 1 / ranks.size()))
+    dist.all_reduce(total, group=group_of(group))
+    count_sent("all_reduce", tensor, 2 * (1 - 1 / size))
     return total
 
 
 @all_reduce.register_fake
-def _(tensor: torch.Tensor, group: str) -> torch.Tensor:
+def _(tensor: torch.Tensor, group: str, size: int) -> torch.Tensor:
+    _plan("all_reduce", tensor, 2 * (1 - 1 / size))
     return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
@@ -64,12 +74,13 @@ def all_gather(tensor: torch.Tensor, group: str, size: int) -> torch.Tensor:
     """Everybody's tensor, stacked by rank: [...] to [size, ...]."""
     gathered = tensor.new_empty((size, *tensor.shape))
     dist.all_gather_into_tensor(gathered.flatten(0, 1), tensor.contiguous(), group=group_of(group))
-    _count("all_gather", tensor, size - 1)
+    count_sent("all_gather", tensor, size - 1)
     return gathered
 
 
 @all_gather.register_fake
 def _(tensor: torch.Tensor, group: str, size: int) -> torch.Tensor:
+    _plan("all_gather", tensor, size - 1)
     return tensor.new_empty((size, *tensor.shape))
 
 
@@ -79,12 +90,13 @@ def reduce_scatter(tensor: torch.Tensor, group: str) -> torch.Tensor:
     tensor = tensor.contiguous()
     mine = torch.empty_like(tensor[0])
     dist.reduce_scatter_tensor(mine, tensor.flatten(0, 1), group=group_of(group))
-    _count("reduce_scatter", tensor, 1 - 1 / tensor.shape[0])
+    count_sent("reduce_scatter", tensor, 1 - 1 / tensor.shape[0])
     return mine
 
 
 @reduce_scatter.register_fake
 def _(tensor: torch.Tensor, group: str) -> torch.Tensor:
+    _plan("reduce_scatter", tensor, 1 - 1 / tensor.shape[0])
     return torch.empty_like(tensor[0], memory_format=torch.contiguous_format)
 
 
@@ -101,10 +113,11 @@ def all_to_all_uneven(
     tensor = tensor.contiguous()
     incoming = tensor.new_empty((sum(received), *tensor.shape[1:]))
     dist.all_to_all_single(incoming, tensor, list(received), list(sent), group=group_of(group))
-    _count("all_to_all_uneven", tensor, 1 - sent[rank] / max(1, tensor.shape[0]))
+    count_sent("all_to_all_uneven", tensor, 1 - sent[rank] / max(1, tensor.shape[0]))
     return incoming
 
 
 @all_to_all_uneven.register_fake
 def _(tensor: torch.Tensor, sent: Sequence[int], received: Sequence[int], rank: int, group: str) -> torch.Tensor:
+    _plan("all_to_all_uneven", tensor, 1 - sent[rank] / max(1, tensor.shape[0]))
     return tensor.new_empty((sum(received), *tensor.shape[1:]))

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from services.errors import StartupError
+from services.experts import token_counts
 from services.family import ModelPlan
 from services.parallel.collectives import all_gather, all_to_all_uneven
 from services.parallel.degrees import split_sizes
@@ -39,7 +40,8 @@ class SpreadExperts(nn.Module):
             counts: [E] tokens of each expert.
         """
         axis = self._axis
-        everyones: list[list[int]] = all_gather(counts, axis.name, axis.size).tolist()
+        gathered = all_gather(counts, axis.name, axis.size)
+        everyones = [token_counts(tokens, row) for row in gathered.unbind()]
         sent = [sum(piece) for piece in self._by_holder(everyones[axis.rank])]
         # [n][own experts]: the tokens that come from each rank.
         coming = [self._by_holder(row)[axis.rank] for row in everyones]

@@ -22,7 +22,7 @@ class Axis:
     Attributes:
         name: of the process group, as collectives take it.
         size: ranks along the axis; rank: this one's place.
-        group: the process group; None on an axis of one rank.
+        group: the process group; None on an axis of one rank, and where nothing is sent.
         ranks: world ranks along the axis, in order.
     """
 
@@ -76,11 +76,16 @@ class Mesh:
         mine: Axis | None = None
         for ranks in self._lines(axes):
             # Every rank makes every group, in the same order: that is the library's rule.
-            group = dist.new_group(ranks, timeout=TIMEOUT)
+            group = self._group(ranks)
             if self.rank in ranks:
-                mine = Axis(group.group_name, size, ranks.index(self.rank), group, tuple(ranks))
+                name = group.group_name if group else "planned"
+                mine = Axis(name, size, ranks.index(self.rank), group, tuple(ranks))
         assert mine is not None
         return mine
+
+    def _group(self, ranks: list[int]) -> dist.ProcessGroup | None:
+        group: dist.ProcessGroup | None = dist.new_group(ranks, timeout=TIMEOUT)
+        return group
 
     def _lines(self, axes: tuple[str, ...]) -> Iterator[list[int]]:
         """The world's ranks in lines along the axes: equal in all other coordinates."""
@@ -90,3 +95,13 @@ class Mesh:
             others = tuple(value for axis, value in place.items() if axis not in axes)
             lines.setdefault(others, []).append(rank)
         yield from lines.values()
+
+
+class PlannedMesh(Mesh):
+    """The axes as one rank would see them, without process groups: for dry runs on the meta device."""
+
+    def __init__(self, degrees: Degrees, rank: int) -> None:
+        super().__init__(degrees, rank, "meta")
+
+    def _group(self, _ranks: list[int]) -> dist.ProcessGroup | None:
+        return None

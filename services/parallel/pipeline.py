@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from services.family import ModelPlan
-from services.parallel.collectives import sent_bytes
+from services.parallel.collectives import count_sent
 from services.parallel.degrees import split_sizes
 from services.parallel.mesh import Axis
 
@@ -47,6 +47,8 @@ class PipelineRank:
             return streams
         taken = {field: torch.empty_like(getattr(streams, field)).contiguous() for field in self._flow}
         for tensor in taken.values():
+            if tensor.is_meta:
+                continue  # a dry run: nobody sends
             dist.recv(tensor, self._axis.ranks[self.rank - 1], group=self._axis.group)
         return replace(streams, **taken)
 
@@ -57,7 +59,9 @@ class PipelineRank:
         self._sending = []
         for field in self._flow:
             tensor = getattr(streams, field).contiguous()
-            sent_bytes["pipeline"] += tensor.numel() * tensor.element_size()
+            count_sent("pipeline", tensor)
+            if tensor.is_meta:
+                continue
             work = dist.isend(tensor, self._axis.ranks[self.rank + 1], group=self._axis.group)
             assert work is not None
             self._sending.append((work, tensor))
@@ -66,8 +70,9 @@ class PipelineRank:
         """The last rank's predictions, on every rank."""
         shared = outputs.contiguous() if outputs is not None else like
         if self.last:
-            sent_bytes["broadcast"] += shared.numel() * shared.element_size()
-        dist.broadcast(shared, self._axis.ranks[-1], group=self._axis.group)
+            count_sent("broadcast", shared)
+        if not shared.is_meta:
+            dist.broadcast(shared, self._axis.ranks[-1], group=self._axis.group)
         return shared
 
 

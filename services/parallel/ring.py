@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from services.parallel.collectives import group_of, sent_bytes
+from services.parallel.collectives import count_sent, group_of
 
 Partial = tuple[torch.Tensor, torch.Tensor]
 
@@ -21,16 +21,17 @@ def ring_attention(
     value: torch.Tensor,
     masks: torch.Tensor | None,
     group: str,
+    size: int,
     kernel: str,
 ) -> torch.Tensor:
-    """[B, L, H, D] of this rank's queries over the keys of all ranks.
+    """[B, L, H, D] of this rank's queries over the keys of all `size` ranks.
 
     Args:
         masks: [n, B, L], which keys of each rank's piece count; None where all do.
         kernel: name of a kernel of `services/attention.py`; where it has no partial form PyTorch's own is taken.
     """
     ranks = group_of(group)
-    size, rank = ranks.size(), ranks.rank()
+    rank = ranks.rank()
     piece = torch.stack((key, value))
     merged: Partial | None = None
     for turn in range(size):
@@ -47,8 +48,17 @@ def ring_attention(
 
 @ring_attention.register_fake
 def _(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, masks: torch.Tensor | None, group: str, kernel: str
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    masks: torch.Tensor | None,
+    group: str,
+    size: int,
+    kernel: str,
 ) -> torch.Tensor:
+    if query.device.type == "meta":  # a dry run
+        for _turn in range(size - 1):
+            count_sent("ring", torch.stack((key, value)))
     return torch.empty_like(query, memory_format=torch.contiguous_format)
 
 
@@ -102,7 +112,7 @@ def _pass_on(piece: torch.Tensor, ranks: dist.ProcessGroup) -> tuple[torch.Tenso
     incoming = torch.empty_like(piece)
     size, rank = ranks.size(), ranks.rank()
     following, previous = (dist.get_global_rank(ranks, (rank + shift) % size) for shift in (1, -1))
-    sent_bytes["ring"] += piece.numel() * piece.element_size()
+    count_sent("ring", piece)
     works = dist.batch_isend_irecv(
         [
             dist.P2POp(dist.isend, piece, following, group=ranks),

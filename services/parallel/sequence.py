@@ -84,7 +84,8 @@ class SequenceParallel:
     def _across_ring(
         self, kernel: Kernel, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, _mask: torch.Tensor | None
     ) -> torch.Tensor:
-        mixed: torch.Tensor = ring_attention(query, key, value, self._places.masks, self._ring.name, kernel.__name__)
+        ring, masks = self._ring, self._places.masks
+        mixed: torch.Tensor = ring_attention(query, key, value, masks, ring.name, ring.size, kernel.__name__)
         return mixed
 
     def _piece(self, tensor: torch.Tensor, dim: int) -> torch.Tensor:

@@ -63,11 +63,11 @@ class RowLinear(nn.Module):
     def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, axis: Axis) -> None:
         super().__init__()
         self.weight, self.bias = weight, bias
-        self._group = axis.name
+        self._group, self._size = axis.name, axis.size
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """See the class."""
-        total: torch.Tensor = all_reduce(F.linear(features, self.weight), self._group)
+        total: torch.Tensor = all_reduce(F.linear(features, self.weight), self._group, self._size)
         return total if self.bias is None else total + self.bias
 
 
@@ -88,11 +88,11 @@ class SumOverRanks(nn.Module):
 
     def __init__(self, axis: Axis) -> None:
         super().__init__()
-        self._group = axis.name
+        self._group, self._size = axis.name, axis.size
 
     def forward(self, part: torch.Tensor) -> torch.Tensor:
         """See the class."""
-        total: torch.Tensor = all_reduce(part, self._group)
+        total: torch.Tensor = all_reduce(part, self._group, self._size)
         return total
 
 
@@ -107,7 +107,7 @@ class SpreadRMSNorm(nn.Module):
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """[..., O / n], normalised by the root mean square of all O."""
         wide = features.float()
-        mean = all_reduce(wide.square().mean(dim=-1, keepdim=True), self._group) / self._size
+        mean = all_reduce(wide.square().mean(dim=-1, keepdim=True), self._group, self._size) / self._size
         return (wide * torch.rsqrt(mean + self._eps)).type_as(features) * self.weight
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from services.request import GenerationParams
 from tests.oracle import ROWS
 from tests.oracle.harness import OracleRow, Subject, make_folder
 from tests.parallel.pool import RankPool
@@ -22,9 +23,13 @@ class Prepared:
 
     def jobs(self, count: int):
         """Jobs of one shape, and what the stock pipeline makes of each."""
-        wishes = {f"r{index}": self.subject.params(wish) for index, wish in enumerate(self.row.batch[:count])}
-        jobs = [self.subject.job(name, params) for name, params in wishes.items()]
-        return jobs, {name: self.subject.stock(params) for name, params in wishes.items()}
+        return self.jobs_of(*self.row.batch[:count])
+
+    def jobs_of(self, *wishes: GenerationParams):
+        """Jobs r0, r1 ... of these wishes, and what the stock pipeline makes of each."""
+        params = {f"r{index}": self.subject.params(wish) for index, wish in enumerate(wishes)}
+        jobs = [self.subject.job(name, wish) for name, wish in params.items()]
+        return jobs, {name: self.subject.stock(wish) for name, wish in params.items()}
 
 
 @pytest.fixture(scope="session")

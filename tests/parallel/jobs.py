@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import torch
+from torch.distributed.tensor import DTensor
+
 from dit_svc.engine import Checkpointed, DenoiseJob, Event, Finished
 from dit_svc.loading import open_engine
 from services.config import EngineSection, ModelSection, ParallelSection, ServiceSection, StageConfig
@@ -77,10 +80,20 @@ def denoise(rank: int, world: int, folder: str, parallel: dict[str, int], engine
         },
         sent=dict(sent_bytes),
         weight_bytes=sum(
-            weight.numel() * weight.element_size()
-            for module in dit.model.modules.values()
-            for weight in module.parameters()
+            held(weight).nbytes for module in dit.model.modules.values() for weight in module.parameters()
         ),
         live_tensors=dit.metrics()["dit_live_tensors"],
         ticks=ticks,
     )
+
+
+def denoise_in_each(
+    rank: int, world: int, folder: str, layouts: Sequence[dict[str, int]], engine: dict, script: Script
+) -> list[Report]:
+    """The same script in one layout after the other."""
+    return [denoise(rank, world, folder, parallel, engine, script) for parallel in layouts]
+
+
+def held(weight: torch.Tensor) -> torch.Tensor:
+    """The part of a parameter that is on this rank between two forwards."""
+    return weight.to_local() if isinstance(weight, DTensor) else weight
