@@ -86,6 +86,11 @@ class RunningCluster:
         """The processes of a stage, or the gateways."""
         return [row["name"] for row in self.cluster.status() if row["name"].startswith(f"{stage}-")]
 
+    def pid(self, name: str) -> int:
+        """Of a process; 0 while it is started again."""
+        [pid] = [row["pid"] for row in self.cluster.status() if row["name"] == name]
+        return pid
+
     def address(self, name: str) -> str:
         """host:port of a stage process."""
         [address] = [row["address"] for row in self.cluster.status() if row["name"] == name]
@@ -97,8 +102,7 @@ class RunningCluster:
 
     def rank(self, name: str) -> psutil.Process:
         """The rank process of a stage process."""
-        [pid] = [row["pid"] for row in self.cluster.status() if row["name"] == name]
-        [rank] = psutil.Process(pid).children()
+        [rank] = psutil.Process(self.pid(name)).children()
         return rank
 
     def figures(self, name: str) -> dict[str, float]:

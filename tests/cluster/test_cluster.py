@@ -9,18 +9,17 @@ import json
 import os
 import signal
 import threading
-import time
 
 import httpx
 import numpy as np
 import openai
 import pytest
+import redis
 from PIL import Image
 
 from demo.parse import parse
 from demo.scorer import score
 from protos import gateway_pb2
-from services.errors import InvalidRequest, ServiceError, UnknownModel, UnknownRequest
 from tests.cluster.running import wait_for
 
 PROMPT = "a large green square above a small red circle on a white background"
@@ -81,35 +80,67 @@ def test_events_can_be_resumed_through_the_other_gateway(rest, running_cluster):
     assert event_ids(other.text.split("\n\n")) == ids[2:]
 
 
-def test_queued_and_running_requests_can_be_aborted(rest):
-    made = [rest.post("/v1/requests", json={"prompt": PROMPT, "steps": 200}).json()["id"] for _ in range(3)]
-    wait_for(lambda: state_of(rest, made[0]) == "running")
-    for request_id in made:
-        rest.delete(f"/v1/requests/{request_id}")
-    for request_id in made:
-        wait_for(lambda request_id=request_id: state_of(rest, request_id) == "cancelled")
-    wait_for(lambda: all(r["in_flight"] == 0 for r in rest.get("/v1/models").json()["data"][0]["replicas"]))
-
-
-def test_a_client_that_leaves_aborts_its_request(rest):
-    with pytest.raises(httpx.ReadTimeout):
-        rest.post("/v1/images/generations", json={"prompt": PROMPT, "steps": 200}, timeout=1.0)
-    newest = rest.get("/v1/requests", params={"limit": 1}).json()["data"][0]["id"]
-    wait_for(lambda: state_of(rest, newest) == "cancelled")
-
-
-def test_a_killed_rank_costs_no_request(rest, client, running_cluster):
+def test_a_rank_killed_during_a_step_costs_no_request(rest, client, running_cluster):
+    store = running_cluster.run_dir / "artifacts/artifacts"
+    undisturbed = [client.generate(PROMPT, steps=40, seed=seed).data for seed in range(3)]
+    before = {path.name for path in store.iterdir()}
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        jobs = [
-            pool.submit(rest.post, "/v1/images/generations", json={"prompt": PROMPT, "steps": 120, "seed": i})
-            for i in range(2)
-        ]
-        wait_for(lambda: [r for r in client.list(2) if r.state == gateway_pb2.REQUEST_STATE_RUNNING and r.step > 1])
-        running_cluster.rank(running_cluster.names("dit")[0]).kill()
+        bodies = [{"prompt": PROMPT, "steps": 40, "seed": seed} for seed in range(3)]
+        jobs = [pool.submit(rest.post, "/v1/images/generations", json=body) for body in bodies]
+        wait_for(lambda: [r for r in client.list(3) if r.state == gateway_pb2.REQUEST_STATE_RUNNING and r.step > 1])
+        victim = max(running_cluster.names("dit"), key=lambda name: running_cluster.figures(name)["rank_dit_requests"])
+        running_cluster.rank(victim).kill()
         answers = [job.result() for job in jobs]
-    assert [answer.status_code for answer in answers] == [200, 200]
-    assert {len(answer.json()["data"]) for answer in answers} == {1}
+    assert [answer.status_code for answer in answers] == [200] * 3
+    ids = []
+    for answer, expected in zip(answers, undisturbed, strict=True):
+        [item] = answer.json()["data"]
+        ids.append(item["request_id"])
+        # The same seed: the same picture, but for the last bit of what another batch rounds.
+        difference = picture(base64.b64decode(item["b64_json"])).astype(int) - picture(expected)
+        assert np.abs(difference).max() <= 2
+        assert [event["state"] for event in statuses(rest, ids[-1])].count("done") == 1
+    assert max(rest.get(f"/v1/requests/{request_id}").json()["attempt"] for request_id in ids) >= 1
+    assert any("queued" in [event["state"] for event in statuses(rest, one)][1:] for one in ids), "nobody was disturbed"
+    # One artifact a request, with its manifest, and nothing else.
+    assert {path.name for path in store.iterdir()} - before == {*ids, *(f"{one}.json" for one in ids)}
     wait_for(lambda: healthy(rest) == 4, 60)
+    wait_for(lambda: not running_cluster.leftovers())
+
+
+def statuses(rest: httpx.Client, request_id: str) -> list[dict]:
+    blocks = rest.get(f"/v1/requests/{request_id}/events").text.split("\n\n")
+    return [json.loads(block.split("data: ")[1]) for block in blocks if "event: status" in block]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["stopped", "killed"])
+def test_a_gateway_that_goes_hands_its_requests_over(rest, running_cluster, number):
+    """Stopped: at once. Killed: when its leases run out."""
+    pid, made = running_cluster.pid("gateway-1"), []
+
+    def taken() -> bool:
+        """Whether the second gateway has one of the requests; if not, there is one more."""
+        if any(owner(running_cluster, one) == pid and state_of(rest, one) == "running" for one in made):
+            return True
+        made.append(rest.post("/v1/requests", json={"prompt": PROMPT, "steps": 40}).json()["id"])
+        return False
+
+    wait_for(taken, every_s=0.1)
+    os.kill(pid, number)
+    wait_for(lambda: {state_of(rest, one) for one in made} == {"done"}, 60)
+    for request_id in made:
+        assert [event["state"] for event in statuses(rest, request_id)].count("done") == 1
+    assert any("queued" in [event["state"] for event in statuses(rest, one)][1:] for one in made), "nobody moved"
+    # The launcher starts it again.
+    wait_for(lambda: running_cluster.pid("gateway-1") not in (0, pid))
+    wait_for(lambda: not running_cluster.leftovers())
+
+
+def owner(running_cluster, request_id: str) -> int:
+    """Process id of the gateway that has a request."""
+    with redis.Redis.from_url(running_cluster.redis_url) as store:
+        name = store.hget(f"{{ll}}:req:{request_id}", "owner") or b"0"
+    return int(name.decode().split("/")[0].rsplit("-", 1)[-1])
 
 
 def test_replicas_join_and_leave_under_load(rest, running_cluster):
@@ -131,59 +162,6 @@ def test_replicas_join_and_leave_under_load(rest, running_cluster):
     assert set(codes) == {200}
 
 
-BAD = [
-    ({"prompt": ""}, "prompt is empty"),
-    ({"prompt": "x" * 9000}, "at most 8000"),
-    ({"prompt": 5}, "must be a string"),
-    ({"prompt": "a", "size": "100x256"}, "not a multiple of 16"),
-    ({"prompt": "a", "size": "8192x8192"}, "between 64 and 1024"),
-    ({"prompt": "a", "size": "256*256"}, "WIDTHxHEIGHT"),
-    ({"prompt": "a", "steps": 0}, "steps"),
-    ({"prompt": "a", "steps": 10**6}, "between 1 and 200"),
-    ({"prompt": "a", "guidance": "high"}, "must be a number"),
-    ({"prompt": "a", "n": 1000}, "n is 1000"),
-    ({"prompt": "a", "colour": "red"}, "unknown field 'colour'"),
-    ({"prompt": "a", "image": "data:image/png;base64,AAAA"}, "no known type"),
-]
-
-
-@pytest.mark.parametrize(("body", "text"), BAD, ids=[text for _, text in BAD])
-def test_bad_bodies_are_refused_with_what_is_allowed(rest, body, text):
-    answer = rest.post("/v1/images/generations", json={"model": "demo", **body})
-    assert answer.status_code == 400, answer.text
-    assert text in answer.json()["error"]["message"]
-
-
-@pytest.mark.parametrize(
-    ("content", "status", "text"),
-    [
-        (b'{"prompt": ', 400, "not valid JSON"),
-        (b'{"prompt": "a", "guidance": NaN}', 400, "guidance"),
-        (b'["a"]', 400, "JSON object"),
-        (b'{"prompt": "a", "model": "none"}', 404, "there are demo"),
-        (b'{"prompt": "' + b"a" * 13_000_000 + b'"}', 413, "too large"),
-    ],
-    ids=["cut", "nan", "list", "model", "large"],
-)
-def test_bad_bytes_are_refused(rest, content, status, text):
-    answer = rest.post("/v1/images/generations", content=content, headers={"Content-Type": "application/json"})
-    assert answer.status_code == status, answer.text
-    assert text in answer.json()["error"]["message"]
-
-
-def test_bad_requests_over_grpc(client):
-    for options in ({"steps": 0}, {"steps": 10**6}, {"guidance": float("nan")}, {"width": 100}):
-        with pytest.raises(InvalidRequest):
-            client.generate("a cat", **options)
-    with pytest.raises(UnknownModel):
-        client.generate("a cat", model="none")
-    with pytest.raises(UnknownRequest):
-        client.get("none")
-    with pytest.raises(InvalidRequest, match="at least 2"):
-        client.generate("a cat", steps=1)
-    assert client.generate("a cat", steps=2).data
-
-
 def test_health_metrics_models_and_trace(rest, client):
     assert rest.get("/health").json() == {"redis": True, "models": {"demo": True}}
     assert "python_info" in rest.get("/metrics").text
@@ -192,17 +170,3 @@ def test_health_metrics_models_and_trace(rest, client):
     result = client.generate(PROMPT, steps=2)
     names = {span.name for span in client.trace(result.request_id)}
     assert {"text.encode", "dit.denoise", "vae.decode", "gateway.store"} <= names
-
-
-def test_redis_away_for_a_moment_costs_no_running_request(client, running_cluster):
-    server = running_cluster.cluster._redis.process
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        job = pool.submit(client.generate, PROMPT, steps=100)
-        time.sleep(1.0)
-        os.kill(server.pid, signal.SIGSTOP)
-        time.sleep(1.5)
-        os.kill(server.pid, signal.SIGCONT)
-        try:
-            assert job.result(60).data
-        except ServiceError as error:
-            raise AssertionError(f"the request was lost: {error}") from error
