@@ -122,16 +122,15 @@ class ModelSource:
         check_safetensors(folder)
         # The library insists on an empty module where a class keeps some of its weights in fp32.
         with _weight_errors(folder):
-            module = cls.from_pretrained(
+            module, report = cls.from_pretrained(
                 str(folder),
                 torch_dtype=dtype,
                 local_files_only=True,
                 use_safetensors=True,
                 low_cpu_mem_usage=bool(kept),
+                output_loading_info=True,
             )
-        missing = [name for name, parameter in module.named_parameters() if parameter.is_meta]
-        if missing:
-            raise StartupError(f"{folder} has no weights for {len(missing)} parameters, {missing[0]} first")
+        _check_complete(folder, report)
         return _frozen(module.to(device))
 
     def _load_share(
@@ -157,7 +156,10 @@ class ModelSource:
         folder = self.folder(subfolder)
         check_safetensors(folder)
         with _weight_errors(folder):
-            module = cls.from_pretrained(str(folder), dtype=dtype, local_files_only=True, use_safetensors=True)
+            module, report = cls.from_pretrained(
+                str(folder), dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
+            )
+        _check_complete(folder, report)
         return _frozen(module.to(device))
 
     def randomise(
@@ -277,6 +279,13 @@ def check_safetensors(folder: Path) -> None:
         raise StartupError(f"{folder} has no *.safetensors file (other formats are never read)")
     for path in files:
         _check_file(path)
+
+
+def _check_complete(folder: Path, report: Mapping[str, Any]) -> None:
+    # The libraries fill what a file does not have with random numbers, and only log it.
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise StartupError(f"{folder} has no weights for {len(missing)} parameters, {missing[0]} first")
 
 
 def _check_file(path: Path) -> None:
