@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
@@ -20,12 +21,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dit_svc.forward import Forward
 from services.families import load_family
-from services.family import DitModel, DitPart, Tensors
+from services.family import Block, DitModel, DitPart, Tensors
 from services.parallel.collectives import sent_bytes, sent_calls
 from services.parallel.degrees import Degrees
-from services.parallel.hsdp import Shards, plan_shards
+from services.parallel.hsdp import Shards, outside, plan_shards
 from services.parallel.mesh import PlannedMesh
 from services.parallel.partition import Partition
+from services.parallel.pipeline import own_range
 from services.request import ResolvedParams
 from services.weights import ModelSource
 
@@ -41,6 +43,7 @@ class Step:
         sent_bytes, sent_calls: by kind of collective, without HSDP's.
         matmul_flops, attention_flops: a multiplication and an addition are two.
         activation_bytes: of all tensors but weights that are alive at once in an eager forward, at the worst moment.
+        outside_calls: of the parts outside the blocks, in their order.
     """
 
     passes: int
@@ -49,22 +52,15 @@ class Step:
     matmul_flops: int
     attention_flops: int
     activation_bytes: int
+    outside_calls: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """Bytes of a rank's weights.
-
-    Attributes:
-        held: between two forwards.
-        peak: within one: with HSDP two blocks more are whole.
-        gathered_sent: what the rank sends in one forward so that blocks become whole; gatherings: how often.
-    """
+    """Bytes of a rank's weights, between two forwards and while two blocks are whole."""
 
     held: int
     peak: int
-    gathered_sent: int
-    gatherings: int
 
 
 class DryRun:
@@ -72,6 +68,7 @@ class DryRun:
 
     Args:
         source: a folder, of which only configs are read, or random weights.
+        degrees: HSDP's are left out here, and asked for by methods.
         dtype: of the weights.
         branches: as in the engine's config.
 
@@ -90,26 +87,38 @@ class DryRun:
         for attend in self.model.attention.values():
             attend.kernel = _attention
         self._forward = Forward(self.model, _collating_on_meta(self.part, self.model), branches, self._mesh)
+        pipeline = self._mesh["pipeline"]
+        self._blocks: dict[str, list[Block]] = {}
+        self._outside: dict[str, list[nn.Module]] = {}
+        for name, module in self.model.modules.items():
+            self._blocks[name] = list(own_range(self.part.blocks(module), pipeline.rank, pipeline.size))
+            self._outside[name] = list(outside(module, self.part.blocks(module)))
 
     def weights(self, shards: int = 1) -> Weights:
-        """What the rank holds and gathers with HSDP's `shards`; 1 shards nothing."""
+        """What the rank holds with HSDP's `shards`; 1 shards nothing."""
         held = sum(_bytes(module) for module in self.model.modules.values())
-        index = self._mesh.sharing.rank % shards
-        plans = {name: self._shards(module, shards, index) for name, module in self.model.modules.items()}
-        held -= sum(plan.whole - plan.held for blocks in plans.values() for plan in blocks)
-        # Of several experts one runs at a time, and they are alike.
-        blocks = max(plans.values(), key=lambda blocks: sum(plan.whole for plan in blocks))
-        gathered = max(sum(plan.whole for plan in pair) for pair in zip(blocks, [*blocks[1:], Shards()], strict=True))
-        return Weights(
-            held=held,
-            peak=held + (gathered if shards > 1 else 0),
-            gathered_sent=sum(plan.sent for plan in blocks),
-            gatherings=len(blocks) if shards > 1 else 0,
-        )
+        gathered = 0
+        for name in self.model.modules:
+            blocks, parts = self._plans(name, shards)
+            held -= sum(plan.whole - plan.held for plan in (*blocks, *parts))
+            pairs = zip(blocks, [*blocks[1:], Shards()], strict=True)
+            gathered = max(gathered, *(block.gathered + following.gathered for block, following in pairs))
+        return Weights(held, held + (gathered if shards > 1 else 0))
 
-    def _shards(self, module: nn.Module, shards: int, index: int) -> list[Shards]:
-        own = [block for block in self.part.blocks(module) if any(True for _ in block.module.parameters())]
-        return [plan_shards(block.module, shards, index) for block in own]
+    def gathered(self, shards: int, step: Step) -> tuple[int, int]:
+        """What the rank sends in a step so that shards become whole: bytes, and collectives."""
+        if shards == 1:
+            return 0, 0
+        # Of several experts one runs in a step, and they are alike.
+        blocks, parts = self._plans(next(iter(self.model.modules)), shards)
+        sent = step.passes * sum(plan.sent for plan in blocks)
+        sent += sum(calls * plan.sent for calls, plan in zip(step.outside_calls, parts, strict=True))
+        return sent, step.passes * len(blocks) + sum(step.outside_calls)
+
+    def _plans(self, name: str, shards: int) -> tuple[list[Shards], list[Shards]]:
+        index = self._mesh.sharing.rank % shards
+        blocks = [plan_shards(block.module, shards, index) for block in self._blocks[name]]
+        return blocks, [plan_shards(part, shards, index) for part in self._outside[name]]
 
     def example(self, params: ResolvedParams, text_tokens: int) -> Tensors:
         """Random conditions as long as the model's text, or `text_tokens` where it may have any length."""
@@ -122,9 +131,10 @@ class DryRun:
             InvalidRequest: conditions or parameters that the model does not take.
         """
         state = self.part.prepare(replace(self.model, device=CPU), "dry-run", params, conditions)
+        parts = self._outside[self.part.expert(self.model, state)]
         before_bytes, before_calls = sent_bytes.copy(), sent_calls.copy()
         flops, alive = FlopCounterMode(display=False, custom_mapping=RING_FLOPS), LiveBytes(self.model)
-        with torch.no_grad(), flops, alive:
+        with torch.no_grad(), _calls_counted(parts) as calls, flops, alive:
             passes = self._forward.passes([state])
             for entering in passes:
                 self._forward.beat(entering)
@@ -139,6 +149,7 @@ class DryRun:
             matmul_flops=sum(by_operator.values()) - attention,
             attention_flops=attention,
             activation_bytes=alive.peak,
+            outside_calls=tuple(calls[part] for part in parts),
         )
 
 
@@ -213,3 +224,14 @@ def _bytes(module: nn.Module) -> int:
 
 def _since(before: Counter[str], now: Counter[str]) -> dict[str, int]:
     return {kind: count - before[kind] for kind, count in now.items() if count > before[kind]}
+
+
+@contextmanager
+def _calls_counted(parts: Sequence[nn.Module]) -> Iterator[Counter[nn.Module]]:
+    calls: Counter[nn.Module] = Counter()
+    hooks = [part.register_forward_pre_hook(lambda module, _: calls.update([module])) for part in parts]
+    try:
+        yield calls
+    finally:
+        for hook in hooks:
+            hook.remove()

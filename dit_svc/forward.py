@@ -16,7 +16,7 @@ import torch
 
 from services.family import Block, DenoiseState, DitModel, DitPart, Row
 from services.parallel.collectives import all_gather
-from services.parallel.hsdp import shard_blocks
+from services.parallel.hsdp import shard_model
 from services.parallel.mesh import Axis, Mesh
 from services.parallel.pipeline import PipelineRank
 from services.parallel.sequence import SequenceParallel
@@ -59,7 +59,8 @@ class Forward:
         self._blocks = {name: self._own(part.blocks(module)) for name, module in model.modules.items()}
         if mesh and mesh.degrees.hsdp:
             device_mesh = mesh.hsdp()
-            self._blocks = {name: shard_blocks(blocks, device_mesh) for name, blocks in self._blocks.items()}
+            for name, module in model.modules.items():
+                self._blocks[name] = shard_model(module, self._blocks[name], device_mesh)
         if self._sequence is not None:
             for kind in part.plan.spread:
                 model.attention[kind].across = self._sequence.attend

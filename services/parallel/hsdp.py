@@ -1,4 +1,4 @@
-"""HSDP: the weights of each block lie in shards over the ranks, and are gathered a block ahead of their use.
+"""HSDP: weights lie in shards over the ranks; those of blocks are gathered a block ahead of their use.
 
 Sharding and gathering are PyTorch's FSDP2 (`fully_shard`, arXiv 2304.11277), replicas of shards its 2-D mesh. Its own
 hooks hang on a module's call; here blocks are run by the block list, so when to gather and when to let go is said here.
@@ -6,7 +6,7 @@ hooks hang on a module's call; here blocks are run by the block list, so when to
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,15 +21,35 @@ from services.parallel.collectives import count_sent
 from services.parallel.experts import SpreadExperts
 
 
-def shard_blocks(blocks: Sequence[Block], mesh: DeviceMesh) -> list[Block]:
-    """The same blocks with sharded weights: at most two blocks' weights are whole at a time."""
+def shard_model(module: nn.Module, blocks: Sequence[Block], mesh: DeviceMesh) -> list[Block]:
+    """The same blocks with sharded weights: at most two blocks' weights are whole at a time.
+
+    What lies outside the blocks is sharded too, a part at a time, and gathered by FSDP2's own hooks when it is called.
+    """
+    for part in outside(module, blocks):
+        _shard(part, mesh, reshard_after_forward=True)
     for block in blocks:
-        fully_shard(block.module, mesh=mesh, ignored_params=_spread(block.module))
-        module: Any = block.module
-        # Inference needs no gradients, so nothing is kept for a backward pass.
-        module.set_requires_gradient_sync(False)
-        module.set_custom_all_gather(CountedGather())
+        _shard(block.module, mesh, ignored_params=_spread(block.module))
     return [replace(block, run=_gathered(blocks, index)) for index, block in enumerate(blocks)]
+
+
+def outside(module: nn.Module, blocks: Sequence[Block]) -> Iterator[nn.Module]:
+    """The parts with weights that are not in a block: embeddings, projections, the head."""
+    inside = {block.module for block in blocks}
+    for child in module.children():
+        if child in inside:
+            continue
+        if isinstance(child, nn.ModuleList) or not inside.isdisjoint(child.modules()):
+            yield from outside(child, blocks)
+        elif any(True for _ in child.parameters()):
+            yield child
+
+
+def _shard(part: Any, mesh: DeviceMesh, **options: Any) -> None:
+    fully_shard(part, mesh=mesh, **options)
+    # Inference needs no gradients, so nothing is kept for a backward pass.
+    part.set_requires_gradient_sync(False)
+    part.set_custom_all_gather(CountedGather())
 
 
 class CountedGather:
@@ -72,25 +92,35 @@ def _gathered(blocks: Sequence[Block], index: int) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Shards:
-    """Bytes of one block on one rank: gathered, held between two uses, and sent so that it is gathered everywhere."""
+    """Bytes of one block, or of a part outside of them, on one rank.
+
+    Attributes:
+        whole: its weights.
+        held: the rank's pieces of them.
+        gathered: while it is whole; pieces are filled up to one size.
+        sent: by the rank, so that it becomes whole everywhere.
+    """
 
     whole: int = 0
     held: int = 0
+    gathered: int = 0
     sent: int = 0
 
 
 def plan_shards(block: nn.Module, shards: int, index: int) -> Shards:
-    """What `shard_blocks` makes of a block on rank `index` of `shards`, by arithmetic.
+    """What `_shard` makes of a block or a part on rank `index` of `shards`, by arithmetic.
 
-    The rows of each weight lie in equal pieces, of which the last may be short or empty; they travel filled up.
+    The rows of each weight lie in equal pieces, of which the last may be short or empty.
     """
     spread = _spread(block)
-    plan = Shards()
+    whole = held = filled = 0
     for weight in block.parameters():
         if weight in spread:
             continue
-        size, rows = weight.numel() * weight.element_size(), weight.shape[0] if weight.ndim else 1
+        rows = weight.shape[0] if weight.ndim else 1
+        row_bytes = weight.numel() * weight.element_size() // rows
         piece = -(-rows // shards)
-        held = max(0, min(piece, rows - piece * index)) * size // rows
-        plan = Shards(plan.whole + size, plan.held + held, plan.sent + (shards - 1) * piece * size // rows)
-    return plan
+        whole += rows * row_bytes
+        held += max(0, min(piece, rows - piece * index)) * row_bytes
+        filled += piece * row_bytes
+    return Shards(whole, held, filled * shards, filled * (shards - 1))

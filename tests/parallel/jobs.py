@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from unittest.mock import patch
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from dit_svc.engine import Checkpointed, DenoiseJob, Event, Finished
 from dit_svc.loading import open_engine
 from services.config import EngineSection, ModelSection, ParallelSection, ServiceSection, StageConfig
+from services.families import load_family
 from services.family import Tensors
 from services.parallel.collectives import sent_bytes
 from services.parallel.degrees import Degrees
+from services.parallel.hsdp import CountedGather
 from services.parallel.mesh import Mesh
 from services.tensors import Bundle
+from services.weights import open_source
 
 
 @dataclass(frozen=True)
@@ -45,18 +51,21 @@ class Report:
     ticks: int
 
 
+def config_of(folder: str, parallel: ParallelSection, engine: dict) -> StageConfig:
+    return StageConfig(
+        service=ServiceSection(port=0),
+        model=ModelSection(name="m", source=folder, device="cpu", dtype="float32"),
+        parallel=parallel,
+        engine=EngineSection(warmup=False, **engine),
+    )
+
+
 def denoise(rank: int, world: int, folder: str, parallel: dict[str, int], engine: dict, script: Script) -> Report:
     """Loads the folder's denoiser as the degrees say, runs the script to its end."""
     section = ParallelSection(**parallel)
     mesh = Mesh(Degrees.of(section), rank, "cpu")
     assert mesh.degrees.world == world
-    config = StageConfig(
-        service=ServiceSection(port=0),
-        model=ModelSection(name="m", source=folder, device="cpu", dtype="float32"),
-        parallel=section,
-        engine=EngineSection(warmup=False, **engine),
-    )
-    dit, _ = open_engine(config, mesh)
+    dit, _ = open_engine(config_of(folder, section, engine), mesh)
     sent_bytes.clear()
     events: list[Event] = []
     waiting, ticks = list(script.jobs), 0
@@ -97,3 +106,44 @@ def denoise_in_each(
 def held(weight: torch.Tensor) -> torch.Tensor:
     """The part of a parameter that is on this rank between two forwards."""
     return weight.to_local() if isinstance(weight, DTensor) else weight
+
+
+def gathered_bytes(rank: int, world: int, folder: str, parallel: dict[str, int], script: Script) -> list[int]:
+    """Bytes of weights that HSDP has gathered or is gathering, whenever a block runs."""
+    buffers: list[weakref.ref[torch.Tensor]] = []
+    allocate = CountedGather.allocate
+
+    def noted(*arguments, **options) -> torch.Tensor:
+        buffer = allocate(*arguments, **options)
+        buffers.append(weakref.ref(buffer))
+        return buffer
+
+    section = ParallelSection(**parallel)
+    dit, _ = open_engine(config_of(folder, section, {}), Mesh(Degrees.of(section), rank, "cpu"))
+    plan = load_family(open_source(folder).family).dit.plan
+    sharded = [
+        module
+        for transformer in dit.model.modules.values()
+        for module in transformer.modules()
+        if isinstance(module, FSDPModule)
+    ]
+    blocks = [module for module in sharded if isinstance(module, plan.block_classes)]
+    seen: list[int] = []
+
+    def watched(forward):
+        def watch(*arguments, **options):
+            whole = [weight for part in sharded for weight in part.parameters() if not isinstance(weight, DTensor)]
+            on_their_way = [buffer for ref in buffers if (buffer := ref()) is not None]
+            seen.append(sum(tensor.untyped_storage().nbytes() for tensor in (*whole, *on_their_way)))
+            return forward(*arguments, **options)
+
+        return watch
+
+    for block in blocks:
+        block.forward = watched(block.forward)
+    with patch.object(CountedGather, "allocate", noted):
+        for job in script.jobs:
+            dit.admit(job)
+        while dit.busy:
+            dit.tick()
+    return seen

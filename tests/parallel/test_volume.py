@@ -39,7 +39,7 @@ def test_bytes_sent_and_held_are_those_of_a_dry_run(pool, prepared, name, world)
         for rank, reports in enumerate(by_rank):
             dry = DryRun(open_source(str(subject.folder)), degrees, rank, torch.float32)
             step, weights = dry.step(job.params, job.conditions), dry.weights(degrees.hsdp_shard)
-            gathered = {"hsdp": weights.gathered_sent * step.passes} if degrees.hsdp_shard > 1 else {}
+            gathered = {"hsdp": dry.gathered(degrees.hsdp_shard, step)[0]} if degrees.hsdp_shard > 1 else {}
             planned = {kind: count * STEPS for kind, count in (step.sent_bytes | gathered).items()}
             assert reports[index].sent == planned, (layout, rank)
             assert sum(planned.values()) > 0
