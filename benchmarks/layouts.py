@@ -103,7 +103,7 @@ def measure(setting: Setting, layout: str, rank: int) -> dict[str, Any]:
             name="m", source=setting.source, family=setting.family, preset=setting.preset, device=setting.device
         ),
         parallel=section,
-        engine=EngineSection(warmup=False),
+        engine=EngineSection(),
         features={"attention": {}} | ({"compile": {}} if setting.compiled else {}),
     )
     engine, _ = open_engine(config, mesh)

@@ -119,6 +119,16 @@ class Flight:
     predicted: list[Predicted] = field(default_factory=list)
 
 
+@dataclass(frozen=True, slots=True)
+class Landed:
+    """Requests that have made their step, as soon as the device gets there; `finite` [requests] lies on the device."""
+
+    here: list[Running]
+    predictions: dict[str, torch.Tensor]
+    finite: torch.Tensor
+    started_s: float
+
+
 @dataclass(slots=True)
 class Counters:
     """For metrics."""
@@ -144,6 +154,9 @@ class DitEngine:
         self._config = config
         self._forward = Forward(model, part, config.branches, mesh)
         self._single = mesh is None
+        # A device of its own works on while the host says what came of the last step.
+        self._asynchronous = model.device.type != "cpu"
+        self._landed: list[Landed] = []
         self._flights: dict[str, Flight] = {}
         self._requests: dict[str, Running] = {}
         self._scheduler = StrideScheduler()
@@ -190,7 +203,33 @@ class DitEngine:
 
     def tick(self) -> list[Event]:
         """One step of one batch, and everything that came of it. With a pipeline, the step lands some ticks later."""
+        events = self.begin()
+        self.complete()
+        return events + self._take_events()
+
+    def begin(self) -> list[Event]:
+        """The first half of a tick: what came of earlier ticks, for the caller to pass on while the device works.
+
+        On a CPU, which cannot do both at once, the step itself waits for `complete`.
+        """
         self._make_checkpoints()
+        if self._asynchronous:
+            self._launch()
+        return self._take_events()
+
+    def complete(self) -> None:
+        """The second half: waits for the step."""
+        if not self._asynchronous:
+            self._launch()
+        while self._landed:
+            self._check(self._landed.pop(0))
+
+    def _take_events(self) -> list[Event]:
+        events = list(self._events)
+        self._events.clear()
+        return events
+
+    def _launch(self) -> None:
         idle = [running for running in self._requests.values() if not running.under_way]
         # Behind a pipeline, several batches must be under way for all ranks to work.
         most = min(self._config.max_batch, -(-len(self._requests) // self._forward.depth))
@@ -199,9 +238,6 @@ class DitEngine:
             self._step(batch)
         elif not self._forward.empty:
             self._beat(None)
-        events = list(self._events)
-        self._events.clear()
-        return events
 
     def _key(self, running: Running) -> tuple[object, ...]:
         state = running.state
@@ -251,23 +287,21 @@ class DitEngine:
             running.state.request_id: self._part.combine(self._model, running.state, outputs[running.state.request_id])
             for running in here
         }
-        finite = self._advance(here, predictions)
-        seconds = time.perf_counter() - flight.started_s
-        self._counters.ticks += 1
-        self._counters.steps += len(here)
-        self._counters.busy_s += seconds
-        for running, good in zip(here, finite, strict=True):
-            running.busy_s += seconds
-            self._report(running, good, seconds, len(here), predictions[running.state.request_id])
+        for running in here:
+            self._part.advance(self._model, running.state, predictions[running.state.request_id])
+        finite = torch.stack([torch.isfinite(running.state.latents).all() for running in here])
+        self._landed.append(Landed(here, predictions, finite, flight.started_s))
 
-    def _advance(self, batch: list[Running], predictions: dict[str, torch.Tensor]) -> list[bool]:
-        checks = []
-        for running in batch:
-            state = running.state
-            self._part.advance(self._model, state, predictions[state.request_id])
-            checks.append(torch.isfinite(state.latents).all())
+    def _check(self, landed: Landed) -> None:
         # The one moment of a step at which the host waits for the device.
-        return [bool(good) for good in torch.stack(checks).tolist()]
+        finite: list[bool] = landed.finite.tolist()
+        seconds = time.perf_counter() - landed.started_s
+        self._counters.ticks += 1
+        self._counters.steps += len(landed.here)
+        self._counters.busy_s += seconds
+        for running, good in zip(landed.here, finite, strict=True):
+            running.busy_s += seconds
+            self._report(running, good, seconds, len(landed.here), landed.predictions[running.state.request_id])
 
     def _report(self, running: Running, good: bool, seconds: float, batch: int, prediction: torch.Tensor) -> None:
         state = running.state
@@ -289,6 +323,7 @@ class DitEngine:
             if not running.checkpoint_wanted:
                 continue
             tensors, attributes = save_state(running.state)
+            tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
             request_id = running.state.request_id
             self._events.append(Checkpointed(request_id, running.state.step, tensors, attributes, running.stop_wanted))
             running.checkpoint_wanted = False
@@ -297,7 +332,8 @@ class DitEngine:
 
     def _finish(self, running: Running) -> None:
         del self._requests[running.state.request_id]
-        tensors = self._part.finish(self._model, running.state)
+        # To the host at once: later, the copy would wait behind the next step of the others.
+        tensors = {name: tensor.cpu() for name, tensor in self._part.finish(self._model, running.state).items()}
         self._events.append(Finished(running.state.request_id, tensors, running.busy_s))
 
     def _fail(self, running: Running, error: ServiceError) -> None:

@@ -120,10 +120,11 @@ class DitProgram:
     def tick(self) -> bool:
         """One step of one batch."""
         if self._engine.busy:
-            for event in self._engine.tick():
+            for event in self._engine.begin():
                 opened = self._open.get(event.request_id)
                 if opened is not None:
                     self._answer(opened, event)
+            self._engine.complete()
         return self._engine.busy
 
     def _answer(self, opened: Opened, event: Event) -> None:

@@ -91,3 +91,22 @@ def test_resolutions_interleave(tiny):
     last_small = max(i for i, e in enumerate(events) if e.request_id.startswith("small") and isinstance(e, Stepped))
     assert first_wide < last_small
     assert len(finished) == 4
+
+
+def test_with_a_device_of_its_own_a_step_is_told_of_while_the_next_one_runs(tiny):
+    params = asked(tiny, "a red circle", 1)
+    engine = tiny.engine(branches="serial", max_batch=1)
+    # As on a GPU, where a launched step runs by itself.
+    engine._asynchronous = True
+    engine.admit(tiny.job("a", params))
+    told: list[tuple[int, int]] = []
+    finished = []
+    while engine.busy:
+        events = engine.begin()
+        made = int(engine._requests["a"].state.step) if "a" in engine._requests else params.steps
+        told += [(event.step, made) for event in events if isinstance(event, Stepped)]
+        finished += [event for event in events if isinstance(event, Finished)]
+        engine.complete()
+    assert told == [(1, 2), (2, 3), (3, 4), (4, 4)]
+    [result] = finished
+    assert torch.equal(result.tensors["latents"], tiny.stock(params)["latents"])
