@@ -257,9 +257,9 @@ class VaePart:
         decode: rows of `DitPart.finish` tensors of equal shape to float frames [B, F, 3, H, W] in [-1, 1].
         encode: pictures (frames [F, H, W, 3] uint8 each) of one request to the tensors `DitPart.prepare` expects.
         latent_geometry: (channels, spatial compression, temporal compression).
-        picture_latents: pixels of single pictures [B, 3, H, W] in [-1, 1], sides multiples of the spatial compression,
-            to normalised latents [B, C, h, w] with the channels of `DitPart.preview_latents`. None: the VAE has no
-            encoder for pictures, and its models make no previews.
+        picture_latents: pixels of single pictures [B, 3, H, W] in [-1, 1] on the CPU, sides multiples of the spatial
+            compression, to normalised latents [B, C, h, w] with the channels of `DitPart.preview_latents`. None: the
+            VAE has no encoder for pictures, and its models make no previews.
     """
 
     load: Callable[[ModelSource, torch.device, torch.dtype], Any]

@@ -66,7 +66,7 @@ def encode(vae: Any, pictures: Sequence[Frames], params: ResolvedParams) -> Tens
 
 def picture_latents(vae: Any, pixels: torch.Tensor) -> torch.Tensor:
     """Single pictures [B, 3, H, W] in [-1, 1] to [B, C, H', W']: the posterior's mode, normalised."""
-    latents = vae.encode(pixels[:, :, None].to(vae.dtype)).latent_dist.mode()
+    latents = vae.encode(pixels[:, :, None].to(vae.device, vae.dtype)).latent_dist.mode()
     mean, scale = _statistics(vae, latents)
     normalised: torch.Tensor = ((latents - mean) * scale)[:, :, 0]
     return normalised
