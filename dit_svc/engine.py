@@ -79,7 +79,7 @@ class Checkpointed:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The final latents; `busy_s` counts the ticks that had the request in their batch."""
+    """The final latents; `busy_s` counts its preparation and the ticks that had the request in their batch."""
 
     request_id: str
     tensors: Tensors
@@ -181,10 +181,11 @@ class DitEngine:
         """
         if job.request_id in self._requests:
             raise InvalidRequest(f"request {job.request_id} runs here already")
+        started_s = time.perf_counter()
         state = self._part.prepare(self._model, job.request_id, job.params, job.conditions)
         if job.checkpoint is not None:
             restore_state(self._model, state, job.checkpoint.tensors, job.checkpoint.attributes)
-        running = Running(state, job.preview_fit)
+        running = Running(state, job.preview_fit, busy_s=time.perf_counter() - started_s)
         self._requests[job.request_id] = running
         if state.done:
             self._finish(running)
