@@ -201,8 +201,7 @@ async def _abort_all(service: RequestService, ids: list[str]) -> None:
 async def _image_json(service: RequestService, status: gateway_pb2.RequestStatus, form: str) -> dict[str, Any]:
     if form == "url":
         return {"url": content_path(status.request_id), "request_id": status.request_id}
-    _, path = await service.artifact(status.request_id)
-    data = await asyncio.to_thread(path.read_bytes)
+    data = await service.content(status)
     return {"b64_json": base64.b64encode(data).decode(), "request_id": status.request_id}
 
 

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any, cast
 
 from gateway.config import GatewaySection
+from gateway.followers import StoredEvent
 from gateway.replicas import Replicas
-from gateway.state import TERMINAL, State, StoredEvent, queue_key
+from gateway.state import TERMINAL, State, queue_key
 from gateway.store import Store
 from protos import gateway_pb2, types_pb2
 from services.errors import InvalidRequest, Overloaded, UnknownModel, UnknownRequest, WrongState
@@ -180,6 +181,17 @@ class RequestService:
             name = gateway_pb2.RequestState.Name(status.state).removeprefix("REQUEST_STATE_").lower()
             raise WrongState(f"request {request_id} is {name} and has no artifact", request_id=request_id)
         return status.artifact, path
+
+    async def content(self, status: gateway_pb2.RequestStatus) -> bytes:
+        """A finished request's media.
+
+        Raises:
+            WrongState: its file is gone.
+        """
+        try:
+            return await self._store.read(status.request_id, status.artifact)
+        except OSError as error:
+            raise WrongState(f"the artifact of request {status.request_id} is gone") from error
 
     async def trace(self, request_id: str) -> list[types_pb2.Span]:
         """The request's timeline over all processes, by start.

@@ -53,8 +53,7 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
             if event.WhichOneof("event") != "status" or event.status.state != DONE:
                 continue
             if inline:
-                _, path = await self._service.artifact(request_id)
-                data = await asyncio.to_thread(path.read_bytes)
+                data = await self._service.content(event.status)
                 for offset in range(0, len(data), CHUNK_BYTES):
                     chunk = types_pb2.MediaChunk(data=data[offset : offset + CHUNK_BYTES])
                     yield gateway_pb2.GenerateResponse(request_id=request_id, chunk=chunk)

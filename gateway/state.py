@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import logging
 import secrets
-from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
+from gateway.followers import Followers, StoredEvent
 from services.errors import StateStoreDown, UnknownRequest
 
 log = logging.getLogger(__name__)
@@ -57,17 +57,6 @@ class Claim:
     left: int
 
 
-@dataclass(frozen=True, slots=True)
-class StoredEvent:
-    """An event of the stream: kind `status` (with the state and the record), `step` or `preview` (with the payload)."""
-
-    event_id: str
-    kind: str
-    state: str
-    payload: bytes
-    record: dict[str, bytes]
-
-
 class State:
     """The scripts as methods. Every method raises StateStoreDown when Redis does not answer."""
 
@@ -78,8 +67,11 @@ class State:
         self._redis: Redis = Redis.from_url(url, socket_connect_timeout=2.0, retry=Retry(NoBackoff(), 0))
         self._listener: Redis = Redis.from_url(url, socket_connect_timeout=2.0)
         folder = Path(__file__).parent / "lua"
-        self._scripts = {name: self._redis.register_script((folder / f"{name}.lua").read_text()) for name in SCRIPTS}
-        self._watchers: dict[str, set[asyncio.Event]] = defaultdict(set)
+        common = (folder / "common.lua").read_text()
+        self._scripts = {
+            name: self._redis.register_script(common + (folder / f"{name}.lua").read_text()) for name in SCRIPTS
+        }
+        self._followers = Followers()
         self._on_queue: Callable[[], None] = lambda: None
         self._on_cancel: Callable[[str], None] = lambda _request_id: None
         self.connected = False
@@ -93,6 +85,8 @@ class State:
         stored = int(await self._run("submit", keys, *arguments))
         if stored == 1:
             self._on_queue()
+            # The dispatcher first: its claim should not wait behind what the caller does next.
+            await asyncio.sleep(0)
         return stored
 
     async def claim(self, queues: Sequence[str], lease_s: float) -> Claim | None:
@@ -102,38 +96,32 @@ class State:
             return None
         number, request_id, fence, left, flat = result
         claim = Claim(request_id.decode(), int(fence), _record(flat), queues[int(number)], int(left))
-        self._wake(claim.request_id)
+        self._followers.wake(claim.request_id)
         return claim
 
     async def beat(
         self, claim: Claim, lease_s: float, *, kind: str = "", payload: bytes = b"", step: int = 0, total: int = 0
     ) -> str:
         """Renews the lease, with an event if one is given. Returns the state, or "lost"."""
-        keys = [_request(claim.request_id), LEASES, _events(claim.request_id)]
         event = (kind, payload, step, total) if kind else ()
-        state = await self._run("beat", keys, claim.request_id, claim.fence, self._owner, lease_s, *event)
-        if kind:
-            self._wake(claim.request_id)
-        return str(state.decode())
+        return await self._change("beat", claim, (lease_s,), event)
 
     async def commit(self, claim: Claim, state: str, stage: str, queue: str, fields: Fields) -> str:
         """Ends a stage. Returns the state afterwards ("cancelled" when an abort came first), or "lost"."""
-        keys = [_request(claim.request_id), LEASES, _events(claim.request_id)]
-        arguments = (claim.request_id, claim.fence, self._owner, state, stage, queue, *_flat(fields))
         patience_s = RESULT_PATIENCE_S if state in ("running", "queued", "done") else PATIENCE_S
-        committed = str((await self._run("commit", keys, *arguments, patience_s=patience_s)).decode())
-        self._wake(claim.request_id)
+        arguments = (state, stage, queue, *_flat(fields))
+        committed = await self._change("commit", claim, (), arguments, patience_s=patience_s)
         if committed == "queued":
             self._on_queue()
         return committed
 
     async def requeue(self, request_id: str, fence: int | None, max_attempts: int, counts: bool, error: bytes) -> str:
         """Back to the queue, or failed after `max_attempts`. Without a fence: the lease has expired."""
-        keys = [_request(request_id), LEASES, _events(request_id)]
+        keys = [_request(request_id), LEASES, FENCE]
         fenced = "" if fence is None else str(fence)
         arguments = (request_id, fenced, self._owner, max_attempts, int(counts), error)
         state = str((await self._run("requeue", keys, *arguments)).decode())
-        self._wake(request_id)
+        self._followers.wake(request_id)
         if state == "queued":
             self._on_queue()
         return state
@@ -148,12 +136,12 @@ class State:
             await self._abort(request_id, never=True, patience_s=WITHDRAW_PATIENCE_S)
 
     async def _abort(self, request_id: str, *, never: bool, patience_s: float) -> str | None:
-        keys = [_request(request_id), _events(request_id)]
-        result = await self._run("abort", keys, request_id, self._owner, int(never), patience_s=patience_s)
+        arguments = (request_id, self._owner, int(never))
+        result = await self._run("abort", [_request(request_id)], *arguments, patience_s=patience_s)
         if not result:
             return None
         state = str(result.decode())
-        self._wake(request_id)
+        self._followers.wake(request_id)
         if state == "cancelling":
             self._on_cancel(request_id)
         return state
@@ -187,40 +175,33 @@ class State:
             UnknownRequest: there is no such request, or it has been forgotten.
             StateStoreDown: at the start only.
         """
-        wake, begun = asyncio.Event(), False
-        self._watchers[request_id].add(wake)
-        try:
+        begun = False
+        with self._followers.joined(request_id, after) as follower:
             while True:
-                wake.clear()
-                try:
-                    events = await self._read_events(request_id, after)
-                except StateStoreDown:
-                    if not begun:
-                        raise
-                    continue
+                if follower.behind:
+                    follower.behind = False
+                    try:
+                        events = await self._read_events(request_id, follower.seen)
+                        follower.give(events)
+                        follower.behind = follower.behind or len(events) == READ_EVENTS
+                    except StateStoreDown:
+                        if not begun:
+                            raise
+                        follower.behind = True
+                        continue
                 begun = True
-                for event in events:
-                    after = event.event_id
+                for event in follower.take():
                     yield event
                     if event.kind == "status" and event.state in TERMINAL:
                         return
-                with contextlib.suppress(TimeoutError):
-                    # The timeout covers a message that was published while nobody listened.
-                    await asyncio.wait_for(wake.wait(), WATCH_TIMEOUT_S)
-        finally:
-            self._watchers[request_id].discard(wake)
-            if not self._watchers[request_id]:
-                del self._watchers[request_id]
+                if not follower.behind:
+                    await follower.wait(WATCH_TIMEOUT_S)
 
     async def _read_events(self, request_id: str, after: str) -> list[StoredEvent]:
-        found = await self._run("follow", [_request(request_id), _events(request_id)], after, READ_EVENTS)
+        found = await self._run("follow", [_request(request_id)], request_id, after, READ_EVENTS)
         if not found:
             raise UnknownRequest(f"there is no request {request_id!r}", param="request_id")
-        entries, flat = found
-        record = _record(flat)
-        return [
-            _event(entry_id, dict(zip(parts[::2], parts[1::2], strict=True)), record) for entry_id, parts in entries
-        ]
+        return _stored_events(*found)
 
     async def listen(self, on_queue: Callable[[], None], on_cancel: Callable[[str], None]) -> None:
         """Hands on what all gateways' scripts change, for ever: work in a queue, an abort, an event to read."""
@@ -248,17 +229,25 @@ class State:
         elif kind == "c":
             self._on_cancel(request_id)
         else:
-            self._wake(request_id)
-
-    def _wake(self, request_id: str) -> None:
-        """This gateway's followers of a request read its events."""
-        for wake in self._watchers.get(request_id, ()):
-            wake.set()
+            self._followers.wake(request_id)
 
     async def close(self) -> None:
         """Closes the connections."""
         await self._redis.aclose()
         await self._listener.aclose()
+
+    async def _change(
+        self, name: str, claim: Claim, before: tuple[Any, ...], after: tuple[Any, ...], **options: float
+    ) -> str:
+        """A script under a fence; what it tells goes to the followers without another reading. Returns the state."""
+        seen = self._followers.seen_by_all(claim.request_id)
+        arguments = (claim.request_id, claim.fence, self._owner, *before, seen, READ_EVENTS, *after)
+        keys = [_request(claim.request_id), LEASES]
+        state, entries, flat = await self._run(name, keys, *arguments, **options)
+        self._followers.give(claim.request_id, _stored_events(entries, flat))
+        if len(entries) == READ_EVENTS:
+            self._followers.wake(claim.request_id)
+        return str(state.decode())
 
     async def _run(self, name: str, keys: list[str], *arguments: Any, patience_s: float = PATIENCE_S) -> Any:
         return await self._call(lambda: self._scripts[name](keys=keys, args=list(arguments)), patience_s)
@@ -290,15 +279,22 @@ def _events(request_id: str) -> str:
     return f"{PREFIX}:ev:{request_id}"
 
 
-def _event(entry_id: bytes, fields: dict[bytes, bytes], record: dict[str, bytes]) -> StoredEvent:
-    kind = fields[b"k"].decode()
-    return StoredEvent(
-        event_id=entry_id.decode(),
-        kind=kind,
-        state=fields.get(b"s", b"").decode(),
-        payload=fields.get(b"p", b""),
-        record=record if kind == "status" else {},
-    )
+def _stored_events(entries: Sequence[tuple[bytes, Sequence[bytes]]], flat: Sequence[bytes]) -> list[StoredEvent]:
+    record = _record(flat)
+    events = []
+    for entry_id, parts in entries:
+        fields = dict(zip(parts[::2], parts[1::2], strict=True))
+        kind = fields[b"k"].decode()
+        events.append(
+            StoredEvent(
+                event_id=entry_id.decode(),
+                kind=kind,
+                state=fields.get(b"s", b"").decode(),
+                payload=fields.get(b"p", b""),
+                record=record if kind == "status" else {},
+            )
+        )
+    return events
 
 
 def _record(flat: Sequence[bytes]) -> dict[str, bytes]:

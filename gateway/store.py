@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import struct
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from protos import gateway_pb2
 from services.errors import CorruptTensor, Overloaded, StartupError
 
 _LENGTH = struct.Struct("<I")
+# Artifacts written lately are kept in memory too, up to so much: mostly somebody waits for them.
+RECENT_BYTES = 32 * 1024 * 1024
 
 
 class Store:
@@ -23,6 +26,8 @@ class Store:
 
     def __init__(self, root: Path) -> None:
         self._root = root
+        self._recent: OrderedDict[str, tuple[str, bytes]] = OrderedDict()
+        self._recent_bytes = 0
         try:
             for name in ("artifacts", "latents"):
                 (root / name).mkdir(parents=True, exist_ok=True)
@@ -38,20 +43,40 @@ class Store:
         Raises:
             Overloaded: the disk is full.
         """
+        await _to_its_end(self._write, request_id, data, artifact)
+        self._remember(request_id, artifact.sha256, data)
+
+    def _write(self, request_id: str, data: bytes, artifact: gateway_pb2.Artifact) -> None:
         artifact.nbytes = len(data)
         artifact.sha256 = hashlib.sha256(data).hexdigest()
         manifest = {"mime": artifact.mime, "nbytes": artifact.nbytes, "sha256": artifact.sha256}
-        await _to_its_end(self._write, request_id, data, json.dumps(manifest).encode())
-
-    def _write(self, request_id: str, data: bytes, manifest: bytes) -> None:
         path = self.path(request_id)
         try:
             _write_synced(path, data)
-            _write_synced(path.with_suffix(".json"), manifest)
+            _write_synced(path.with_suffix(".json"), json.dumps(manifest).encode())
+            _sync_names(path.parent)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise Overloaded("the artifact store is full: try again later", retry_after_s=30.0) from error
             raise
+
+    def _remember(self, request_id: str, sha256: str, data: bytes) -> None:
+        self._forget(request_id)
+        self._recent[request_id] = sha256, data
+        self._recent_bytes += len(data)
+        while self._recent_bytes > RECENT_BYTES:
+            self._forget(next(iter(self._recent)))
+
+    def _forget(self, request_id: str) -> None:
+        _, data = self._recent.pop(request_id, ("", b""))
+        self._recent_bytes -= len(data)
+
+    async def read(self, request_id: str, artifact: gateway_pb2.Artifact) -> bytes:
+        """An artifact's bytes. Raises OSError when its file is gone."""
+        sha256, data = self._recent.get(request_id, ("", b""))
+        if sha256 and sha256 == artifact.sha256:
+            return data
+        return await asyncio.to_thread(self.path(request_id).read_bytes)
 
     def path(self, request_id: str) -> Path:
         """Where an artifact's bytes are, or would be."""
@@ -96,6 +121,7 @@ class Store:
     def drop(self, request_id: str) -> None:
         """Forgets all that was kept of a request which ended without a result."""
         self.drop_latents(request_id)
+        self._forget(request_id)
         self.path(request_id).unlink(missing_ok=True)
         self.path(request_id).with_suffix(".json").unlink(missing_ok=True)
 
@@ -124,3 +150,12 @@ def _write_synced(path: Path, data: bytes) -> None:
     except OSError:
         fresh.unlink(missing_ok=True)
         raise
+
+
+def _sync_names(folder: Path) -> None:
+    """A file that was renamed is under its new name after a crash only once its folder is synced."""
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)

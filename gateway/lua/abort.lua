@@ -1,5 +1,5 @@
--- KEYS: request, events. ARGV: id, sender, never (1 or 0). Cancels a queued request at once, marks a running one, leaves an ended one.
--- Returns the state afterwards, or nothing for an unknown id.
+-- KEYS: request. ARGV: id, sender, never (1 or 0). Cancels a queued request at once, marks a running one, leaves an
+-- ended one. Returns the state afterwards, or nothing for an unknown id.
 local state = redis.call('HGET', KEYS[1], 'state')
 if not state then
   -- A submit of that id may still come, out of the buffer of a connection that was given up: it will find the id taken.
@@ -18,8 +18,6 @@ elseif state == 'running' then
 else
   return state
 end
-local t = redis.call('TIME')
-redis.call('HSET', KEYS[1], 'state', state, 'updated', t[1] .. '.' .. string.format('%06d', t[2]))
-redis.call('XADD', KEYS[2], 'MAXLEN', '~', 1000, '*', 'k', 'status', 's', state)
-redis.call('PUBLISH', '{ll}:wake', 'e:' .. ARGV[2] .. ':' .. ARGV[1])
+redis.call('HSET', KEYS[1], 'state', state, 'updated', now())
+tell(ARGV[1], ARGV[2], 'status', 's', state)
 return state

@@ -13,14 +13,12 @@ end
 if not id then return false end
 local left = 0
 for i = 3, #KEYS do left = left + redis.call('ZCARD', KEYS[i]) end
-local t = redis.call('TIME')
-local now = t[1] .. '.' .. string.format('%06d', t[2])
+local time = now()
 local fence = redis.call('INCR', KEYS[2])
 -- A queued request was last updated when it came into its queue.
-redis.call('HINCRBYFLOAT', key, 'queued_s', tonumber(now) - tonumber(redis.call('HGET', key, 'updated')))
-redis.call('HSET', key, 'state', 'running', 'fence', fence, 'owner', ARGV[1], 'updated', now)
+redis.call('HINCRBYFLOAT', key, 'queued_s', tonumber(time) - tonumber(redis.call('HGET', key, 'updated')))
+redis.call('HSET', key, 'state', 'running', 'fence', fence, 'owner', ARGV[1], 'updated', time)
 redis.call('HINCRBY', key, 'attempt', 1)
-redis.call('ZADD', KEYS[1], tonumber(now) + tonumber(ARGV[2]), id)
-redis.call('XADD', '{ll}:ev:' .. id, 'MAXLEN', '~', 1000, '*', 'k', 'status', 's', 'running')
-redis.call('PUBLISH', '{ll}:wake', 'e:' .. ARGV[1] .. ':' .. id)
+redis.call('ZADD', KEYS[1], tonumber(time) + tonumber(ARGV[2]), id)
+tell(id, ARGV[1], 'status', 's', 'running')
 return {number, id, fence, left, redis.call('HGETALL', key)}

@@ -1,0 +1,98 @@
+"""Who follows a request at this gateway, and the events that are on their way to them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class StoredEvent:
+    """An event of the stream: kind `status` (with the state and the record), `step` or `preview` (with the payload)."""
+
+    event_id: str
+    kind: str
+    state: str
+    payload: bytes
+    record: dict[str, bytes]
+
+
+class Follower:
+    """One reader of a request's events, in order and without gaps.
+
+    `seen` is the last event it was given; `behind` says that there may be more to read than what waits here.
+    """
+
+    def __init__(self, seen: str) -> None:
+        self.seen = seen
+        self.behind = True
+        self._waiting: deque[StoredEvent] = deque()
+        self._changed = asyncio.Event()
+
+    def give(self, events: Sequence[StoredEvent]) -> None:
+        """Takes the events after `seen`, or after an earlier one, as far as they are new."""
+        for event in events:
+            if _place(event.event_id) > _place(self.seen):
+                self._waiting.append(event)
+                self.seen = event.event_id
+        self._changed.set()
+
+    def wake(self) -> None:
+        """There is something to read."""
+        self.behind = True
+        self._changed.set()
+
+    def take(self) -> list[StoredEvent]:
+        """The events that wait."""
+        events = list(self._waiting)
+        self._waiting.clear()
+        return events
+
+    async def wait(self, timeout_s: float) -> None:
+        """Waits for events, or for news of some; after `timeout_s` there may be some that nobody told of."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._changed.wait(), timeout_s)
+        self.behind = self.behind or not self._changed.is_set()
+        self._changed.clear()
+
+
+class Followers:
+    """All of them, by request."""
+
+    def __init__(self) -> None:
+        self._by_request: dict[str, set[Follower]] = {}
+
+    @contextlib.contextmanager
+    def joined(self, request_id: str, seen: str) -> Iterator[Follower]:
+        """A new follower, for as long as the block runs."""
+        follower = Follower(seen)
+        others = self._by_request.setdefault(request_id, set())
+        others.add(follower)
+        try:
+            yield follower
+        finally:
+            others.discard(follower)
+            if not others:
+                self._by_request.pop(request_id, None)
+
+    def seen_by_all(self, request_id: str) -> str:
+        """The last event that all of a request's followers have; empty when it has none."""
+        return min((f.seen for f in self._by_request.get(request_id, ())), key=_place, default="")
+
+    def give(self, request_id: str, events: Sequence[StoredEvent]) -> None:
+        """Hands them the events after `seen_by_all`."""
+        for follower in self._by_request.get(request_id, ()):
+            follower.give(events)
+
+    def wake(self, request_id: str) -> None:
+        """They have something to read."""
+        for follower in self._by_request.get(request_id, ()):
+            follower.wake()
+
+
+def _place(event_id: str) -> tuple[int, int]:
+    milliseconds, _, number = event_id.partition("-")
+    return int(milliseconds), int(number or 0)

@@ -1,0 +1,32 @@
+-- Stands before every script.
+
+-- Seconds since 1970 by the clock of Redis, the only one there is.
+local function now()
+  local t = redis.call('TIME')
+  return t[1] .. '.' .. string.format('%06d', t[2])
+end
+
+-- Adds an event (kind, then fields) to a request's stream, and wakes who follows it at other gateways than the sender.
+local function tell(id, sender, kind, ...)
+  redis.call('XADD', '{ll}:ev:' .. id, 'MAXLEN', '~', 1000, '*', 'k', kind, ...)
+  redis.call('PUBLISH', '{ll}:wake', 'e:' .. sender .. ':' .. id)
+end
+
+-- Puts a request into a queue, behind older ones of its priority.
+local function enqueue(id, sender, queue)
+  local key = '{ll}:req:' .. id
+  redis.call('ZADD', queue, tonumber(redis.call('HGET', key, 'priority')) * 1e11
+    + tonumber(redis.call('HGET', key, 'created')), id)
+  redis.call('PUBLISH', '{ll}:wake', 'q:' .. sender .. ':')
+end
+
+-- The events of a request after one (none for ''), and its hash when one of them is a status.
+local function news(id, after, count)
+  if after == '' then return {{}, {}} end
+  local entries = redis.call('XRANGE', '{ll}:ev:' .. id, '(' .. after, '+', 'COUNT', count)
+  for _, entry in ipairs(entries) do
+    if entry[2][2] == 'status' then return {entries, redis.call('HGETALL', '{ll}:req:' .. id)} end
+  end
+  return {entries, {}}
+end
+

@@ -1,0 +1,191 @@
+"""The queue, leases, fences and events on a real Redis, as two gateways see them."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+
+from gateway.followers import StoredEvent
+from gateway.state import READ_EVENTS, Claim, State, queue_key
+from lightloom.redis_server import start_redis
+from services.errors import UnknownRequest
+
+DIT, VAE = queue_key("dit", "d"), queue_key("vae", "v")
+LEASE_S = 10.0
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    server = start_redis(Path(tmp_path_factory.mktemp("redis")))
+    yield server.url
+    server.stop()
+
+
+class Gateway:
+    """A State, and what its dispatcher was told."""
+
+    def __init__(self, url: str) -> None:
+        self.state = State(url, "gateway")
+        self.queued = 0
+        self.cancelled: list[str] = []
+        self.listening = asyncio.create_task(self.state.listen(self._on_queue, self.cancelled.append))
+
+    def _on_queue(self) -> None:
+        self.queued += 1
+
+    async def submit(self, request_id: str, priority: int = 0, max_queued: int = 100) -> int:
+        fields = {"params": b"p", "step": 0}
+        return await self.state.submit(
+            request_id, DIT, priority=priority, max_queued=max_queued, keep_s=60, fields=fields
+        )
+
+    async def claim(self, *queues: str) -> Claim:
+        claim = await self.state.claim(queues or (DIT,), LEASE_S)
+        assert claim is not None
+        return claim
+
+
+@pytest.fixture
+async def two(url: str) -> AsyncIterator[tuple[Gateway, Gateway]]:
+    gateways = Gateway(url), Gateway(url)
+    await until(lambda: all(gateway.state.connected for gateway in gateways))
+    await gateways[0].state._redis.flushall()
+    yield gateways
+    for gateway in gateways:
+        gateway.listening.cancel()
+        await gateway.state.close()
+
+
+async def until(condition) -> None:
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+async def follow(gateway: Gateway, request_id: str, after: str = "0") -> list[StoredEvent]:
+    return [event async for event in gateway.state.events(request_id, after)]
+
+
+def kinds(events: list[StoredEvent]) -> list[str]:
+    return [event.state or event.payload.decode() for event in events]
+
+
+async def test_a_whole_life_is_seen_alike_by_its_own_gateway_and_by_another(two) -> None:
+    own, other = two
+    assert await own.submit("r") == 1
+    followers = [asyncio.create_task(follow(gateway, "r")) for gateway in (own, own, other)]
+    claim = await own.claim()
+    assert (claim.request_id, claim.queue, claim.left) == ("r", DIT, 0)
+    for step in range(1, 4):
+        assert await own.state.beat(claim, LEASE_S, kind="step", payload=b"%d" % step, step=step, total=3) == "running"
+    assert await own.state.commit(claim, "running", "vae", "", {"busy:dit": 1.5}) == "running"
+    assert await own.state.commit(claim, "done", "vae", "", {"artifact": b"a"}) == "done"
+    seen = [await follower for follower in followers]
+    assert kinds(seen[0]) == ["queued", "running", "1", "2", "3", "running", "done"]
+    assert seen[0] == seen[1]
+    assert [event.event_id for event in seen[2]] == [event.event_id for event in seen[0]]
+    for events in seen:
+        assert events[-1].record["busy:dit"] == b"1.5" and events[-1].record["artifact"] == b"a"
+        assert float(events[-1].record["queued_s"]) >= 0
+    assert kinds(await follow(other, "r", after=seen[0][4].event_id)) == ["running", "done"]
+
+
+async def test_own_changes_reach_own_followers_at_once(two) -> None:
+    own, other = two
+    other.listening.cancel()
+    own.listening.cancel()
+    await own.submit("r")
+    claim = await own.claim()
+    follower = asyncio.create_task(follow(own, "r"))
+    await asyncio.sleep(0.05)
+    started_s = time.monotonic()
+    await own.state.commit(claim, "done", "", "", {})
+    assert kinds(await follower)[-1] == "done" and time.monotonic() - started_s < 1.0
+
+
+async def test_more_events_than_one_reading_holds(two) -> None:
+    own, other = two
+    await own.submit("r")
+    claim = await own.claim()
+    for number in range(READ_EVENTS + 50):
+        await own.state.beat(claim, LEASE_S, kind="step", payload=b"%d" % number, step=1, total=2)
+    await own.state.commit(claim, "done", "", "", {})
+    started_s = time.monotonic()
+    assert len(await follow(other, "r")) == READ_EVENTS + 53
+    assert time.monotonic() - started_s < 1.0
+
+
+async def test_queues_are_asked_in_order_and_hold_priorities(two) -> None:
+    own, other = two
+    for request_id, priority in (("late", 1), ("first", 0), ("second", 0)):
+        await own.submit(request_id, priority)
+    first = await own.claim(VAE, DIT)
+    assert (first.request_id, first.left) == ("first", 2)
+    assert await own.state.commit(first, "queued", "vae", VAE, {}) == "queued"
+    again = await other.claim(VAE, DIT)
+    assert (again.request_id, again.queue, again.left) == ("first", VAE, 2)
+    assert again.fence > first.fence
+    assert [(await other.claim(VAE, DIT)).request_id for _ in range(2)] == ["second", "late"]
+    assert await other.state.claim((VAE, DIT), LEASE_S) is None
+    await until(lambda: other.queued >= 4)
+
+
+async def test_an_old_fence_changes_nothing(two) -> None:
+    own, other = two
+    await own.submit("r")
+    old = await own.claim()
+    assert await other.state.requeue("r", None, 3, True, b"e") == "queued"
+    new = await other.claim()
+    assert await own.state.beat(old, LEASE_S) == "lost"
+    assert await own.state.commit(old, "done", "", "", {"artifact": b"old"}) == "lost"
+    assert await own.state.requeue("r", old.fence, 3, True, b"e") == "lost"
+    assert await other.state.commit(new, "done", "", "", {"artifact": b"new"}) == "done"
+    assert (await own.state.get("r"))["artifact"] == b"new"
+
+
+async def test_attempts_are_counted_and_end(two) -> None:
+    own, _ = two
+    await own.submit("r")
+    for outcome in ("queued", "queued", "failed"):
+        claim = await own.claim()
+        assert await own.state.requeue("r", claim.fence, 3, True, b"broken") == outcome
+    assert (await own.state.get("r"))["error"] == b"broken"
+
+
+async def test_an_abort_reaches_the_owner_and_wins_over_a_result(two) -> None:
+    own, other = two
+    await own.submit("r")
+    claim = await own.claim()
+    assert await other.state.abort("r") == "cancelling"
+    await until(lambda: own.cancelled == ["r"])
+    assert await own.state.commit(claim, "done", "", "", {"artifact": b"a"}) == "cancelled"
+    assert "artifact" not in await own.state.get("r")
+    await own.submit("waits")
+    assert await own.state.abort("waits") == "cancelled"
+    assert await own.state.claim((DIT,), LEASE_S) is None
+    assert await own.state.abort("nobody") is None
+
+
+async def test_ids_are_stored_once_and_queues_are_bounded(two) -> None:
+    own, _ = two
+    assert [await own.submit("r", max_queued=1), await own.submit("r"), await own.submit("s", max_queued=1)] == [
+        1,
+        0,
+        -1,
+    ]
+    with pytest.raises(UnknownRequest):
+        await follow(own, "s")
+
+
+async def test_a_lease_runs_out_unless_it_is_renewed(two) -> None:
+    own, _ = two
+    for request_id in ("kept", "lost"):
+        await own.submit(request_id)
+    kept, _lost = await own.state.claim((DIT,), 0.2), await own.state.claim((DIT,), 0.2)
+    assert kept is not None and await own.state.beat(kept, LEASE_S) == "running"
+    await asyncio.sleep(0.25)
+    assert await own.state.expired() == ["lost"]
