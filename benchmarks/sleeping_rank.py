@@ -17,7 +17,7 @@ from PIL import Image
 from protos import dit_pb2, text_encoder_pb2, types_pb2, vae_pb2
 from services.config import StageConfig
 from services.rank_process import Call, run
-from services.tensor_wire import frame_of
+from services.tensor_wire import frame_of, is_end
 
 STEP_S = 0.020
 LIMITS = types_pb2.Limits(
@@ -92,7 +92,7 @@ class SleepingProgram:
         frame = frame_of(data)
         if frame is None:
             self._start(job, data)
-        elif types_pb2.TensorFrame.FromString(bytes(frame)).WhichOneof("kind") == "end":
+        elif is_end(frame):
             job.bundles -= 1
             if job.bundles == 0:
                 self._ready.append(self._waiting.pop(call.id))

@@ -103,15 +103,25 @@ class TensorEnd(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class TensorBundle(_message.Message):
+    __slots__ = ("header", "data")
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    header: TensorHeader
+    data: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, header: _Optional[_Union[TensorHeader, _Mapping]] = ..., data: _Optional[_Iterable[bytes]] = ...) -> None: ...
+
 class TensorFrame(_message.Message):
-    __slots__ = ("header", "chunk", "end")
+    __slots__ = ("header", "chunk", "end", "whole")
     HEADER_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
     END_FIELD_NUMBER: _ClassVar[int]
+    WHOLE_FIELD_NUMBER: _ClassVar[int]
     header: TensorHeader
     chunk: TensorChunk
     end: TensorEnd
-    def __init__(self, header: _Optional[_Union[TensorHeader, _Mapping]] = ..., chunk: _Optional[_Union[TensorChunk, _Mapping]] = ..., end: _Optional[_Union[TensorEnd, _Mapping]] = ...) -> None: ...
+    whole: TensorBundle
+    def __init__(self, header: _Optional[_Union[TensorHeader, _Mapping]] = ..., chunk: _Optional[_Union[TensorChunk, _Mapping]] = ..., end: _Optional[_Union[TensorEnd, _Mapping]] = ..., whole: _Optional[_Union[TensorBundle, _Mapping]] = ...) -> None: ...
 
 class Media(_message.Message):
     __slots__ = ("mime", "data", "role")

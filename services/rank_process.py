@@ -39,6 +39,7 @@ from services.config import StageConfig, parse
 from services.errors import OutOfMemory, ServiceError, StartupError
 from services.lockstep import Lockstep, join_group
 from services.telemetry import internal_error, request_context, setup
+from services.tensor_wire import WHOLE_BYTES
 from services.tensors import bundle_frames
 
 INBOX_BYTES = 64 * 1024 * 1024
@@ -90,7 +91,9 @@ class Call:
 
     def send_tensors(self, tensors: Mapping[str, torch.Tensor], attributes: Mapping[str, str] | None = None) -> None:
         """Sends a bundle. The tensors may change once this returns."""
-        for message in bundle_frames(tensors, attributes) if self._speaks else ():
+        if not self._speaks:
+            return
+        for message in bundle_frames(tensors, attributes, whole_bytes=WHOLE_BYTES):
             self._put(Kind.MESSAGE, message)
 
     def finish(self) -> None:

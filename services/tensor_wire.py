@@ -1,15 +1,16 @@
 """The bytes of tensor frames, without torch: splitting, building and following bundles.
 
 A bundle is a header, chunks and an end, each the `TensorFrame` in field 2 of a streaming message, with nothing beside
-it (`protos/types.proto`). So a relay needs only `frame_of` and `is_end`, and a store only `BundleCursor`; the torch
-side (`services/tensors.py`) builds on the same cursor. Chunks are split by hand, because parsing would copy them twice;
-tests hold the bytes equal to what protobuf writes.
+it (`protos/types.proto`); a small one travels as a single frame, because every message costs three processes a wake-up.
+So a relay needs only `frame_of` and `is_end`, and a store only `BundleCursor`; the torch side (`services/tensors.py`)
+builds on the same cursor. Chunks are split by hand, because parsing would copy them twice; tests hold the bytes equal
+to what protobuf writes.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from google.protobuf.message import DecodeError
@@ -18,6 +19,8 @@ from protos import types_pb2
 from services.errors import CorruptTensor
 
 CHUNK_BYTES = 1024 * 1024
+# A bundle of no more bytes is sent whole.
+WHOLE_BYTES = 256 * 1024
 MAX_TENSORS = 1024
 MAX_DIMS = 8
 MAX_NAME_CHARS = 256
@@ -37,7 +40,7 @@ ITEM_BYTES = {
 
 # Tags of length-delimited fields: (number << 3) | 2.
 _FRAME_TAG = 0x12
-_HEADER_TAG, _CHUNK_TAG, _END_TAG = 0x0A, 0x12, 0x1A
+_HEADER_TAG, _CHUNK_TAG, _END_TAG, _WHOLE_TAG = 0x0A, 0x12, 0x1A, 0x22
 _DATA_TAG = 0x7A
 _TENSOR_TAG, _OFFSET_TAG = 0x08, 0x10
 
@@ -81,8 +84,13 @@ def is_header(frame: bytes | memoryview) -> bool:
 
 
 def is_end(frame: bytes | memoryview) -> bool:
-    """Whether the frame closes a bundle."""
-    return len(frame) > 0 and frame[0] == _END_TAG
+    """Whether the frame closes a bundle: its last one, or its only one."""
+    return len(frame) > 0 and frame[0] in (_END_TAG, _WHOLE_TAG)
+
+
+def is_whole(frame: bytes | memoryview) -> bool:
+    """Whether the frame is a bundle by itself."""
+    return len(frame) > 0 and frame[0] == _WHOLE_TAG
 
 
 def header_message(header: types_pb2.TensorHeader) -> bytes:
@@ -103,6 +111,31 @@ def chunk_message(tensor: int, offset: int, data: bytes | memoryview) -> bytes:
 def end_message() -> bytes:
     """The message that closes a bundle."""
     return message_of(_END_FRAME)
+
+
+def whole_message(header: types_pb2.TensorHeader, data: Sequence[bytes]) -> bytes:
+    """The message with a whole bundle; `data` has the bytes of each tensor."""
+    whole = types_pb2.TensorBundle(header=header, data=data)
+    return message_of(types_pb2.TensorFrame(whole=whole).SerializeToString())
+
+
+def whole_of(frame: bytes | memoryview, max_bytes: int) -> types_pb2.TensorBundle:
+    """The bundle in a frame, its header and sizes checked.
+
+    Raises:
+        CorruptTensor: malformed, or larger than allowed.
+    """
+    try:
+        parsed = types_pb2.TensorFrame.FromString(bytes(frame))
+    except DecodeError as error:
+        raise CorruptTensor("a whole tensor bundle cannot be parsed") from error
+    if parsed.WhichOneof("kind") != "whole":
+        raise CorruptTensor("a tensor frame holds more than a whole bundle")
+    header, data = parsed.whole.header, parsed.whole.data
+    check_header(header, max_bytes)
+    if [len(part) for part in data] != [meta.nbytes for meta in header.tensors]:
+        raise CorruptTensor("the tensors of a whole bundle have other sizes than its header announced")
+    return parsed.whole
 
 
 def chunk_of(frame: bytes | memoryview) -> Chunk:
@@ -159,6 +192,8 @@ class BundleCursor:
             return self._open(frame)
         if self.header is None:
             raise CorruptTensor("a tensor bundle does not start with its header")
+        if is_whole(frame):
+            raise CorruptTensor("a whole tensor bundle comes inside another one")
         if is_end(frame):
             self._skip_finished()
             if self._tensor < len(self.header.tensors):

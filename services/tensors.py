@@ -24,6 +24,9 @@ from services.tensor_wire import (
     chunk_offsets,
     end_message,
     header_message,
+    is_whole,
+    whole_message,
+    whole_of,
 )
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
@@ -49,10 +52,15 @@ class Bundle:
     attributes: dict[str, str] = field(default_factory=dict)
 
 
-def bundle_frames(tensors: Mapping[str, torch.Tensor], attributes: Mapping[str, str] | None = None) -> Iterator[bytes]:
+def bundle_frames(
+    tensors: Mapping[str, torch.Tensor], attributes: Mapping[str, str] | None = None, *, whole_bytes: int = 0
+) -> Iterator[bytes]:
     """A bundle as whole serialised streaming messages: header, chunks of 1 MiB at most, end.
 
     The messages own their bytes: a tensor may change as soon as its last chunk has been taken.
+
+    Args:
+        whole_bytes: a bundle of no more bytes is a single message.
 
     Raises:
         ValueError: a tensor's dtype has no form on the wire.
@@ -68,6 +76,9 @@ def bundle_frames(tensors: Mapping[str, torch.Tensor], attributes: Mapping[str, 
             nbytes=view.nbytes,
             crc32c=google_crc32c.value(view),
         )
+    if sum(view.nbytes for view in views) <= whole_bytes:
+        yield whole_message(header, [view.tobytes() for view in views])
+        return
     yield header_message(header)
     for index, view in enumerate(views):
         for start, end in chunk_offsets(view.nbytes):
@@ -95,6 +106,8 @@ class BundleReader:
             CorruptTensor: out of order, cut short, malformed, too large, or a checksum does not match. The reader
                 is of no use after that.
         """
+        if is_whole(frame_bytes) and self.empty:
+            return self._whole(whole_of(frame_bytes, self._max_bytes))
         piece = self._cursor.feed(frame_bytes)
         if isinstance(piece, Chunk):
             view = self._views[piece.tensor]
@@ -103,7 +116,8 @@ class BundleReader:
         if piece is not None:
             self._allocate(piece)
             return None
-        return self._finish()
+        assert self._cursor.header is not None
+        return self._finish(self._cursor.header)
 
     @property
     def empty(self) -> bool:
@@ -114,9 +128,13 @@ class BundleReader:
         self._tensors = [torch.empty(list(m.shape), dtype=_TORCH_DTYPES[m.dtype]) for m in header.tensors]
         self._views = [_byte_view(tensor) for tensor in self._tensors]
 
-    def _finish(self) -> Bundle:
-        header = self._cursor.header
-        assert header is not None
+    def _whole(self, whole: types_pb2.TensorBundle) -> Bundle:
+        self._allocate(whole.header)
+        for view, data in zip(self._views, whole.data, strict=True):
+            view[:] = np.frombuffer(data, np.uint8)
+        return self._finish(whole.header)
+
+    def _finish(self, header: types_pb2.TensorHeader) -> Bundle:
         for meta, view in zip(header.tensors, self._views, strict=True):
             found = google_crc32c.value(view)
             if found != meta.crc32c:

@@ -12,6 +12,7 @@ from services.errors import CorruptTensor, ServiceError
 from services.tensor_wire import (
     CHUNK_BYTES,
     MAX_TENSORS,
+    WHOLE_BYTES,
     BundleCursor,
     chunk_message,
     chunk_of,
@@ -20,7 +21,9 @@ from services.tensor_wire import (
     header_message,
     is_end,
     is_header,
+    is_whole,
     message_of,
+    whole_message,
 )
 from services.tensors import DTYPES, Bundle, BundleReader, bundle_frames
 
@@ -43,6 +46,10 @@ def meta(**changes: object) -> types_pb2.TensorMeta:
     return types_pb2.TensorMeta(**{"name": "x", "dtype": types_pb2.DTYPE_UINT8, "shape": [4], "nbytes": 4, **changes})
 
 
+def whole(*data: bytes, **changes: object) -> bytes:
+    return whole_message(types_pb2.TensorHeader(tensors=[meta(**changes)]), data)
+
+
 def opening(*metas: types_pb2.TensorMeta) -> bytes:
     return header_message(types_pb2.TensorHeader(tensors=metas))
 
@@ -60,12 +67,15 @@ def random_tensor(shape: list[int], dtype: torch.dtype, seed: int) -> torch.Tens
 @given(
     content=st.dictionaries(names, st.tuples(shapes, st.sampled_from(list(DTYPES)), st.integers(0, 99)), max_size=5),
     attributes=st.dictionaries(names, st.text(max_size=20), max_size=3),
+    whole_bytes=st.sampled_from([0, WHOLE_BYTES]),
 )
 def test_any_bundle_survives(
-    content: dict[str, tuple[list[int], torch.dtype, int]], attributes: dict[str, str]
+    content: dict[str, tuple[list[int], torch.dtype, int]], attributes: dict[str, str], whole_bytes: int
 ) -> None:
     tensors = {name: random_tensor(*spec) for name, spec in content.items()}
-    bundle = read(list(bundle_frames(tensors, attributes)))
+    messages = list(bundle_frames(tensors, attributes, whole_bytes=whole_bytes))
+    assert whole_bytes == 0 or len(messages) == 1
+    bundle = read(messages)
     assert bundle.attributes == attributes
     assert list(bundle.tensors) == list(tensors)
     for name, tensor in tensors.items():
@@ -82,6 +92,14 @@ def test_strided_and_large_tensors() -> None:
     assert max(map(len, messages)) < CHUNK_BYTES + 64
     bundle = read(messages)
     assert torch.equal(bundle.tensors["large"], large) and torch.equal(bundle.tensors["strided"], strided)
+
+
+def test_only_small_bundles_travel_whole() -> None:
+    small, large = torch.zeros(WHOLE_BYTES, dtype=torch.uint8), torch.zeros(WHOLE_BYTES + 1, dtype=torch.uint8)
+    [message] = bundle_frames({"x": small}, whole_bytes=WHOLE_BYTES)
+    frame = frame_of(message)
+    assert frame is not None and is_whole(frame) and is_end(frame) and not is_header(frame)
+    assert len(list(bundle_frames({"x": large}, whole_bytes=WHOLE_BYTES))) == 3
 
 
 def test_one_reader_reads_one_bundle_after_the_other() -> None:
@@ -133,7 +151,10 @@ def test_chunks_by_hand_equal_protobuf(tensor: int, offset: int, size: int) -> N
     ],
 )
 def test_one_frame_fits_every_stream(message_class: type) -> None:
-    for message in bundle_frames({"x": torch.arange(5)}, {"step": "3"}):
+    messages = [
+        message for size in (0, WHOLE_BYTES) for message in bundle_frames({"x": torch.arange(5)}, whole_bytes=size)
+    ]
+    for message in messages:
         parsed = message_class.FromString(message)
         assert parsed.WhichOneof("kind") == "frame"
         frame = frame_of(message)
@@ -182,6 +203,15 @@ def test_other_messages_are_no_frames() -> None:
         ([opening(meta()), message_of(b"\x12\x04\x7a\x09ab")], "cut short"),
         ([opening(meta()), message_of(b"\x12\x02\x20\x01")], "unknown field"),
         ([opening(meta()), message_of(b"\x12\x02\x08\xff")], "cut inside a number"),
+        ([opening(meta()), whole(b"abcd")], "inside another"),
+        ([whole(b"abcd")], "crc32c"),
+        ([whole(b"abc")], "other sizes"),
+        ([whole()], "other sizes"),
+        ([whole(b"abcd", b"")], "other sizes"),
+        ([whole(b"abcd", nbytes=5)], "has 4 bytes, not 5"),
+        ([whole(b"abcd", shape=[1 << 40], nbytes=1 << 40)], "at most 1073741824 are allowed"),
+        ([message_of(b"\x22\x05ab")], "cannot be parsed"),
+        ([message_of(b"\x22\x00\x1a\x00")], "more than a whole bundle"),
     ],
 )
 def test_wrong_bundles_are_refused(messages: list[bytes], words: str) -> None:
@@ -203,7 +233,8 @@ def test_a_finished_bundle_takes_no_more() -> None:
 def test_noise_is_refused_or_harmless(data: st.DataObject) -> None:
     """Any bytes, or a good bundle with any byte changed: CorruptTensor, or what was sent, never anything else."""
     sent = torch.arange(40, dtype=torch.uint8)
-    messages = list(bundle_frames({"x": sent, "y": torch.zeros(0)}))
+    size = data.draw(st.sampled_from([0, WHOLE_BYTES]))
+    messages = list(bundle_frames({"x": sent, "y": torch.zeros(0)}, whole_bytes=size))
     index = data.draw(st.integers(0, len(messages) - 1))
     if data.draw(st.booleans()):
         messages[index] = data.draw(st.binary(max_size=64))
