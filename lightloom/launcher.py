@@ -78,7 +78,8 @@ class Cluster:
         """
         self.run_dir.mkdir(parents=True, exist_ok=True)
         await self._open_control()
-        self._redis = await asyncio.to_thread(start_redis, self.run_dir / "redis", self.config.redis_url)
+        # In this thread, although it waits: the server ends with the thread that starts it, and nothing else runs yet.
+        self._redis = start_redis(self.run_dir / "redis", self.config.redis_url)
         for stage in STAGES:
             self._address_file(stage).parent.mkdir(exist_ok=True)
             self._address_file(stage).write_text("")

@@ -73,6 +73,8 @@ def find_server() -> Path:
 def start_redis(folder: Path, url: str = "", port: int = 0) -> RedisServer:
     """The server at `url` or REDIS_URL, or a new one whose data is in `folder`. Returns when it answers.
 
+    A new server ends with the thread that calls this.
+
     Raises:
         StartupError: it does not answer, or cannot be started.
     """
@@ -106,8 +108,8 @@ def start_redis(folder: Path, url: str = "", port: int = 0) -> RedisServer:
 
 
 def _die_with_parent() -> None:
-    # A thread starts the server, and the signal is tied to that thread's end; so the launcher stops it by hand, too.
-    _libc.prctl(PR_SET_PDEATHSIG, 0)
+    # The kernel ends the server when the thread that started it ends, however that happens.
+    _libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
