@@ -11,7 +11,7 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from dit_svc.engine import Checkpointed, DenoiseJob, Event, Finished
+from dit_svc.engine import Checkpointed, DenoiseJob, Event, Finished, Previewed
 from dit_svc.loading import open_engine
 from services.config import EngineSection, ModelSection, ParallelSection, ServiceSection, StageConfig
 from services.families import load_family
@@ -45,6 +45,7 @@ class Report:
 
     finished: dict[str, Tensors]
     checkpoints: dict[str, Bundle]
+    previews: dict[str, list[bytes]]
     sent: dict[str, int]
     weight_bytes: int
     live_tensors: float
@@ -87,6 +88,7 @@ def denoise(rank: int, world: int, folder: str, parallel: dict[str, int], engine
             for event in events
             if isinstance(event, Checkpointed)
         },
+        previews=previews_of(events),
         sent=dict(sent_bytes),
         weight_bytes=sum(
             held(weight).nbytes for module in dit.model.modules.values() for weight in module.parameters()
@@ -96,11 +98,20 @@ def denoise(rank: int, world: int, folder: str, parallel: dict[str, int], engine
     )
 
 
-def denoise_in_each(
-    rank: int, world: int, folder: str, layouts: Sequence[dict[str, int]], engine: dict, script: Script
+def denoise_each(
+    rank: int, world: int, folder: str, runs: Sequence[tuple[dict[str, int], Script]], engine: dict
 ) -> list[Report]:
-    """The same script in one layout after the other."""
-    return [denoise(rank, world, folder, parallel, engine, script) for parallel in layouts]
+    """One script after the other, each in its layout."""
+    return [denoise(rank, world, folder, parallel, engine, script) for parallel, script in runs]
+
+
+def previews_of(events: Sequence[Event]) -> dict[str, list[bytes]]:
+    """Encoded previews by request, in their order."""
+    previews: dict[str, list[bytes]] = {}
+    for event in events:
+        if isinstance(event, Previewed):
+            previews.setdefault(event.request_id, []).append(event.media.data)
+    return previews
 
 
 def held(weight: torch.Tensor) -> torch.Tensor:

@@ -31,9 +31,8 @@ def test_bytes_sent_and_held_are_those_of_a_dry_run(pool, prepared, name, world)
     subject = prepared(name)
     [job], _ = subject.jobs_of(replace(subject.row.wishes[0], steps=STEPS))
     layouts = {2: TWO, 4: FOUR}[world]
-    by_rank = pool.run(
-        "denoise_in_each", world, str(subject.folder), list(layouts.values()), {"max_batch": 1}, Script([job])
-    )
+    runs = [(parallel, Script([job])) for parallel in layouts.values()]
+    by_rank = pool.run("denoise_each", world, str(subject.folder), runs, {})
     for index, (layout, parallel) in enumerate(layouts.items()):
         degrees = Degrees.of(ParallelSection(**parallel))
         for rank, reports in enumerate(by_rank):

@@ -1,0 +1,133 @@
+"""Requests in every layout: checkpoints that go on there and elsewhere, sizes side by side, aborts, previews."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dit_svc.engine import DenoiseJob, PreviewFit
+from services.weights import open_source
+from tests.oracle.harness import CPU, difference, run
+from tests.parallel.jobs import Report, Script, previews_of
+from tests.parallel.test_layouts import FOUR, NAMES, TWO, world_of
+
+LAYOUTS = TWO | {name: FOUR[name] for name in ("ulysses-ring", "tensor-cfg", "pipeline-cfg", "hsdp-ulysses")}
+# A request goes through all of them, a step in each.
+ROUTE = [{}, *(LAYOUTS[name] for name in ("ulysses", "tensor", "pipeline-cfg", "ring", "hsdp", "ulysses-ring", "cfg"))]
+BY_WORLD = {world: {name: layout for name, layout in LAYOUTS.items() if world_of(layout) == world} for world in (2, 4)}
+
+
+def denoise_each(pool, subject, runs: list[tuple[dict[str, int], Script]]) -> list[tuple[Report, ...]]:
+    """Reports by rank, for every run; all runs take as many ranks."""
+    [world] = {world_of(parallel) for parallel, _ in runs}
+    return list(zip(*pool.run("denoise_each", world, str(subject.folder), runs, {"max_batch": 8}), strict=True))
+
+
+def denoise(pool, subject, parallel: dict[str, int], script: Script) -> tuple[Report, ...]:
+    [reports] = denoise_each(pool, subject, [(parallel, script)])
+    return reports
+
+
+@pytest.mark.parametrize("world", BY_WORLD)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_checkpoint_goes_on_bit_for_bit_in_its_own_layout(pool, prepared, name, world):
+    subject, layouts = prepared(name), list(BY_WORLD[world].values())
+    [job], _ = subject.jobs(1)
+    whole, stopped = list(Script([job]) for _ in layouts), []
+    for parallel in layouts:
+        # After two steps. Behind a pipeline, where a step takes several ticks, the third one is under way.
+        moment = 3 * parallel.get("pipeline_parallel_size", 1) - 1
+        stopped.append(Script([job], checkpoint={"r0": moment}))
+    first = denoise_each(pool, subject, [*zip(layouts, whole, strict=True), *zip(layouts, stopped, strict=True)])
+    checkpoints = [reports[0].checkpoints["r0"] for reports in first[len(layouts) :]]
+    assert [int(checkpoint.attributes["step"]) for checkpoint in checkpoints] == [2] * len(layouts)
+    resumed = [Script([replace(job, checkpoint=checkpoint)]) for checkpoint in checkpoints]
+    second = denoise_each(pool, subject, list(zip(layouts, resumed, strict=True)))
+    for before, after in zip(first, second, strict=False):
+        for expected, report in zip(before, after, strict=True):
+            assert torch.equal(report.finished["r0"]["latents"], expected.finished["r0"]["latents"])
+            assert report.live_tensors == 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_request_goes_on_in_other_layouts(pool, prepared, name):
+    """A step in each layout of the route; every checkpoint, and the end, are those of one process."""
+    subject = prepared(name)
+    [job], stock = subject.jobs_of(replace(subject.row.wishes[0], steps=len(ROUTE)))
+    alone = subject.subject.engine(branches="auto")
+    alone.admit(job)
+    for step, parallel in enumerate(ROUTE, 1):
+        alone.tick()
+        if step == len(ROUTE):
+            break
+        ticks = parallel.get("pipeline_parallel_size", 1)
+        reports = denoise(pool, subject, parallel, Script([job], checkpoint={"r0": ticks}))
+        checkpoint = reports[0].checkpoints["r0"]
+        assert int(checkpoint.attributes["step"]) == step
+        job = replace(job, checkpoint=checkpoint)
+        assert all(report.live_tensors == 0 for report in reports)
+    for report in denoise(pool, subject, ROUTE[-1], Script([job])):
+        assert difference(report.finished["r0"], stock["r0"]) <= 1e-4
+
+
+@pytest.mark.parametrize("world", BY_WORLD)
+@pytest.mark.parametrize("name", NAMES)
+def test_sizes_side_by_side_and_an_abort_between_them(pool, prepared, name, world):
+    subject = prepared(name)
+    jobs, stock = subject.jobs_of(*subject.row.wishes)
+    runs = [(parallel, Script(jobs, abort={"r1": 5})) for parallel in BY_WORLD[world].values()]
+    for reports in denoise_each(pool, subject, runs):
+        for report in reports:
+            assert report.finished.keys() == {"r0", "r2"}
+            assert report.live_tensors == 0
+            for request_id, tensors in report.finished.items():
+                assert difference(tensors, stock[request_id]) <= 1e-4
+
+
+@pytest.mark.parametrize("layout", ["ulysses", "pipeline", "pipeline-cfg"])
+def test_an_abort_at_any_moment_frees_all_ranks_and_leaves_others_alone(pool, prepared, layout):
+    subject, parallel = prepared("wan-t2v"), LAYOUTS[layout]
+    jobs, stock = subject.jobs(2)
+    runs = [(parallel, Script(jobs, abort={"r1": moment})) for moment in range(1, 7)]
+    for reports in denoise_each(pool, subject, runs):
+        for report in reports:
+            assert report.finished.keys() == {"r0"}
+            assert difference(report.finished["r0"], stock["r0"]) <= 1e-4
+            assert report.live_tensors == 0
+
+
+@pytest.mark.parametrize("world", BY_WORLD)
+@pytest.mark.parametrize("name", NAMES)
+def test_previews_show_what_one_process_shows(pool, prepared, name, world):
+    subject = prepared(name)
+    job = job_with_previews(subject)
+    engine, events = subject.subject.engine(branches="auto"), []
+    engine.admit(job)
+    run(engine, events)
+    expected = [picture(data) for data in previews_of(events)["r0"]]
+    assert len(expected) == (job.params.steps - 1) // 2
+    assert max(np.ptp(pixels) for pixels in expected) > 50
+    runs = [(parallel, Script([job])) for parallel in BY_WORLD[world].values()]
+    for reports in denoise_each(pool, subject, runs):
+        for report in reports:
+            shown = [picture(data) for data in report.previews["r0"]]
+            for ours, theirs in zip(shown, expected, strict=True):
+                assert np.abs(ours - theirs).max() <= 4
+
+
+def job_with_previews(subject) -> DenoiseJob:
+    """A preview after every second step, by a random fit from latents to colours."""
+    [job], _ = subject.jobs_of(replace(subject.row.wishes[0], preview_every=2))
+    part = subject.subject.family.vae
+    channels, *_ = part.latent_geometry(part.load(open_source(str(subject.folder)), CPU, torch.float32))
+    weight = torch.randn(channels, 3, generator=torch.Generator().manual_seed(0)) / 4
+    return replace(job, preview_fit=PreviewFit(weight, torch.full((3,), 0.5)))
+
+
+def picture(data: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(data))).astype(int)
