@@ -22,6 +22,7 @@ from services.config import environment_with_malloc
 from services.errors import StartupError
 
 POLL_S = 0.1
+REDIS_POLL_S = 0.5
 # Longer than a gateway takes to notice that an address left its list.
 LEAVE_S = 2.5
 STOP_GRACE_S = 10.0
@@ -44,6 +45,7 @@ class Cluster:
         self._gateways: list[Child] = []
         self._replicas: dict[tuple[str, str], list[tuple[str, Child]]] = {}
         self._redis: RedisServer | None = None
+        self._redis_watch: asyncio.Task[None] | None = None
         self._started = 0
         self._control: asyncio.Server | None = None
 
@@ -80,6 +82,7 @@ class Cluster:
         await self._open_control()
         # In this thread, although it waits: the server ends with the thread that starts it, and nothing else runs yet.
         self._redis = start_redis(self.run_dir / "redis", self.config.redis_url)
+        self._redis_watch = asyncio.create_task(self._keep_redis(self._redis), name="watch redis")
         for stage in STAGES:
             self._address_file(stage).parent.mkdir(exist_ok=True)
             self._address_file(stage).write_text("")
@@ -135,12 +138,20 @@ class Cluster:
         await asyncio.gather(*(child.stop(STOP_GRACE_S) for child in self._gateways))
         stages = [child for replicas in self._replicas.values() for _, child in replicas]
         await asyncio.gather(*(child.stop(STOP_GRACE_S) for child in stages))
-        if self._redis:
+        if self._redis and self._redis_watch:
+            self._redis_watch.cancel()
             await asyncio.to_thread(self._redis.stop)
         if self._control:
             self._control.close()
             control_path(self.run_dir).unlink(missing_ok=True)
             (self.run_dir / "cluster.json").unlink(missing_ok=True)
+
+    async def _keep_redis(self, server: RedisServer) -> None:
+        """Starts an embedded Redis again when it dies. Gateways wait for it, and its log has what they stored."""
+        while True:
+            await asyncio.sleep(REDIS_POLL_S)
+            if server.dead:
+                server.start()
 
     def _children(self) -> list[Child]:
         return self._gateways + [child for replicas in self._replicas.values() for _, child in replicas]

@@ -31,14 +31,34 @@ _libc = ctypes.CDLL(None)
 
 @dataclass(slots=True)
 class RedisServer:
-    """A server in use. `stop` ends it when it is ours."""
+    """A server in use; `command` is set when it is ours, and then it can be stopped and revived."""
 
     url: str
+    command: tuple[str, ...] = ()
     process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def dead(self) -> bool:
+        """Whether a server of ours has ended."""
+        return self.process is not None and self.process.poll() is not None
+
+    def start(self) -> None:
+        """Starts the process of an embedded server; also again, on its port and with its data.
+
+        It ends with the thread that calls this.
+        """
+        self.process = subprocess.Popen(
+            self.command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+            preexec_fn=_die_with_parent,  # noqa: PLW1509 - only a system call runs between fork and exec
+        )
 
     def stop(self) -> None:
         """Ends an embedded server; its data stays in the folder."""
-        if self.process is None or self.process.poll() is not None:
+        if self.process is None or self.dead:
             return
         self.process.terminate()
         try:
@@ -85,20 +105,13 @@ def start_redis(folder: Path, url: str = "", port: int = 0) -> RedisServer:
     program = find_server()
     folder.mkdir(parents=True, exist_ok=True)
     port = port or _free_port()
-    command = [
+    command = (
         *(str(program), "--port", str(port), "--bind", "127.0.0.1", "--dir", str(folder)),
         *("--appendonly", "yes", "--appendfsync", "everysec", "--save", "", "--maxmemory-policy", "noeviction"),
         *("--logfile", str(folder / "redis.log"), "--daemonize", "no"),
-    ]
-    process = subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-        preexec_fn=_die_with_parent,  # noqa: PLW1509 - only a system call runs between fork and exec
     )
-    server = RedisServer(f"redis://127.0.0.1:{port}/0", process)
+    server = RedisServer(f"redis://127.0.0.1:{port}/0", command)
+    server.start()
     try:
         _wait(server, START_TIMEOUT_S, f"the embedded Redis did not start: see {folder / 'redis.log'}")
     except StartupError:
@@ -120,7 +133,7 @@ def _wait(server: RedisServer, timeout_s: float, message: str) -> None:
             with contextlib.suppress(redis.RedisError):
                 client.ping()
                 return
-            if server.process is not None and server.process.poll() is not None:
+            if server.dead:
                 break
             time.sleep(0.02)
     raise StartupError(message)

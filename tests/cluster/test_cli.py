@@ -210,6 +210,15 @@ def test_up_serves_and_ctrl_c_leaves_no_process(config, tmp_path):
     refused(lightloom("up", "--config", config, "--run-dir", up.run_dir), 2, "a cluster already runs in", "--run-dir")
     # Redis, a gateway, three fronts, three ranks.
     assert len(up.family()) == 8
+    [server] = [process for process in up.family() if process.name() in ("redis-server", "valkey-server")]
+    server.kill()
+    # It comes back, and the cluster with it.
+    made = lightloom("generate", "a cat", "-o", tmp_path / "cat.png", "--steps", 2, "--run-dir", up.run_dir)
+    if made.returncode:
+        refused(made, 1, "state store")
+        wait_for(lambda: len(up.family()) == 8)
+        made = lightloom("generate", "a cat", "-o", tmp_path / "cat.png", "--steps", 2, "--run-dir", up.run_dir)
+    assert made.returncode == 0, made.stderr
     assert not up.interrupt()
     assert up.process.returncode == 0
     assert "Ctrl-C stops everything" in up.said() and "Traceback" not in up.said()
