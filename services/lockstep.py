@@ -13,7 +13,8 @@ import torch.distributed as dist
 
 from services.channel import Frame, FrameQueue
 from services.config import StageConfig, choose_interface
-from services.parallel.degrees import Degrees
+from services.errors import StartupError
+from services.parallel.degrees import Degrees, check_devices
 from services.parallel.mesh import TIMEOUT, Mesh
 
 
@@ -36,14 +37,23 @@ class Lockstep:
 
 
 def join_group(config: StageConfig, rank: int, world: int, rendezvous: str) -> Mesh | None:
-    """Brings the process into its group; None for a rank of its own. On CUDA rank i takes device i."""
+    """Brings the process into its group; None for a rank of its own. On CUDA rank i takes device i.
+
+    Raises:
+        StartupError: there are more ranks than devices.
+    """
     if world == 1:
         return None
-    cuda = config.model.device.startswith("cuda") or (config.model.device == "auto" and torch.cuda.is_available())
+    device = config.model.device
+    cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+    degrees = Degrees.of(config.parallel)
     if cuda:
+        if device.startswith("cuda:"):
+            raise StartupError(f"model.device is {device!r}, but {world} ranks take a device each: use cuda")
+        check_devices(degrees, len(config.parallel.hosts) + 1, torch.cuda.device_count())
         torch.cuda.set_device(rank % torch.cuda.device_count())
     if rendezvous.startswith("tcp://"):
         choose_interface(urlsplit(rendezvous).hostname or "")
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     dist.init_process_group(backend, init_method=rendezvous, rank=rank, world_size=world, timeout=TIMEOUT)
-    return Mesh(Degrees.of(config.parallel), rank, "cuda" if cuda else "cpu")
+    return Mesh(degrees, rank, "cuda" if cuda else "cpu")

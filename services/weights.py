@@ -111,6 +111,10 @@ class ModelSource:
         """
         kept: Sequence[str] = cls._keep_in_fp32_modules or ()
         if self.preset is not None:
+            if self.partition is not None:
+                # What does not fit is refused before anything is made.
+                with torch.device("meta"):
+                    self.partition.apply(cls.from_config(self.config(subfolder)))
             module = self.randomise(lambda: cls.from_config(self.config(subfolder)), subfolder, device, dtype, kept)
             if self.partition is not None:
                 # The numbers must be those of one rank, so the whole is made and cut.

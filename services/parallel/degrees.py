@@ -99,13 +99,18 @@ class Degrees:
         """HSDP alone makes its ranks replicas of each other; beside other axes it must cover them exactly."""
         if not self.hsdp:
             return self
+        if self.hsdp_shard == 1:
+            raise StartupError(
+                f"parallel.hsdp_shard_size is 1 beside hsdp_replicate_size {self.hsdp_replicate}: nothing would be"
+                " sharded, use a shard size of 2 at least, or neither"
+            )
         wanted = self.hsdp_shard * self.hsdp_replicate
         covered = self.cfg * self.sequence
         if wanted % covered:
             raise StartupError(
                 f"parallel: hsdp_shard_size x hsdp_replicate_size is {wanted}, and must be a multiple of"
                 f" cfg_parallel_size x ulysses_degree x ring_degree = {covered}: use a shard size of"
-                f" {_divisors(covered)}, with the replicate size that completes {covered}"
+                f" {_divisors(covered, 2)}, with the replicate size that completes {covered}"
             )
         return replace(self, replica=wanted // covered)
 
@@ -153,6 +158,33 @@ def check_heads(degrees: Degrees, heads: int) -> None:
         )
 
 
+def check_features(tensor: int, features: int, layer: str) -> None:
+    """A layer's features are cut in tensor parallelism, each kind of them for itself.
+
+    Raises:
+        StartupError: they do not divide, with the degrees that would.
+    """
+    if features % tensor:
+        raise StartupError(
+            f"parallel.tensor_parallel_size {tensor} does not divide the {features} features of {layer}: use"
+            f" {_divisors(features)}"
+        )
+
+
+def check_devices(degrees: Degrees, hosts: int, devices: int) -> None:
+    """Every rank of a host needs a GPU of its own.
+
+    Raises:
+        StartupError: the host has fewer.
+    """
+    ranks = degrees.world // hosts
+    if ranks > devices:
+        raise StartupError(
+            f"parallel: {ranks} ranks need a CUDA device each, and this host has {devices}: let the degrees multiply to"
+            f" {max(1, devices * hosts)} at most"
+        )
+
+
 def check_blocks(degrees: Degrees, blocks: int) -> None:
     """Every rank of a pipeline needs a block.
 
@@ -176,5 +208,5 @@ def _check_degree(name: str, value: int) -> None:
         raise StartupError(f"{name} is {value}: it must be between 1 and {MAX_WORLD}")
 
 
-def _divisors(number: int) -> str:
-    return ", ".join(str(value) for value in range(1, number + 1) if number % value == 0)
+def _divisors(number: int, least: int = 1) -> str:
+    return ", ".join(str(value) for value in range(least, number + 1) if number % value == 0)

@@ -18,6 +18,7 @@ from torch import nn
 
 from services.family import ModelPlan
 from services.parallel.collectives import all_gather, all_reduce
+from services.parallel.degrees import check_features
 from services.parallel.mesh import Axis
 
 
@@ -116,6 +117,9 @@ def split_linears(module: nn.Module, plan: ModelPlan, axis: Axis) -> dict[str, C
 
     Returns:
         The cuts of the parameters that were cut, by name: what a loader reads of each.
+
+    Raises:
+        StartupError: features that the ranks do not divide.
     """
     cuts: dict[str, Cut] = {}
     for name, layer in list(module.named_modules()):
@@ -135,22 +139,22 @@ def _part(name: str, layer: Any, plan: ModelPlan, axis: Axis) -> tuple[nn.Module
         if gathered and layer.out_features % axis.size:
             return None
         if gathered or matches(name, plan.column):
-            cut = _cut(0, layer.out_features, _segments(name, plan), axis)
+            cut = _cut(name, 0, layer.out_features, plan, axis)
             bias = None if layer.bias is None else _held(layer.bias, cut)
             linear = ColumnLinear(_held(layer.weight, cut), bias, axis, gathered)
             return linear, {"weight": cut} | ({} if bias is None else {"bias": cut})
         if matches(name, plan.row):
-            cut = _cut(1, layer.in_features, _segments(name, plan), axis)
+            cut = _cut(name, 1, layer.in_features, plan, axis)
             return RowLinear(_held(layer.weight, cut), layer.bias, axis), {"weight": cut}
         if matches(name, plan.partial):
             unbiased: Any = layer.bias is None
             assert unbiased, f"{name} has a bias, which would be summed over the ranks"
-            cut = _cut(1, layer.in_features, _segments(name, plan), axis)
+            cut = _cut(name, 1, layer.in_features, plan, axis)
             return PartialLinear(_held(layer.weight, cut)), {"weight": cut}
     elif matches(name, plan.summed):
         return SumOverRanks(axis), {}
     elif matches(name, plan.norms_across_heads):
-        cut = _cut(0, layer.weight.shape[0], (1,), axis)
+        cut = _cut(name, 0, layer.weight.shape[0], plan, axis)
         return SpreadRMSNorm(_held(layer.weight, cut), layer.eps, axis), {"weight": cut}
     return None
 
@@ -160,18 +164,13 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _segments(name: str, plan: ModelPlan) -> tuple[int, ...]:
-    for pattern, ratio in plan.segments.items():
-        if fnmatch.fnmatchcase(name, pattern):
-            return ratio
-    return (1,)
-
-
-def _cut(dim: int, features: int, ratio: tuple[int, ...], axis: Axis) -> Cut:
+def _cut(name: str, dim: int, features: int, plan: ModelPlan, axis: Axis) -> Cut:
     """Features made of segments are cut segment by segment: every rank holds its share of each."""
+    ratio = next((ratio for glob, ratio in plan.segments.items() if fnmatch.fnmatchcase(name, glob)), (1,))
     unit = features // sum(ratio)
     ranges, first = [], 0
     for part in ratio:
+        check_features(axis.size, unit * part, name)
         share = unit * part // axis.size
         ranges.append((first + share * axis.rank, first + share * (axis.rank + 1)))
         first += unit * part
