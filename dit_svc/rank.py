@@ -102,8 +102,8 @@ class DitProgram:
         }
         checkpoint = opened.bundles[-1] if opened.start.resume else None
         fit = _preview_fit(opened.start)
-        self._engine.admit(DenoiseJob(str(opened.call.id), opened.params, conditions, checkpoint, fit))
         opened.admitted_ns = time.time_ns()
+        self._engine.admit(DenoiseJob(str(opened.call.id), opened.params, conditions, checkpoint, fit))
         opened.bundles.clear()
 
     def half_closed(self, call: Call) -> None:

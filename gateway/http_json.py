@@ -48,6 +48,7 @@ def status_json(status: gateway_pb2.RequestStatus) -> dict[str, Any]:
         "artifact": artifact_json(status.request_id, status.artifact) if status.HasField("artifact") else None,
         "error": error,
         "busy_s": dict(status.busy_s),
+        "queued_s": status.queued_s,
     }
 
 

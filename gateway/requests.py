@@ -261,6 +261,7 @@ def status_of(request_id: str, record: dict[str, bytes]) -> gateway_pb2.RequestS
         updated_unix_s=float(record["updated"]),
         params=types_pb2.GenerationParams.FromString(record["params"]),
         busy_s={key.removeprefix("busy:"): float(value) for key, value in record.items() if key.startswith("busy:")},
+        queued_s=float(record.get("queued_s", 0)),
     )
     for media in status.params.inputs:
         media.data = b""

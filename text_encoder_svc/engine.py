@@ -22,7 +22,10 @@ WARMUP_SIDE_PX = 256
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """A request's embeddings, "<branch>/<name>" with batch dimension 1, or the error that ended it."""
+    """A request's embeddings, "<branch>/<name>" with batch dimension 1, or the error that ended it.
+
+    `start_unix_ns` is when it came; `busy_s` leaves out the time that it waited for others.
+    """
 
     request_id: str
     tensors: Tensors
@@ -68,6 +71,8 @@ class EmbeddingCache:
 class _Job:
     request_id: str
     inputs: dict[str, TextInput]
+    start_unix_ns: int
+    prepared_s: float
 
 
 class TextEngine:
@@ -91,10 +96,11 @@ class TextEngine:
         Raises:
             InvalidRequest: an input picture cannot be decoded.
         """
+        start_ns, start_s = time.time_ns(), time.perf_counter()
         images = tuple(decode_image(media) for media in params.inputs if media.role == "image")
         texts = {"positive": params.prompt, "negative": params.negative_prompt}
         inputs = {branch: TextInput(texts[branch], images) for branch in self._part.branches(params)}
-        self._waiting.append(_Job(request_id, inputs))
+        self._waiting.append(_Job(request_id, inputs, start_ns, time.perf_counter() - start_s))
 
     def abort(self, request_id: str) -> None:
         """Forgets a request that waits."""
@@ -102,11 +108,11 @@ class TextEngine:
 
     def tick(self) -> list[Encoded]:
         """Encodes one batch; returns the requests that are done."""
-        start_ns, start_s = time.time_ns(), time.perf_counter()
+        start_s = time.perf_counter()
         jobs, missing, found = self._take()
         errors = self._encode(missing, found) if missing else {}
         busy_s = time.perf_counter() - start_s
-        return [self._finish(job, missing, found, busy_s, start_ns, errors) for job in jobs]
+        return [self._finish(job, missing, found, job.prepared_s + busy_s, errors) for job in jobs]
 
     def _encode(self, missing: dict[str, TextInput], found: dict[str, Tensors]) -> dict[str, ServiceError]:
         """Adds to `found` what can be encoded; returns why the rest cannot."""
@@ -130,16 +136,15 @@ class TextEngine:
         missing: dict[str, TextInput],
         found: dict[str, Tensors],
         busy_s: float,
-        start_ns: int,
         errors: dict[str, ServiceError],
     ) -> Encoded:
         keys = {branch: _key(item) for branch, item in job.inputs.items()}
         for key in keys.values():
             if key in errors:
-                return Encoded(job.request_id, {}, busy_s, False, start_ns, errors[key])
+                return Encoded(job.request_id, {}, busy_s, False, job.start_unix_ns, errors[key])
         tensors = {f"{branch}/{name}": tensor for branch, key in keys.items() for name, tensor in found[key].items()}
         cached = not any(key in missing for key in keys.values())
-        return Encoded(job.request_id, tensors, busy_s, cached, start_ns)
+        return Encoded(job.request_id, tensors, busy_s, cached, job.start_unix_ns)
 
     def _take(self) -> tuple[list[_Job], dict[str, TextInput], dict[str, Tensors]]:
         jobs: list[_Job] = []

@@ -36,7 +36,6 @@ class VaeResult:
 
     job: VaeJob
     busy_s: float
-    start_unix_ns: int
     frames: Frames | None = None
     media: tuple[str, bytes] | None = None
     tensors: Tensors = field(default_factory=dict)
@@ -81,7 +80,7 @@ class VaeEngine:
         return self._decode(jobs)
 
     def _encode(self, job: VaeJob) -> VaeResult:
-        start_ns, start_s = time.time_ns(), time.perf_counter()
+        start_s = time.perf_counter()
         try:
             pictures = [decode_image(media) for media in job.params.inputs if media.role == "image"]
             if not pictures:
@@ -89,11 +88,11 @@ class VaeEngine:
             tensors = self._part.encode(self._model, pictures, job.params)
         except (ServiceError, torch.OutOfMemoryError) as error:
             failure = error if isinstance(error, ServiceError) else out_of_memory()
-            return VaeResult(job, time.perf_counter() - start_s, start_ns, error=failure)
-        return VaeResult(job, time.perf_counter() - start_s, start_ns, tensors=tensors)
+            return VaeResult(job, time.perf_counter() - start_s, error=failure)
+        return VaeResult(job, time.perf_counter() - start_s, tensors=tensors)
 
     def _decode(self, jobs: list[VaeJob]) -> list[VaeResult]:
-        start_ns, start_s = time.time_ns(), time.perf_counter()
+        start_s = time.perf_counter()
         try:
             rows = [job.latents for job in jobs if job.latents is not None]
             floats = self._part.decode(self._model, rows, jobs[0].params)
@@ -104,20 +103,20 @@ class VaeEngine:
                 # Alone, each job fails for its own reasons only.
                 return [result for job in jobs for result in self._decode([job])]
             failure = error if isinstance(error, ServiceError) else out_of_memory()
-            return [VaeResult(jobs[0], time.perf_counter() - start_s, start_ns, error=failure)]
+            return [VaeResult(jobs[0], time.perf_counter() - start_s, error=failure)]
         shared_s = time.perf_counter() - start_s
         results = []
         for job, good, frames in zip(jobs, finite, pixels, strict=True):
             own_s = time.perf_counter()
             if not good:
                 black = NonFinite("the decoded picture has values that are not finite", request_id=job.request_id)
-                results.append(VaeResult(job, shared_s, start_ns, error=black))
+                results.append(VaeResult(job, shared_s, error=black))
                 continue
             media = None
             if not job.frames_only:
                 media = encode_frames(frames, job.params.output_format, job.params.quality, job.params.fps)
             busy_s = shared_s + time.perf_counter() - own_s
-            results.append(VaeResult(job, busy_s, start_ns, frames=frames, media=media))
+            results.append(VaeResult(job, busy_s, frames=frames, media=media))
         return results
 
     def metrics(self) -> dict[str, float]:

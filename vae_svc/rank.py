@@ -31,7 +31,7 @@ class Opened:
         self.reader = BundleReader(MAX_LATENT_BYTES)
         self.params: ResolvedParams | None = None
         self.frames_only = False
-        self.queued = False
+        self.queued_ns = 0
 
 
 class VaeProgram:
@@ -70,12 +70,12 @@ class VaeProgram:
             self._queue(opened, VaeJob(str(call.id), opened.params, bundle.tensors, opened.frames_only))
 
     def _queue(self, opened: Opened, job: VaeJob) -> None:
-        opened.queued = True
+        opened.queued_ns = time.time_ns()
         self._engine.submit(job)
 
     def half_closed(self, call: Call) -> None:
         """A decode must have its latents by now."""
-        if not self._open[str(call.id)].queued:
+        if not self._open[str(call.id)].queued_ns:
             raise CorruptTensor("the stream ended before the latents were whole")
 
     def cancelled(self, call: Call) -> None:
@@ -88,10 +88,11 @@ class VaeProgram:
         for result in self._engine.tick():
             opened = self._open.pop(result.job.request_id, None)
             if opened is not None:
-                self._answer(opened.call, result)
+                self._answer(opened, result)
         return self._engine.busy
 
-    def _answer(self, call: Call, result: VaeResult) -> None:
+    def _answer(self, opened: Opened, result: VaeResult) -> None:
+        call = opened.call
         if result.error is not None:
             call.fail(result.error)
             return
@@ -114,7 +115,7 @@ class VaeProgram:
                 call.send(vae_pb2.DecodeResponse(chunk=chunk).SerializeToString())
         else:
             call.send_tensors({"frames": torch.from_numpy(result.frames)})
-        span = make_span(f"vae.{call.method.lower()}", self._config.service.name, result.start_unix_ns, time.time_ns())
+        span = make_span(f"vae.{call.method.lower()}", self._config.service.name, opened.queued_ns, time.time_ns())
         usage = types_pb2.StageUsage(busy_s=result.busy_s, spans=[span])
         # Both response types have the usage in field 3.
         call.send(vae_pb2.DecodeResponse(usage=usage).SerializeToString())
