@@ -1,7 +1,13 @@
 -- KEYS: request, leases, fence. ARGV: id, fence ('' for the reaper), sender, max_attempts, counts (1 or 0), error.
 -- Gives a running request back to its queue; one that has used up its attempts fails with the error.
 -- Returns the new state, or 'lost'.
-if ARGV[2] ~= '' and redis.call('HGET', KEYS[1], 'fence') ~= ARGV[2] then return 'lost' end
+if ARGV[2] == '' then
+  -- Since a reaper listed it, the owner may have renewed its lease, or another reaper and a new owner may have been here.
+  local lease = redis.call('ZSCORE', KEYS[2], ARGV[1])
+  if not lease or tonumber(lease) > tonumber(now()) then return 'lost' end
+elseif redis.call('HGET', KEYS[1], 'fence') ~= ARGV[2] then
+  return 'lost'
+end
 local state = redis.call('HGET', KEYS[1], 'state')
 redis.call('ZREM', KEYS[2], ARGV[1])
 if state ~= 'running' and state ~= 'cancelling' then return 'lost' end

@@ -43,8 +43,8 @@ class Gateway:
             request_id, DIT, priority=priority, max_queued=max_queued, keep_s=60, fields=fields
         )
 
-    async def claim(self, *queues: str) -> Claim:
-        claim = await self.state.claim(queues or (DIT,), LEASE_S)
+    async def claim(self, *queues: str, lease_s: float = LEASE_S) -> Claim:
+        claim = await self.state.claim(queues or (DIT,), lease_s)
         assert claim is not None
         return claim
 
@@ -137,7 +137,7 @@ async def test_queues_are_asked_in_order_and_hold_priorities(two) -> None:
 async def test_an_old_fence_changes_nothing(two) -> None:
     own, other = two
     await own.submit("r")
-    old = await own.claim()
+    old = await own.claim(lease_s=0.0)
     assert await other.state.requeue("r", None, 3, True, b"e") == "queued"
     new = await other.claim()
     assert await own.state.beat(old, LEASE_S) == "lost"
@@ -189,3 +189,25 @@ async def test_a_lease_runs_out_unless_it_is_renewed(two) -> None:
     assert kept is not None and await own.state.beat(kept, LEASE_S) == "running"
     await asyncio.sleep(0.25)
     assert await own.state.expired() == ["lost"]
+
+
+async def test_two_reapers_take_a_request_away_once(two) -> None:
+    own, other = two
+    await own.submit("r")
+    await own.claim(lease_s=0.0)
+    assert await own.state.expired() == await other.state.expired() == ["r"]
+    assert await own.state.requeue("r", None, 3, True, b"e") == "queued"
+    assert await other.state.requeue("r", None, 3, True, b"e") == "lost"
+    claim = await own.claim()
+    assert await other.state.requeue("r", None, 3, True, b"e") == "lost"
+    assert await own.state.commit(claim, "done", "", "", {}) == "done"
+
+
+async def test_a_lease_renewed_after_the_reaper_saw_it_expired_is_kept(two) -> None:
+    own, other = two
+    await own.submit("r")
+    claim = await own.claim(lease_s=0.0)
+    assert await other.state.expired() == ["r"]
+    assert await own.state.beat(claim, LEASE_S) == "running"
+    assert await other.state.requeue("r", None, 3, True, b"e") == "lost"
+    assert await own.state.beat(claim, LEASE_S) == "running"
