@@ -27,13 +27,13 @@ class StrideScheduler:
         Args:
             cost_of: of one step of a request, in any unit > 0.
         """
+        if not requests:
+            return []
         groups: dict[Hashable, list[T]] = {}
         for request in requests:
             groups.setdefault(key_of(request), []).append(request)
         # A key that is new starts at the present: it neither waits nor catches up on time when it did not exist.
         self._passed = {key: max(self._passed.get(key, self._now), self._now - 1e12) for key in groups}
-        if not groups:
-            return []
         key = min(self._passed, key=lambda candidate: self._passed[candidate])
         self._now = self._passed[key]
         batch = groups[key][:most]

@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dit_svc.forward import Forward
 from services.families import load_family
-from services.family import Block, DitModel, DitPart, Tensors
+from services.family import Block, DenoiseState, DitModel, DitPart, Tensors
 from services.parallel.collectives import sent_bytes, sent_calls
 from services.parallel.degrees import Degrees
 from services.parallel.hsdp import Shards, outside, plan_shards
@@ -124,13 +124,17 @@ class DryRun:
         """Random conditions as long as the model's text, or `text_tokens` where it may have any length."""
         return self.part.example_conditions(replace(self.model, device=CPU), params, text_tokens)
 
+    def branches(self, params: ResolvedParams, conditions: Tensors) -> int:
+        """Guidance branches of such a request's first step."""
+        return len(self.part.branches(self.model, self._state(params, conditions)))
+
     def step(self, params: ResolvedParams, conditions: Tensors) -> Step:
         """The first step of a request that is alone.
 
         Raises:
             InvalidRequest: conditions or parameters that the model does not take.
         """
-        state = self.part.prepare(replace(self.model, device=CPU), "dry-run", params, conditions)
+        state = self._state(params, conditions)
         parts = self._outside[self.part.expert(self.model, state)]
         before_bytes, before_calls = sent_bytes.copy(), sent_calls.copy()
         flops, alive = FlopCounterMode(display=False, custom_mapping=RING_FLOPS), LiveBytes(self.model)
@@ -151,6 +155,9 @@ class DryRun:
             activation_bytes=alive.peak,
             outside_calls=tuple(calls[part] for part in parts),
         )
+
+    def _state(self, params: ResolvedParams, conditions: Tensors) -> DenoiseState:
+        return self.part.prepare(replace(self.model, device=CPU), "dry-run", params, conditions)
 
 
 class LiveBytes(TorchDispatchMode):

@@ -259,9 +259,13 @@ class DitEngine:
         try:
             for entering in self._forward.passes(states):
                 self._beat(entering)
-        except torch.OutOfMemoryError:
-            if not self._single:
-                raise  # The other ranks are past this point: the group starts anew.
+        except BaseException as error:
+            for running in batch:
+                self._flights.pop(running.state.request_id, None)
+                running.under_way = False
+            # On one rank of several, the others are past this point: the group ends and starts anew.
+            if not (self._single and isinstance(error, torch.OutOfMemoryError)):
+                raise
             self._out_of_memory(batch)
 
     def _beat(self, entering: Pass | None) -> None:
@@ -344,9 +348,6 @@ class DitEngine:
     def _out_of_memory(self, batch: list[Running]) -> None:
         """The newest request of the batch goes; the others try again without it."""
         torch.cuda.empty_cache()
-        for running in batch:
-            self._flights.pop(running.state.request_id, None)
-            running.under_way = False
         self._fail(batch[-1], OutOfMemory("the device ran out of memory in a step: ask for a smaller size"))
 
     def warm_up(self, params: ResolvedParams, conditions: Tensors) -> None:

@@ -98,7 +98,12 @@ class Forward:
     def beat(self, entering: Pass | None) -> list[Predicted]:
         """Takes a pass in, works, and returns the predictions of the pass that has come out."""
         self._under_way.appendleft(entering)
-        outputs = self._work()
+        try:
+            outputs = self._work()
+        except BaseException:
+            # What was under way is lost with it: the next beat starts with an empty pipeline.
+            self._under_way = deque([None] * (self.depth - 1))
+            raise
         leaving = self._under_way.pop()
         if leaving is None:
             return []

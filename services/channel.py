@@ -43,6 +43,7 @@ class Kind(IntEnum):
     ERROR = 19
     STATUS = 20
     FATAL = 21
+    BEAT = 22
 
 
 _KINDS = {int(kind): kind for kind in Kind}

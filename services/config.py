@@ -72,7 +72,7 @@ class ParallelSection:
 
     `world_size` may be left out (0); given, it must be their product. A group over several hosts names the others'
     agents (`host:port`; each host gets an equal share of the ranks), this host's address as they reach it, and the
-    token that the agents were started with.
+    file with the token that the agents were started with.
     """
 
     world_size: int = 0
@@ -86,7 +86,7 @@ class ParallelSection:
     enable_expert_parallel: bool = False
     hosts: tuple[str, ...] = ()
     leader_address: str = ""
-    agent_token: str = field(default="", repr=False)
+    agent_token_file: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -62,6 +62,8 @@ def serve_stage(service: ServiceDescriptor, rank_module: str, *, groups: bool = 
     config = parse_arguments(StageConfig, f"The {service.name} stage of Lightloom")
     telemetry.setup(config.service.name or service.name.lower())
     world = Degrees.of(config.parallel).world
+    if world > 1 and ":" in config.model.device:
+        raise StartupError(f"model.device {config.model.device!r} names one device for {world} ranks: write cuda")
     if world > 1 and not groups:
         raise StartupError(f"parallel: the degrees make {world} ranks, and the {service.name} stage runs on 1")
     asyncio.run(_serve(config, service, rank_module))

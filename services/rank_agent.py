@@ -21,6 +21,8 @@ from services.server import stop_event
 from services.telemetry import setup
 
 WISH_TIMEOUT_S = 5.0
+ACCEPT_PAUSE_S = 0.1
+MAX_CONNECTIONS = 256
 
 _log = logging.getLogger(__name__)
 
@@ -63,13 +65,22 @@ async def _serve(listener: socket.socket, rank_module: str, token: str) -> None:
     while not stop.is_set():
         accepting = asyncio.create_task(loop.sock_accept(listener))
         await asyncio.wait({accepting, stopped}, return_when=asyncio.FIRST_COMPLETED)
-        if accepting.done():
-            connection, _ = accepting.result()
-            task = asyncio.create_task(_lend(connection, rank_module, token))
-            work.add(task)
-            task.add_done_callback(work.discard)
-        else:
+        if not accepting.done():
             accepting.cancel()
+            break
+        try:
+            connection, _ = accepting.result()
+        except OSError as error:
+            _log.warning("cannot accept: %s", error)
+            await asyncio.sleep(ACCEPT_PAUSE_S)
+            continue
+        if len(work) >= MAX_CONNECTIONS:
+            _log.warning("refused: %d connections are open", len(work))
+            connection.close()
+            continue
+        task = asyncio.create_task(_lend(connection, rank_module, token))
+        work.add(task)
+        task.add_done_callback(work.discard)
     for task in work:
         task.cancel()
     await asyncio.gather(*work, return_exceptions=True)
@@ -88,7 +99,11 @@ async def _lend(connection: socket.socket, rank_module: str, token: str) -> None
         if not hmac.compare_digest(wish.token.encode(), token.encode()):
             _log.warning("refused: wrong token")
             return
-        process = await _start(wish, connection, rank_module)
+        try:
+            process = await _start(wish, connection, rank_module)
+        except OSError as error:
+            _log.error("cannot start rank %d: %s", wish.rank, error)
+            return
     try:
         code = await process.wait()
         _log.info("rank ended", extra={"rank": wish.rank, "code": code})

@@ -40,6 +40,9 @@ WATCH_EVERY_S = 0.25
 CALL_QUEUE_BYTES = 8 * 1024 * 1024
 STALL_LIMIT_S = 20.0
 
+# Every rank process beats once a second from a thread of its own.
+FROZEN_S = 10.0
+
 _log = logging.getLogger(__name__)
 
 
@@ -138,6 +141,8 @@ class RankLife:
         self._next_id = 1
         self._heard_s = time.monotonic()
         self._over = asyncio.Event()
+        self._first_closed: Rank | None = None
+        self._alive_s: dict[int, float] = {}
         self._reason = ""
         self._fatal: Fatal | None = None
         self.description: types_pb2.DescribeResponse | None = None
@@ -156,14 +161,17 @@ class RankLife:
             place = Place(rank, world, rendezvous)
             heard = partial(self._on_frame, rank)
             if rank < share:
-                self._ranks.append(await LocalRank.spawn(self._config, rank_module, place, heard, self._over.set))
+                spawned: Rank = await LocalRank.spawn(
+                    self._config, rank_module, place, heard, partial(self._closed, rank)
+                )
             else:
                 agent = parallel.hosts[rank // share - 1]
                 try:
-                    self._ranks.append(await RemoteRank.spawn(self._config, agent, place, heard, self._over.set))
+                    spawned = await RemoteRank.spawn(self._config, agent, place, heard, partial(self._closed, rank))
                 except OSError as error:
-                    self.kill(f"the agent at {agent} does not answer: {error.strerror or error}")
+                    self.kill(f"the agent at {agent} does not answer: {error.strerror or 'in time'}")
                     return
+            self._ranks.append(spawned)
 
     def send(self, kind: Kind, call_id: int = 0, payload: bytes = b"") -> None:
         """A frame to every rank."""
@@ -194,9 +202,11 @@ class RankLife:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._over.wait(), WATCH_EVERY_S)
             self._check_silence()
+            self._check_frozen()
             self._check_stalls()
         # A rank that ends by itself still has something to say; the others wait for it in vain.
-        first = next((rank for rank in self._ranks if rank.gone), self._ranks[0])
+        gone = next((rank for rank in self._ranks if rank.gone), self._ranks[0])
+        first = self._first_closed or gone
         first.channel.read_rest()
         ending = await first.end(0.0 if self._reason else EXIT_GRACE_S)
         for rank in self._ranks:
@@ -218,6 +228,7 @@ class RankLife:
         if channel.paused and not any(call.full_since_s for call in self._calls.values()):
             # The rank could not be heard while the channel stood still.
             self._heard_s = time.monotonic()
+            self._alive_s.clear()
             channel.resume()
 
     def kill(self, reason: str) -> None:
@@ -225,6 +236,11 @@ class RankLife:
         self._reason = self._reason or reason
         for rank in self._ranks:
             rank.kill()
+        self._over.set()
+
+    def _closed(self, rank: int) -> None:
+        if not self._over.is_set() and rank < len(self._ranks):
+            self._first_closed = self._ranks[rank]
         self._over.set()
 
     def _died(self, rank: int, ending: str) -> Death:
@@ -235,11 +251,12 @@ class RankLife:
         return Death(message, startup=self._fatal is not None and self._fatal.startup)
 
     def _on_frame(self, rank: int, frame: Frame) -> None:
+        self._alive_s[rank] = time.monotonic()
         if frame.kind is Kind.FATAL:
             self._fatal = self._fatal or Fatal.from_bytes(frame.payload)
         elif frame.kind is Kind.READY:
             self._rank_ready(rank, frame.payload)
-        if rank:
+        if rank or frame.kind is Kind.BEAT:
             return
         self._heard_s = time.monotonic()
         call = self._calls.get(frame.call_id)
@@ -268,6 +285,15 @@ class RankLife:
         if not self._ranks[0].channel.paused and time.monotonic() - self._heard_s > limit_s:
             what = "was not ready" if self._waiting else "was silent"
             self.kill(f"the rank {what} for {limit_s:.0f} s and was killed")
+
+    def _check_frozen(self) -> None:
+        """A process that does not even beat is stopped, or its host is gone."""
+        if self._waiting or self._ranks[0].channel.paused:
+            return
+        now_s = time.monotonic()
+        for rank in self._ranks:
+            if now_s - self._alive_s.get(rank.place.rank, now_s) > FROZEN_S:
+                self.kill(f"rank {rank.place.rank} was frozen for {FROZEN_S:.0f} s and was killed")
 
     def _check_stalls(self) -> None:
         now_s = time.monotonic()
@@ -356,6 +382,9 @@ class RankGroup:
 
 def _free_port(host: str) -> int:
     with socket.socket() as probe:
-        probe.bind((host, 0))
+        try:
+            probe.bind((host, 0))
+        except OSError as error:
+            raise StartupError(f"parallel.leader_address {host} is no address of this host") from error
         port: int = probe.getsockname()[1]
         return port

@@ -11,6 +11,7 @@ import struct
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Protocol
 
 from services.channel import AsyncChannel, Frame
@@ -20,7 +21,7 @@ SOCKET_BUFFER_BYTES = 4 * 1024 * 1024
 CONNECT_TIMEOUT_S = 5.0
 DEAD_HOST_S = 10
 WISH_LENGTH = struct.Struct("<I")
-MAX_WISH_BYTES = 1024 * 1024
+MAX_WISH_BYTES = 100 * 1024
 
 _log = logging.getLogger(__name__)
 
@@ -137,20 +138,17 @@ class RemoteRank:
         """Asks the agent at `host:port` for a rank.
 
         Raises:
-            OSError: it does not answer.
+            OSError: it does not answer (TimeoutError within seconds), or the token's file cannot be read.
         """
         rank = cls(agent, place)
-        host, _, port = agent.rpartition(":")
-        connection = socket.create_connection((host, int(port)), CONNECT_TIMEOUT_S)
-        keep_alive(connection)
         wish = RankWish(
-            token=config.parallel.agent_token,
+            token=_secret(config.parallel.agent_token_file),
             config_json=json.dumps(asdict(config)),
             rank=place.rank,
             world=place.world,
             rendezvous=place.rendezvous,
         )
-        connection.sendall(wish.to_bytes())
+        connection = await _connect(agent, wish.to_bytes())
 
         def closed() -> None:
             rank._closed.set()
@@ -200,7 +198,34 @@ class RankWish:
         Raises:
             ValueError, TypeError: it is not one.
         """
-        return cls(**json.loads(data))
+        wish = cls(**json.loads(data))
+        texts, numbers = (wish.token, wish.config_json, wish.rendezvous), (wish.rank, wish.world)
+        if not all(isinstance(text, str) for text in texts) or not all(isinstance(number, int) for number in numbers):
+            raise TypeError("a wish has texts and whole numbers")
+        return wish
+
+
+def _secret(file: str) -> str:
+    # Read when it is needed: no config, log or command line ever holds it.
+    return Path(file).read_text().strip() if file else ""
+
+
+async def _connect(agent: str, first: bytes) -> socket.socket:
+    """A connection on which `first` has been sent, without a moment's stop of the event loop."""
+    loop = asyncio.get_running_loop()
+    host, _, port = agent.rpartition(":")
+    connection = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        connection.setblocking(False)
+        async with asyncio.timeout(CONNECT_TIMEOUT_S):
+            [address, *_] = await loop.getaddrinfo(host, int(port), family=socket.AF_INET, type=socket.SOCK_STREAM)
+            await loop.sock_connect(connection, address[4])
+            keep_alive(connection)
+            await loop.sock_sendall(connection, first)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
 
 
 def keep_alive(connection: socket.socket) -> None:

@@ -45,6 +45,7 @@ from services.tensors import bundle_frames
 INBOX_BYTES = 64 * 1024 * 1024
 OUTBOX_BYTES = 16 * 1024 * 1024
 STATUS_EVERY_S = 1.0
+BEAT_EVERY_S = 1.0
 STATUS_MIN_S = 0.1
 MAX_TICK_FAILURES = 3
 PR_SET_PDEATHSIG = 1
@@ -189,6 +190,7 @@ class Rank:
         self._writer = threading.Thread(target=self._write, name="channel writer", daemon=True)
         self._writer.start()
         threading.Thread(target=self._read, name="channel reader", daemon=True).start()
+        threading.Thread(target=self._beat, name="beat", daemon=True).start()
 
     def serve(self, build: Callable[..., RankProgram], config: StageConfig, rendezvous: str = "") -> int:
         """Builds the program and runs it to its end; returns the exit code."""
@@ -244,7 +246,7 @@ class Rank:
                 elif frame.kind is Kind.HALF_CLOSE:
                     program.half_closed(call)
             except Exception as error:  # noqa: BLE001 - one call fails, the others go on
-                call.fail(as_service_error(error, call.request_id))
+                call.fail(self._service_error(error, call.request_id))
                 self._drop(program, call)
 
     def _tick(self, program: RankProgram) -> bool:
@@ -253,7 +255,7 @@ class Rank:
         except Exception as error:
             # The program should have failed its own calls; whose fault it was is unknown here, so all of them fail.
             self._tick_failures += 1
-            failure = as_service_error(error, "")
+            failure = self._service_error(error, "")
             if self._tick_failures >= MAX_TICK_FAILURES:
                 raise
             for call in list(self._calls.values()):
@@ -268,7 +270,14 @@ class Rank:
         try:
             program.cancelled(call)
         except Exception as error:  # noqa: BLE001 - the call is over; nobody waits for the answer
-            as_service_error(error, call.request_id)
+            self._service_error(error, call.request_id)
+
+    def _service_error(self, error: Exception, request_id: str) -> ServiceError:
+        """What a caller may know of it; on one rank of several, what the others do not share ends the process."""
+        if self._world > 1 and not isinstance(error, ServiceError):
+            # The others go on or wait in a collective: only a new group is in step again.
+            raise error
+        return as_service_error(error, request_id)
 
     def _report(self, program: RankProgram) -> None:
         now_s = time.monotonic()
@@ -297,6 +306,12 @@ class Rank:
             _log.exception("the front sent something that is no frame")
         # The front is gone: the main thread may be inside a kernel for long, so the process ends here.
         os._exit(1)
+
+    def _beat(self) -> None:
+        """Shows that the process runs, whatever its main thread does: one that is frozen is found soon."""
+        while not self._outbox.closed:
+            time.sleep(BEAT_EVERY_S)
+            self._outbox.put(Frame(Kind.BEAT, PROCESS, b""))
 
     def _write(self) -> None:
         try:

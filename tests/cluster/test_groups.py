@@ -95,3 +95,15 @@ def test_a_killed_rank_takes_the_group_down_and_the_request_goes_on(group, clien
     wait_for(lambda: client.get(request_id).state == gateway_pb2.REQUEST_STATE_DONE, 120)
     assert len(ranks(group)) == 2
     assert not {process.pid for process in old} & {process.pid for process in ranks(group)}
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_frozen_rank_is_found_and_the_request_goes_on(group, client, victim):
+    old = ranks(group)
+    request_id = client.submit(PROMPT, model="demo", steps=100, seed=4)
+    wait_for(lambda: client.get(request_id).step > 1)
+    old[victim].suspend()
+    # It beats once a second; ten seconds of silence are too many.
+    wait_for(lambda: not any(process.is_running() for process in old), 20)
+    wait_for(lambda: serving(group), 60)
+    wait_for(lambda: client.get(request_id).state == gateway_pb2.REQUEST_STATE_DONE, 120)

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 
+import psutil
 import pytest
 import torch
 
@@ -68,14 +69,19 @@ def tiny(tmp_path):
         yield Subject(row, make_folder(row, tmp_path / "model")), row
 
 
-def settings(folder, token: str = TOKEN) -> dict[str, object]:
+def command_lines() -> str:
+    """What every user of the machine can read of every process."""
+    return "\n".join(" ".join(process.info["cmdline"] or ()) for process in psutil.process_iter(["cmdline"]))
+
+
+def settings(folder, token) -> dict[str, object]:
     return {
         "model.source": str(folder),
         "model.device": "cpu",
         "parallel.ulysses_degree": 2,
         "parallel.hosts": [f"{THERE}:{AGENT_PORT}"],
         "parallel.leader_address": HERE,
-        "parallel.agent_token": token,
+        "parallel.agent_token_file": str(token),
     }
 
 
@@ -100,8 +106,9 @@ async def test_a_group_over_two_hosts_serves_and_a_dead_host_takes_it_down(tmp_p
     params = subject.params(row.wishes[0])
     conditions = subject.job("r", params).conditions
     expected = subject.stock(params)
-    options = {"module": "dit_svc", "settings": settings(tmp_path / "model"), "start_timeout_s": 90}
+    options = {"module": "dit_svc", "settings": settings(tmp_path / "model", tmp_path / "token"), "start_timeout_s": 90}
     async with running_stage(tmp_path, **options) as stage:
+        assert TOKEN not in stage.log.read_text() + (tmp_path / "agent.log").read_text() + command_lines()
         assert difference(await denoise(stage, params, conditions), expected) <= 1e-4
         ip("link", "set", LINK, "down")
         await stage.until("NOT_SERVING", 25)
@@ -111,7 +118,9 @@ async def test_a_group_over_two_hosts_serves_and_a_dead_host_takes_it_down(tmp_p
 
 
 async def test_an_agent_lends_nothing_to_those_who_do_not_know_its_secret(tmp_path, other_host, tiny):
-    stage = StageProcess(tmp_path, module="dit_svc", settings=settings(tmp_path / "model", "a guess"))
+    guess = tmp_path / "guess"
+    guess.write_text("a guess")
+    stage = StageProcess(tmp_path, module="dit_svc", settings=settings(tmp_path / "model", guess))
     await stage.start()
     try:
         assert await stage.exit_code(60) == 2

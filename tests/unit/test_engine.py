@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dit_svc.engine import DenoiseJob, Failed, Finished, Stepped
-from services.errors import InvalidRequest, NonFinite
+from services.errors import InvalidRequest, NonFinite, OutOfMemory
 from services.request import ResolvedParams
 from tests.oracle.harness import Subject, difference, make_folder, run
 from tests.oracle.qwen_image import ROWS
@@ -77,6 +77,47 @@ def test_wrong_conditions_are_refused(tiny, name, tensor):
     engine = tiny.engine()
     with pytest.raises(InvalidRequest):
         engine.admit(DenoiseJob("x", params, {name: tensor}))
+    assert not engine.busy
+
+
+@pytest.mark.parametrize("branches", ["serial", "rows"])
+def test_out_of_memory_fails_the_newest_and_nothing_else(tiny, branches, monkeypatch):
+    engine = tiny.engine(branches=branches)
+    kept = asked(tiny, "a red circle", 1)
+    engine.admit(tiny.job("kept", kept))
+    engine.admit(tiny.job("large", asked(tiny, "a dog", 2)))
+    run_blocks, calls = engine._forward._work, []
+
+    def short_of_memory():
+        calls.append(1)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("no memory")
+        return run_blocks()
+
+    monkeypatch.setattr(engine._forward, "_work", short_of_memory)
+    events: list = []
+    results = run(engine, events)
+    [failed] = [event for event in events if isinstance(event, Failed)]
+    assert (failed.request_id, type(failed.error)) == ("large", OutOfMemory)
+    assert difference(results["kept"], tiny.stock(kept)) <= 1e-4
+    for name in ("after", "and after"):
+        engine.admit(tiny.job(name, kept))
+    after = run(engine, [])
+    assert difference(after["after"], tiny.stock(kept)) <= 1e-4
+    assert difference(after["and after"], tiny.stock(kept)) <= 1e-4
+
+
+def test_a_bug_in_a_forward_leaves_the_engine_whole(tiny, monkeypatch):
+    engine = tiny.engine()
+    params = asked(tiny, "a red circle", 1)
+    engine.admit(tiny.job("broken", params))
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._forward, "_work", lambda: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            engine.tick()
+    engine.abort("broken")
+    engine.admit(tiny.job("next", params))
+    assert difference(run(engine, [])["next"], tiny.stock(params)) <= 1e-4
     assert not engine.busy
 
 
