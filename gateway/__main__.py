@@ -41,6 +41,7 @@ async def serve(config: GatewayConfig) -> None:
 
     Raises:
         StartupError: a port or the store cannot be had.
+        Exception: what ended one of the loops.
     """
     section = config.gateway
     name = section.name or f"{socket.gethostname()}-{os.getpid()}"
@@ -75,6 +76,7 @@ async def serve(config: GatewayConfig) -> None:
     log.info("listening on %s: gRPC %d, HTTP %d", section.host, section.grpc_port, section.http_port)
     stopped = asyncio.create_task(stop.wait())
     await asyncio.wait({stopped, *loops}, return_when=asyncio.FIRST_COMPLETED)
+    broken = [task for task in loops if task.done()]
     await health.set_serving(False)
     rest.should_exit = True
     await dispatcher.stop()
@@ -83,6 +85,9 @@ async def serve(config: GatewayConfig) -> None:
         task.cancel()
     await asyncio.gather(*loops, return_exceptions=True)
     await state.close()
+    for task in broken:
+        # None ends by itself: the process must not end as if it had been told to.
+        task.result()
 
 
 async def _serve_rest(rest: uvicorn.Server, http_socket: socket.socket) -> None:

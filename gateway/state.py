@@ -20,7 +20,7 @@ from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import RedisError
+from redis.exceptions import ReadOnlyError, RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from gateway.followers import Followers, StoredEvent
@@ -58,7 +58,7 @@ class Claim:
 
 
 class State:
-    """The scripts as methods. Every method raises StateStoreDown when Redis does not answer."""
+    """The scripts as methods. Every method raises StateStoreDown when Redis does not answer, or only with an error."""
 
     def __init__(self, url: str, owner: str) -> None:
         # Two gateways may have been given one name; what they publish must still be told apart.
@@ -255,15 +255,27 @@ class State:
     async def _call(self, command: Callable[[], Awaitable[Any]], patience_s: float = PATIENCE_S) -> Any:
         # A script may have run although its answer was lost. Each may run again: a second claim takes another request,
         # and the first one's lease runs out.
+        refusal: RedisError | None = None
         try:
             async with asyncio.timeout(patience_s):
                 while True:
                     try:
                         return await command()
                     except (RedisConnectionError, RedisTimeoutError, OSError):
-                        await asyncio.sleep(RETRY_S)
+                        pass
+                    except ReadOnlyError as error:
+                        # After a failover the connections still lead to the old primary.
+                        refusal = error
+                        await self._redis.connection_pool.disconnect(inuse_connections=False)
+                    except RedisError as error:
+                        # Full, or unable to save: an answer, but as passing as none.
+                        refusal = error
+                    await asyncio.sleep(RETRY_S)
         except TimeoutError as error:
-            raise StateStoreDown("the state store does not answer: try again later", retry_after_s=1.0) from error
+            if refusal is not None:
+                log.error("Redis refuses commands: %s", refusal)
+            what = "does not answer" if refusal is None else "refuses commands"
+            raise StateStoreDown(f"the state store {what}: try again later", retry_after_s=1.0) from error
 
 
 def queue_key(stage: str, component_id: str) -> str:

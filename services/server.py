@@ -68,7 +68,10 @@ def ensure_malloc() -> None:
 
 
 def run_service(serve: Callable[[], None]) -> NoReturn:
-    """Runs a process's main function to its end. What cannot start leaves one line, the log's last, and exit code 2."""
+    """Runs a process's main function to its end. What cannot start leaves one line, the log's last, and exit code 2.
+
+    What breaks later leaves its trace in the log, and exit code 1.
+    """
     code = 0
     try:
         serve()
@@ -78,6 +81,10 @@ def run_service(serve: Callable[[], None]) -> NoReturn:
         code = STARTUP_ERROR_CODE
     except KeyboardInterrupt:
         code = 130
+    except Exception:
+        logging.getLogger(__name__).exception("ended by an error")
+        logging.shutdown()
+        code = 1
     sys.stderr.flush()
     # Threads of gRPC and of the metrics page may outlive the loop; nothing of theirs is worth waiting for.
     os._exit(code)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import redis
 
 from lightloom import Client
 from lightloom.launcher import free_port
@@ -150,3 +151,17 @@ def test_redis_goes_away_while_requests_run(store, honest, running_cluster, tmp_
         assert len(list((running.store / "artifacts").glob("*.json"))) == 3
         assert not list((running.store / "latents").iterdir())
     wait_for(lambda: not running_cluster.leftovers())
+
+
+def test_a_redis_that_is_full_refuses_and_the_gateway_lives(store, honest, tmp_path):
+    store.start()
+    with (
+        gateway(tmp_path, store.url, honest) as running,
+        redis.Redis.from_url(store.url) as administrator,
+    ):
+        administrator.config_set("maxmemory", 1)
+        refused = running.rest.post("/v1/requests", json=BODY)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "state_store_down")
+        administrator.config_set("maxmemory", 0)
+        assert running.rest.post("/v1/images/generations", json=IMAGE).status_code == 200
+        assert "maxmemory" in running.log.read_text()

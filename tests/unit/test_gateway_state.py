@@ -12,7 +12,7 @@ import pytest
 from gateway.followers import StoredEvent
 from gateway.state import READ_EVENTS, Claim, State, queue_key
 from lightloom.redis_server import start_redis
-from services.errors import UnknownRequest
+from services.errors import StateStoreDown, UnknownRequest
 
 DIT, VAE = queue_key("dit", "d"), queue_key("vae", "v")
 LEASE_S = 10.0
@@ -86,9 +86,11 @@ async def test_a_whole_life_is_seen_alike_by_its_own_gateway_and_by_another(two)
     assert await own.state.commit(claim, "done", "vae", "", {"artifact": b"a"}) == "done"
     seen = [await follower for follower in followers]
     assert kinds(seen[0]) == ["queued", "running", "1", "2", "3", "running", "done"]
-    assert seen[0] == seen[1]
-    assert [event.event_id for event in seen[2]] == [event.event_id for event in seen[0]]
     for events in seen:
+        # Records are as new as each follower's reading of them.
+        assert [(event.event_id, event.state, event.payload) for event in events] == [
+            (event.event_id, event.state, event.payload) for event in seen[0]
+        ]
         assert events[-1].record["busy:dit"] == b"1.5" and events[-1].record["artifact"] == b"a"
         assert float(events[-1].record["queued_s"]) >= 0
     assert kinds(await follow(other, "r", after=seen[0][4].event_id)) == ["running", "done"]
@@ -211,3 +213,19 @@ async def test_a_lease_renewed_after_the_reaper_saw_it_expired_is_kept(two) -> N
     assert await own.state.beat(claim, LEASE_S) == "running"
     assert await other.state.requeue("r", None, 3, True, b"e") == "lost"
     assert await own.state.beat(claim, LEASE_S) == "running"
+
+
+async def test_a_redis_that_refuses_to_write_is_down(two) -> None:
+    own, _ = two
+    administrator = own.state._redis
+    await administrator.config_set("maxmemory", 1)
+    with pytest.raises(StateStoreDown, match="refuses"):
+        await own.submit("r")
+    await administrator.config_set("maxmemory", 0)
+    await administrator.replicaof("127.0.0.1", 1)
+    with pytest.raises(StateStoreDown, match="refuses"):
+        await own.submit("r")
+    refused = asyncio.create_task(own.submit("r"))
+    await asyncio.sleep(0.3)
+    await administrator.replicaof("NO", "ONE")
+    assert await refused == 1
