@@ -82,10 +82,16 @@ class Followers:
         """The last event that all of a request's followers have; empty when it has none."""
         return min((f.seen for f in self._by_request.get(request_id, ())), key=_place, default="")
 
-    def give(self, request_id: str, events: Sequence[StoredEvent]) -> None:
-        """Hands them the events after `seen_by_all`."""
+    def give(self, request_id: str, after: str, events: Sequence[StoredEvent]) -> None:
+        """Hands on the events that came after `after`, what `seen_by_all` said before they were read.
+
+        Who has joined since and has seen less would be left with a gap: it is woken to read by itself.
+        """
         for follower in self._by_request.get(request_id, ()):
-            follower.give(events)
+            if after and _place(follower.seen) >= _place(after):
+                follower.give(events)
+            else:
+                follower.wake()
 
     def wake(self, request_id: str) -> None:
         """They have something to read."""

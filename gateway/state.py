@@ -244,7 +244,7 @@ class State:
         arguments = (claim.request_id, claim.fence, self._owner, *before, seen, READ_EVENTS, *after)
         keys = [_request(claim.request_id), LEASES]
         state, entries, flat = await self._run(name, keys, *arguments, **options)
-        self._followers.give(claim.request_id, _stored_events(entries, flat))
+        self._followers.give(claim.request_id, seen, _stored_events(entries, flat))
         if len(entries) == READ_EVENTS:
             self._followers.wake(claim.request_id)
         return str(state.decode())
