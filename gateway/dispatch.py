@@ -107,9 +107,7 @@ class Dispatcher:
                 # Seen twice: when Redis comes back after an outage, owners have the time between to renew their leases.
                 expired, before = now & before, now
                 for request_id in expired:
-                    log.warning("lease of %s expired", request_id)
-                    state = await self._state.requeue(request_id, None, self._config.max_attempts, True, lost)
-                    self._lifecycle.forget(request_id, state)
+                    await self._lifecycle.take_away(request_id, lost)
 
     async def stop(self) -> None:
         """Gives every claim back: another gateway goes on with it."""

@@ -39,12 +39,31 @@ class Lifecycle:
         """From now on, work that is cancelled goes back to its queue: this gateway stops, the requests live on."""
         self._stopping = True
 
-    def forget(self, request_id: str, state: str) -> None:
-        """Clears up behind a request that is in this state now; not behind one that has another owner ("lost")."""
-        if state == "done":
+    async def take_away(self, request_id: str, error: bytes) -> None:
+        """Gives back a request whose owner went silent, and clears up what that one left."""
+        # Listed before: then none of them is a later owner's.
+        files = await self._store.files_of(request_id)
+        state = await self._state.requeue(request_id, None, self._config.max_attempts, True, error)
+        if state == "lost":
+            return
+        log.warning("lease of %s expired: it is %s now", request_id, state)
+        if state in TERMINAL:
             self._store.drop_latents(request_id)
-        elif state in TERMINAL:
-            self._store.drop(request_id)
+        for name in files:
+            self._store.drop(name)
+
+    async def _settle(self, work: Work, state: str) -> None:
+        """Clears up behind a request that is in this state now, as far as nobody needs it any more."""
+        kept = state in ("done", "running")
+        if state == "lost":
+            # It may have ended, even with our result, if the answer to our commit was lost.
+            record = await self._state.get(work.request_id)
+            kept = record.get("file") == work.artifact_name.encode()
+            state = record["state"].decode() if record else "expired"
+        if state in TERMINAL:
+            self._store.drop_latents(work.request_id)
+        if not kept:
+            self._store.drop(work.artifact_name)
 
     async def run(self, claim: Claim, replica: Replica) -> None:
         """Takes a claim through its stage, and through the VAE too when one is free. Never raises, but on cancel."""
@@ -114,7 +133,7 @@ class Lifecycle:
         if decode is not None and state == "running":
             await self._finish(work, decode)
         else:
-            self.forget(work.request_id, state)
+            await self._settle(work, state)
 
     async def _decode_stored(self, work: Work, replica: Replica) -> None:
         decode = Decode(work, replica, Latents(await self._store.latents(work.request_id), whole=True))
@@ -127,15 +146,15 @@ class Lifecycle:
         """Media to the store, then DONE."""
         data = await decode.media()
         start_ns = time.time_ns()
-        storing = asyncio.create_task(self._store.put(work.request_id, data, decode.artifact))
+        storing = asyncio.create_task(self._store.put(work.artifact_name, data, decode.artifact))
         try:
             work.add("vae", await decode.ended())
             work.spans.append(make_span("gateway.decode", self._process, decode.start_unix_ns, time.time_ns()))
         finally:
             await storing
         work.spans.append(make_span("gateway.store", self._process, start_ns, time.time_ns()))
-        fields = work.fields(artifact=decode.artifact.SerializeToString())
-        self.forget(work.request_id, await self._state.commit(work.claim, "done", "vae", "", fields))
+        fields = work.fields(artifact=decode.artifact.SerializeToString(), file=work.artifact_name)
+        await self._settle(work, await self._state.commit(work.claim, "done", "vae", "", fields))
 
     async def _give_up(self, work: Work, replica: Replica, error: ServiceError) -> None:
         if isinstance(error, InvalidRequest) and not error.param:
@@ -154,7 +173,7 @@ class Lifecycle:
         detail = error_to_proto(error).SerializeToString()
         with contextlib.suppress(ServiceError):
             # If Redis is away now, the lease runs out and the reaper ends the request.
-            self.forget(work.request_id, await self._state.commit(work.claim, state, "", "", work.fields(error=detail)))
+            await self._settle(work, await self._state.commit(work.claim, state, "", "", work.fields(error=detail)))
 
     async def _cancelled(self, work: Work) -> None:
         if self._stopping:
@@ -166,7 +185,7 @@ class Lifecycle:
     async def _requeue(self, work: Work, counts: bool, detail: bytes) -> None:
         fence, attempts = work.claim.fence, self._config.max_attempts
         with contextlib.suppress(ServiceError):
-            self.forget(work.request_id, await self._state.requeue(work.request_id, fence, attempts, counts, detail))
+            await self._settle(work, await self._state.requeue(work.request_id, fence, attempts, counts, detail))
 
     async def _keep_lease(self, work: Work, task: asyncio.Task[None] | None) -> None:
         """Beats until cancelled; a lost lease or an abort that was missed cancels the work."""

@@ -125,10 +125,13 @@ class RequestService:
         Raises:
             UnknownRequest: no request has that id, or it has been forgotten.
         """
+        return status_of(request_id, await self._record(request_id))
+
+    async def _record(self, request_id: str) -> dict[str, bytes]:
         record = await self._state.get(request_id)
         if not record:
             raise UnknownRequest(f"there is no request {request_id!r}", param="request_id")
-        return status_of(request_id, record)
+        return record
 
     async def newest(self, limit: int) -> list[gateway_pb2.RequestStatus]:
         """The newest requests, at most 1000."""
@@ -175,9 +178,10 @@ class RequestService:
             UnknownRequest: as `get`.
             WrongState: it has none (yet).
         """
-        status = await self.get(request_id)
-        path = self._store.path(request_id)
-        if not status.HasField("artifact") or not path.exists():
+        record = await self._record(request_id)
+        status = status_of(request_id, record)
+        path = self._store.path(record.get("file", b"").decode())
+        if not status.HasField("artifact") or not path.is_file():
             name = gateway_pb2.RequestState.Name(status.state).removeprefix("REQUEST_STATE_").lower()
             raise WrongState(f"request {request_id} is {name} and has no artifact", request_id=request_id)
         return status.artifact, path
@@ -186,10 +190,15 @@ class RequestService:
         """A finished request's media.
 
         Raises:
+            UnknownRequest: as `get`.
             WrongState: its file is gone.
         """
+        data = self._store.recent(status.artifact)
+        if data is not None:
+            return data
+        _, path = await self.artifact(status.request_id)
         try:
-            return await self._store.read(status.request_id, status.artifact)
+            return await asyncio.to_thread(path.read_bytes)
         except OSError as error:
             raise WrongState(f"the artifact of request {status.request_id} is gone") from error
 
@@ -199,9 +208,7 @@ class RequestService:
         Raises:
             UnknownRequest: as `get`.
         """
-        record = await self._state.get(request_id)
-        if not record:
-            raise UnknownRequest(f"there is no request {request_id!r}", param="request_id")
+        record = await self._record(request_id)
         spans = [
             span
             for key, value in record.items()

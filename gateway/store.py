@@ -7,6 +7,7 @@ import errno
 import hashlib
 import json
 import os
+import secrets
 import struct
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
@@ -22,65 +23,70 @@ RECENT_BYTES = 32 * 1024 * 1024
 
 
 class Store:
-    """Artifacts by request id, and latents between two stages."""
+    """Artifacts by file name (`artifact_name`), and latents between two stages by request id."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
-        self._recent: OrderedDict[str, tuple[str, bytes]] = OrderedDict()
+        self._recent: OrderedDict[str, bytes] = OrderedDict()
         self._recent_bytes = 0
         try:
             for name in ("artifacts", "latents"):
                 (root / name).mkdir(parents=True, exist_ok=True)
-            probe = root / f".probe-{os.getpid()}"
+            probe = _part_of(root / "probe")
             probe.write_bytes(b"")
             probe.unlink()
         except OSError as error:
             raise StartupError(f"the artifact store {root} cannot be written: {error.strerror}") from error
 
-    async def put(self, request_id: str, data: bytes, artifact: gateway_pb2.Artifact) -> None:
+    async def put(self, name: str, data: bytes, artifact: gateway_pb2.Artifact) -> None:
         """Writes an artifact and its manifest, and syncs both; sets `nbytes` and `sha256`.
 
         Raises:
             Overloaded: the disk is full.
         """
-        await _to_its_end(self._write, request_id, data, artifact)
-        self._remember(request_id, artifact.sha256, data)
+        await _to_its_end(self._write, name, data, artifact)
+        self._remember(artifact.sha256, data)
 
-    def _write(self, request_id: str, data: bytes, artifact: gateway_pb2.Artifact) -> None:
+    def _write(self, name: str, data: bytes, artifact: gateway_pb2.Artifact) -> None:
         artifact.nbytes = len(data)
         artifact.sha256 = hashlib.sha256(data).hexdigest()
         manifest = {"mime": artifact.mime, "nbytes": artifact.nbytes, "sha256": artifact.sha256}
-        path = self.path(request_id)
+        path = self.path(name)
         try:
             _write_synced(path, data)
-            _write_synced(path.with_suffix(".json"), json.dumps(manifest).encode())
+            _write_synced(_manifest_of(path), json.dumps(manifest).encode())
             _sync_names(path.parent)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise Overloaded("the artifact store is full: try again later", retry_after_s=30.0) from error
             raise
 
-    def _remember(self, request_id: str, sha256: str, data: bytes) -> None:
-        self._forget(request_id)
-        self._recent[request_id] = sha256, data
-        self._recent_bytes += len(data)
+    def _remember(self, sha256: str, data: bytes) -> None:
+        self._recent_bytes += len(data) - len(self._recent.pop(sha256, b""))
+        self._recent[sha256] = data
         while self._recent_bytes > RECENT_BYTES:
-            self._forget(next(iter(self._recent)))
+            _, oldest = self._recent.popitem(last=False)
+            self._recent_bytes -= len(oldest)
 
-    def _forget(self, request_id: str) -> None:
-        _, data = self._recent.pop(request_id, ("", b""))
-        self._recent_bytes -= len(data)
+    def recent(self, artifact: gateway_pb2.Artifact) -> bytes | None:
+        """An artifact's bytes, if this process wrote them lately."""
+        return self._recent.get(artifact.sha256)
 
-    async def read(self, request_id: str, artifact: gateway_pb2.Artifact) -> bytes:
-        """An artifact's bytes. Raises OSError when its file is gone."""
-        sha256, data = self._recent.get(request_id, ("", b""))
-        if sha256 and sha256 == artifact.sha256:
-            return data
-        return await asyncio.to_thread(self.path(request_id).read_bytes)
-
-    def path(self, request_id: str) -> Path:
+    def path(self, name: str) -> Path:
         """Where an artifact's bytes are, or would be."""
-        return self._root / "artifacts" / request_id
+        return self._root / "artifacts" / name
+
+    async def files_of(self, request_id: str) -> list[str]:
+        """Names of the artifacts that owners of a request have written so far. It looks through the whole folder."""
+        folder = self._root / "artifacts"
+        paths = await asyncio.to_thread(lambda: list(folder.glob(f"{request_id}.*")))
+        return [path.name for path in paths if path.suffix != ".json"]
+
+    def drop(self, name: str) -> None:
+        """Forgets an artifact, if it is there."""
+        path = self.path(name)
+        path.unlink(missing_ok=True)
+        _manifest_of(path).unlink(missing_ok=True)
 
     async def put_latents(self, request_id: str, messages: Iterable[bytes]) -> None:
         """Keeps a relayed bundle for the next stage. It is not synced: lost latents are computed again."""
@@ -88,7 +94,7 @@ class Store:
 
     def _write_latents(self, request_id: str, messages: list[bytes]) -> None:
         path = self._latents(request_id)
-        fresh = path.with_suffix(f".{os.getpid()}.part")
+        fresh = _part_of(path)
         with fresh.open("wb") as file:
             for message in messages:
                 file.write(_LENGTH.pack(len(message)) + message)
@@ -118,15 +124,22 @@ class Store:
         """Forgets them."""
         self._latents(request_id).unlink(missing_ok=True)
 
-    def drop(self, request_id: str) -> None:
-        """Forgets all that was kept of a request which ended without a result."""
-        self.drop_latents(request_id)
-        self._forget(request_id)
-        self.path(request_id).unlink(missing_ok=True)
-        self.path(request_id).with_suffix(".json").unlink(missing_ok=True)
-
     def _latents(self, request_id: str) -> Path:
         return self._root / "latents" / request_id
+
+
+def artifact_name(request_id: str, fence: int) -> str:
+    """The file of one owner of a request: one that has lost it cannot touch another's."""
+    return f"{request_id}.{fence}"
+
+
+def _manifest_of(path: Path) -> Path:
+    return path.with_name(f"{path.name}.json")
+
+
+def _part_of(path: Path) -> Path:
+    # Not by process number: in containers every gateway has the same one.
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
 
 
 async def _to_its_end(write: Callable[..., None], *arguments: Any) -> None:
@@ -140,7 +153,7 @@ async def _to_its_end(write: Callable[..., None], *arguments: Any) -> None:
 
 
 def _write_synced(path: Path, data: bytes) -> None:
-    fresh = path.with_name(f".{path.name}.{os.getpid()}.part")
+    fresh = _part_of(path)
     try:
         with fresh.open("wb") as file:
             file.write(data)

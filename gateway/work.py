@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gateway.state import Claim, State
+from gateway.store import artifact_name
 from protos import dit_pb2, gateway_pb2, types_pb2
 from services.errors import ServiceError
 from services.telemetry import new_traceparent
@@ -42,6 +43,11 @@ class Work:
     def request_id(self) -> str:
         """The request's id."""
         return self.claim.request_id
+
+    @property
+    def artifact_name(self) -> str:
+        """The file that the result goes to."""
+        return artifact_name(self.request_id, self.claim.fence)
 
     def context(self) -> types_pb2.RequestContext:
         """For a stage's first message."""

@@ -10,7 +10,7 @@ if state == target and state ~= 'running' then return {state, unpack(news(id, AR
 if state ~= 'running' and state ~= 'cancelling' then return {'lost', {}, {}} end
 if state == 'cancelling' then target = 'cancelled' end
 redis.call('HSET', KEYS[1], 'state', target, 'updated', now(), unpack(ARGV, 9))
-if target == 'cancelled' then redis.call('HDEL', KEYS[1], 'artifact') end
+if target == 'cancelled' then redis.call('HDEL', KEYS[1], 'artifact', 'file') end
 if target == 'running' or target == 'queued' then redis.call('HSET', KEYS[1], 'stage', ARGV[7]) end
 if target ~= 'running' then redis.call('ZREM', KEYS[2], id) end
 if target == 'queued' then
