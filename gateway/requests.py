@@ -17,6 +17,7 @@ from gateway.followers import StoredEvent
 from gateway.replicas import Replicas
 from gateway.state import TERMINAL, State, queue_key
 from gateway.store import Store
+from gateway.withdrawals import Withdrawals
 from protos import gateway_pb2, types_pb2
 from services.errors import InvalidRequest, Overloaded, UnknownModel, UnknownRequest, WrongState
 from services.media import first_picture
@@ -51,7 +52,7 @@ class RequestService:
         self._replicas = replicas
         self._store = store
         self._config = config
-        self._withdrawals: set[asyncio.Task[None]] = set()
+        self._withdrawals = Withdrawals(state.withdraw)
 
     async def submit(
         self, params: GenerationParams, *, idempotency_key: str = "", priority: int = 0, traceparent: str = ""
@@ -87,16 +88,11 @@ class RequestService:
         except BaseException:
             # It may be stored all the same. Nobody waits for it then, unless the key brings its owner back.
             if not idempotency_key:
-                self._withdraw(request_id)
+                self._withdrawals.add(request_id)
             raise
         if stored < 0:
             raise Overloaded(f"{limit} requests wait already: try again later", retry_after_s=5.0)
         return request_id
-
-    def _withdraw(self, request_id: str) -> None:
-        task = asyncio.create_task(self._state.withdraw(request_id))
-        self._withdrawals.add(task)
-        task.add_done_callback(self._withdrawals.discard)
 
     def _check_previews(self, model: str) -> None:
         if self._replicas.fit(model) is None:

@@ -8,7 +8,6 @@ once, without that way round. Used by the service and the dispatcher; knows noth
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
@@ -37,7 +36,6 @@ WATCH_TIMEOUT_S = 2.0
 # How long a call waits for a Redis that is away. Who asks is told soon; what a stage has made is worth a longer wait.
 PATIENCE_S = 2.0
 RESULT_PATIENCE_S = 30.0
-WITHDRAW_PATIENCE_S = 600.0
 RETRY_S = 0.1
 
 Fields = Mapping[str, str | bytes | float]
@@ -128,16 +126,15 @@ class State:
 
     async def abort(self, request_id: str) -> str | None:
         """The state after the abort; None for an unknown request."""
-        return await self._abort(request_id, never=False, patience_s=PATIENCE_S)
+        return await self._abort(request_id, never=False)
 
     async def withdraw(self, request_id: str) -> None:
-        """Aborts what a submit without an answer may have stored, or may still store, as soon as Redis answers."""
-        with contextlib.suppress(StateStoreDown):
-            await self._abort(request_id, never=True, patience_s=WITHDRAW_PATIENCE_S)
+        """Aborts what a submit without an answer may have stored, or may still store."""
+        await self._abort(request_id, never=True)
 
-    async def _abort(self, request_id: str, *, never: bool, patience_s: float) -> str | None:
+    async def _abort(self, request_id: str, *, never: bool) -> str | None:
         arguments = (request_id, self._owner, int(never))
-        result = await self._run("abort", [_request(request_id)], *arguments, patience_s=patience_s)
+        result = await self._run("abort", [_request(request_id)], *arguments)
         if not result:
             return None
         state = str(result.decode())
