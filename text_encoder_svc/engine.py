@@ -8,9 +8,11 @@ from collections import OrderedDict, deque
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from services.config import StageConfig
 from services.describe import limits_of, open_model, placement
+from services.device_memory import failure_of
 from services.errors import ServiceError
 from services.families import load_family
 from services.family import Tensors, TextInput, TextPart
@@ -118,17 +120,18 @@ class TextEngine:
         """Adds to `found` what can be encoded; returns why the rest cannot."""
         try:
             encoded = self._part.encode(self._model, list(missing.values()))
-        except ServiceError as error:
-            if len(missing) == 1:
-                return dict.fromkeys(missing, error)
-            # Alone, each fails for its own reasons only.
-            return {
-                name: why for key, item in missing.items() for name, why in self._encode({key: item}, found).items()
-            }
-        for key, tensors in zip(missing, encoded, strict=True):
-            found[key] = {name: tensor[None].cpu() for name, tensor in tensors.items()}
-            self._cache.put(key, found[key])
-        return {}
+        except (ServiceError, torch.OutOfMemoryError) as error:
+            # The retries come after this block: until its end the error holds what the forward had in memory.
+            failure = failure_of(error)
+        else:
+            for key, tensors in zip(missing, encoded, strict=True):
+                found[key] = {name: tensor[None].cpu() for name, tensor in tensors.items()}
+                self._cache.put(key, found[key])
+            return {}
+        if len(missing) == 1:
+            return dict.fromkeys(missing, failure)
+        # Alone, each fails for its own reasons only.
+        return {name: why for key, item in missing.items() for name, why in self._encode({key: item}, found).items()}
 
     def _finish(
         self,

@@ -12,7 +12,8 @@ import torch
 
 from services.config import StageConfig
 from services.describe import open_model, placement
-from services.errors import InvalidRequest, NonFinite, OutOfMemory, ServiceError
+from services.device_memory import failure_of
+from services.errors import InvalidRequest, NonFinite, ServiceError
 from services.families import load_family
 from services.family import Frames, Tensors, VaePart
 from services.media import decode_image, encode_frames
@@ -87,8 +88,7 @@ class VaeEngine:
                 raise InvalidRequest("there is no input picture to encode", param="inputs")
             tensors = self._part.encode(self._model, pictures, job.params)
         except (ServiceError, torch.OutOfMemoryError) as error:
-            failure = error if isinstance(error, ServiceError) else out_of_memory()
-            return VaeResult(job, time.perf_counter() - start_s, error=failure)
+            return VaeResult(job, time.perf_counter() - start_s, error=failure_of(error))
         return VaeResult(job, time.perf_counter() - start_s, tensors=tensors)
 
     def _decode(self, jobs: list[VaeJob]) -> list[VaeResult]:
@@ -102,8 +102,7 @@ class VaeEngine:
             if len(jobs) > 1:
                 # Alone, each job fails for its own reasons only.
                 return [result for job in jobs for result in self._decode([job])]
-            failure = error if isinstance(error, ServiceError) else out_of_memory()
-            return [VaeResult(jobs[0], time.perf_counter() - start_s, error=failure)]
+            return [VaeResult(jobs[0], time.perf_counter() - start_s, error=failure_of(error))]
         shared_s = time.perf_counter() - start_s
         results = []
         for job, good, frames in zip(jobs, finite, pixels, strict=True):
@@ -122,13 +121,6 @@ class VaeEngine:
     def metrics(self) -> dict[str, float]:
         """Jobs that wait."""
         return {"vae_waiting": len(self._waiting)}
-
-
-def out_of_memory() -> OutOfMemory:
-    """What a client hears when a picture does not fit into the device's memory, which is free again."""
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    return OutOfMemory("the device ran out of memory: ask for a smaller size or fewer frames")
 
 
 def to_pixels(frames: torch.Tensor) -> np.ndarray:
