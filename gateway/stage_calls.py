@@ -25,6 +25,9 @@ from services.tensor_wire import frame_of, is_end
 _ENCODE = {"text_encoder": "/lightloom.v1.TextEncoder/Encode", "vae": "/lightloom.v1.Vae/Encode"}
 _DENOISE = "/lightloom.v1.Dit/Denoise"
 _DECODE = "/lightloom.v1.Vae/Decode"
+# What one request may hold in the gateway's memory, whatever its stages send: many times what the largest video needs.
+MAX_LATENTS_BYTES = 512 * 1024 * 1024
+MAX_MEDIA_BYTES = 512 * 1024 * 1024
 
 
 class Latents:
@@ -33,10 +36,20 @@ class Latents:
     def __init__(self, messages: Sequence[bytes] = (), *, whole: bool = False) -> None:
         self.messages = list(messages)
         self.whole = whole
+        self._nbytes = 0
         self._grown = asyncio.Event()
 
     def add(self, message: bytes, frame: memoryview) -> None:
-        """The next message, and the frame in it."""
+        """The next message, and the frame in it.
+
+        Raises:
+            CorruptTensor: the bundle is whole already, or too large.
+        """
+        if self.whole:
+            raise CorruptTensor("a tensor frame follows the end of the latents")
+        self._nbytes += len(message)
+        if self._nbytes > MAX_LATENTS_BYTES:
+            raise CorruptTensor(f"the latents have more than {MAX_LATENTS_BYTES} bytes")
         self.messages.append(message)
         self.whole = is_end(frame)
         self._grown.set()
@@ -191,11 +204,14 @@ class Decode:
     async def _run(self, replica: Replica, latents: Latents) -> None:
         method: Any = replica.channel.stream_stream(_DECODE)
         with replica.in_use():
+            call = method(self._requests(latents), **self._work.call_options())
             try:
-                async for message in method(self._requests(latents), **self._work.call_options()):
+                async for message in call:
                     self._take(vae_pb2.DecodeResponse.FromString(message))
             except grpc.aio.AioRpcError as failure:
                 raise _failed(replica, failure) from failure
+            finally:
+                call.cancel()
         if len(self._data) != self._expected:
             raise CorruptTensor(f"the VAE announced {self._expected} bytes and sent {len(self._data)}")
 
@@ -210,10 +226,14 @@ class Decode:
         match response.WhichOneof("kind"):
             case "media":
                 header, artifact = response.media, self.artifact
+                if self._expected >= 0 or header.nbytes > MAX_MEDIA_BYTES:
+                    raise CorruptTensor(f"the VAE announced media twice, or {header.nbytes} bytes: too many")
                 self._expected = header.nbytes
                 artifact.mime, artifact.width, artifact.height = header.mime, header.width, header.height
                 artifact.num_frames, artifact.fps = header.num_frames, header.fps
             case "chunk":
+                if len(self._data) + len(response.chunk.data) > self._expected:
+                    raise CorruptTensor(f"the VAE announced {self._expected} bytes and sent more")
                 self._data += response.chunk.data
                 if len(self._data) == self._expected:
                     self._whole.set()

@@ -1,0 +1,90 @@
+"""What a stage may send of one request: no more than it announced, and no more than a gateway can hold."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import pytest
+
+from gateway import stage_calls
+from gateway.stage_calls import Decode, Latents
+from gateway.state import Claim
+from gateway.work import Work
+from protos import types_pb2, vae_pb2
+from services.errors import CorruptTensor
+from services.tensor_wire import frame_of, message_of
+
+CHUNK = message_of(types_pb2.TensorFrame(chunk=types_pb2.TensorChunk(data=b"abc")).SerializeToString())
+END = message_of(types_pb2.TensorFrame(end=types_pb2.TensorEnd()).SerializeToString())
+
+
+def add(latents: Latents, message: bytes) -> None:
+    frame = frame_of(message)
+    assert frame is not None
+    latents.add(message, frame)
+
+
+def test_nothing_follows_whole_latents() -> None:
+    latents = Latents()
+    add(latents, CHUNK)
+    add(latents, END)
+    with pytest.raises(CorruptTensor, match="follows"):
+        add(latents, CHUNK)
+    assert latents.messages == [CHUNK, END]
+
+
+def test_latents_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stage_calls, "MAX_LATENTS_BYTES", 2 * len(CHUNK))
+    latents = Latents()
+    add(latents, CHUNK)
+    add(latents, CHUNK)
+    with pytest.raises(CorruptTensor, match="more than"):
+        add(latents, CHUNK)
+
+
+class Channel:
+    """A VAE that answers with these messages."""
+
+    def __init__(self, *answers: vae_pb2.DecodeResponse) -> None:
+        self._answers = answers
+        self.cancelled = False
+
+    def stream_stream(self, _method: str) -> Any:
+        return lambda *_arguments, **_options: self
+
+    async def __aiter__(self) -> Any:
+        for answer in self._answers:
+            yield answer.SerializeToString()
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+
+def header(nbytes: int) -> vae_pb2.DecodeResponse:
+    return vae_pb2.DecodeResponse(media=types_pb2.MediaHeader(mime="image/png", nbytes=nbytes))
+
+
+def chunk(data: bytes) -> vae_pb2.DecodeResponse:
+    return vae_pb2.DecodeResponse(chunk=types_pb2.MediaChunk(data=data))
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [
+        (header(stage_calls.MAX_MEDIA_BYTES + 1),),
+        (header(3), header(4)),
+        (header(3), chunk(b"ab"), chunk(b"cd")),
+        (chunk(b"ab"), header(2)),
+        (header(3), chunk(b"ab")),
+    ],
+    ids=["too large", "announced twice", "more", "before its header", "less"],
+)
+async def test_media_come_as_announced(answers: tuple[vae_pb2.DecodeResponse, ...]) -> None:
+    channel = Channel(*answers)
+    replica: Any = stage_calls.Replica("vae", "nowhere", cast(Any, channel))
+    work = Work(Claim("r", 1, {}, "", 0), types_pb2.GenerationParams(), 0.0, "")
+    decode = Decode(work, replica, Latents())
+    with pytest.raises(CorruptTensor):
+        await decode.media()
+    assert channel.cancelled
+    await decode.close()
