@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
+from collections import deque
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from gateway.state import Claim, State
 from gateway.store import artifact_name
@@ -15,6 +15,8 @@ from services.errors import ServiceError
 from services.telemetry import new_traceparent
 
 EVENT_PERIOD_S = 0.2
+# Events that may wait for Redis, by kind; newer ones push older ones out.
+MAX_WAITING = {"step": 1, "preview": 4}
 
 
 @dataclass(slots=True)
@@ -73,15 +75,26 @@ class Work:
         return {f"busy:{stage}": seconds for stage, seconds in self.busy_s.items()} | {name: spans} | more
 
 
+class _Event(NamedTuple):
+    kind: str
+    payload: bytes
+    step: int
+    total: int
+
+
 class Progress:
-    """Step events at no more than five a second; the first and the last always go out."""
+    """Step events, no more than five a second beside the first and the last, and previews, in their order.
+
+    Progress is not worth a stall of the stream: one task tells Redis beside it. What waits for it is bounded.
+    """
 
     def __init__(self, state: State, claim: Claim, lease_s: float) -> None:
         self._state = state
         self._claim = claim
         self._lease_s = lease_s
         self._sent_s = 0.0
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._waiting: deque[_Event] = deque()
+        self._sender: asyncio.Task[None] | None = None
 
     def step(self, event: dit_pb2.StepEvent) -> None:
         """Notes a step."""
@@ -92,22 +105,29 @@ class Progress:
         progress = gateway_pb2.StepProgress(
             step=event.step, total=event.total, sigma=event.sigma, seconds=event.seconds
         )
-        self._send("step", progress.SerializeToString(), event.step, event.total)
+        self._send(_Event("step", progress.SerializeToString(), event.step, event.total))
 
     def preview(self, media: types_pb2.Media) -> None:
         """Passes a preview on."""
-        self._send("preview", media.SerializeToString(), 0, 0)
+        self._send(_Event("preview", media.SerializeToString(), 0, 0))
 
-    def _send(self, kind: str, payload: bytes, step: int, total: int) -> None:
-        # Progress is not worth a stall of the stream: Redis is told beside it, in order of starting.
-        task = asyncio.create_task(self._beat(kind, payload, step, total))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+    def _send(self, event: _Event) -> None:
+        alike = [other for other in self._waiting if other.kind == event.kind]
+        if len(alike) >= MAX_WAITING[event.kind]:
+            self._waiting.remove(alike[0])
+        self._waiting.append(event)
+        if self._sender is None or self._sender.done():
+            self._sender = asyncio.create_task(self._send_waiting())
 
-    async def _beat(self, kind: str, payload: bytes, step: int, total: int) -> None:
-        with contextlib.suppress(ServiceError):
-            await self._state.beat(self._claim, self._lease_s, kind=kind, payload=payload, step=step, total=total)
+    async def _send_waiting(self) -> None:
+        while self._waiting:
+            try:
+                await self._state.beat(self._claim, self._lease_s, **self._waiting.popleft()._asdict())
+            except ServiceError:
+                # What waited meanwhile is old, and whoever closes must not wait for one try after the other.
+                self._waiting.clear()
 
     async def close(self) -> None:
         """Waits for what is under way."""
-        await asyncio.gather(*self._tasks)
+        if self._sender is not None:
+            await self._sender
