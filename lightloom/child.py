@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
-import signal
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from lightloom.with_parent import with_parent
 from services.errors import StartupError
 
-PR_SET_PDEATHSIG = 1
 FIRST_BACKOFF_S = 0.5
 MAX_BACKOFF_S = 10.0
 STARTUP_ERROR_CODE = 2
@@ -19,16 +17,9 @@ STARTUP_ERROR_CODE = 2
 SOUND_LIFE_S = 30.0
 MAX_FIRST_STARTS = 4
 
-_libc = ctypes.CDLL(None)
-
-
-def die_with_parent() -> None:
-    """Runs in the child before exec: the kernel ends it when the launcher ends, however that happens."""
-    _libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-
 
 class Child:
-    """One process: its command, its log file, and the task that starts it again when it dies.
+    """One process: its command, its log file, and the task that starts it again when it dies. It ends with its parent.
 
     A child has a session of its own, so a Ctrl-C in the terminal reaches the launcher only, which stops the
     children in order.
@@ -78,13 +69,12 @@ class Child:
         self._log.parent.mkdir(parents=True, exist_ok=True)
         with self._log.open("ab") as log:
             self._process = await asyncio.create_subprocess_exec(
-                *self._command,
+                *with_parent(self._command),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 env=self._environment,
                 start_new_session=True,
-                preexec_fn=die_with_parent,  # noqa: PLW1509 - only a system call runs between fork and exec
             )
 
     async def _keep_alive(self) -> None:

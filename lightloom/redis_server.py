@@ -7,10 +7,8 @@ listens on loopback only, keeps an append-only file, and never evicts: an evicte
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import importlib.util
 import shutil
-import signal
 import socket
 import subprocess
 import time
@@ -19,14 +17,12 @@ from pathlib import Path
 
 import redis
 
+from lightloom.with_parent import with_parent
 from services.config import environment
 from services.errors import StartupError
 
 START_TIMEOUT_S = 10.0
 STOP_TIMEOUT_S = 5.0
-PR_SET_PDEATHSIG = 1
-
-_libc = ctypes.CDLL(None)
 
 
 @dataclass(slots=True)
@@ -48,12 +44,11 @@ class RedisServer:
         It ends with the thread that calls this.
         """
         self.process = subprocess.Popen(
-            self.command,
+            with_parent(self.command),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
-            preexec_fn=_die_with_parent,  # noqa: PLW1509 - only a system call runs between fork and exec
         )
 
     def stop(self) -> None:
@@ -118,12 +113,6 @@ def start_redis(folder: Path, url: str = "", port: int = 0) -> RedisServer:
         server.stop()
         raise
     return server
-
-
-def _die_with_parent() -> None:
-    # The kernel ends the server when the thread that started it ends, however that happens.
-    _libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _wait(server: RedisServer, timeout_s: float, message: str) -> None:
