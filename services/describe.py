@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 
@@ -11,6 +12,7 @@ from protos import types_pb2
 from services.config import ModelSection, StageConfig, parse
 from services.errors import StartupError
 from services.families import load_family
+from services.features import ORDER
 from services.parallel.degrees import Degrees
 from services.request import Limits
 from services.weights import ModelSource, open_source
@@ -72,7 +74,7 @@ def describe(
         features: resolved options of the features that are on, as JSON by name.
     """
     device, dtype = placement(config.model)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     return types_pb2.DescribeResponse(
         stage=stage,
         component_id=source.component_id(types_pb2.Stage.Name(stage).removeprefix("STAGE_").lower(), subfolders),
@@ -80,8 +82,12 @@ def describe(
         variants=[source.variant],
         models=[config.model.name],
         limits=limits_to_proto(limits_of(config, source)),
-        features=[types_pb2.Feature(name=key, config=value, exact=True) for key, value in (features or {}).items()],
-        device=name,
+        features=[_feature(name, options) for name, options in (features or {}).items()],
+        device=device_name,
         dtype=str(dtype).removeprefix("torch."),
         world_size=Degrees.of(config.parallel).world,
     )
+
+
+def _feature(name: str, options: str) -> types_pb2.Feature:
+    return types_pb2.Feature(name=name, config=options, exact=importlib.import_module(ORDER[name]).EXACT)

@@ -77,6 +77,8 @@ async def serve_random(served: StageProcess, count: int) -> int:
 
 async def test_a_hundred_random_requests_never_recompile(tiny: Path, tmp_path: Path) -> None:
     async with stage(tmp_path, **compiled(tiny)) as served:
+        [feature] = (await served.describe()).features
+        assert (feature.name, feature.config, feature.exact) == ("compile", '{"mode": "default"}', False)
         assert await serve_random(served, 100) > 2
         assert await served.figure("lightloom_rank_dit_steps_total") >= 200
         assert await served.figure(RECOMPILES) == 0
