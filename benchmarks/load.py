@@ -22,22 +22,34 @@ PROMPTS = (
     "three shapes: a small cyan ring, a big pink cross and a green diamond, on a white background",
 )
 
+# What ranks say of their time with a request, from its arrival to their answer.
+STAGE_SPANS = ("text.encode", "vae.encode", "dit.denoise", "vae.decode")
+
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """One request as its client saw it.
 
-    `busy_s` is what the rank processes spent on it, by stage; `seconds` runs from the planned arrival.
+    `busy_s` is what the rank processes spent on it, by stage; `seconds` runs from the planned arrival. `queued_s` is
+    the time in queues, `turns_s` the time that it spent in a stage's rank while that did not work on it: when others
+    had their turn, and between two steps.
     """
 
     seconds: float
     busy_s: dict[str, float]
     error: str = ""
+    queued_s: float = 0.0
+    turns_s: float = 0.0
 
     @property
     def outside_s(self) -> float:
         """Client seconds in which no rank worked on the request."""
         return self.seconds - sum(self.busy_s.values())
+
+    @property
+    def under_way_s(self) -> float:
+        """What is left of `outside_s` without the waiting for others: messages, state, files."""
+        return self.outside_s - self.queued_s - self.turns_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +63,16 @@ class Work:
     timeout_s: float = 600.0
 
 
+def prompt(number: int) -> str:
+    """A prompt that no other number has, so no cache knows it."""
+    return f"{PROMPTS[number % len(PROMPTS)]} ({number})"
+
+
 async def timed_request(stub: gateway_pb2_grpc.GatewayStub, work: Work, index: int, planned_s: float) -> Outcome:
     """Makes one picture and waits for its bytes; `planned_s` is a `time.perf_counter` moment."""
     params = types_pb2.GenerationParams(
         model=work.model,
-        prompt=f"{PROMPTS[index % len(PROMPTS)]} ({index})",
+        prompt=prompt(index),
         width=work.size_px,
         height=work.size_px,
         steps=work.steps,
@@ -63,15 +80,20 @@ async def timed_request(stub: gateway_pb2_grpc.GatewayStub, work: Work, index: i
         seed=index,
     )
     request = gateway_pb2.GenerateRequest(params=params, inline_artifact=True)
-    busy: dict[str, float] = {}
-    error = "no terminal event"
+    done: gateway_pb2.RequestStatus | None = None
     try:
         async for event in stub.Generate(request, timeout=work.timeout_s):
             if event.WhichOneof("event") == "status" and event.status.state == gateway_pb2.REQUEST_STATE_DONE:
-                busy, error = dict(event.status.busy_s), ""
+                done = event.status
     except grpc.aio.AioRpcError as failure:
-        error = f"{failure.code().name}: {failure.details()}"
-    return Outcome(time.perf_counter() - planned_s, busy, error)
+        return Outcome(time.perf_counter() - planned_s, {}, f"{failure.code().name}: {failure.details()}")
+    seconds = time.perf_counter() - planned_s
+    if done is None:
+        return Outcome(seconds, {}, "no terminal event")
+    trace = await stub.Trace(gateway_pb2.TraceRequest(request_id=done.request_id))
+    in_stages_s = sum(span.duration_ns for span in trace.spans if span.name in STAGE_SPANS) / 1e9
+    turns_s = max(0.0, in_stages_s - sum(done.busy_s.values()))
+    return Outcome(seconds, dict(done.busy_s), "", done.queued_s, turns_s)
 
 
 def summary(outcomes: Sequence[Outcome], wall_s: float, slo_s: float | None = None) -> dict[str, Any]:
@@ -87,6 +109,9 @@ def summary(outcomes: Sequence[Outcome], wall_s: float, slo_s: float | None = No
         "latency_p95_s": percentile(seconds, 95),
         "outside_p50_ms": 1000 * percentile([outcome.outside_s for outcome in good], 50),
         "outside_p95_ms": 1000 * percentile([outcome.outside_s for outcome in good], 95),
+        "queued_p50_ms": 1000 * percentile([outcome.queued_s for outcome in good], 50),
+        "turns_p50_ms": 1000 * percentile([outcome.turns_s for outcome in good], 50),
+        "under_way_p50_ms": 1000 * percentile([outcome.under_way_s for outcome in good], 50),
         "busy_mean_s": {
             stage: statistics.fmean(o.busy_s.get(stage, 0.0) for o in good)
             for stage in sorted({stage for o in good for stage in o.busy_s})
