@@ -36,7 +36,8 @@ from services.channel import (
     error_to_bytes,
 )
 from services.config import StageConfig, parse
-from services.errors import OutOfMemory, ServiceError, StartupError
+from services.device_memory import failure_of
+from services.errors import ServiceError, StartupError
 from services.lockstep import Lockstep, join_group
 from services.telemetry import internal_error, request_context, setup
 from services.tensor_wire import WHOLE_BYTES
@@ -327,12 +328,8 @@ def as_service_error(error: Exception, request_id: str) -> ServiceError:
     Raises:
         Exception: the same one, when the device is lost: the process must end.
     """
-    if isinstance(error, ServiceError):
-        return error
-    if isinstance(error, torch.OutOfMemoryError):
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        return OutOfMemory("the device ran out of memory: ask for a smaller size or fewer frames")
+    if isinstance(error, ServiceError | torch.OutOfMemoryError):
+        return failure_of(error)
     if isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in _DEVICE_LOST):
         raise error
     return internal_error(error, request_id)
