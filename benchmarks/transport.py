@@ -125,10 +125,10 @@ async def rank_to_rank(source: Denoise, sink: Denoise, mebibytes: int) -> None:
     assert await writing.read() is not grpc.aio.EOF
 
 
-async def small_call(method: Denoise) -> None:
+async def small_call(method: Denoise, prompt: str = "ping", mebibytes: int = 0) -> None:
     """A whole call that moves next to nothing."""
     call = method(timeout=60)
-    await call.write(start_message("ping"))
+    await call.write(start_message(prompt, mebibytes))
     await call.done_writing()
     async for _ in call:
         pass
@@ -178,6 +178,7 @@ async def measure(mebibytes: int, runs: int, calls: int) -> dict[str, Any]:
     with TemporaryDirectory() as name:
         folder = Path(name)
         async with stage(folder, "source") as source, stage(folder, "sink") as sink:
+            await small_call(source, "prepare", mebibytes)
             small = (await timed(lambda: small_call(source), calls))[1:]
             async with PeakMemory() as memory:
                 relayed = await timed(lambda: rank_to_rank(source, sink, mebibytes), runs)

@@ -1,7 +1,7 @@
 """The rank of a stage that only moves tensors, for `benchmarks.transport`.
 
-The prompt of a Denoise call says what it does: `source` sends one bundle of `steps` MiB of random bytes, `sink` takes
-one bundle and checks it, `ping` answers with one small message.
+The prompt of a Denoise call says what it does: `source` sends one bundle of `steps` MiB of random bytes, which
+`prepare` has made before, `sink` takes one bundle and checks it, `ping` answers with one small message.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class TransportProgram:
 
     def __init__(self, _config: StageConfig) -> None:
         self._readers: dict[int, BundleReader] = {}
-        self._payloads: dict[int, torch.Tensor] = {}
+        self._payload = torch.empty(0)
 
     def describe(self) -> types_pb2.DescribeResponse:
         """Just enough."""
@@ -42,8 +42,10 @@ class TransportProgram:
         if params.prompt == "sink":
             self._readers[call.id] = BundleReader()
             return
+        if params.prompt == "prepare":
+            self._payload = torch.randint(0, 256, (params.steps, 1024, 1024), dtype=torch.uint8)
         if params.prompt == "source":
-            call.send_tensors({"x": self._payload(params.steps)})
+            call.send_tensors({"x": self._payload})
         self._end(call)
 
     def half_closed(self, call: Call) -> None:
@@ -63,11 +65,6 @@ class TransportProgram:
 
     def drain(self) -> None:
         """Nothing to do."""
-
-    def _payload(self, mebibytes: int) -> torch.Tensor:
-        if mebibytes not in self._payloads:
-            self._payloads[mebibytes] = torch.randint(0, 256, (mebibytes, 1024, 1024), dtype=torch.uint8)
-        return self._payloads[mebibytes]
 
     def _end(self, call: Call) -> None:
         self._readers.pop(call.id, None)
