@@ -231,12 +231,13 @@ class DitEngine:
         return events
 
     def _launch(self) -> None:
+        started_s = time.perf_counter()
         idle = [running for running in self._requests.values() if not running.under_way]
         # Behind a pipeline, several batches must be under way for all ranks to work.
         most = min(self._config.max_batch, -(-len(self._requests) // self._forward.depth))
         batch = self._scheduler.choose(idle, self._key, self._cost, max(1, most))
         if batch:
-            self._step(batch)
+            self._step(batch, started_s)
         elif not self._forward.empty:
             self._beat(None)
 
@@ -249,10 +250,10 @@ class DitEngine:
         branches = len(self._part.branches(self._model, running.state))
         return float(self._part.token_count(self._model, running.state.params) * branches)
 
-    def _step(self, batch: list[Running]) -> None:
+    def _step(self, batch: list[Running], started_s: float) -> None:
         states = [running.state for running in batch]
         branches = self._part.branches(self._model, states[0])
-        flight = Flight(batch, len(batch) * len(branches), time.perf_counter())
+        flight = Flight(batch, len(batch) * len(branches), started_s)
         for running in batch:
             running.under_way = True
             self._flights[running.state.request_id] = flight
