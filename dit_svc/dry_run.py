@@ -1,14 +1,15 @@
 """A dry run: one rank's part of a step on the meta device, where tensors have shapes and no bytes.
 
 The model is built without weights and cut by the same `Partition`, the step goes through the same `Forward` as in
-service; so what is counted is what a real rank does.
+service; so what is counted is what a real rank does. A block like two that have run, on streams like those they had,
+does what they did: it is counted and not run.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
@@ -30,6 +31,9 @@ from services.parallel.partition import Partition
 from services.parallel.pipeline import own_range
 from services.request import ResolvedParams
 from services.weights import ModelSource
+
+# (what is counted, its kind) -> how much.
+Counts = Counter[tuple[str, Any]]
 
 META, CPU = torch.device("meta"), torch.device("cpu")
 
@@ -86,7 +90,8 @@ class DryRun:
         self.model = self.part.load(replace(source.without_weights(), partition=partition), META, dtype)
         for attend in self.model.attention.values():
             attend.kernel = _attention
-        self._forward = Forward(self.model, _collating_on_meta(self.part, self.model), branches, self._mesh)
+        self._tally = Tally()
+        self._forward = Forward(self.model, self._planned(), branches, self._mesh)
         pipeline = self._mesh["pipeline"]
         self._blocks: dict[str, list[Block]] = {}
         self._outside: dict[str, list[nn.Module]] = {}
@@ -136,28 +141,98 @@ class DryRun:
         """
         state = self._state(params, conditions)
         parts = self._outside[self.part.expert(self.model, state)]
-        before_bytes, before_calls = sent_bytes.copy(), sent_calls.copy()
-        flops, alive = FlopCounterMode(display=False, custom_mapping=RING_FLOPS), LiveBytes(self.model)
-        with torch.no_grad(), _calls_counted(parts) as calls, flops, alive:
+        tally, alive = self._tally, LiveBytes(self.model)
+        with torch.no_grad(), tally.counting(parts), alive:
             passes = self._forward.passes([state])
             for entering in passes:
                 self._forward.beat(entering)
             while not self._forward.empty:
                 self._forward.beat(None)
-        by_operator = flops.get_flop_counts().get("Global", {})
-        attention = sum(count for operator, count in by_operator.items() if operator in ATTENTION)
+        flops = tally.of("flops")
+        attention = sum(count for operator, count in flops.items() if operator in ATTENTION)
+        calls = tally.of("outside")
         return Step(
             passes=len(passes),
-            sent_bytes=_since(before_bytes, sent_bytes),
-            sent_calls=_since(before_calls, sent_calls),
-            matmul_flops=sum(by_operator.values()) - attention,
+            sent_bytes=tally.of("bytes"),
+            sent_calls=tally.of("calls"),
+            matmul_flops=sum(flops.values()) - attention,
             attention_flops=attention,
             activation_bytes=alive.peak,
-            outside_calls=tuple(calls[part] for part in parts),
+            outside_calls=tuple(calls.get(part, 0) for part in parts),
+        )
+
+    def _planned(self) -> DitPart:
+        """The family's functions: states hold real numbers, which schedulers need, and batches go on without."""
+        part, real = self.part, replace(self.model, device=CPU)
+        return replace(
+            part,
+            collate=lambda _, rows: _to_meta(part.collate(real, rows)),
+            blocks=lambda module: [replace(block, run=self._tally.once(block)) for block in part.blocks(module)],
         )
 
     def _state(self, params: ResolvedParams, conditions: Tensors) -> DenoiseState:
         return self.part.prepare(replace(self.model, device=CPU), "dry-run", params, conditions)
+
+
+class Tally:
+    """Counts of one step, by what is counted and its kind: bytes, calls, flops, and calls of parts outside blocks."""
+
+    def __init__(self) -> None:
+        self._counts: Counts = Counter()
+        self._again: Counts = Counter()
+        self._flops = FlopCounterMode(display=False, custom_mapping=RING_FLOPS)
+        self._outside: Counter[nn.Module] = Counter()
+        self._seen: dict[Any, list[Counts]] = {}
+
+    def of(self, what: str) -> dict[Any, int]:
+        """Counts of the last step, by kind."""
+        return {kind: count for (counted, kind), count in self._counts.items() if counted == what}
+
+    @contextmanager
+    def counting(self, parts: Sequence[nn.Module]) -> Iterator[None]:
+        """Counts a step, and the calls of these parts in it."""
+        hooks = [part.register_forward_pre_hook(lambda module, _: self._outside.update([module])) for part in parts]
+        before = self._now()
+        try:
+            with self._flops:
+                yield
+                self._counts = self._now() - before
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def once(self, block: Block) -> Callable[[Any], Any]:
+        """The block's `run`; of a kind that has been seen, it counts and does not run.
+
+        Two of a kind are run: the first holds no more than what was embedded, others their inputs besides.
+        """
+        kind = (type(block.module), *(weight.shape for weight in block.module.parameters()))
+
+        def run(streams: Any) -> Any:
+            key = (kind, *(tensor.shape for tensor in _tensors(streams)))
+            seen = self._seen.setdefault(key, [])
+            if len(seen) == 2:
+                self._again.update(seen[1])
+                return streams
+            before = self._now()
+            made = block.run(streams)
+            seen.append(self._now() - before)
+            return made
+
+        return run
+
+    def _now(self) -> Counts:
+        counts = self._again.copy()
+        sources: dict[str, Mapping[Any, int]] = {
+            "bytes": sent_bytes,
+            "calls": sent_calls,
+            "flops": self._flops.get_flop_counts().get("Global", {}),
+            "outside": self._outside,
+        }
+        for what, by_kind in sources.items():
+            for kind, count in by_kind.items():
+                counts[what, kind] += count
+        return counts
 
 
 class LiveBytes(TorchDispatchMode):
@@ -209,12 +284,6 @@ RING_FLOPS = {torch.ops.lightloom.ring_attention: _ring_flops}
 ATTENTION = {torch.ops.lightloom.ring_attention, torch.ops.aten._scaled_dot_product_flash_attention}
 
 
-def _collating_on_meta(part: DitPart, model: DitModel) -> DitPart:
-    """States hold real numbers, schedulers need them; batches go on without."""
-    real = replace(model, device=CPU)
-    return replace(part, collate=lambda _, rows: _to_meta(part.collate(real, rows)))
-
-
 def _to_meta(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return value.to(META)
@@ -225,20 +294,11 @@ def _to_meta(value: Any) -> Any:
     return value
 
 
+def _tensors(streams: Any) -> Iterator[torch.Tensor]:
+    for field in fields(streams):
+        value = getattr(streams, field.name)
+        yield from (item for item in (value if isinstance(value, tuple) else (value,)) if torch.is_tensor(item))
+
+
 def _bytes(module: nn.Module) -> int:
     return sum(weight.numel() * weight.element_size() for weight in module.parameters())
-
-
-def _since(before: Counter[str], now: Counter[str]) -> dict[str, int]:
-    return {kind: count - before[kind] for kind, count in now.items() if count > before[kind]}
-
-
-@contextmanager
-def _calls_counted(parts: Sequence[nn.Module]) -> Iterator[Counter[nn.Module]]:
-    calls: Counter[nn.Module] = Counter()
-    hooks = [part.register_forward_pre_hook(lambda module, _: calls.update([module])) for part in parts]
-    try:
-        yield calls
-    finally:
-        for hook in hooks:
-            hook.remove()

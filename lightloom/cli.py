@@ -103,6 +103,27 @@ def scale(
 
 
 @app.command()
+def plan(
+    model: Annotated[str, typer.Option(help="A model folder, or random:SEED with --family and --preset.")],
+    gpus: Annotated[int, typer.Option(help="Ranks of the group, a GPU each.")],
+    family: Annotated[str, typer.Option(help="Of random weights.")] = "",
+    preset: Annotated[str, typer.Option(help="Of random weights.")] = "",
+    memory: Annotated[str, typer.Option(help="Of each GPU, as 80GiB; default: this machine's GPU, or 80GiB.")] = "",
+    size: Annotated[str, typer.Option(help="WIDTHxHEIGHT in pixels; default: the model's own.")] = "",
+    frames: Annotated[int | None, typer.Option(help="Frames of a clip; default: the model's own.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Default: the model's own.")] = None,
+    text_tokens: Annotated[int, typer.Option(help="Of the prompt, for models that take any number.")] = 512,
+    rates: Annotated[Path | None, typer.Option(help="Measured rates (TOML); default: H100 with NVLink.")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Show every layout.")] = False,
+) -> None:
+    """Show which layouts of a denoiser fit on so many GPUs, and which is expected to be fastest. Runs nothing."""
+    from lightloom.plan_show import Wish, show_plan
+
+    wish = Wish(model, family, preset, gpus, memory, size, frames, guidance, text_tokens)
+    show_plan(wish, rates, everything=everything)
+
+
+@app.command()
 def features() -> None:
     """Print which feature works with which model family, and why where it does not."""
     from lightloom.show import show_features

@@ -111,7 +111,7 @@ class ModelSource:
         """
         kept: Sequence[str] = cls._keep_in_fp32_modules or ()
         if self.preset is not None:
-            if self.partition is not None:
+            if self.partition is not None and device.type != "meta":
                 # What does not fit is refused before anything is made.
                 with torch.device("meta"):
                     self.partition.apply(cls.from_config(self.config(subfolder)))

@@ -1,0 +1,187 @@
+"""`lightloom plan` as a command: what was typed to a job, and the layouts as a table."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from diffusers.utils import logging
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from lightloom.plan import DTYPE, GIB, MAX_GPUS, Job, Layout, Planner
+from lightloom.plan_rates import Rates, read_rates
+from services.errors import StartupError
+from services.families import load_family
+from services.request import GenerationParams, resolve
+from services.weights import open_source
+
+SHOWN = 12
+NOTABLY = 0.97
+# A pipe has no width of its own; the longest row needs about this many characters.
+WIDE_CHARS = 240
+UNITS = {"GIB": GIB, "GB": 10**9}
+DEFAULT_MEMORY_BYTES = 80 * GIB
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What the command line asks for."""
+
+    model: str
+    family: str
+    preset: str
+    gpus: int
+    memory: str
+    size: str
+    frames: int | None
+    guidance: float | None
+    text_tokens: int
+
+    def job(self) -> Job:
+        """Opened and checked.
+
+        Raises:
+            StartupError: a value that cannot be read, or a model that is not there.
+            InvalidRequest: a size, number of frames or guidance that the model does not allow.
+        """
+        if not 1 <= self.gpus <= MAX_GPUS:
+            raise StartupError(f"--gpus is {self.gpus}: it must be between 1 and {MAX_GPUS}")
+        if not 1 <= self.text_tokens <= 4096:
+            raise StartupError(f"--text-tokens is {self.text_tokens}: it must be between 1 and 4096")
+        memory = parse_memory(self.memory)
+        width, _, height = self.size.partition("x")
+        if self.size and not (width.isdigit() and height.isdigit()):
+            raise StartupError(f"--size is {self.size!r}: write WIDTHxHEIGHT, for example 1024x1024")
+        source = open_source(self.model, family=self.family, preset=self.preset)
+        wish = GenerationParams(
+            model="plan",
+            prompt="plan",
+            width=int(width) if self.size else None,
+            height=int(height) if self.size else None,
+            num_frames=self.frames,
+            guidance=self.guidance,
+        )
+        limits = load_family(source.family).variants[source.variant].limits
+        # Input pictures come as latents; the dry run makes some.
+        params = resolve(wish, replace(limits, min_inputs=0), seed=0)
+        return Job(source, params, self.gpus, memory, self.text_tokens)
+
+
+def parse_memory(text: str) -> int:
+    """Bytes of "80GiB" or "80GB"; of this machine's first GPU, or 80 GiB, when empty.
+
+    Raises:
+        StartupError: says how to write it.
+    """
+    if not text:
+        cuda = torch.cuda.is_available()
+        return torch.cuda.get_device_properties(0).total_memory if cuda else DEFAULT_MEMORY_BYTES
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(GiB|GB)", text, re.IGNORECASE)
+    if not match or not float(match[1]):
+        raise StartupError(f"--memory is {text!r}: write it as 80GiB or 80GB")
+    return round(float(match[1]) * UNITS[match[2].upper()])
+
+
+def show_plan(wish: Wish, rates_file: Path | None, *, everything: bool) -> None:
+    """Plans and prints.
+
+    Args:
+        everything: all layouts, not only the first of those that fit and of those that do not.
+
+    Raises:
+        StartupError, InvalidRequest: what was asked for cannot be planned.
+    """
+    logging.set_verbosity_error()
+    job, rates = wish.job(), read_rates(rates_file)
+    progress_console = Console(stderr=True)
+    with Progress(console=progress_console, transient=True, disable=not progress_console.is_terminal) as bar:
+        task = bar.add_task("layouts", total=None)
+        layouts = Planner(job, rates).layouts(lambda done, total: bar.update(task, completed=done, total=total))
+    console = Console()
+    if not console.is_terminal:
+        console.width = max(console.width, WIDE_CHARS)
+    show_layouts(console, job, rates, layouts, everything=everything)
+
+
+def show_layouts(console: Console, job: Job, rates: Rates, layouts: Sequence[Layout], *, everything: bool) -> None:
+    """The job, the table, and the section for a config that is expected to be the fastest."""
+    fitting = [layout for layout in layouts if not layout.refusal]
+    refused = [layout for layout in layouts if layout.refusal]
+    whole = [layout for layout in fitting if not _sharded_in_vain(layout, fitting)]
+    console.print(_heading(job, rates), highlight=False)
+    table = Table(box=None, pad_edge=False)
+    table.add_column("layout", overflow="fold")
+    for title in ("weights GiB", "activations GiB", "sent MB a step", "ms a step", "ms when busy"):
+        table.add_column(title, justify="right", overflow="fold")
+    table.add_column("", overflow="fold")
+    shown = [*fitting, *refused] if everything else [*whole[:SHOWN], *refused[:SHOWN]]
+    for layout in shown:
+        first = bool(fitting) and layout is fitting[0]
+        table.add_row(*_row(layout), layout.refusal or ("fits, fastest" if first else "fits"))
+    console.print(table)
+    if hidden := len(layouts) - len(shown):
+        console.print(f"{hidden} more layouts: --all shows them", style="dim", highlight=False)
+    console.print(_verdict(job, fitting), highlight=False, markup=False)
+
+
+def _heading(job: Job, rates: Rates) -> str:
+    params, dtype = job.params, str(DTYPE).removeprefix("torch.")
+    frames = f", {params.num_frames} frames" if params.num_frames > 1 else ""
+    return (
+        f"{job.source.spec} ({job.source.family} {job.source.variant}), {dtype}; one request of"
+        f" {params.width}x{params.height}{frames}, guidance {params.guidance:g},"
+        f" {job.text_tokens} text tokens where their number is free\n"
+        f"{job.gpus} GPUs of {job.memory_bytes / GIB:.1f} GiB, {rates.reserve_gib:g} GiB of each reserved;"
+        " bytes are those of the rank with the most\n"
+        "Times are estimates: arithmetic on a dry run and on rates of GPUs and links. Nothing has been run on a GPU.\n"
+    )
+
+
+def _sharded_in_vain(layout: Layout, fitting: Sequence[Layout]) -> bool:
+    """Whether the same layout fits without HSDP, or with fewer shards."""
+    mine = layout.section
+    return any(
+        replace(other.section, hsdp_shard_size=mine.hsdp_shard_size, hsdp_replicate_size=mine.hsdp_replicate_size)
+        == mine
+        and other.section.hsdp_shard_size < mine.hsdp_shard_size
+        for other in fitting
+    )
+
+
+def _row(layout: Layout) -> tuple[str, ...]:
+    keys = ", ".join(f"{key} {json.dumps(value)}" for key, value in layout.keys.items()) or "one rank"
+    figures = (
+        (layout.weight_bytes / GIB, "{:.2f}"),
+        (layout.activation_bytes / GIB, "{:.2f}"),
+        (layout.sent_bytes / 1e6, "{:.0f}"),
+        (layout.step_s * 1e3, _digits(layout.step_s)),
+        (layout.busy_s * 1e3, _digits(layout.busy_s)),
+    )
+    known = layout.activation_bytes > 0
+    return keys, *(form.format(value) if value or known else "-" for value, form in figures)
+
+
+def _digits(seconds: float) -> str:
+    """How milliseconds are written: an estimate has no more than three digits."""
+    return "{:.2f}" if seconds < 0.01 else "{:.1f}" if seconds < 0.1 else "{:.0f}"
+
+
+def _verdict(job: Job, fitting: Sequence[Layout]) -> str:
+    if not fitting:
+        return "\nNo layout fits: take more GPUs, GPUs with more memory, or a smaller size."
+    first = fitting[0]
+    lines = [f"{key} = {json.dumps(value)}" for key, value in first.keys.items()]
+    section = "\n".join(("[parallel]", *lines)) if lines else "no [parallel] section"
+    steps = job.params.steps
+    text = f"\nExpected to be fastest, {first.step_s * steps:.2f} s for {steps} steps:\n\n{section}"
+    busiest = min(fitting, key=lambda layout: layout.busy_s)
+    if busiest.busy_s < NOTABLY * first.busy_s:
+        keys, *_, busy_ms = _row(busiest)
+        text += f"\n\nWith enough requests to keep all ranks busy: {keys}, {busy_ms} ms a step."
+    return text

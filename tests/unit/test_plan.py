@@ -1,0 +1,226 @@
+"""The arithmetic of `lightloom plan`: rates, layouts, what fits, what is said of it."""
+
+from __future__ import annotations
+
+import io
+import tomllib
+from dataclasses import replace
+
+import pytest
+from rich.console import Console
+
+from lightloom.plan import GIB, Job, Planner, sections_of
+from lightloom.plan_rates import Rates, read_rates
+from lightloom.plan_show import Wish, parse_memory, show_layouts
+from services.config import ParallelSection
+from services.errors import InvalidRequest, StartupError
+from services.families import load_family
+from services.parallel.degrees import Degrees
+
+FULL = Wish("random:0", "qwen_image", "qwen-image", 2, "80GiB", "", None, None, 512)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Job:
+    folder = tmp_path_factory.mktemp("tiny")
+    load_family("wan").tiny(folder, "t2v", 0)
+    return Wish(str(folder), "", "", 4, "80GiB", "64x96", 9, None, 512).job()
+
+
+@pytest.fixture(scope="module")
+def layouts(tiny):
+    """All of the tiny model on four GPUs."""
+    return Planner(tiny, Rates()).layouts()
+
+
+# ---- Rates ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_rates_file_changes_what_it_names(tmp_path):
+    file = tmp_path / "rates.toml"
+    file.write_text("all_to_all_gb_s = 17\ncollective_us = 1.5\n")
+    assert read_rates(file) == replace(Rates(), all_to_all_gb_s=17.0, collective_us=1.5)
+    assert read_rates(None) == Rates()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("speed = 1", "unknown config key rates.speed"),
+        ("collective_us = 0", "collective_us is 0.0: it must be a number above 0"),
+        ("matmul_tflops = nan", "it must be a number above 0"),
+        ('matmul_tflops = "fast"', "rates.matmul_tflops must be of type float"),
+    ],
+)
+def test_a_rates_file_that_cannot_be_meant_is_refused(tmp_path, text, words):
+    file = tmp_path / "rates.toml"
+    file.write_text(text)
+    with pytest.raises(StartupError, match=words):
+        read_rates(file)
+
+
+def test_attention_has_its_measured_rates_at_both_ends_and_between_them():
+    rates = Rates(compute_share=1.0)
+    seconds = [rates.compute_s(0, 10**15, tokens) for tokens in (100, 4400, 12000, 33000, 10**6)]
+    assert seconds[0] == seconds[1] == pytest.approx(1e3 / 555)
+    assert 1e3 / 605 < seconds[2] < 1e3 / 555
+    assert seconds[3] == seconds[4] == pytest.approx(1e3 / 605)
+    assert Rates(compute_share=0.5).compute_s(787 * 10**12, 0, 1) == pytest.approx(2.0)
+
+
+def test_a_kind_of_collective_has_its_rate_and_each_call_its_time():
+    rates = Rates(all_to_all_gb_s=10, all_reduce_gb_s=20, all_gather_gb_s=40, send_gb_s=80, collective_us=100)
+    seconds = {kind: rates.wire_s(kind, 8 * 10**9, 10) for kind in ("all_to_all", "all_reduce", "hsdp", "ring")}
+    assert seconds == pytest.approx({"all_to_all": 0.801, "all_reduce": 0.401, "hsdp": 0.201, "ring": 0.101})
+
+
+@pytest.mark.parametrize(("text", "size"), [("80GiB", 80 * GIB), ("141 gb", 141 * 10**9), ("0.5GiB", GIB // 2)])
+def test_memory_is_read(text, size):
+    assert parse_memory(text) == size
+
+
+@pytest.mark.parametrize("text", ["80", "GiB", "-1GiB", "0GiB", "80MiB", "1e3GB"])
+def test_memory_that_cannot_be_read_is_refused(text):
+    with pytest.raises(StartupError, match="write it as 80GiB"):
+        parse_memory(text)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        ({"gpus": 65}, StartupError, "--gpus is 65: it must be between 1 and 64"),
+        ({"memory": "80"}, StartupError, "--memory is '80': write it as 80GiB"),
+        ({"size": "big"}, StartupError, "--size is 'big': write WIDTHxHEIGHT"),
+        ({"text_tokens": 0}, StartupError, "--text-tokens is 0"),
+        ({"preset": "x"}, StartupError, "has no preset 'x', it has"),
+        ({"family": ""}, StartupError, "unknown model family"),
+        ({"frames": 5}, InvalidRequest, "num_frames is 5: it must be between 1 and 1"),
+        ({"guidance": 99.0}, InvalidRequest, "guidance is 99.0"),
+    ],
+)
+def test_a_wish_that_cannot_be_meant_is_refused(changes, error, words):
+    with pytest.raises(error, match=words):
+        replace(FULL, **changes).job()
+
+
+# ---- Layouts --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gpus", [1, 2, 3, 4, 6, 8, 12])
+@pytest.mark.parametrize("branches", [1, 2, 3])
+def test_every_layout_uses_all_gpus_once(gpus, branches):
+    sections = list(sections_of(gpus, branches, experts=True))
+    assert len(set(sections)) == len(sections)
+    for section in sections:
+        assert Degrees.of(section).world == gpus
+        assert section.cfg_parallel_size <= branches
+    axes = {
+        (s.cfg_parallel_size, s.pipeline_parallel_size, s.ring_degree, s.ulysses_degree, s.tensor_parallel_size)
+        for s in sections
+        if s.hsdp_shard_size == 1 and not s.enable_expert_parallel
+    }
+    sizes = [size for size in range(1, gpus + 1) if gpus % size == 0]
+    expected = sum(
+        cfg * pipeline * ring * ulysses * tensor == gpus and cfg <= branches
+        for cfg in sizes
+        for pipeline in sizes
+        for ring in sizes
+        for ulysses in sizes
+        for tensor in sizes
+    )
+    assert len(axes) == expected
+
+
+def test_a_tiny_model_fits_everywhere_but_where_its_heads_do_not_divide(layouts):
+    refused = {tuple(layout.keys.items()): layout.refusal for layout in layouts if layout.refusal}
+    assert refused == {
+        (("tensor_parallel_size", 4),): "tensor_parallel_size 4 does not divide the 6 attention heads: use 1, 2, 3, 6"
+    }
+    assert not layouts[0].refusal
+    for layout in layouts[:-1]:
+        assert 0 < layout.busy_s <= layout.step_s
+        assert layout.sent_bytes > 0 < layout.activation_bytes
+
+
+@pytest.fixture(scope="module")
+def full() -> dict[str, dict]:
+    """Layouts of Qwen-Image on two GPUs, by their keys."""
+    return {str(layout.keys): layout for layout in Planner(FULL.job(), Rates()).layouts()}
+
+
+def test_bytes_sent_are_those_that_two_gpus_counted():
+    """A run of `benchmarks/layouts.py` on two H100: one request, prompts of 24 and 12 tokens."""
+    counted = {"ulysses_degree": 3033169920 + 25165824, "tensor_parallel_size": 6066339840 + 30248960}
+    found = {str(layout.keys): layout for layout in Planner(replace(FULL, text_tokens=24).job(), Rates()).layouts()}
+    assert {key: found[str({key: 2})].sent_bytes for key in counted} == counted
+
+
+def test_layouts_cost_what_they_are_made_of(full):
+    cfg, tensor = full["{'cfg_parallel_size': 2}"], full["{'tensor_parallel_size': 2}"]
+    pipeline, hsdp = full["{'pipeline_parallel_size': 2}"], full["{'hsdp_shard_size': 2}"]
+    sharded = full["{'ulysses_degree': 2, 'hsdp_shard_size': 2}"]
+    assert tensor.weight_bytes == pytest.approx(cfg.weight_bytes / 2, rel=0.01)
+    assert sharded.weight_bytes == hsdp.weight_bytes < 0.55 * cfg.weight_bytes
+    # Two branches make two passes; the pipeline is full for one of three beats, and always with more requests.
+    assert pipeline.step_s == pytest.approx(1.5 * pipeline.busy_s)
+    assert pipeline.busy_s == pytest.approx(cfg.step_s, rel=0.05)
+    # Ranks that repeat each other's work gain nothing; what they gather travels behind it.
+    assert hsdp.step_s == pytest.approx(2 * pipeline.busy_s, rel=0.05)
+    assert list(full.values())[0] is cfg
+
+
+def test_slower_links_cost_time_where_they_are_used(full):
+    slow = {
+        str(layout.keys): layout for layout in Planner(FULL.job(), replace(Rates(), all_reduce_gb_s=33.0)).layouts()
+    }
+    for key, layout in full.items():
+        if "tensor" in key:
+            assert slow[key].step_s - layout.step_s == pytest.approx(layout.sent_bytes * 9 / 330e9, rel=0.05)
+        else:
+            assert slow[key] == layout
+
+
+def test_what_does_not_fit_says_what_it_needs():
+    layouts = {str(layout.keys): layout for layout in Planner(replace(FULL, memory="40GiB").job(), Rates()).layouts()}
+    whole, cut = layouts["{'ulysses_degree': 2}"], layouts["{'tensor_parallel_size': 2}"]
+    assert whole.refusal == f"weights and reserve need {whole.weight_bytes / GIB + 3:.1f} GiB"
+    assert not cut.refusal
+    # Room for the weights, but not for a step.
+    tight = replace(FULL, memory=f"{(cut.weight_bytes + cut.activation_bytes) / GIB + 2.99}GiB").job()
+    layouts = {str(layout.keys): layout for layout in Planner(tight, Rates()).layouts()}
+    assert layouts["{'tensor_parallel_size': 2}"].refusal.startswith("needs 2")
+
+
+# ---- What is said ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", [72, 240])
+def test_a_terminal_of_any_width_shows_all(tiny, layouts, width):
+    said = io.StringIO()
+    show_layouts(Console(file=said, width=width), tiny, Rates(), layouts, everything=True)
+    text = said.getvalue()
+    assert max(map(len, text.splitlines())) <= width
+    assert "…" not in text
+    assert "Times are estimates" in text
+    assert width < 100 or "does not divide the 6 attention heads: use 1, 2, 3, 6" in text
+    section = tomllib.loads(text[text.index("[parallel]") :].partition("\n\n")[0])["parallel"]
+    assert ParallelSection(**section) == layouts[0].section
+
+
+def test_shards_that_nobody_needs_are_shown_when_all_is_asked_for(tiny, layouts):
+    texts = []
+    for everything in (False, True):
+        said = io.StringIO()
+        show_layouts(Console(file=said, width=240), tiny, Rates(), layouts, everything=everything)
+        texts.append(said.getvalue())
+    assert "more layouts: --all shows them" in texts[0]
+    assert texts[0].count("hsdp_shard_size") < texts[1].count("hsdp_shard_size")
+    assert len([line for line in texts[1].splitlines() if "fits" in line or "divide" in line]) == len(layouts)
+
+
+def test_nothing_fits_is_said():
+    job = replace(FULL, memory="4GiB").job()
+    said = io.StringIO()
+    show_layouts(Console(file=said, width=240), job, Rates(), Planner(job, Rates()).layouts(), everything=False)
+    assert "No layout fits" in said.getvalue()
+    assert "[parallel]" not in said.getvalue()
