@@ -50,7 +50,7 @@ async def serve(config: GatewayConfig) -> None:
     replicas = Replicas(config.stages, lambda: dispatcher.wake())
     lifecycle = Lifecycle(state, replicas, store, section, "gateway")
     dispatcher = Dispatcher(state, replicas, lifecycle, section)
-    service = RequestService(state, replicas, store, section)
+    service = RequestService(state, dispatcher, replicas, store, section)
     grpc_server = create_server()
     gateway_pb2_grpc.add_GatewayServicer_to_server(GatewayServicer(service), grpc_server)
     health = Health(grpc_server, [gateway_pb2.DESCRIPTOR.services_by_name["Gateway"].full_name])

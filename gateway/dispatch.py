@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from typing import Any
 
 from gateway.config import GatewaySection
 from gateway.lifecycle import Lifecycle
 from gateway.replicas import Replica, Replicas
-from gateway.state import State, queue_key
+from gateway.state import Claim, State, queue_key
 from services.errors import DeviceLost, ServiceError
 from services.wire import error_to_proto
 
@@ -63,18 +64,32 @@ class Dispatcher:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), IDLE_S)
 
+    async def submit(self, request_id: str, queue: str, **options: Any) -> int:
+        """Stores a request as State.submit does, and starts it when nobody waits before it and a replica is free."""
+        replica = None if self._stopping else self._free().get(queue)
+        if replica is None:
+            return (await self._state.submit(request_id, queue, **options))[0]
+        with replica.in_use():
+            stored, claim = await self._state.submit(request_id, queue, **options, lease_s=self._config.lease_s)
+            if claim is not None:
+                await self._start(claim, replica)
+        return stored
+
+    async def _start(self, claim: Claim, replica: Replica) -> None:
+        task = asyncio.create_task(self._run(claim.request_id, self._lifecycle.run(claim, replica)))
+        self._running[claim.request_id] = task
+        # The task counts itself in only once it runs.
+        await asyncio.sleep(0)
+        if self._stopping or claim.request_id in self._aborted_early:
+            task.cancel()
+
     async def _claim_all(self) -> None:
         self._aborted_early.clear()
         while not self._stopping and (free := self._free()):
             claim = await self._state.claim(list(free), self._config.lease_s)
             if claim is None:
                 return
-            task = asyncio.create_task(self._run(claim.request_id, self._lifecycle.run(claim, free[claim.queue])))
-            self._running[claim.request_id] = task
-            # The task counts itself in only once it runs.
-            await asyncio.sleep(0)
-            if claim.request_id in self._aborted_early:
-                task.cancel()
+            await self._start(claim, free[claim.queue])
             if not claim.left:
                 return
 

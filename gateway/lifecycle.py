@@ -100,9 +100,11 @@ class Lifecycle:
                     match response.WhichOneof("kind"):
                         case "step":
                             progress.step(response.step)
+                            if decode is None and response.step.step >= response.step.total - 1:
+                                decode = self._decode_ahead(work, latents)
                         case "preview":
                             progress.preview(response.preview)
-                        case "bundle":
+                        case "bundle" if decode is None:
                             decode = self._decode_ahead(work, latents)
                         case "usage":
                             work.add("dit", response.usage)
@@ -115,7 +117,7 @@ class Lifecycle:
                 await decode.close()
 
     def _decode_ahead(self, work: Work, latents: Latents) -> Decode | None:
-        """A VAE call that begins before the latents are kept, if a VAE is free now."""
+        """A VAE call that opens during the last step, if a VAE is free now: it decodes before the latents are kept."""
         try:
             return Decode(work, self._replicas.choose("vae", work.params.model), latents)
         except NotReady:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from gateway.config import GatewaySection
+from gateway.dispatch import Dispatcher
 from gateway.followers import StoredEvent
 from gateway.replicas import Replicas
 from gateway.state import TERMINAL, State, queue_key
@@ -47,8 +48,11 @@ class Health:
 class RequestService:
     """All that a front needs. Raises ServiceErrors only."""
 
-    def __init__(self, state: State, replicas: Replicas, store: Store, config: GatewaySection) -> None:
+    def __init__(
+        self, state: State, dispatcher: Dispatcher, replicas: Replicas, store: Store, config: GatewaySection
+    ) -> None:
         self._state = state
+        self._dispatcher = dispatcher
         self._replicas = replicas
         self._store = store
         self._config = config
@@ -82,7 +86,7 @@ class RequestService:
         queue = queue_key("dit", self._replicas.component("dit", model))
         limit, keep_s = self._config.max_queued, self._config.keep_s
         try:
-            stored = await self._state.submit(
+            stored = await self._dispatcher.submit(
                 request_id, queue, priority=priority, max_queued=limit, keep_s=keep_s, fields=fields
             )
         except BaseException:

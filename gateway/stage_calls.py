@@ -101,29 +101,34 @@ async def denoise(
             call.cancel()
             feeding.cancel()
             await asyncio.gather(feeding, return_exceptions=True)
+            feed.close()
     if not latents.whole:
         raise CorruptTensor("the denoiser's stream ended before its latents were whole")
 
 
 class _Feed:
-    """Fills a denoiser's request stream: start, embeddings, image latents."""
+    """Fills a denoiser's request stream: start, embeddings, image latents. The encoders' calls begin at once."""
 
     def __init__(self, work: Work, encoders: Sequence[Replica], fit: types_pb2.LatentRgbFit | None) -> None:
         self.failure: ServiceError | None = None
         self._work = work
-        self._encoders = encoders
+        self._calls = contextlib.ExitStack()
+        self._bundles = [self._calls.enter_context(_encoding(work, encoder)) for encoder in encoders]
         self._start = dit_pb2.DenoiseStart(context=work.context(), params=work.params, num_bundles=len(encoders))
         del self._start.params.inputs[:]
         if fit is not None:
             self._start.latent_rgb_fit.CopyFrom(fit)
 
+    def close(self) -> None:
+        """Ends the encoders' calls, if they have not ended."""
+        self._calls.close()
+
     async def run(self, call: Any) -> None:
         """Writes until all conditions are there; a failure is kept, and ends the denoiser's call."""
         try:
-            with contextlib.ExitStack() as stack:
-                bundles = [stack.enter_context(_encoding(self._work, encoder)) for encoder in self._encoders]
+            with self._calls:
                 await call.write(dit_pb2.DenoiseRequest(start=self._start).SerializeToString())
-                for frames in bundles:
+                for frames in self._bundles:
                     async for message in frames:
                         await call.write(message)
             await call.done_writing()
@@ -173,7 +178,9 @@ class Decode:
         self._expected = -1
         self._whole = asyncio.Event()
         self._usage = types_pb2.StageUsage()
-        self._task = asyncio.create_task(self._run(replica, latents))
+        method: Any = replica.channel.stream_stream(_DECODE)
+        self._call = method(self._requests(latents), **work.call_options())
+        self._task = asyncio.create_task(self._run(replica))
         self._task.add_done_callback(lambda _task: self._whole.set())
 
     async def media(self) -> bytes:
@@ -198,20 +205,19 @@ class Decode:
 
     async def close(self) -> None:
         """Ends the call if it still runs."""
+        self._call.cancel()
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
 
-    async def _run(self, replica: Replica, latents: Latents) -> None:
-        method: Any = replica.channel.stream_stream(_DECODE)
+    async def _run(self, replica: Replica) -> None:
         with replica.in_use():
-            call = method(self._requests(latents), **self._work.call_options())
             try:
-                async for message in call:
+                async for message in self._call:
                     self._take(vae_pb2.DecodeResponse.FromString(message))
             except grpc.aio.AioRpcError as failure:
                 raise _failed(replica, failure) from failure
             finally:
-                call.cancel()
+                self._call.cancel()
         if len(self._data) != self._expected:
             raise CorruptTensor(f"the VAE announced {self._expected} bytes and sent {len(self._data)}")
 

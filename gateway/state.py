@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,7 @@ WATCH_TIMEOUT_S = 2.0
 PATIENCE_S = 2.0
 RESULT_PATIENCE_S = 30.0
 RETRY_S = 0.1
+TOO_LATE = -2
 
 Fields = Mapping[str, str | bytes | float]
 
@@ -72,20 +74,43 @@ class State:
         self._followers = Followers()
         self._on_queue: Callable[[], None] = lambda: None
         self._on_cancel: Callable[[str], None] = lambda _request_id: None
+        # What to add to our monotonic clock for the time of Redis; None before its first answer.
+        self._clock_ahead_s: float | None = None
         self.connected = False
 
     async def submit(
-        self, request_id: str, queue: str, *, priority: int, max_queued: int, keep_s: float, fields: Fields
-    ) -> int:
-        """1 when stored, 0 when the id exists, -1 when the queue is full."""
+        self,
+        request_id: str,
+        queue: str,
+        *,
+        priority: int,
+        max_queued: int,
+        keep_s: float,
+        fields: Fields,
+        lease_s: float | None = None,
+    ) -> tuple[int, Claim | None]:
+        """1 when stored, 0 when the id exists, -1 when the queue is full.
+
+        Args:
+            lease_s: claims the request at once if nobody waits before it.
+        """
         keys = [_request(request_id), queue, IDS, _events(request_id)]
-        arguments = (request_id, self._owner, priority, max_queued, int(keep_s), *_flat(fields))
-        stored = int(await self._run("submit", keys, *arguments))
+        lease = "" if lease_s is None else lease_s
+        before = (request_id, self._owner, priority, max_queued, int(keep_s), lease, secrets.token_hex(8))
+        end_s, stored = time.monotonic() + PATIENCE_S, TOO_LATE
+        while stored == TOO_LATE:
+            # Late while we still wait: this Redis has another clock than the one we knew. Now we know it.
+            if time.monotonic() > end_s:
+                raise StateStoreDown("the state store answered too late: try again", retry_after_s=1.0)
+            # A Redis that stood still finds the call in its buffers when the caller has been told that it failed.
+            not_after = "" if self._clock_ahead_s is None else end_s + self._clock_ahead_s
+            now, stored, *claimed = await self._run("submit", keys, *before, not_after, *_flat(fields))
+            self._clock_ahead_s = float(now) - time.monotonic()
+        if claimed:
+            return int(stored), Claim(request_id, int(claimed[0]), _record(claimed[1]), queue, 0)
         if stored == 1:
             self._on_queue()
-            # The dispatcher first: its claim should not wait behind what the caller does next.
-            await asyncio.sleep(0)
-        return stored
+        return int(stored), None
 
     async def claim(self, queues: Sequence[str], lease_s: float) -> Claim | None:
         """The first request of the first queue that has one, now ours."""

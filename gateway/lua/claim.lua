@@ -13,12 +13,4 @@ end
 if not id then return false end
 local left = 0
 for i = 3, #KEYS do left = left + redis.call('ZCARD', KEYS[i]) end
-local time = now()
-local fence = redis.call('INCR', KEYS[2])
--- A queued request was last updated when it came into its queue.
-redis.call('HINCRBYFLOAT', key, 'queued_s', tonumber(time) - tonumber(redis.call('HGET', key, 'updated')))
-redis.call('HSET', key, 'state', 'running', 'fence', fence, 'owner', ARGV[1], 'updated', time)
-redis.call('HINCRBY', key, 'attempt', 1)
-redis.call('ZADD', KEYS[1], tonumber(time) + tonumber(ARGV[2]), id)
-tell(id, ARGV[1], 'status', 's', 'running')
-return {number, id, fence, left, redis.call('HGETALL', key)}
+return {number, id, take(id, ARGV[1], ARGV[2]), left, redis.call('HGETALL', key)}

@@ -20,6 +20,19 @@ local function enqueue(id, sender, queue)
   redis.call('PUBLISH', '{ll}:wake', 'q:' .. sender .. ':')
 end
 
+-- Gives a request to an owner, with a lease and a new fence; returns the fence.
+local function take(id, owner, lease_s)
+  local key, time = '{ll}:req:' .. id, now()
+  local fence = redis.call('INCR', '{ll}:fence')
+  -- A queued request was last updated when it came into its queue.
+  redis.call('HINCRBYFLOAT', key, 'queued_s', tonumber(time) - tonumber(redis.call('HGET', key, 'updated')))
+  redis.call('HSET', key, 'state', 'running', 'fence', fence, 'owner', owner, 'updated', time)
+  redis.call('HINCRBY', key, 'attempt', 1)
+  redis.call('ZADD', '{ll}:leases', tonumber(time) + tonumber(lease_s), id)
+  tell(id, owner, 'status', 's', 'running')
+  return fence
+end
+
 -- The events of a request after one (none for ''), and its hash when one of them is a status.
 local function news(id, after, count)
   if after == '' then return {{}, {}} end

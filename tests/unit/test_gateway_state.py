@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from gateway.followers import StoredEvent
-from gateway.state import READ_EVENTS, Claim, State, queue_key
+from gateway.state import READ_EVENTS, TOO_LATE, Claim, State, queue_key
 from lightloom.redis_server import start_redis
 from services.errors import StateStoreDown, UnknownRequest
 
@@ -39,9 +39,11 @@ class Gateway:
 
     async def submit(self, request_id: str, priority: int = 0, max_queued: int = 100) -> int:
         fields = {"params": b"p", "step": 0}
-        return await self.state.submit(
+        stored, claim = await self.state.submit(
             request_id, DIT, priority=priority, max_queued=max_queued, keep_s=60, fields=fields
         )
+        assert claim is None
+        return stored
 
     async def claim(self, *queues: str, lease_s: float = LEASE_S) -> Claim:
         claim = await self.state.claim(queues or (DIT,), lease_s)
@@ -134,6 +136,60 @@ async def test_queues_are_asked_in_order_and_hold_priorities(two) -> None:
     assert [(await other.claim(VAE, DIT)).request_id for _ in range(2)] == ["second", "late"]
     assert await other.state.claim((VAE, DIT), LEASE_S) is None
     await until(lambda: other.queued >= 4)
+
+
+async def test_a_submit_claims_when_nobody_waits_before(two) -> None:
+    own, other = two
+    options = {"priority": 0, "max_queued": 10, "keep_s": 60, "fields": {"params": b"p"}, "lease_s": LEASE_S}
+    stored, claim = await own.state.submit("first", DIT, **options)
+    assert stored == 1 and claim is not None and (claim.request_id, claim.record["state"]) == ("first", b"running")
+    assert await own.state.submit("first", DIT, **options) == (0, None)
+    await own.submit("second")
+    assert await own.state.submit("third", DIT, **options) == (1, None)
+    assert [(await other.claim()).request_id for _ in range(2)] == ["second", "third"]
+    follower = asyncio.create_task(follow(other, "first"))
+    assert await own.state.commit(claim, "done", "", "", {}) == "done"
+    assert kinds(await follower) == ["queued", "running", "done"]
+
+
+async def test_a_submit_whose_answer_was_lost_brings_its_claim_when_tried_again(two, monkeypatch) -> None:
+    own, _ = two
+    script, tries = own.state._scripts["submit"], []
+
+    async def losing(**arguments):
+        answer = await script(**arguments)
+        tries.append(answer)
+        if len(tries) == 1:
+            raise ConnectionError("the answer is lost")
+        return answer
+
+    monkeypatch.setitem(own.state._scripts, "submit", losing)
+    options = {"priority": 0, "max_queued": 10, "keep_s": 60, "fields": {"params": b"p"}}
+    stored, claim = await own.state.submit("r", DIT, **options, lease_s=LEASE_S)
+    assert (stored, len(tries)) == (0, 2)
+    assert claim is not None and await own.state.commit(claim, "done", "", "", {}) == "done"
+
+
+async def test_a_submit_that_redis_finds_after_its_caller_has_left_stores_nothing(two, monkeypatch) -> None:
+    own, _ = two
+    await own.submit("first")
+    script, late = own.state._scripts["submit"], []
+
+    async def held_back(**arguments):
+        late.append(arguments)
+        await asyncio.sleep(60)
+
+    monkeypatch.setitem(own.state._scripts, "submit", held_back)
+    with pytest.raises(StateStoreDown):
+        await own.submit("second")
+    _, stored = await script(**late[0])
+    assert stored == TOO_LATE and not await own.state.get("second")
+
+
+async def test_a_redis_with_another_clock_takes_requests(two) -> None:
+    own, _ = two
+    own.state._clock_ahead_s = -1e6
+    assert await own.submit("r") == 1 and own.state._clock_ahead_s > 0
 
 
 async def test_an_old_fence_changes_nothing(two) -> None:
