@@ -79,7 +79,7 @@ class Checkpointed:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The final latents; `busy_s` counts its preparation and the ticks that had the request in their batch."""
+    """The final latents; `busy_s` counts preparation, the ticks that had the request in their batch, and the finish."""
 
     request_id: str
     tensors: Tensors
@@ -337,9 +337,11 @@ class DitEngine:
                 del self._requests[request_id]
 
     def _finish(self, running: Running) -> None:
+        started_s = time.perf_counter()
         del self._requests[running.state.request_id]
         # To the host at once: later, the copy would wait behind the next step of the others.
         tensors = {name: tensor.cpu() for name, tensor in self._part.finish(self._model, running.state).items()}
+        running.busy_s += time.perf_counter() - started_s
         self._events.append(Finished(running.state.request_id, tensors, running.busy_s))
 
     def _fail(self, running: Running, error: ServiceError) -> None:

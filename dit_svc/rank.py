@@ -93,7 +93,7 @@ class DitProgram:
             self._engine.request_checkpoint(str(call.id), stop=request.checkpoint.stop)
 
     def _admit_when_whole(self, opened: Opened) -> None:
-        if opened.start is None or opened.params is None or opened.missing:
+        if opened.start is None or opened.params is None or opened.missing or opened.admitted_ns:
             return
         conditions = {
             name: tensor
@@ -151,7 +151,8 @@ class DitProgram:
 
     def _send_step(self, opened: Opened, event: Stepped) -> None:
         now_s = time.monotonic()
-        if event.step not in (1, event.total) and now_s - opened.stepped_s < STEP_EVENT_S:
+        # The last but one lets the gateway open the next stage's call in time.
+        if event.step not in (1, event.total - 1, event.total) and now_s - opened.stepped_s < STEP_EVENT_S:
             return
         opened.stepped_s = now_s
         step = dit_pb2.StepEvent(
