@@ -45,6 +45,7 @@ class Opened:
         self.bundles: list[Bundle] = []
         self.admitted_ns = 0
         self.stepped_s = 0.0
+        self.last_step: bytes | None = None
 
     @property
     def missing(self) -> int:
@@ -143,6 +144,9 @@ class DitProgram:
             case Finished():
                 total = opened.params.steps if opened.params else 0
                 self._send_bundle(call, dit_pb2.BundleStart.KIND_LATENTS, total, event.tensors, {})
+                # Behind the latents, which the next stage waits for.
+                if opened.last_step is not None:
+                    call.send(opened.last_step)
                 self._send_usage(opened, event.busy_s)
                 self._close(opened)
             case Failed():
@@ -158,7 +162,11 @@ class DitProgram:
         step = dit_pb2.StepEvent(
             step=event.step, total=event.total, sigma=event.sigma, seconds=event.seconds, batch=event.batch
         )
-        opened.call.send(dit_pb2.DenoiseResponse(step=step).SerializeToString())
+        response = dit_pb2.DenoiseResponse(step=step).SerializeToString()
+        if event.step == event.total:
+            opened.last_step = response
+        else:
+            opened.call.send(response)
 
     def _send_bundle(
         self,

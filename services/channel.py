@@ -204,6 +204,9 @@ class FrameQueue:
 
     def take(self, timeout_s: float | None) -> list[Frame]:
         """All frames at hand; waits for the first one, `timeout_s` at most (None: until there is one or `close`)."""
+        if timeout_s == 0 and not self._frames:
+            # Between two steps: no lock for nothing.
+            return []
         with self._changed:
             if not self._frames and not self._closed and timeout_s != 0:
                 self._changed.wait_for(lambda: bool(self._frames) or self._closed, timeout_s)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import gc
 import json
 import logging
 import os
@@ -202,6 +203,9 @@ class Rank:
                 mesh = join_group(config, self._rank, self._world, rendezvous)
                 lockstep = Lockstep(self._rank, self._world)
                 program = build(config) if mesh is None else build(config, mesh)
+                # What has been loaded stays: no collection has to look through it again.
+                gc.collect()
+                gc.freeze()
                 self._outbox.put(Frame(Kind.READY, PROCESS, program.describe().SerializeToString()))
                 self._loop(program, lockstep)
         except StartupError as error:
