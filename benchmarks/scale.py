@@ -1,7 +1,8 @@
 """How throughput grows with denoiser replicas: `python -m benchmarks.scale`.
 
 The engine sleeps 20 ms a step and serves one request after the other (`benchmarks.sleeping_rank`), so it takes no core,
-and everything around it shows: Redis, gateway, fronts, channels. Clients ask again as soon as they have an answer.
+and everything around it shows: Redis, gateway, fronts, channels. Clients ask again as soon as they have an answer. At
+the end, 200 clients at once: which share of what the engines can do is used.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from services.config import environment_with_malloc
 WORK = Work("sleeping", 256, 20, 4.0)
 REPLICAS = (1, 2, 4)
 CLIENTS_A_REPLICA = 4
+CROWD = 200
 GOALS = {"2": 1.9, "4": 3.7}
 
 
@@ -138,12 +140,17 @@ async def measure(warm_up_s: float, seconds: float) -> dict[str, Any]:
             async with cluster(Path(name), replicas) as running:
                 rates[str(replicas)] = await rate(running.grpc, CLIENTS_A_REPLICA * replicas, warm_up_s, seconds)
         print(f"{replicas} replicas: {rates[str(replicas)]:.2f} requests a second", flush=True)
+    most = REPLICAS[-1]
+    with TemporaryDirectory() as name:
+        async with cluster(Path(name), most) as running:
+            crowd = await rate(running.grpc, CROWD, warm_up_s, seconds)
     alone = rates[str(REPLICAS[0])]
     return {
         "work": {**asdict(WORK), "step_s": STEP_S, "seconds": seconds, "clients_a_replica": CLIENTS_A_REPLICA},
         "goals": GOALS,
         "requests_per_s": rates,
         "ideal_requests_per_s": {str(count): count / (WORK.steps * STEP_S) for count in REPLICAS},
+        "crowd": {"clients": CROWD, "replicas": most, "busy_share": crowd * WORK.steps * STEP_S / most, "goal": 0.95},
         "times_one_replica": {count: value / alone for count, value in rates.items()},
     }
 
