@@ -65,6 +65,30 @@ class Tokens:
         return value is not None and (not self.ndim or value.ndim == self.ndim)
 
 
+# A module's first result, where its inputs go by their names.
+RESULT = "return"
+Fields = tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceRegion:
+    """Where ranks of tensor parallelism may share the tokens: all of a block but attention and feed-forwards.
+
+    Tokens at a border are those of some fields of the streams, side by side.
+
+    Attributes:
+        fields: of the streams, read token by token.
+        gathers: of modules (globs) which inputs, by argument, or `RESULT`, are to have all tokens, and of which fields.
+        scatters: of row linears and summed modules, whose results are to have own tokens only, the fields.
+        pieces: names of modules (identities on one rank) that take own tokens out of what every rank has whole.
+    """
+
+    fields: tuple[Tokens, ...] = ()
+    gathers: Mapping[str, Mapping[str, Fields]] = field(default_factory=dict)
+    scatters: Mapping[str, Fields] = field(default_factory=dict)
+    pieces: tuple[str, ...] = ()
+
+
 @dataclass(frozen=True, slots=True)
 class ModelPlan:
     """What features may know of a DiT: data only.
@@ -84,6 +108,7 @@ class ModelPlan:
         attention: the kinds of attention calls, as `DitModel.attention` names them.
         spread: those of them that attend over the sequence which sequence parallelism cuts.
         sequence: the fields of the streams that are cut with it.
+        region: what tensor parallelism needs to spread norms as well.
         joint: the token fields that make the attended sequence, in its order.
         flow: the fields that blocks change, which travel from one pipeline rank to the next.
         has_text_mask: text is masked, so prompts of different length share a batch exactly.
@@ -104,6 +129,7 @@ class ModelPlan:
     attention: tuple[str, ...] = ()
     spread: tuple[str, ...] = ()
     sequence: tuple[Tokens, ...] = ()
+    region: SequenceRegion = SequenceRegion()
     joint: tuple[str, ...] = ("hidden",)
     flow: tuple[str, ...] = ("hidden",)
     has_text_mask: bool = False

@@ -25,6 +25,7 @@ class Degrees:
         replica: ranks that do the same work, for HSDP without another axis.
         ring, ulysses: the sequence.
         tensor: linears and heads.
+        tensor_sequence: its ranks also share the tokens wherever linears are whole.
         hsdp_shard, hsdp_replicate: weights over the ranks of all axes but pipeline and tensor; 1 and 1: no HSDP.
         expert: experts of MoE blocks are spread over the ranks that share a block.
     """
@@ -35,6 +36,7 @@ class Degrees:
     ring: int = 1
     ulysses: int = 1
     tensor: int = 1
+    tensor_sequence: bool = False
     hsdp_shard: int = 1
     hsdp_replicate: int = 1
     expert: bool = False
@@ -51,12 +53,18 @@ class Degrees:
             counted = isinstance(value, int) and not isinstance(value, bool)
             if counted and not (field.name == "world_size" and value == 0):
                 _check_degree(f"parallel.{field.name}", value)
+        if section.tensor_sequence_parallel and section.tensor_parallel_size == 1:
+            raise StartupError(
+                "parallel.tensor_sequence_parallel spreads norms over the ranks of tensor_parallel_size, which is 1:"
+                " raise it, or turn this off"
+            )
         asked = cls(
             cfg=section.cfg_parallel_size,
             pipeline=section.pipeline_parallel_size,
             ring=section.ring_degree,
             ulysses=section.ulysses_degree,
             tensor=section.tensor_parallel_size,
+            tensor_sequence=section.tensor_sequence_parallel,
             hsdp_shard=section.hsdp_shard_size,
             hsdp_replicate=section.hsdp_replicate_size,
             expert=section.enable_expert_parallel,

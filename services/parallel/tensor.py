@@ -10,7 +10,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,8 @@ from services.family import ModelPlan
 from services.parallel.collectives import all_gather, all_reduce
 from services.parallel.degrees import check_features
 from services.parallel.mesh import Axis
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,17 +60,43 @@ class ColumnLinear(nn.Module):
         return whole.movedim(0, -2).flatten(-2)
 
 
-class RowLinear(nn.Module):
+class Tokens(Protocol):
+    """Where a sum over the ranks is to end in pieces of the tokens (`tensor_sequence.py`)."""
+
+    def scatter(self, part: torch.Tensor) -> torch.Tensor:
+        """Each rank's part [B, S, ...] to this rank's tokens of the sum."""
+
+
+class SumOverRanks(nn.Module):
+    """Each rank's part [...] to the sum over all ranks.
+
+    Attributes:
+        tokens: set where a rank is to get its piece of the tokens only.
+    """
+
+    def __init__(self, axis: Axis) -> None:
+        super().__init__()
+        self._group, self._size = axis.name, axis.size
+        self.tokens: Tokens | None = None
+
+    def forward(self, part: torch.Tensor) -> torch.Tensor:
+        """See the class."""
+        if self.tokens is not None:
+            return self.tokens.scatter(part)
+        total: torch.Tensor = all_reduce(part, self._group, self._size)
+        return total
+
+
+class RowLinear(SumOverRanks):
     """This rank's [..., I / n] to the sum over all ranks, [..., O]."""
 
     def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, axis: Axis) -> None:
-        super().__init__()
+        super().__init__(axis)
         self.weight, self.bias = weight, bias
-        self._group, self._size = axis.name, axis.size
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """See the class."""
-        total: torch.Tensor = all_reduce(F.linear(features, self.weight), self._group, self._size)
+        total = super().forward(F.linear(features, self.weight))
         return total if self.bias is None else total + self.bias
 
 
@@ -82,19 +110,6 @@ class PartialLinear(nn.Module):
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """See the class."""
         return F.linear(features, self.weight)
-
-
-class SumOverRanks(nn.Module):
-    """Each rank's part [...] to the sum over all ranks."""
-
-    def __init__(self, axis: Axis) -> None:
-        super().__init__()
-        self._group, self._size = axis.name, axis.size
-
-    def forward(self, part: torch.Tensor) -> torch.Tensor:
-        """See the class."""
-        total: torch.Tensor = all_reduce(part, self._group, self._size)
-        return total
 
 
 class SpreadRMSNorm(nn.Module):
@@ -164,9 +179,14 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
+def by_name(name: str, values: Mapping[str, T]) -> T | None:
+    """The value of the first glob that fits a module's path."""
+    return next((value for glob, value in values.items() if fnmatch.fnmatchcase(name, glob)), None)
+
+
 def _cut(name: str, dim: int, features: int, plan: ModelPlan, axis: Axis) -> Cut:
     """Features made of segments are cut segment by segment: every rank holds its share of each."""
-    ratio = next((ratio for glob, ratio in plan.segments.items() if fnmatch.fnmatchcase(name, glob)), (1,))
+    ratio = by_name(name, plan.segments) or (1,)
     unit = features // sum(ratio)
     ranges, first = [], 0
     for part in ratio:
