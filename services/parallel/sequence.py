@@ -106,10 +106,11 @@ def own_piece(tensor: torch.Tensor, dim: int, axis: Axis) -> torch.Tensor:
     length = -(-tensor.shape[dim] // axis.size)
     start = min(length * axis.rank, tensor.shape[dim])
     piece = tensor.narrow(dim, start, min(length, tensor.shape[dim] - start))
-    missing = length - piece.shape[dim]
-    if not missing:
-        return piece.contiguous()
-    return F.pad(piece, (0, 0) * (tensor.ndim - 1 - dim) + (0, missing))
+    if missing := length - piece.shape[dim]:
+        return F.pad(piece, (0, 0) * (tensor.ndim - 1 - dim) + (0, missing))
+    # No view: compiled code tells offsets apart, and where they differ, some ranks alone would run eagerly. Collectives
+    # that do not depend on each other may then come in another order than elsewhere.
+    return piece.clone(memory_format=torch.contiguous_format)
 
 
 def joined_order(lengths: Sequence[int], ranks: int) -> torch.Tensor:

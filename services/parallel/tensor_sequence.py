@@ -10,7 +10,7 @@ order and without filling, so attention knows nothing of it. Which modules gathe
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import lru_cache
 from types import MethodType
@@ -74,6 +74,7 @@ class TensorSequence:
     def __init__(self, plan: ModelPlan, axis: Axis) -> None:
         self._region, self._axis = plan.region, axis
         self._layouts: dict[tuple[str, ...], Layout] = {}
+        self._forwards: dict[type, Callable[..., Any]] = {}
         self._hidden = self._layout(("hidden",))
 
     def apply(self, module: nn.Module) -> None:
@@ -84,10 +85,16 @@ class TensorSequence:
                 assert fields, f"the plan does not say which tokens {name} sums"
                 part.tokens = self._layout(fields)
             elif gathers := by_name(name, self._region.gathers):
-                _gather(part, {value: self._layout(fields) for value, fields in gathers.items()})
+                self._gather(part, {value: self._layout(fields) for value, fields in gathers.items()})
             elif matches(name, self._region.pieces):
                 parent, _, attribute = name.rpartition(".")
                 setattr(module.get_submodule(parent), attribute, OwnTokens(self._axis))
+
+    def _gather(self, part: Any, whole: Mapping[str, Layout]) -> None:
+        # One function for all modules of a class, for the same reason as one layout.
+        cls: Any = type(part)
+        forward = self._forwards.setdefault(cls, _gathering(cls.forward))
+        part.whole, part.forward = whole, MethodType(forward, part)
 
     def cut(self, streams: Any) -> Any:
         """This rank's piece of the fields that the region reads token by token."""
@@ -109,26 +116,21 @@ class TensorSequence:
         return self._layouts.setdefault(fields, Layout(fields, self._axis))
 
 
-def _gather(part: Any, layouts: Mapping[str, Layout]) -> None:
-    """Rebinds `forward`, so that inputs (by name) or the first result arrive whole."""
-    part.gathers = layouts
-    part.gathered_arguments = tuple(inspect.signature(part.forward).parameters)
-    part.forward = MethodType(_forward_gathered, part)
+def _gathering(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A class's forward, for modules that have their inputs (by name) or first result whole: `part.whole` says which."""
+    places = {name: place for place, name in enumerate(list(inspect.signature(forward).parameters)[1:])}
 
+    def gathering(part: Any, *arguments: Any, **named: Any) -> Any:
+        by_place = list(arguments)
+        for name, layout in part.whole.items():
+            if name in named:
+                named[name] = layout.gather(named[name])
+            elif name != RESULT:
+                by_place[places[name]] = layout.gather(by_place[places[name]])
+        made = forward(part, *by_place, **named)
+        return (part.whole[RESULT].gather(made[0]), *made[1:]) if RESULT in part.whole else made
 
-def _forward_gathered(part: Any, *arguments: Any, **named: Any) -> Any:
-    by_place = list(arguments)
-    for name, layout in part.gathers.items():
-        if name in named:
-            named[name] = layout.gather(named[name])
-        elif name != RESULT:
-            place = part.gathered_arguments.index(name)
-            by_place[place] = layout.gather(by_place[place])
-    made = type(part).forward(part, *by_place, **named)
-    if RESULT not in part.gathers:
-        return made
-    whole = part.gathers[RESULT]
-    return (whole.gather(made[0]), *made[1:])
+    return gathering
 
 
 @lru_cache(maxsize=KEPT_ORDERS)
