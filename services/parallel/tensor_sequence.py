@@ -117,7 +117,7 @@ class TensorSequence:
 
 
 def _gathering(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A class's forward, for modules that have their inputs (by name) or first result whole: `part.whole` says which."""
+    """A class's forward, with the inputs (by name) or the first result whole that a module's `whole` says."""
     places = {name: place for place, name in enumerate(list(inspect.signature(forward).parameters)[1:])}
 
     def gathering(part: Any, *arguments: Any, **named: Any) -> Any:

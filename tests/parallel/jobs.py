@@ -20,6 +20,8 @@ from services.parallel.collectives import sent_bytes
 from services.parallel.degrees import Degrees
 from services.parallel.hsdp import CountedGather
 from services.parallel.mesh import Mesh
+from services.parallel.sequence import own_piece
+from services.parallel.tensor_sequence import Layout
 from services.tensors import Bundle
 from services.weights import open_source
 
@@ -158,3 +160,38 @@ def gathered_bytes(rank: int, world: int, folder: str, parallel: dict[str, int],
         while dit.busy:
             dit.tick()
     return seen
+
+
+@dataclass
+class Fields:
+    """Streams of two fields [B, S, 2]."""
+
+    text: torch.Tensor
+    hidden: torch.Tensor
+
+
+def gather_and_scatter(
+    rank: int, world: int, fields: tuple[str, ...], lengths: Sequence[tuple[int, int]], rows: int
+) -> list[tuple[torch.Tensor, ...]]:
+    """For each lengths of text and hidden: tokens gathered, what they must be, tokens scattered, own tokens."""
+    axis = Mesh(Degrees(tensor=world), rank, "cpu")["tensor"]
+    layout, results = Layout(fields, axis), []
+    for text, hidden in lengths:
+        streams = Fields(*(torch.arange(rows * n * 2.0).view(rows, n, 2) + 100 * n for n in (text, hidden)))
+        layout.fit(streams)
+        parts = [getattr(streams, field) for field in fields]
+        pieces = [own_piece(part, 1, axis) for part in parts]
+        whole = torch.cat(parts, dim=1)
+        scattered = layout.scatter(whole).split([piece.shape[1] for piece in pieces], dim=1)
+        # What else a piece has is filling, which holds anything.
+        shares = [-(-part.shape[1] // world) for part in parts]
+        real = [max(0, min(share, part.shape[1] - rank * share)) for part, share in zip(parts, shares, strict=True)]
+        results.append(
+            (
+                layout.gather(torch.cat(pieces, dim=1)),
+                whole,
+                torch.cat([part[:, :count] for part, count in zip(scattered, real, strict=True)], dim=1),
+                torch.cat([piece[:, :count] for piece, count in zip(pieces, real, strict=True)], dim=1),
+            )
+        )
+    return results
