@@ -259,6 +259,27 @@ def guided_branches(params: ResolvedParams) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True, slots=True)
+class EncoderPlan:
+    """How an encoder of transformers is cut over ranks: globs on the paths of its modules.
+
+    Attributes:
+        attention: attention modules, which count their heads.
+        column: linears split by output features; those of keys and values that query heads share are split anyway.
+        row: linears split by input features, whose results are summed over the ranks.
+        segments: for linears whose features are several laid side by side, their ratio by name.
+        tables: of words, split by features.
+        unused: modules with weights that no forward reads: no rank holds them.
+    """
+
+    attention: tuple[str, ...]
+    column: tuple[str, ...]
+    row: tuple[str, ...]
+    segments: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    tables: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class TextPart:
     """A family's text encoder.
 
@@ -267,11 +288,13 @@ class TextPart:
         encode: a batch of inputs to one dict of tensors each, batch dimension dropped, padding trimmed where a mask
             or the denoiser makes up for it.
         branches: guidance branches whose text a request needs, positive first.
+        plans: of the encoders that are spread over ranks, by subfolder; each rank holds others whole.
     """
 
     load: Callable[[ModelSource, torch.device, torch.dtype], Any]
     encode: Callable[[Any, Sequence[TextInput]], list[Tensors]]
     branches: Callable[[ResolvedParams], tuple[str, ...]] = guided_branches
+    plans: Mapping[str, EncoderPlan] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

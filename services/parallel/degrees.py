@@ -6,12 +6,15 @@ Ranks are numbered with the axes in the order `AXES`, the last one fastest: tens
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 from services.config import ParallelSection
 from services.errors import StartupError
 
 AXES = ("cfg", "pipeline", "replica", "ring", "ulysses", "tensor")
+# What a config calls those that a stage may have alone.
+AXIS_KEYS = {"tensor": "tensor_parallel_size"}
 MAX_WORLD = 1024
 
 
@@ -151,6 +154,20 @@ class Degrees:
                 f" {hosts} divides"
             )
         return self
+
+
+def check_axes(degrees: Degrees, axes: Sequence[str], stage: str) -> None:
+    """Not every stage can be spread in every way.
+
+    Raises:
+        StartupError: it is to be spread along another axis than `axes`, with those that it has.
+    """
+    if degrees.world > 1 and not axes:
+        raise StartupError(f"parallel: the degrees make {degrees.world} ranks, and the {stage} stage runs on 1")
+    others = any(degrees.size(axis) > 1 for axis in AXES if axis not in axes)
+    if others or (set(axes) != set(AXES) and (degrees.tensor_sequence or degrees.hsdp or degrees.expert)):
+        keys = ", ".join(AXIS_KEYS[axis] for axis in axes)
+        raise StartupError(f"parallel: the {stage} stage is spread over ranks by {keys} only: leave other keys out")
 
 
 def check_heads(degrees: Degrees, heads: int) -> None:

@@ -155,22 +155,22 @@ def _part(name: str, layer: Any, plan: ModelPlan, axis: Axis) -> tuple[nn.Module
             return None
         if gathered or matches(name, plan.column):
             cut = _cut(name, 0, layer.out_features, plan, axis)
-            bias = None if layer.bias is None else _held(layer.bias, cut)
-            linear = ColumnLinear(_held(layer.weight, cut), bias, axis, gathered)
+            bias = None if layer.bias is None else held_part(layer.bias, cut)
+            linear = ColumnLinear(held_part(layer.weight, cut), bias, axis, gathered)
             return linear, {"weight": cut} | ({} if bias is None else {"bias": cut})
         if matches(name, plan.row):
             cut = _cut(name, 1, layer.in_features, plan, axis)
-            return RowLinear(_held(layer.weight, cut), layer.bias, axis), {"weight": cut}
+            return RowLinear(held_part(layer.weight, cut), layer.bias, axis), {"weight": cut}
         if matches(name, plan.partial):
             unbiased: Any = layer.bias is None
             assert unbiased, f"{name} has a bias, which would be summed over the ranks"
             cut = _cut(name, 1, layer.in_features, plan, axis)
-            return PartialLinear(_held(layer.weight, cut)), {"weight": cut}
+            return PartialLinear(held_part(layer.weight, cut)), {"weight": cut}
     elif matches(name, plan.summed):
         return SumOverRanks(axis), {}
     elif matches(name, plan.norms_across_heads):
         cut = _cut(name, 0, layer.weight.shape[0], plan, axis)
-        return SpreadRMSNorm(_held(layer.weight, cut), layer.eps, axis), {"weight": cut}
+        return SpreadRMSNorm(held_part(layer.weight, cut), layer.eps, axis), {"weight": cut}
     return None
 
 
@@ -197,7 +197,8 @@ def _cut(name: str, dim: int, features: int, plan: ModelPlan, axis: Axis) -> Cut
     return Cut(dim, tuple(ranges))
 
 
-def _held(weight: torch.Tensor, cut: Cut) -> nn.Parameter:
+def held_part(weight: torch.Tensor, cut: Cut) -> nn.Parameter:
+    """The part of a parameter that a rank holds."""
     # A copy: the whole weight must not stay alive behind a view.
     return nn.Parameter(cut.of(weight.data).clone(memory_format=torch.contiguous_format), requires_grad=False)
 
