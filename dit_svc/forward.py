@@ -20,6 +20,7 @@ from services.parallel.hsdp import shard_model
 from services.parallel.mesh import Axis, Mesh
 from services.parallel.pipeline import PipelineRank
 from services.parallel.sequence import SequenceParallel
+from services.parallel.tensor_sequence import TensorSequence
 
 # Below this many tokens a row, a forward is bound by overheads, and branches gain from sharing it.
 ROWS_BELOW_TOKENS = 2048
@@ -55,8 +56,12 @@ class Forward:
         self._branches = branches
         self._cfg: Axis | None = mesh["cfg"] if mesh and mesh["cfg"].size > 1 else None
         self._sequence = SequenceParallel(part.plan, mesh) if mesh and mesh.sequence.size > 1 else None
+        self._region = TensorSequence(part.plan, mesh["tensor"]) if mesh and mesh.degrees.tensor_sequence else None
         self._pipeline = PipelineRank(part.plan, mesh["pipeline"]) if mesh and mesh["pipeline"].size > 1 else None
         self._blocks = {name: self._own(part.blocks(module)) for name, module in model.modules.items()}
+        if self._region is not None:
+            for module in model.modules.values():
+                self._region.apply(module)
         if mesh and mesh.degrees.hsdp:
             device_mesh = mesh.hsdp()
             for name, module in model.modules.items():
@@ -128,7 +133,8 @@ class Forward:
         self.rows += len(rows)
         module = self._model.modules[reached.expert]
         whole = self._part.embed(module, self._part.collate(self._model, rows))
-        streams = self._sequence.cut(whole) if self._sequence else whole
+        shared = self._sequence.cut(whole) if self._sequence else whole
+        streams = self._region.cut(shared) if self._region else shared
         if self._pipeline:
             streams = self._pipeline.receive(streams)
         for block in self._blocks[reached.expert]:
@@ -136,9 +142,10 @@ class Forward:
         if self._pipeline and not self._pipeline.last:
             self._pipeline.send(streams)
             return None
+        hidden = self._region.join(streams.hidden) if self._region else streams.hidden
         if self._sequence:
-            streams = replace(whole, hidden=self._sequence.join(streams.hidden, whole.hidden.shape[1]))
-        return self._part.head(module, streams)
+            hidden = self._sequence.join(hidden, whole.hidden.shape[1])
+        return self._part.head(module, replace(whole, hidden=hidden))
 
     def _own(self, blocks: Sequence[Block]) -> Sequence[Block]:
         return self._pipeline.own(blocks) if self._pipeline else blocks

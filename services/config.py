@@ -70,7 +70,8 @@ class ModelSection:
 class ParallelSection:
     """Degrees of the rank group; they multiply to the number of ranks (`services/parallel/degrees.py`).
 
-    `world_size` may be left out (0); given, it must be their product. A group over several hosts names the others'
+    `world_size` may be left out (0); given, it must be their product. `tensor_sequence_parallel` spreads norms and
+    residuals over the ranks of `tensor_parallel_size`. A group over several hosts names the others'
     agents (`host:port`; each host gets an equal share of the ranks), this host's address as they reach it, and the
     file with the token that the agents were started with.
     """
@@ -81,6 +82,7 @@ class ParallelSection:
     ulysses_degree: int = 1
     ring_degree: int = 1
     tensor_parallel_size: int = 1
+    tensor_sequence_parallel: bool = False
     hsdp_shard_size: int = 1
     hsdp_replicate_size: int = 1
     enable_expert_parallel: bool = False

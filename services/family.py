@@ -65,6 +65,30 @@ class Tokens:
         return value is not None and (not self.ndim or value.ndim == self.ndim)
 
 
+# A module's first result, where its inputs go by their names.
+RESULT = "return"
+Fields = tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceRegion:
+    """Where ranks of tensor parallelism may share the tokens: all of a block but attention and feed-forwards.
+
+    Tokens at a border are those of some fields of the streams, side by side.
+
+    Attributes:
+        fields: of the streams, read token by token.
+        gathers: of modules (globs) which inputs, by argument, or `RESULT`, are to have all tokens, and of which fields.
+        scatters: of row linears and summed modules, whose results are to have own tokens only, the fields.
+        pieces: names of modules (identities on one rank) that take own tokens out of what every rank has whole.
+    """
+
+    fields: tuple[Tokens, ...] = ()
+    gathers: Mapping[str, Mapping[str, Fields]] = field(default_factory=dict)
+    scatters: Mapping[str, Fields] = field(default_factory=dict)
+    pieces: tuple[str, ...] = ()
+
+
 @dataclass(frozen=True, slots=True)
 class ModelPlan:
     """What features may know of a DiT: data only.
@@ -84,6 +108,7 @@ class ModelPlan:
         attention: the kinds of attention calls, as `DitModel.attention` names them.
         spread: those of them that attend over the sequence which sequence parallelism cuts.
         sequence: the fields of the streams that are cut with it.
+        region: what tensor parallelism needs to spread norms as well.
         joint: the token fields that make the attended sequence, in its order.
         flow: the fields that blocks change, which travel from one pipeline rank to the next.
         has_text_mask: text is masked, so prompts of different length share a batch exactly.
@@ -104,6 +129,7 @@ class ModelPlan:
     attention: tuple[str, ...] = ()
     spread: tuple[str, ...] = ()
     sequence: tuple[Tokens, ...] = ()
+    region: SequenceRegion = SequenceRegion()
     joint: tuple[str, ...] = ("hidden",)
     flow: tuple[str, ...] = ("hidden",)
     has_text_mask: bool = False
@@ -233,6 +259,27 @@ def guided_branches(params: ResolvedParams) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True, slots=True)
+class EncoderPlan:
+    """How an encoder of transformers is cut over ranks: globs on the paths of its modules.
+
+    Attributes:
+        attention: attention modules, which count their heads.
+        column: linears split by output features; those of keys and values that query heads share are split anyway.
+        row: linears split by input features, whose results are summed over the ranks.
+        segments: for linears whose features are several laid side by side, their ratio by name.
+        tables: of words, split by features.
+        unused: modules with weights that no forward reads: no rank holds them.
+    """
+
+    attention: tuple[str, ...]
+    column: tuple[str, ...]
+    row: tuple[str, ...]
+    segments: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    tables: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class TextPart:
     """A family's text encoder.
 
@@ -241,11 +288,13 @@ class TextPart:
         encode: a batch of inputs to one dict of tensors each, batch dimension dropped, padding trimmed where a mask
             or the denoiser makes up for it.
         branches: guidance branches whose text a request needs, positive first.
+        plans: of the encoders that are spread over ranks, by subfolder; each rank holds others whole.
     """
 
     load: Callable[[ModelSource, torch.device, torch.dtype], Any]
     encode: Callable[[Any, Sequence[TextInput]], list[Tensors]]
     branches: Callable[[ResolvedParams], tuple[str, ...]] = guided_branches
+    plans: Mapping[str, EncoderPlan] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from typing import Any
@@ -35,7 +35,7 @@ from services.errors import (
     ServiceError,
     StartupError,
 )
-from services.parallel.degrees import Degrees
+from services.parallel.degrees import Degrees, check_axes
 from services.rank_group import RankCall, RankGroup
 from services.server import Health, abort_with, bind, create_server, parse_arguments, stop_event
 from services.wire import PROTOCOL_VERSION
@@ -48,24 +48,24 @@ _log = logging.getLogger(__name__)
 Context = grpc.aio.ServicerContext[bytes, bytes]
 
 
-def serve_stage(service: ServiceDescriptor, rank_module: str, *, groups: bool = False) -> None:
+def serve_stage(service: ServiceDescriptor, rank_module: str, *, axes: Sequence[str] = ()) -> None:
     """The main function of a stage: reads the command line, serves until SIGTERM.
 
     Args:
         service: descriptor of its gRPC service.
         rank_module: what `python -m` runs as its rank process.
-        groups: whether several ranks can serve it together.
+        axes: along which several ranks can serve it together (`services/parallel/degrees.py`).
 
     Raises:
         StartupError: bad config, a port in use, or a rank that cannot start.
     """
     config = parse_arguments(StageConfig, f"The {service.name} stage of Lightloom")
     telemetry.setup(config.service.name or service.name.lower())
-    world = Degrees.of(config.parallel).world
+    degrees = Degrees.of(config.parallel)
+    world = degrees.world
     if world > 1 and ":" in config.model.device:
         raise StartupError(f"model.device {config.model.device!r} names one device for {world} ranks: write cuda")
-    if world > 1 and not groups:
-        raise StartupError(f"parallel: the degrees make {world} ranks, and the {service.name} stage runs on 1")
+    check_axes(degrees, axes, service.name)
     asyncio.run(_serve(config, service, rank_module))
 
 

@@ -10,15 +10,17 @@ import contextlib
 import hashlib
 import json
 import struct
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from accelerate.big_modeling import init_empty_weights
 from safetensors import safe_open
 from torch import nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from services.errors import StartupError
 from services.families import family_of_pipeline, load_family
@@ -47,6 +49,7 @@ class ModelSource:
     Attributes:
         family, variant: who serves it, by the pipeline class that model_index.json (or the preset) names.
         partition: set on a rank that holds a share of the denoiser's weights.
+        encoders: likewise of text encoders, by subfolder.
     """
 
     spec: str
@@ -56,6 +59,7 @@ class ModelSource:
     seed: int = 0
     preset: Mapping[str, Mapping[str, Any]] | None = None
     partition: Partition | None = None
+    encoders: Mapping[str, Partition] = field(default_factory=dict)
 
     def config(self, subfolder: str, name: str = "config.json") -> dict[str, Any]:
         """A component's config as plain data.
@@ -99,8 +103,8 @@ class ModelSource:
         if self.root is None:
             return self
         preset = {"model_index": _read_json(self.root / "model_index.json")}
-        for path in sorted((*self.root.glob("*/config.json"), *self.root.glob("*/scheduler_config.json"))):
-            preset[path.parent.name] = _read_json(path)
+        for name in ("config", "scheduler_config", "preprocessor_config"):
+            preset |= {path.parent.name: _read_json(path) for path in sorted(self.root.glob(f"*/{name}.json"))}
         return replace(self, root=None, preset=preset)
 
     def load(self, cls: Any, subfolder: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
@@ -154,12 +158,22 @@ class ModelSource:
         self, cls: Any, config_cls: Any, subfolder: str, device: torch.device, dtype: torch.dtype
     ) -> nn.Module:
         """The same for a transformers model class."""
+        partition = self.encoders.get(subfolder)
         if self.preset is not None:
             config = config_cls.from_dict(self.config(subfolder))
-            return self.randomise(lambda: cls(config), subfolder, device, dtype)
+            if partition is not None and device.type != "meta":
+                with torch.device("meta"):
+                    partition.apply(cls(config))
+            module = self.randomise(lambda: cls(config), subfolder, device, dtype)
+            if partition is not None:
+                partition.apply(module)
+            return module
         folder = self.folder(subfolder)
         check_safetensors(folder)
         with _weight_errors(folder):
+            if partition is not None:
+                config = config_cls.from_pretrained(str(folder), local_files_only=True)
+                return _frozen(_load_encoder_share(cls, config, folder, device, dtype, partition).to(device))
             module, report = cls.from_pretrained(
                 str(folder), dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
             )
@@ -243,12 +257,14 @@ def read_share(
     slices: Mapping[str, Slice],
     device: torch.device,
     dtype: torch.dtype,
-    kept: Sequence[str],
+    kept: Collection[str],
+    names: Callable[[str], str] = str,
 ) -> None:
     """Fills a module's parameters from a folder's safetensors files, each read only where the rank holds it.
 
     Args:
         kept: names of submodules and parameters that stay in fp32.
+        names: the parameter's name for a stored tensor's, where they differ.
 
     Raises:
         StartupError: a parameter has no stored tensor.
@@ -256,8 +272,11 @@ def read_share(
     wanted = dict(module.named_parameters())
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
-            for name in file.keys() & wanted.keys():  # noqa: SIM118 - the file's handle is no mapping
-                stored = file.get_slice(name)
+            for key in file.keys():  # noqa: SIM118 - the file's handle is no mapping
+                name = names(key)
+                if name not in wanted:
+                    continue
+                stored = file.get_slice(key)
                 part = slices[name].of(stored).contiguous() if name in slices else stored[:]
                 parent, _, attribute = name.rpartition(".")
                 precision = torch.float32 if set(kept) & set(name.split(".")) else dtype
@@ -266,6 +285,32 @@ def read_share(
                 del wanted[name]
     if wanted:
         raise StartupError(f"{folder} has no weights for {len(wanted)} parameters, {min(wanted)} first")
+
+
+def _load_encoder_share(
+    cls: Any, config: Any, folder: Path, device: torch.device, dtype: torch.dtype, partition: Partition
+) -> nn.Module:
+    """A transformers class with this rank's share of its weights.
+
+    Stored names are turned into the class's own by the library's rules. Of names for one tensor the first is kept.
+    """
+    with init_empty_weights(include_buffers=False):
+        module: Any = cls(config)
+    ties = module.all_tied_weights_keys
+    known = module.state_dict()
+    rules = get_model_conversion_mapping(module)
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    slices = partition.apply(module)
+    held = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+
+    def own_name(stored: str) -> str:
+        name: str = rename_source_key(stored, renamings, [], cls.base_model_prefix, known)[0]
+        alike = [name, *(one for pair in ties.items() if name in pair for one in pair)]
+        return next((one for one in alike if one in held), name)
+
+    kept = set(cls._keep_in_fp32_modules or ()) if dtype == torch.float16 else set()
+    read_share(module, folder, slices, device, dtype, kept | set(cls._keep_in_fp32_modules_strict or ()), own_name)
+    return cast(nn.Module, module)
 
 
 def check_safetensors(folder: Path) -> None:

@@ -7,5 +7,7 @@ from services.server import ensure_malloc, run_service
 if __name__ == "__main__":
     ensure_malloc()
     run_service(
-        lambda: serve_stage(text_encoder_pb2.DESCRIPTOR.services_by_name["TextEncoder"], "text_encoder_svc.rank")
+        lambda: serve_stage(
+            text_encoder_pb2.DESCRIPTOR.services_by_name["TextEncoder"], "text_encoder_svc.rank", axes=("tensor",)
+        )
     )

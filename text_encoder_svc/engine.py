@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import OrderedDict, deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -17,6 +17,8 @@ from services.errors import ServiceError
 from services.families import load_family
 from services.family import Tensors, TextInput, TextPart
 from services.media import decode_image
+from services.parallel.encoder import EncoderPartition
+from services.parallel.mesh import Mesh
 from services.request import ResolvedParams
 
 WARMUP_SIDE_PX = 256
@@ -80,10 +82,11 @@ class _Job:
 class TextEngine:
     """Requests wait in `submit` order; a tick encodes up to `max_batch` prompts that the cache does not have."""
 
-    def __init__(self, part: TextPart, model: object, max_batch: int, cache_bytes: int) -> None:
+    def __init__(self, part: TextPart, model: object, max_batch: int, cache_bytes: int, *, single: bool = True) -> None:
         self._part = part
         self._model = model
         self._max_batch = max_batch
+        self._single = single
         self._cache = EmbeddingCache(cache_bytes)
         self._waiting: deque[_Job] = deque()
 
@@ -121,6 +124,9 @@ class TextEngine:
         try:
             encoded = self._part.encode(self._model, list(missing.values()))
         except (ServiceError, torch.OutOfMemoryError) as error:
+            # On one rank of several, the others are past this point: the group ends and starts anew.
+            if not (self._single or isinstance(error, ServiceError)):
+                raise
             # The retries come after this block: until its end the error holds what the forward had in memory.
             failure = failure_of(error)
         else:
@@ -187,16 +193,23 @@ class TextEngine:
         }
 
 
-def open_engine(config: StageConfig) -> TextEngine:
+def open_engine(config: StageConfig, mesh: Mesh | None = None) -> TextEngine:
     """Loads the text encoder that a config names.
 
+    Args:
+        mesh: of the group, on a rank of several.
+
     Raises:
-        StartupError: its weights cannot be served.
+        StartupError: its weights cannot be served, or do not fit the number of ranks.
     """
     source = open_model(config.model)
     part = load_family(source.family).text
+    if mesh is not None:
+        encoders = {subfolder: EncoderPartition(plan, mesh) for subfolder, plan in part.plans.items()}
+        source = replace(source, encoders=encoders)
     model = part.load(source, *placement(config.model))
-    engine = TextEngine(part, model, config.engine.max_batch, config.engine.cache_bytes)
+    limits = config.engine
+    engine = TextEngine(part, model, limits.max_batch, limits.cache_bytes, single=mesh is None)
     if config.engine.warmup:
         engine.warm_up(limits_of(config, source).min_inputs)
     return engine

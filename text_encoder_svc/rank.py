@@ -7,6 +7,7 @@ import time
 from protos import text_encoder_pb2, types_pb2
 from services.config import StageConfig
 from services.describe import describe, open_model
+from services.parallel.mesh import Mesh
 from services.rank_process import Call, run
 from services.telemetry import make_span
 from services.wire import resolved_from_proto
@@ -19,9 +20,9 @@ SUBFOLDERS = ("processor", *(f"{kind}{number}" for kind in ("tokenizer", "text_e
 class TextEncoderProgram:
     """RankProgram of the service."""
 
-    def __init__(self, config: StageConfig) -> None:
+    def __init__(self, config: StageConfig, mesh: Mesh | None = None) -> None:
         self._config = config
-        self._engine: TextEngine = open_engine(config)
+        self._engine: TextEngine = open_engine(config, mesh)
         self._calls: dict[str, Call] = {}
 
     def describe(self) -> types_pb2.DescribeResponse:

@@ -32,7 +32,7 @@ def count_sent(kind: str, tensor: torch.Tensor, share: float = 1.0) -> None:
     sent_calls[kind] += 1
 
 
-def _plan(kind: str, tensor: torch.Tensor, share: float) -> None:
+def plan_sent(kind: str, tensor: torch.Tensor, share: float) -> None:
     """Counts in a dry run only: a compiler's fake tensors have the device that they stand for."""
     if tensor.device.type == "meta":
         count_sent(kind, tensor, share)
@@ -50,7 +50,7 @@ def all_to_all(tensor: torch.Tensor, group: str) -> torch.Tensor:
 
 @all_to_all.register_fake
 def _(tensor: torch.Tensor, group: str) -> torch.Tensor:
-    _plan("all_to_all", tensor, 1 - 1 / tensor.shape[0])
+    plan_sent("all_to_all", tensor, 1 - 1 / tensor.shape[0])
     return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
@@ -65,7 +65,7 @@ def all_reduce(tensor: torch.Tensor, group: str, size: int) -> torch.Tensor:
 
 @all_reduce.register_fake
 def _(tensor: torch.Tensor, group: str, size: int) -> torch.Tensor:
-    _plan("all_reduce", tensor, 2 * (1 - 1 / size))
+    plan_sent("all_reduce", tensor, 2 * (1 - 1 / size))
     return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
@@ -80,7 +80,7 @@ def all_gather(tensor: torch.Tensor, group: str, size: int) -> torch.Tensor:
 
 @all_gather.register_fake
 def _(tensor: torch.Tensor, group: str, size: int) -> torch.Tensor:
-    _plan("all_gather", tensor, size - 1)
+    plan_sent("all_gather", tensor, size - 1)
     return tensor.new_empty((size, *tensor.shape))
 
 
@@ -96,7 +96,7 @@ def reduce_scatter(tensor: torch.Tensor, group: str) -> torch.Tensor:
 
 @reduce_scatter.register_fake
 def _(tensor: torch.Tensor, group: str) -> torch.Tensor:
-    _plan("reduce_scatter", tensor, 1 - 1 / tensor.shape[0])
+    plan_sent("reduce_scatter", tensor, 1 - 1 / tensor.shape[0])
     return torch.empty_like(tensor[0], memory_format=torch.contiguous_format)
 
 
@@ -119,5 +119,5 @@ def all_to_all_uneven(
 
 @all_to_all_uneven.register_fake
 def _(tensor: torch.Tensor, sent: Sequence[int], received: Sequence[int], rank: int, group: str) -> torch.Tensor:
-    _plan("all_to_all_uneven", tensor, 1 - sent[rank] / max(1, tensor.shape[0]))
+    plan_sent("all_to_all_uneven", tensor, 1 - sent[rank] / max(1, tensor.shape[0]))
     return tensor.new_empty((sum(received), *tensor.shape[1:]))

@@ -6,12 +6,15 @@ Ranks are numbered with the axes in the order `AXES`, the last one fastest: tens
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 from services.config import ParallelSection
 from services.errors import StartupError
 
 AXES = ("cfg", "pipeline", "replica", "ring", "ulysses", "tensor")
+# What a config calls those that a stage may have alone.
+AXIS_KEYS = {"tensor": "tensor_parallel_size"}
 MAX_WORLD = 1024
 
 
@@ -25,6 +28,7 @@ class Degrees:
         replica: ranks that do the same work, for HSDP without another axis.
         ring, ulysses: the sequence.
         tensor: linears and heads.
+        tensor_sequence: its ranks also share the tokens wherever linears are whole.
         hsdp_shard, hsdp_replicate: weights over the ranks of all axes but pipeline and tensor; 1 and 1: no HSDP.
         expert: experts of MoE blocks are spread over the ranks that share a block.
     """
@@ -35,6 +39,7 @@ class Degrees:
     ring: int = 1
     ulysses: int = 1
     tensor: int = 1
+    tensor_sequence: bool = False
     hsdp_shard: int = 1
     hsdp_replicate: int = 1
     expert: bool = False
@@ -51,12 +56,18 @@ class Degrees:
             counted = isinstance(value, int) and not isinstance(value, bool)
             if counted and not (field.name == "world_size" and value == 0):
                 _check_degree(f"parallel.{field.name}", value)
+        if section.tensor_sequence_parallel and section.tensor_parallel_size == 1:
+            raise StartupError(
+                "parallel.tensor_sequence_parallel spreads norms over the ranks of tensor_parallel_size, which is 1:"
+                " raise it, or turn this off"
+            )
         asked = cls(
             cfg=section.cfg_parallel_size,
             pipeline=section.pipeline_parallel_size,
             ring=section.ring_degree,
             ulysses=section.ulysses_degree,
             tensor=section.tensor_parallel_size,
+            tensor_sequence=section.tensor_sequence_parallel,
             hsdp_shard=section.hsdp_shard_size,
             hsdp_replicate=section.hsdp_replicate_size,
             expert=section.enable_expert_parallel,
@@ -143,6 +154,20 @@ class Degrees:
                 f" {hosts} divides"
             )
         return self
+
+
+def check_axes(degrees: Degrees, axes: Sequence[str], stage: str) -> None:
+    """Not every stage can be spread in every way.
+
+    Raises:
+        StartupError: it is to be spread along another axis than `axes`, with those that it has.
+    """
+    if degrees.world > 1 and not axes:
+        raise StartupError(f"parallel: the degrees make {degrees.world} ranks, and the {stage} stage runs on 1")
+    others = any(degrees.size(axis) > 1 for axis in AXES if axis not in axes)
+    if others or (set(axes) != set(AXES) and (degrees.tensor_sequence or degrees.hsdp or degrees.expert)):
+        keys = ", ".join(AXIS_KEYS[axis] for axis in axes)
+        raise StartupError(f"parallel: the {stage} stage is spread over ranks by {keys} only: leave other keys out")
 
 
 def check_heads(degrees: Degrees, heads: int) -> None:

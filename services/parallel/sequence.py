@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -51,11 +52,10 @@ class SequenceParallel:
     def cut(self, streams: Any) -> Any:
         """This rank's piece of every field that the plan says holds tokens."""
         self._places = self._find_places(streams)
-        pieces = {
-            tokens.field: _map(getattr(streams, tokens.field), lambda tensor, t=tokens: self._piece(tensor, t.dim))
-            for tokens in self._plan.sequence
-            if tokens.holds(getattr(streams, tokens.field))
-        }
+        pieces = {}
+        for tokens in self._plan.sequence:
+            if tokens.holds(value := getattr(streams, tokens.field)):
+                pieces[tokens.field] = _map(value, partial(own_piece, dim=tokens.dim, axis=self._whole))
         return replace(streams, **pieces)
 
     def join(self, piece: torch.Tensor, tokens: int) -> torch.Tensor:
@@ -88,29 +88,32 @@ class SequenceParallel:
         mixed: torch.Tensor = ring_attention(query, key, value, masks, ring.name, ring.size, kernel.__name__)
         return mixed
 
-    def _piece(self, tensor: torch.Tensor, dim: int) -> torch.Tensor:
-        length = -(-tensor.shape[dim] // self._whole.size)
-        start = min(length * self._whole.rank, tensor.shape[dim])
-        piece = tensor.narrow(dim, start, min(length, tensor.shape[dim] - start))
-        missing = length - piece.shape[dim]
-        if not missing:
-            return piece.contiguous()
-        return F.pad(piece, (0, 0) * (tensor.ndim - 1 - dim) + (0, missing))
-
     def _find_places(self, streams: Any) -> Places:
         """Joined pieces stand rank by rank, in each the fields of the joint sequence one after the other."""
         lengths = [getattr(streams, field).shape[1] for field in self._plan.joint]
         mask = getattr(streams, "mask", None)
         if mask is None and all(length % self._whole.size == 0 for length in lengths):
             return Places()
-        order = _joined_order(lengths, self._whole.size)
+        order = joined_order(lengths, self._whole.size)
         if self._ring.size == 1:
-            tokens, back = _real_tokens(order, sum(lengths))
+            tokens, back = real_tokens(order, sum(lengths))
             return Places(tokens.to(streams.hidden.device), back.to(streams.hidden.device))
         return Places(masks=_ring_masks(order, mask, streams.hidden, self._ring.size))
 
 
-def _joined_order(lengths: Sequence[int], ranks: int) -> torch.Tensor:
+def own_piece(tensor: torch.Tensor, dim: int, axis: Axis) -> torch.Tensor:
+    """This rank's of the equal pieces along `dim`; the last ranks' are filled up with zeros."""
+    length = -(-tensor.shape[dim] // axis.size)
+    start = min(length * axis.rank, tensor.shape[dim])
+    piece = tensor.narrow(dim, start, min(length, tensor.shape[dim] - start))
+    if missing := length - piece.shape[dim]:
+        return F.pad(piece, (0, 0) * (tensor.ndim - 1 - dim) + (0, missing))
+    # No view: compiled code tells offsets apart, and where they differ, some ranks alone would run eagerly. Collectives
+    # that do not depend on each other may then come in another order than elsewhere.
+    return piece.clone(memory_format=torch.contiguous_format)
+
+
+def joined_order(lengths: Sequence[int], ranks: int) -> torch.Tensor:
     """[n L] position in the joint sequence of every joined place; -1 for filling."""
     pieces = []
     for rank in range(ranks):
@@ -123,7 +126,8 @@ def _joined_order(lengths: Sequence[int], ranks: int) -> torch.Tensor:
     return torch.cat(pieces)
 
 
-def _real_tokens(order: torch.Tensor, total: int) -> tuple[torch.Tensor, torch.Tensor]:
+def real_tokens(order: torch.Tensor, total: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`Places.tokens` and `Places.back` of a joined order."""
     real = (order >= 0).nonzero()[:, 0]
     tokens = torch.empty(total, dtype=torch.int64)
     tokens[order[real]] = real

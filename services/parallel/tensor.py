@@ -10,7 +10,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,8 @@ from services.family import ModelPlan
 from services.parallel.collectives import all_gather, all_reduce
 from services.parallel.degrees import check_features
 from services.parallel.mesh import Axis
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,17 +60,43 @@ class ColumnLinear(nn.Module):
         return whole.movedim(0, -2).flatten(-2)
 
 
-class RowLinear(nn.Module):
+class Tokens(Protocol):
+    """Where a sum over the ranks is to end in pieces of the tokens (`tensor_sequence.py`)."""
+
+    def scatter(self, part: torch.Tensor) -> torch.Tensor:
+        """Each rank's part [B, S, ...] to this rank's tokens of the sum."""
+
+
+class SumOverRanks(nn.Module):
+    """Each rank's part [...] to the sum over all ranks.
+
+    Attributes:
+        tokens: set where a rank is to get its piece of the tokens only.
+    """
+
+    def __init__(self, axis: Axis) -> None:
+        super().__init__()
+        self._group, self._size = axis.name, axis.size
+        self.tokens: Tokens | None = None
+
+    def forward(self, part: torch.Tensor) -> torch.Tensor:
+        """See the class."""
+        if self.tokens is not None:
+            return self.tokens.scatter(part)
+        total: torch.Tensor = all_reduce(part, self._group, self._size)
+        return total
+
+
+class RowLinear(SumOverRanks):
     """This rank's [..., I / n] to the sum over all ranks, [..., O]."""
 
     def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, axis: Axis) -> None:
-        super().__init__()
+        super().__init__(axis)
         self.weight, self.bias = weight, bias
-        self._group, self._size = axis.name, axis.size
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """See the class."""
-        total: torch.Tensor = all_reduce(F.linear(features, self.weight), self._group, self._size)
+        total = super().forward(F.linear(features, self.weight))
         return total if self.bias is None else total + self.bias
 
 
@@ -82,19 +110,6 @@ class PartialLinear(nn.Module):
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """See the class."""
         return F.linear(features, self.weight)
-
-
-class SumOverRanks(nn.Module):
-    """Each rank's part [...] to the sum over all ranks."""
-
-    def __init__(self, axis: Axis) -> None:
-        super().__init__()
-        self._group, self._size = axis.name, axis.size
-
-    def forward(self, part: torch.Tensor) -> torch.Tensor:
-        """See the class."""
-        total: torch.Tensor = all_reduce(part, self._group, self._size)
-        return total
 
 
 class SpreadRMSNorm(nn.Module):
@@ -140,22 +155,22 @@ def _part(name: str, layer: Any, plan: ModelPlan, axis: Axis) -> tuple[nn.Module
             return None
         if gathered or matches(name, plan.column):
             cut = _cut(name, 0, layer.out_features, plan, axis)
-            bias = None if layer.bias is None else _held(layer.bias, cut)
-            linear = ColumnLinear(_held(layer.weight, cut), bias, axis, gathered)
+            bias = None if layer.bias is None else held_part(layer.bias, cut)
+            linear = ColumnLinear(held_part(layer.weight, cut), bias, axis, gathered)
             return linear, {"weight": cut} | ({} if bias is None else {"bias": cut})
         if matches(name, plan.row):
             cut = _cut(name, 1, layer.in_features, plan, axis)
-            return RowLinear(_held(layer.weight, cut), layer.bias, axis), {"weight": cut}
+            return RowLinear(held_part(layer.weight, cut), layer.bias, axis), {"weight": cut}
         if matches(name, plan.partial):
             unbiased: Any = layer.bias is None
             assert unbiased, f"{name} has a bias, which would be summed over the ranks"
             cut = _cut(name, 1, layer.in_features, plan, axis)
-            return PartialLinear(_held(layer.weight, cut)), {"weight": cut}
+            return PartialLinear(held_part(layer.weight, cut)), {"weight": cut}
     elif matches(name, plan.summed):
         return SumOverRanks(axis), {}
     elif matches(name, plan.norms_across_heads):
         cut = _cut(name, 0, layer.weight.shape[0], plan, axis)
-        return SpreadRMSNorm(_held(layer.weight, cut), layer.eps, axis), {"weight": cut}
+        return SpreadRMSNorm(held_part(layer.weight, cut), layer.eps, axis), {"weight": cut}
     return None
 
 
@@ -164,9 +179,14 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
+def by_name(name: str, values: Mapping[str, T]) -> T | None:
+    """The value of the first glob that fits a module's path."""
+    return next((value for glob, value in values.items() if fnmatch.fnmatchcase(name, glob)), None)
+
+
 def _cut(name: str, dim: int, features: int, plan: ModelPlan, axis: Axis) -> Cut:
     """Features made of segments are cut segment by segment: every rank holds its share of each."""
-    ratio = next((ratio for glob, ratio in plan.segments.items() if fnmatch.fnmatchcase(name, glob)), (1,))
+    ratio = by_name(name, plan.segments) or (1,)
     unit = features // sum(ratio)
     ranges, first = [], 0
     for part in ratio:
@@ -177,7 +197,8 @@ def _cut(name: str, dim: int, features: int, plan: ModelPlan, axis: Axis) -> Cut
     return Cut(dim, tuple(ranges))
 
 
-def _held(weight: torch.Tensor, cut: Cut) -> nn.Parameter:
+def held_part(weight: torch.Tensor, cut: Cut) -> nn.Parameter:
+    """The part of a parameter that a rank holds."""
     # A copy: the whole weight must not stay alive behind a view.
     return nn.Parameter(cut.of(weight.data).clone(memory_format=torch.contiguous_format), requires_grad=False)
 

@@ -28,10 +28,16 @@ async def test_degrees_that_fit_nothing_stop_the_front(tmp_path):
         check(answer, words)
 
 
-@pytest.mark.parametrize(("module", "name"), [("text_encoder_svc", "TextEncoder"), ("vae_svc", "Vae")])
-async def test_stages_of_one_rank_refuse_degrees(tmp_path, module, name):
+@pytest.mark.parametrize(
+    ("module", "words"),
+    [
+        ("text_encoder_svc", ("the TextEncoder stage is spread over ranks by tensor_parallel_size only",)),
+        ("vae_svc", ("2 ranks", "Vae stage runs on 1")),
+    ],
+)
+async def test_stages_refuse_degrees_that_they_have_not(tmp_path, module, words):
     table = stage("nowhere") | {"parallel": {"ulysses_degree": 2}}
-    check(await run(module, tmp_path / "stage.toml", table), "2 ranks", f"{name} stage runs on 1")
+    check(await run(module, tmp_path / "stage.toml", table), *words)
 
 
 async def test_ranks_refuse_what_does_not_fit_model_and_machine(tmp_path):

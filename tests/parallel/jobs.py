@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from unittest.mock import patch
 
 import torch
@@ -20,8 +20,12 @@ from services.parallel.collectives import sent_bytes
 from services.parallel.degrees import Degrees
 from services.parallel.hsdp import CountedGather
 from services.parallel.mesh import Mesh
+from services.parallel.sequence import own_piece
+from services.parallel.tensor_sequence import Layout
+from services.request import ResolvedParams
 from services.tensors import Bundle
 from services.weights import open_source
+from text_encoder_svc.engine import open_engine as open_text_engine
 
 
 @dataclass(frozen=True)
@@ -158,3 +162,98 @@ def gathered_bytes(rank: int, world: int, folder: str, parallel: dict[str, int],
         while dit.busy:
             dit.tick()
     return seen
+
+
+@dataclass
+class Fields:
+    """Streams of two fields [B, S, 2]."""
+
+    text: torch.Tensor
+    hidden: torch.Tensor
+
+
+def gather_and_scatter(
+    rank: int, world: int, fields: tuple[str, ...], lengths: Sequence[tuple[int, int]], rows: int
+) -> list[tuple[torch.Tensor, ...]]:
+    """For each lengths of text and hidden: tokens gathered, what they must be, tokens scattered, own tokens."""
+    axis = Mesh(Degrees(tensor=world), rank, "cpu")["tensor"]
+    layout, results = Layout(fields, axis), []
+    for text, hidden in lengths:
+        streams = Fields(*(torch.arange(rows * n * 2.0).view(rows, n, 2) + 100 * n for n in (text, hidden)))
+        layout.fit(streams)
+        parts = [getattr(streams, field) for field in fields]
+        pieces = [own_piece(part, 1, axis) for part in parts]
+        whole = torch.cat(parts, dim=1)
+        scattered = layout.scatter(whole).split([piece.shape[1] for piece in pieces], dim=1)
+        # What else a piece has is filling, which holds anything.
+        shares = [-(-part.shape[1] // world) for part in parts]
+        real = [max(0, min(share, part.shape[1] - rank * share)) for part, share in zip(parts, shares, strict=True)]
+        results.append(
+            (
+                layout.gather(torch.cat(pieces, dim=1)),
+                whole,
+                torch.cat([part[:, :count] for part, count in zip(scattered, real, strict=True)], dim=1),
+                torch.cat([piece[:, :count] for piece, count in zip(pieces, real, strict=True)], dim=1),
+            )
+        )
+    return results
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What an encoder of text gets: requests in their order, those aborted before the first batch, and requests after.
+
+    Attributes:
+        later: submitted when all others are done, by id.
+    """
+
+    requests: dict[str, ResolvedParams]
+    aborted: tuple[str, ...] = ()
+    later: dict[str, ResolvedParams] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TextReport:
+    """What came of it on one rank; `cached` names requests that the cache had."""
+
+    tensors: dict[str, Tensors]
+    cached: set[str]
+    weight_bytes: int
+    metrics: dict[str, float]
+
+
+def encode(rank: int, world: int, folder: str, prompts: Prompts) -> TextReport:
+    """Loads the folder's text encoders over the ranks and encodes, at most two prompts a batch."""
+    section = ParallelSection(tensor_parallel_size=world)
+    return encode_all(config_of(folder, section, {"max_batch": 2}), Mesh(Degrees.of(section), rank, "cpu"), prompts)
+
+
+def encode_all(config: StageConfig, mesh: Mesh | None, prompts: Prompts) -> TextReport:
+    """The same on a mesh, or on one rank without."""
+    engine, done = open_text_engine(config, mesh), []
+    for submitted in (prompts.requests, prompts.later):
+        for request_id, params in submitted.items():
+            engine.submit(request_id, params)
+        for request_id in prompts.aborted:
+            engine.abort(request_id)
+        while engine.busy:
+            done += engine.tick()
+    return TextReport(
+        tensors={encoded.request_id: encoded.tensors for encoded in done},
+        cached={encoded.request_id for encoded in done if encoded.cached},
+        weight_bytes=sum(map(bytes_of, modules_in(engine._model))),
+        metrics=engine.metrics(),
+    )
+
+
+def modules_in(value: object) -> list[torch.nn.Module]:
+    """The encoders in a family's text model."""
+    if isinstance(value, torch.nn.Module):
+        return [value]
+    inside = [getattr(value, item.name) for item in fields(value)] if is_dataclass(value) else value
+    return [module for item in inside for module in modules_in(item)] if isinstance(inside, list | tuple) else []
+
+
+def bytes_of(module: torch.nn.Module) -> int:
+    """Of its weights; those that are tied count once."""
+    return sum(weight.nbytes for weight in module.parameters())

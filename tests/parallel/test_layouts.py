@@ -9,11 +9,13 @@ from tests.oracle import ROWS
 from tests.oracle.harness import difference
 from tests.parallel.jobs import Script
 
+SEQUENCE = {"tensor_sequence_parallel": True}
 TWO = {
     "ulysses": {"ulysses_degree": 2},
     "ring": {"ring_degree": 2},
     "cfg": {"cfg_parallel_size": 2},
     "tensor": {"tensor_parallel_size": 2},
+    "tensor-sequence": {"tensor_parallel_size": 2, **SEQUENCE},
     "pipeline": {"pipeline_parallel_size": 2},
     "hsdp": {"hsdp_shard_size": 2},
 }
@@ -24,6 +26,10 @@ FOUR = {
     "pipeline-cfg": {"pipeline_parallel_size": 2, "cfg_parallel_size": 2},
     "hsdp-ulysses": {"hsdp_shard_size": 2, "hsdp_replicate_size": 2, "ulysses_degree": 2},
     "hsdp-tensor": {"hsdp_shard_size": 2, "tensor_parallel_size": 2},
+    "tensor-sequence-cfg": {"tensor_parallel_size": 2, "cfg_parallel_size": 2, **SEQUENCE},
+    "tensor-sequence-hsdp": {"tensor_parallel_size": 2, "hsdp_shard_size": 2, **SEQUENCE},
+    "tensor-sequence-ulysses": {"tensor_parallel_size": 2, "ulysses_degree": 2, **SEQUENCE},
+    "tensor-sequence-pipeline": {"tensor_parallel_size": 2, "pipeline_parallel_size": 2, **SEQUENCE},
     "ulysses-4": {"ulysses_degree": 4},
     "ring-4": {"ring_degree": 4},
     "pipeline-4": {"pipeline_parallel_size": 4},

@@ -46,7 +46,7 @@ def test_bytes_sent_and_held_are_those_of_a_dry_run(pool, prepared, name, world)
             assert reports[index].weight_bytes == weights.held, (layout, rank)
 
 
-def sent_by(prepared, name: str, rank: int = 0, **degrees: int) -> dict[str, int]:
+def sent_by(prepared, name: str, rank: int = 0, **degrees) -> dict[str, int]:
     """Bytes that a rank sends in one step of the row's first wish."""
     subject = prepared(name)
     [job], _ = subject.jobs_of(replace(subject.row.wishes[0], steps=STEPS))
@@ -73,6 +73,18 @@ def test_ulysses_sends_four_tensors_of_a_piece_in_every_block(prepared, ranks):
 def test_a_ring_passes_keys_and_values_on_once_for_every_other_rank(prepared, ring, ulysses):
     sent = sent_by(prepared, "wan-t2v_one_expert", ring=ring, ulysses=ulysses)
     assert sent["ring"] == BLOCKS * (ring - 1) * 2 * HIDDEN / (ring * ulysses)
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 6])
+def test_sharing_the_tokens_sends_what_sums_over_them_would(prepared, ranks):
+    whole = sent_by(prepared, "wan-t2v_one_expert", tensor=ranks)
+    shared = sent_by(prepared, "wan-t2v_one_expert", tensor=ranks, tensor_sequence=True)
+    leaves = HIDDEN * (ranks - 1) / ranks
+    # Three pairs of linears a block. The head has the tokens whole, which takes a last gathering.
+    assert shared["reduce_scatter"] == BLOCKS * 3 * leaves
+    assert shared["all_gather"] - whole["all_gather"] == (BLOCKS * 3 + 1) * leaves
+    # Norms over all heads still sum over the ranks.
+    assert whole["all_reduce"] - shared["all_reduce"] == BLOCKS * 3 * 2 * leaves
 
 
 @pytest.mark.parametrize(("pipeline", "cfg", "tensor"), [(4, 1, 2), (4, 2, 1), (2, 2, 2)])

@@ -14,7 +14,9 @@ from diffusers.models.transformers.transformer_flux import FluxSingleTransformer
 from torch import nn
 
 from services.families.flux.attention import JOINT, Rotary
-from services.family import Block, ModelPlan, Tokens
+from services.family import RESULT, Block, ModelPlan, SequenceRegion, Tokens
+
+HIDDEN, TEXT, BOTH = ("hidden",), ("text",), ("text", "hidden")
 
 # No text mask: rows share a batch when their texts have one length. The last linear of a block of one stream takes
 # attention (one part) and MLP (four parts) side by side.
@@ -27,6 +29,23 @@ PLAN = ModelPlan(
     attention=(JOINT,),
     spread=(JOINT,),
     sequence=(Tokens("hidden"), Tokens("text"), Tokens("rotary", dim=0)),
+    region=SequenceRegion(
+        fields=(Tokens("hidden"), Tokens("text")),
+        gathers={
+            "transformer_blocks.*.attn": {"hidden_states": HIDDEN, "encoder_hidden_states": TEXT},
+            "transformer_blocks.*.ff": {"hidden_states": HIDDEN},
+            "transformer_blocks.*.ff_context": {"hidden_states": TEXT},
+            # Attention and MLP take the same tokens: they are gathered once.
+            "single_transformer_blocks.*[0-9].norm": {RESULT: BOTH},
+        },
+        scatters={
+            "transformer_blocks.*.attn.to_out.0": HIDDEN,
+            "transformer_blocks.*.attn.to_add_out": TEXT,
+            "transformer_blocks.*.ff.net.2": HIDDEN,
+            "transformer_blocks.*.ff_context.net.2": TEXT,
+            "single_transformer_blocks.*.proj_out": BOTH,
+        },
+    ),
     joint=("text", "hidden"),
     flow=("hidden", "text"),
     has_text_mask=False,

@@ -14,6 +14,7 @@ from transformers.models.t5.configuration_t5 import T5Config
 from transformers.models.t5.modeling_t5 import T5EncoderModel
 from transformers.models.t5.tokenization_t5 import T5Tokenizer
 
+from services.encoder_plans import T5
 from services.errors import InvalidRequest
 from services.families.flux.conditions import branches_of, text_tokens
 from services.family import Tensors, TextInput, TextPart
@@ -98,4 +99,4 @@ def _ids(encoder: Encoder, texts: Sequence[str], start: Sequence[int], end: int,
     return torch.tensor(rows, device=device)
 
 
-TEXT = TextPart(load=load, encode=encode, branches=branches_of)
+TEXT = TextPart(load=load, encode=encode, branches=branches_of, plans={"text_encoder_2": T5})

@@ -22,9 +22,12 @@ from torch import nn
 
 from services.families.hidream.attention import JOINT, rotary_factors
 from services.families.hidream.conditions import llama_layers
-from services.family import Block, ModelPlan, Tokens
+from services.family import Block, ModelPlan, SequenceRegion, Tokens
 
 Rotary = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+HIDDEN, TEXTS, ALL = ("hidden",), ("text", "llama"), ("hidden", "text", "llama")
+DOUBLE, SINGLE = "double_stream_blocks.*", "single_stream_blocks.*"
 
 # Query and key norms run over all heads at once. There is no text mask: all prompts have one length.
 PLAN = ModelPlan(
@@ -46,6 +49,25 @@ PLAN = ModelPlan(
     attention=(JOINT,),
     spread=(JOINT,),
     sequence=(Tokens("hidden"), Tokens("text"), Tokens("llama"), Tokens("kept"), Tokens("rotary", dim=0)),
+    region=SequenceRegion(
+        fields=(Tokens("hidden"), Tokens("text")),
+        gathers={
+            f"{DOUBLE}.attn1": {"norm_hidden_states": HIDDEN, "norm_encoder_hidden_states": TEXTS},
+            f"{DOUBLE}.ff_i": {"hidden": HIDDEN},
+            f"{DOUBLE}.ff_t": {"x": TEXTS},
+            f"{SINGLE}.attn1": {"norm_hidden_states": ALL},
+            f"{SINGLE}.ff_i": {"hidden": ALL},
+        },
+        scatters={
+            f"{DOUBLE}.attn1.to_out": HIDDEN,
+            f"{DOUBLE}.attn1.to_out_t": TEXTS,
+            f"{DOUBLE}.ff_i.total": HIDDEN,
+            f"{DOUBLE}.ff_t.w2": TEXTS,
+            f"{SINGLE}.attn1.to_out": ALL,
+            f"{SINGLE}.ff_i.total": ALL,
+        },
+        pieces=("own_llama",),
+    ),
     joint=("hidden", "text", "llama"),
     flow=("hidden", "text"),
     high_precision=("t_embedder", "p_embedder", "x_embedder", "final_layer"),
@@ -128,7 +150,7 @@ def _double(model: Any, index: int, name: str, block: Any) -> Block:
         hidden, text = block.forward(
             hidden_states=streams.hidden,
             hidden_states_masks=streams.kept,
-            encoder_hidden_states=torch.cat([streams.text, _llama(model, streams.llama, index)], dim=1),
+            encoder_hidden_states=torch.cat([streams.text, _own_llama(model, streams, index)], dim=1),
             temb=streams.temb,
             image_rotary_emb=torch.cat(streams.rotary),
         )
@@ -139,15 +161,15 @@ def _double(model: Any, index: int, name: str, block: Any) -> Block:
 
 def _single(model: Any, index: int, name: str, block: Any) -> Block:
     def run(streams: HiDreamStreams) -> HiDreamStreams:
-        parts = [streams.hidden, streams.text, _llama(model, streams.llama, index)]
-        lengths = [part.shape[1] for part in parts]
+        parts = [streams.hidden, streams.text, _own_llama(model, streams, index)]
+        filling = sum(len(factors) for factors in streams.rotary[1:])
         joined = block.forward(
             hidden_states=torch.cat(parts, dim=1),
-            hidden_states_masks=F.pad(streams.kept, (0, sum(lengths[1:])), value=1),
+            hidden_states_masks=F.pad(streams.kept, (0, filling), value=1),
             temb=streams.temb,
             image_rotary_emb=torch.cat(streams.rotary),
         )
-        hidden, text, _ = joined.split(lengths, dim=1)
+        hidden, text, _ = joined.split([part.shape[1] for part in parts], dim=1)
         return replace(streams, hidden=hidden, text=text)
 
     return Block(name, block, run)
@@ -163,6 +185,12 @@ def head(module: nn.Module, streams: HiDreamStreams) -> torch.Tensor:
     spread = patches.unflatten(-1, (side, side, -1)).unflatten(1, (rows, columns))
     prediction: torch.Tensor = spread.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
     return prediction
+
+
+def _own_llama(model: Any, streams: HiDreamStreams, index: int) -> torch.Tensor:
+    """The tokens of `_llama` that this rank's norms run over."""
+    own: torch.Tensor = model.own_llama(_llama(model, streams.llama, index))
+    return own
 
 
 def _llama(model: Any, llama: torch.Tensor, index: int) -> torch.Tensor:

@@ -51,6 +51,8 @@ class HiDreamTransformer(HiDreamImageTransformer2DModel):  # type: ignore[misc] 
     def from_config(cls, *arguments: Any, **options: Any) -> Any:
         """As the library's; `from_pretrained` calls it too."""
         model: Any = super().from_config(*arguments, **options)
+        # Where norms lie on several ranks, each takes its piece of Llama's tokens here.
+        model.own_llama = nn.Identity()
         for wrapper in (*model.double_stream_blocks, *model.single_stream_blocks):
             if isinstance(wrapper.block.ff_i, MOEFeedForwardSwiGLU):
                 wrapper.block.ff_i = MixtureOfExperts(wrapper.block.ff_i)

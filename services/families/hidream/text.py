@@ -18,6 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaModel
 from transformers.models.t5.configuration_t5 import T5Config
 from transformers.models.t5.modeling_t5 import T5EncoderModel
 
+from services.encoder_plans import LLAMA, T5
 from services.families.hidream.conditions import TEXT_TOKENS, llama_layers
 from services.family import Tensors, TextInput, TextPart
 from services.hash_tokenizer import hash_tokens
@@ -119,4 +120,4 @@ def encode(model: TextModel, inputs: Sequence[TextInput]) -> list[Tensors]:
     ]
 
 
-TEXT = TextPart(load=load, encode=encode)
+TEXT = TextPart(load=load, encode=encode, plans={"text_encoder_3": T5, "text_encoder_4": LLAMA})

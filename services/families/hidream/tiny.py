@@ -113,7 +113,7 @@ def _save_t5(folder: Path) -> None:
             d_kv=8,
             d_ff=64,
             num_layers=2,
-            num_heads=3,
+            num_heads=2,
             feed_forward_proj="gated-gelu",
             is_encoder_decoder=False,
             tie_word_embeddings=False,

@@ -14,10 +14,12 @@ from diffusers.models.transformers.transformer_qwenimage import QwenImageTransfo
 from torch import nn
 
 from services.families.qwen_image.attention import JOINT, rotary_factors
-from services.family import Block, ModelPlan, Tokens
+from services.family import Block, ModelPlan, SequenceRegion, Tokens
 
 Grid = tuple[int, int, int]  # frames, rows, columns of patches
 
+
+HIDDEN, TEXT = ("hidden",), ("text",)
 
 # Joint attention under a text mask: prompts of any length share a batch.
 PLAN = ModelPlan(
@@ -28,6 +30,20 @@ PLAN = ModelPlan(
     attention=(JOINT,),
     spread=(JOINT,),
     sequence=(Tokens("hidden"), Tokens("text"), Tokens("rotary", dim=0)),
+    region=SequenceRegion(
+        fields=(Tokens("hidden"), Tokens("text")),
+        gathers={
+            "*.attn": {"hidden_states": HIDDEN, "encoder_hidden_states": TEXT},
+            "*.img_mlp": {"hidden_states": HIDDEN},
+            "*.txt_mlp": {"hidden_states": TEXT},
+        },
+        scatters={
+            "*.attn.to_out.0": HIDDEN,
+            "*.attn.to_add_out": TEXT,
+            "*.img_mlp.net.2": HIDDEN,
+            "*.txt_mlp.net.2": TEXT,
+        },
+    ),
     joint=("text", "hidden"),
     flow=("hidden", "text"),
     has_text_mask=True,

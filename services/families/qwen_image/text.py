@@ -12,6 +12,7 @@ from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLCo
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from services.encoder_plans import QWEN_VL
 from services.errors import InvalidRequest
 from services.families.qwen_image.pictures import scaled
 from services.families.qwen_image.recipes import Recipe, recipe_of
@@ -123,4 +124,4 @@ def _tokenize(model: TextModel, text: str) -> list[int]:
     return hash_tokens(text, config.get_text_config().vocab_size, {IMAGE_MARK: config.image_token_id})
 
 
-TEXT = TextPart(load=load, encode=encode)
+TEXT = TextPart(load=load, encode=encode, plans={"text_encoder": QWEN_VL})

@@ -22,12 +22,14 @@ from services.attention import Attend
 from services.errors import InvalidRequest, StartupError
 from services.families.wan.attention import CROSS, SELF, WanProcessor
 from services.families.wan.text import MAX_TOKENS
-from services.family import Block, DenoiseState, DitModel, DitPart, ModelPlan, Row, Tensors, Tokens
+from services.family import Block, DenoiseState, DitModel, DitPart, ModelPlan, Row, SequenceRegion, Tensors, Tokens
 from services.request import ResolvedParams
 from services.weights import ModelSource
 
 SCHEDULERS = {cls.__name__: cls for cls in (UniPCMultistepScheduler, FlowMatchEulerDiscreteScheduler)}
 ONLY, HIGH_NOISE, LOW_NOISE = "", "high_noise", "low_noise"
+
+HIDDEN = ("hidden",)
 
 # Query and key norms run over all heads at once. "temb" is the signal of published step caches.
 PLAN = ModelPlan(
@@ -39,6 +41,11 @@ PLAN = ModelPlan(
     attention=(SELF, CROSS),
     spread=(SELF,),
     sequence=(Tokens("hidden"), Tokens("rotary"), Tokens("temb", ndim=3), Tokens("modulation", ndim=4)),
+    region=SequenceRegion(
+        fields=(Tokens("hidden"), Tokens("modulation", ndim=4)),
+        gathers={"blocks.*.attn[12]": {"hidden_states": HIDDEN}, "blocks.*.ffn": {"hidden_states": HIDDEN}},
+        scatters={"blocks.*.attn[12].to_out.0": HIDDEN, "blocks.*.ffn.net.2": HIDDEN},
+    ),
     has_text_mask=False,
     high_precision=("patch_embedding", "condition_embedder", "norm_out", "proj_out"),
     cache_signal="temb",

@@ -15,6 +15,7 @@ import torch
 from transformers.models.umt5.configuration_umt5 import UMT5Config
 from transformers.models.umt5.modeling_umt5 import UMT5EncoderModel
 
+from services.encoder_plans import T5
 from services.family import Tensors, TextInput, TextPart
 from services.hash_tokenizer import hash_tokens
 from services.weights import ModelSource
@@ -86,4 +87,4 @@ def _tokens(model: TextModel, texts: Sequence[str]) -> tuple[torch.Tensor, torch
     return ids, (torch.arange(MAX_TOKENS, device=device) < lengths[:, None]).long()
 
 
-TEXT = TextPart(load=load, encode=encode)
+TEXT = TextPart(load=load, encode=encode, plans={"text_encoder": T5})

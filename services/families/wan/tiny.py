@@ -111,7 +111,7 @@ def _text_config() -> UMT5Config:
         d_kv=16,
         d_ff=64,
         num_layers=2,
-        num_heads=3,
+        num_heads=2,
         is_encoder_decoder=False,
         tie_word_embeddings=False,
     )
