@@ -2,7 +2,7 @@
 
 I1  every accepted request reaches exactly one terminal state, which its clients saw; only who was asked to is cancelled
 I2  a DONE request has exactly one artifact, whole, and the same for store, manifest, Redis and client; others have none
-I3  nothing is committed under a fence when a newer one had begun to work; no replica begins work under an older one
+I3  nothing is committed under a fence when a newer one had begun to work; no replica works under an older one
 I4  states follow the table
 I5  leases, queues, slots, jobs, files under way and processes are given back
 I6  no step later than 2 s after CANCELLED
@@ -59,7 +59,8 @@ def check(
         checks = (
             ("I1", _one_end(request, allowed)),
             ("I2", _artifact(request_id, request, history.final["artifacts"])),
-            ("I3", _fences(request, begun.get(request_id, []))),
+            ("I3", _fences(begun.get(request_id, []), steps.get(request_id, []))),
+            ("I3", _commit(request, begun.get(request_id, []))),
             ("I4", _table(request)),
             ("I6", _late_steps(request, steps.get(request_id, []))),
         )
@@ -91,14 +92,17 @@ def _artifact(request_id: str, request: Line, artifacts: dict[str, Line]) -> Ite
             yield f"file, manifest and record of {name} do not agree: {sorted(sums)}"
 
 
-def _fences(request: Line, begun: list[Line]) -> Iterator[str]:
+def _fences(begun: list[Line], steps: list[Line]) -> Iterator[str]:
     newest: dict[str, int] = {}
-    for line in begun:
+    for line in sorted([*begun, *steps], key=lambda line: float(line["t"])):
         # A replica's memory of fences ends with its process.
         place = f"{line['replica']}/{line['pid']}"
         if line["fence"] < newest.get(place, 0):
-            yield f"{place} began under fence {line['fence']} after {newest[place]}"
+            yield f"{place}: {line['kind']} under fence {line['fence']} after {newest[place]} had begun"
         newest[place] = max(newest.get(place, 0), line["fence"])
+
+
+def _commit(request: Line, begun: list[Line]) -> Iterator[str]:
     done = [event["t"] for event in _statuses(request) if event["state"] == "done"]
     if done and request["file"]:
         fence = int(request["file"].rpartition(".")[2])

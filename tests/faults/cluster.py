@@ -56,7 +56,7 @@ class FaultCluster:
         self._stopping = threading.Event()
         self._supervisor = threading.Thread(target=self._supervise, name="supervisor")
         self._make_stages(replicas, max_in_flight, modules or {})
-        section = {"lease_s": self.lease_s, "max_attempts": 50, "max_queued": 300, **(gateway or {})}
+        section = {"lease_s": self.lease_s, "max_attempts": 50, "max_queued": 100, **(gateway or {})}
         self._make_gateways(gateways, section, modules or {})
 
     def _make_stages(self, replicas: Mapping[str, int], max_in_flight: int, modules: Mapping[str, str]) -> None:
@@ -199,7 +199,9 @@ class FaultCluster:
                 except httpx.HTTPError:
                     held.append(f"{process.name} does not answer")
                     continue
-                held += [f"{process.name}: {kind} {now[kind]:.0f}" for kind in ("in_flight", "rank_jobs") if now[kind]]
+                held += [
+                    f"{process.name}: {kind} {now[kind]:.0f}" for kind in ("in_flight", "rank_jobs") if now.get(kind)
+                ]
         folders = [path for path in self.store.iterdir() if path.name != "artifacts"] if self.store.exists() else []
         files = [file for folder in folders for file in folder.rglob("*") if file.is_file()]
         return held + [str(path.relative_to(self.store)) for path in (*files, *self.store.rglob("*.part"))]

@@ -67,9 +67,7 @@ async def bad_line_to_the_vae(run: Run, pictures: int, bytes_per_s: float) -> Hi
                 await task
         proxy.slow()
         history = await run.finish()
-    requeued = [
-        sum(event["state"] == "queued" for event in request["events"]) - 1
-        for request in history.final["requests"].values()
-    ]
-    run.measured["transfers_repeated"] = sum(requeued) - pictures
+    begun = history.of_workers("begin")
+    transfers = [line for name in history.accepted for line in begun[name] if line["replica"] == vae.name]
+    run.measured["transfers_repeated"] = float(len(transfers) - pictures)
     return history
