@@ -20,6 +20,7 @@ from tests.faults.processes import Process
 from tests.faults.proxy import Network, Proxy
 
 MODEL = "recording"
+HELD = ("in_flight", "rank_jobs")
 RESTART_EVERY_S = 0.1
 READY_TIMEOUT_S = 90.0
 # Gateways look at the address lists every second, and the new replica must have answered them.
@@ -50,6 +51,7 @@ class FaultCluster:
         self.redis: RedisServer
         self.recorder = Recorder(folder / "records" / "faults.jsonl")
         self.processes: dict[str, Process] = {}
+        self.proxies: dict[str, Proxy] = {}
         self._addresses: dict[str, str] = {}
         self._redis_wanted = True
         self._network = Network()
@@ -168,12 +170,13 @@ class FaultCluster:
     def behind_proxy(self, name: str) -> Iterator[Proxy]:
         """Gateways reach a stage process through a proxy, for the length of the block."""
         direct, stage = self._addresses[name], name.rpartition("-")[0]
-        proxy = Proxy(self._network, direct)
+        proxy = self.proxies[name] = Proxy(self._network, direct)
         self._move(name, stage, proxy.address)
         try:
             yield proxy
         finally:
             self._move(name, stage, direct)
+            del self.proxies[name]
             proxy.close()
 
     def _move(self, name: str, stage: str, address: str) -> None:
@@ -199,9 +202,7 @@ class FaultCluster:
                 except httpx.HTTPError:
                     held.append(f"{process.name} does not answer")
                     continue
-                held += [
-                    f"{process.name}: {kind} {now[kind]:.0f}" for kind in ("in_flight", "rank_jobs") if now.get(kind)
-                ]
+                held += [f"{process.name}: {kind} {now[kind]:.0f}" for kind in HELD if now.get(kind)]
         folders = [path for path in self.store.iterdir() if path.name != "artifacts"] if self.store.exists() else []
         files = [file for folder in folders for file in folder.rglob("*") if file.is_file()]
         return held + [str(path.relative_to(self.store)) for path in (*files, *self.store.rglob("*.part"))]

@@ -21,6 +21,7 @@ from pathlib import Path
 from tests.faults.checker import Violation, check
 from tests.faults.cluster import FaultCluster
 from tests.faults.history import History
+from tests.faults.proxy import BOTH
 from tests.faults.rank import POISON
 from tests.faults.run import LONG, SHORT, Run, reference_of
 from tests.faults.scenarios import deaths, load, network
@@ -57,13 +58,15 @@ async def random_faults(run: Run, duration_s: float) -> History:
             if await following == "done":
                 await run.clients.fetch(request_id, gateway=number)
 
+    # Of its own: clients draw when they happen to be ready.
+    chance = random.Random(run.random.random())
     clients = [asyncio.create_task(client(number)) for number in range(CLIENTS)]
     counts = dict.fromkeys((fault.__name__ for fault in FAULTS), 0)
     while time.monotonic() < end_s:
-        fault = run.random.choice(FAULTS)
+        fault = chance.choice(FAULTS)
         counts[fault.__name__] += 1
-        await fault(run.cluster, run.random)
-        await asyncio.sleep(run.random.uniform(*PAUSE_S))
+        await fault(run.cluster, chance)
+        await asyncio.sleep(chance.uniform(*PAUSE_S))
     await asyncio.gather(*clients)
     history = await run.finish()
     states = [request["state"] for request in history.final["requests"].values()]
@@ -106,7 +109,18 @@ async def kill_redis(cluster: FaultCluster, chance: random.Random) -> None:
     cluster.revive_redis()
 
 
-FAULTS = (kill_worker, kill_rank, kill_gateway, stop_a_process, freeze_a_process, kill_redis)
+async def break_a_line(cluster: FaultCluster, chance: random.Random) -> None:
+    """To one of the stage processes behind a proxy: a reset, or nothing passes for some seconds."""
+    proxy = chance.choice(list(cluster.proxies.values()))
+    if chance.random() < 0.5:
+        proxy.reset()
+        return
+    proxy.cut(*chance.choice((BOTH, ("up",), ("down",))))
+    await asyncio.sleep(chance.uniform(0.5, 8.0))
+    proxy.heal()
+
+
+FAULTS = (break_a_line, kill_worker, kill_rank, kill_gateway, stop_a_process, freeze_a_process, kill_redis)
 
 
 async def soak(folder: Path, duration_s: float, seed: int) -> tuple[dict[str, dict[str, float]], list[Violation]]:
@@ -131,7 +145,8 @@ async def soak(folder: Path, duration_s: float, seed: int) -> tuple[dict[str, di
 
         for name, scenario in SCENARIOS.items():
             await part(name, scenario)
-        await part("random faults", lambda run: random_faults(run, max(10.0, end_s - time.monotonic())))
+        with cluster.behind_proxy("dit-2"), cluster.behind_proxy("vae-0"):
+            await part("random faults", lambda run: random_faults(run, max(10.0, end_s - time.monotonic())))
     return measured, found
 
 
