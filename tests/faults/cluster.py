@@ -213,7 +213,8 @@ class FaultCluster:
         known |= {self.redis.process.pid} if self.redis.process else set()
         found = []
         for process in psutil.process_iter(["pid", "cmdline", "status"]):
-            ours = any(str(self.folder) in part for part in process.info["cmdline"] or ())
+            command = process.info["cmdline"] or ()
+            ours = any(str(self.folder) in part for part in command) and set(command) & {"--config", "--channel-fd"}
             if ours and process.info["pid"] not in known:
                 found.append(f"{process.info['pid']}: {' '.join(process.info['cmdline'])[:200]}")
         return found
