@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 PREFIX = "{ll}"
 IDS, LEASES, FENCE, WAKE = f"{PREFIX}:ids", f"{PREFIX}:leases", f"{PREFIX}:fence", f"{PREFIX}:wake"
 TERMINAL = frozenset({"done", "failed", "cancelled", "expired"})
-SCRIPTS = ("submit", "claim", "beat", "commit", "requeue", "abort", "expired", "follow")
+SCRIPTS = ("submit", "claim", "beat", "checkpoint", "commit", "requeue", "abort", "expired", "follow")
 READ_EVENTS = 256
 WATCH_TIMEOUT_S = 2.0
 # How long a call waits for a Redis that is away. Who asks is told soon; what a stage has made is worth a longer wait.
@@ -128,6 +128,11 @@ class State:
         """Renews the lease, with an event if one is given. Returns the state, or "lost"."""
         event = (kind, payload, step, total) if kind else ()
         return await self._change("beat", claim, (lease_s,), event)
+
+    async def checkpoint(self, claim: Claim, lease_s: float, step: int, checkpoints: str) -> str:
+        """Notes what a request can go on from ("" for nothing). Returns the state, or "lost"."""
+        arguments = (claim.request_id, claim.fence, lease_s, step, checkpoints)
+        return str((await self._run("checkpoint", [_request(claim.request_id), LEASES], *arguments)).decode())
 
     async def commit(self, claim: Claim, state: str, stage: str, queue: str, fields: Fields) -> str:
         """Ends a stage. Returns the state afterwards ("cancelled" when an abort came first), or "lost"."""
