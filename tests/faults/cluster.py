@@ -58,8 +58,8 @@ class FaultCluster:
         self._stopping = threading.Event()
         self._supervisor = threading.Thread(target=self._supervise, name="supervisor")
         self._make_stages(replicas, max_in_flight, modules or {})
-        section = {"lease_s": self.lease_s, "max_attempts": 50, "max_queued": 100, **(gateway or {})}
-        self._make_gateways(gateways, section, modules or {})
+        section = {"lease_s": self.lease_s, "checkpoint_every_s": 0.3, "max_attempts": 50, "max_queued": 100}
+        self._make_gateways(gateways, section | dict(gateway or {}), modules or {})
 
     def _make_stages(self, replicas: Mapping[str, int], max_in_flight: int, modules: Mapping[str, str]) -> None:
         (self.folder / "records").mkdir(parents=True, exist_ok=True)
@@ -153,6 +153,13 @@ class FaultCluster:
             if self._redis_wanted and self.redis.dead:
                 self.redis.start()
                 self.recorder.write("start", name="redis", pid=0)
+
+    def reconfigure(self, stage: str, section: str, **values: Any) -> None:
+        """Starts a stage's processes, or the gateways, again with these values."""
+        for process in self.of(stage):
+            process.table[section] |= values
+            process.restart()
+        self.until_ready()
 
     def kill_redis(self) -> None:
         """SIGKILL. It stays away until `revive_redis`."""

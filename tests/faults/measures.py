@@ -41,14 +41,13 @@ def adopted_s(history: History, owned: list[str], since_s: float) -> list[float]
     return [seconds for request_id in owned for seconds in _next(history, request_id, "queued", since_s)]
 
 
-def extra_steps(history: History) -> float:
-    """Steps made more than once, as a share of those needed."""
-    made = needed = 0
+def extra_steps(history: History) -> int:
+    """How many steps were made more than once."""
+    extra = 0
     for request_id, lines in history.of_workers("step").items():
         if request_id in history.accepted:
-            made += len(lines)
-            needed += len({line["step"] for line in lines})
-    return made / max(1, needed) - 1
+            extra += len(lines) - len({line["step"] for line in lines})
+    return extra
 
 
 def aborts_s(history: History) -> tuple[list[float], list[float]]:

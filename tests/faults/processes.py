@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,13 @@ class Process:
         """SIGTERM, as a rolling restart sends it."""
         self._recorder.write("fault", what="terminate", name=self.name, pid=self.pid)
         self._signal([self.pid], signal.SIGTERM)
+
+    def restart(self) -> None:
+        """SIGTERM, and waits until the cluster has started it again."""
+        lives = self.restarts
+        self.terminate()
+        while self.restarts == lives:
+            time.sleep(0.05)
 
     def end(self) -> int:
         """For good. Returns the exit code."""

@@ -21,6 +21,7 @@ from PIL import Image
 from benchmarks.sleeping_rank import LIMITS, STAGES, STEP_S
 from protos import dit_pb2, text_encoder_pb2, types_pb2, vae_pb2
 from services.config import StageConfig
+from services.errors import NotReady
 from services.rank_process import Call, run
 from services.tensor_wire import frame_of
 from services.tensors import BundleReader
@@ -43,8 +44,10 @@ class Job:
     params: types_pb2.GenerationParams = field(default_factory=types_pb2.GenerationParams)
     bundles: int = 1
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
-    latents: torch.Tensor | None = None
     step: int = 0
+    # What was asked for: a checkpoint, and to let go of the request behind it.
+    checkpoint: bool = False
+    leave: bool = False
 
 
 class RecordingProgram:
@@ -57,6 +60,7 @@ class RecordingProgram:
         self._records = Recorder(Path(config.model.source) / f"{self._name}-{os.getpid()}.jsonl")
         self._waiting: dict[int, Job] = {}
         self._ready: deque[Job] = deque()
+        self._leaving = False
 
     def describe(self) -> types_pb2.DescribeResponse:
         """One component for each stage, whatever the replica."""
@@ -78,18 +82,26 @@ class RecordingProgram:
         self._waiting[call.id] = Job(call)
 
     def message(self, call: Call, data: bytes) -> None:
-        """The start, then frames; with the last bundle the job is ready."""
+        """The start, then frames, of which a checkpoint is the last; with all of them the job is ready."""
         job = self._waiting.get(call.id)
-        if job is None:
-            return
         frame = frame_of(data)
+        if job is None:
+            self._asked(call, data)
+            return
         if frame is None:
             self._start(job, data)
         elif bundle := job.reader.feed(frame):
             job.tensors |= bundle.tensors
+            job.step = int(bundle.attributes.get("step", "0"))
             job.bundles -= 1
         if not job.bundles:
             self._ready.append(self._waiting.pop(call.id))
+
+    def _asked(self, call: Call, data: bytes) -> None:
+        request = dit_pb2.DenoiseRequest.FromString(data)
+        for job in self._ready:
+            if job.call is call:
+                job.checkpoint, job.leave = True, request.checkpoint.stop
 
     def _start(self, job: Job, data: bytes) -> None:
         if self._stage == "text_encoder":
@@ -97,9 +109,11 @@ class RecordingProgram:
             job.bundles = 0
         elif self._stage == "dit":
             start = dit_pb2.DenoiseRequest.FromString(data).start
-            job.bundles = start.num_bundles
+            job.bundles = start.num_bundles + start.resume
         else:
             start = vae_pb2.DecodeRequest.FromString(data).start
+        if self._leaving:
+            raise NotReady("the replica is leaving", retry_after_s=1.0)
         job.context, job.params = start.context, start.params
         self._record("begin", job)
 
@@ -125,24 +139,42 @@ class RecordingProgram:
 
     def _denoise(self, job: Job) -> None:
         params = job.params
-        if job.latents is None:
-            job.latents = _noise(params.seed, LATENTS_A_PIXEL * params.width * params.height)
+        if job.leave:
+            self._hand_back(job)
+            return
+        if "latents" not in job.tensors:
+            job.tensors["latents"] = _noise(params.seed, LATENTS_A_PIXEL * params.width * params.height)
         time.sleep(STEP_S)
         job.step += 1
         self._record("step", job, step=job.step)
         if params.prompt == POISON and job.step == 2:
             os._exit(1)
         condition = job.tensors["positive/prompt_embeds"]
-        job.latents.view(-1, EMBEDDING).mul_(0.75).add_(condition, alpha=1 / job.step)
+        job.tensors["latents"].view(-1, EMBEDDING).mul_(0.75).add_(condition, alpha=1 / job.step)
         event = dit_pb2.StepEvent(
             step=job.step, total=params.steps, sigma=1 - job.step / params.steps, seconds=STEP_S, batch=1
         )
         job.call.send(dit_pb2.DenoiseResponse(step=event).SerializeToString())
         if job.step == params.steps:
-            bundle = dit_pb2.BundleStart(kind=dit_pb2.BundleStart.KIND_LATENTS, step=job.step)
-            job.call.send(dit_pb2.DenoiseResponse(bundle=bundle).SerializeToString())
-            job.call.send_tensors({"latents": job.latents})
+            self._send_latents(job, dit_pb2.BundleStart.KIND_LATENTS)
             self._finish(job, dit_pb2.DenoiseResponse(usage=types_pb2.StageUsage(busy_s=0.0)).SerializeToString())
+        elif job.checkpoint:
+            job.checkpoint = False
+            self._send_latents(job, dit_pb2.BundleStart.KIND_CHECKPOINT)
+
+    def _hand_back(self, job: Job) -> None:
+        """With a checkpoint, or as it came when it has not begun."""
+        self._ready.popleft()
+        if job.step:
+            self._send_latents(job, dit_pb2.BundleStart.KIND_CHECKPOINT)
+            job.call.finish()
+        else:
+            job.call.fail(NotReady("the replica is leaving", retry_after_s=1.0))
+
+    def _send_latents(self, job: Job, kind: dit_pb2.BundleStart.Kind) -> None:
+        bundle = dit_pb2.BundleStart(kind=kind, step=job.step)
+        job.call.send(dit_pb2.DenoiseResponse(bundle=bundle).SerializeToString())
+        job.call.send_tensors({"latents": job.tensors["latents"]}, {"step": str(job.step)})
 
     def _decode(self, job: Job) -> None:
         pixels = hashlib.shake_256(job.tensors["latents"].numpy().tobytes()).digest(3 * PICTURE_PX**2)
@@ -171,7 +203,10 @@ class RecordingProgram:
         return {"jobs": float(len(self._waiting) + sum(not job.call.cancelled for job in self._ready))}
 
     def drain(self) -> None:
-        """Everything runs to its end."""
+        """A denoiser hands its requests back; elsewhere everything runs to its end."""
+        self._leaving = self._stage == "dit"
+        for job in (*self._ready, *self._waiting.values()) if self._leaving else ():
+            job.leave = True
 
 
 def _noise(seed: int, count: int) -> torch.Tensor:

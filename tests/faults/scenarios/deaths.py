@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import statistics
 import time
 
@@ -29,6 +30,33 @@ async def killed_workers(run: Run, requests: int, kills: int) -> History:
     note(run, "requeued_s", requeued_s(history))
     run.measured["extra_steps"] = extra_steps(history)
     return history
+
+
+async def killed_before_the_note(run: Run, requests: int) -> History:
+    """F3: a checkpoint is written, and the gateways die before Redis knows of it."""
+    tasks = run.start(run.recipes(LONG, requests))
+    await _owned(run, run.cluster.of("gateway")[0].name, 1)
+    run.cluster.kill_redis()
+    killed_s = time.time()
+    async with asyncio.timeout(20):
+        while not (written := _written_since(run, killed_s)):
+            await asyncio.sleep(0.005)
+    for gateway in run.cluster.of("gateway"):
+        gateway.kill()
+    run.cluster.revive_redis()
+    await asyncio.gather(*tasks)
+    history = await run.finish()
+    run.measured |= {"unknown_checkpoints": float(len(written)), "extra_steps": extra_steps(history)}
+    return history
+
+
+def _written_since(run: Run, since_s: float) -> list[str]:
+    """Checkpoints in the store that are younger."""
+    latents = run.cluster.store / "latents"
+    with contextlib.suppress(FileNotFoundError):
+        whole = [path for path in latents.glob("*.*.*") if not path.name.startswith(".")]
+        return [path.name for path in whole if path.stat().st_mtime > since_s]
+    return []
 
 
 async def frozen_gateway(run: Run, requests: int, leases: float = 3.0) -> History:
@@ -124,10 +152,8 @@ async def rolling_restart(run: Run, clients: int) -> History:
     tasks = [asyncio.create_task(client(number)) for number in range(clients)]
     drained = []
     for process in list(run.cluster.processes.values()):
-        lives, started_s = process.restarts, time.monotonic()
-        process.terminate()
-        while process.restarts == lives:
-            await asyncio.sleep(0.05)
+        started_s = time.monotonic()
+        await asyncio.to_thread(process.restart)
         drained.append(time.monotonic() - started_s)
         await asyncio.to_thread(run.cluster.until_ready)
     stopping.set()
@@ -138,10 +164,13 @@ async def rolling_restart(run: Run, clients: int) -> History:
 
 
 async def poison(run: Run, others: int) -> History:
-    """F12: a request that kills its worker each time, among others."""
+    """F12: a request that kills its worker each time, among others. Three attempts are allowed, as by default."""
+    before = run.cluster.of("gateway")[0].table["gateway"]["max_attempts"]
+    await asyncio.to_thread(run.cluster.reconfigure, "gateway", "gateway", max_attempts=3)
     recipes = [Recipe(POISON, seed=1), *run.recipes(LONG, others)]
     await asyncio.gather(*run.start(recipes))
     history = await run.finish()
+    await asyncio.to_thread(run.cluster.reconfigure, "gateway", "gateway", max_attempts=before)
     prompts = {name: line["recipe"]["prompt"] for name, line in history.accepted.items()}
     attempts = {name: request["attempt"] for name, request in history.final["requests"].items()}
     run.measured["attempts_of_poison"] = max(attempts[name] for name in attempts if prompts[name] == POISON)
