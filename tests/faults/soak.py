@@ -42,6 +42,7 @@ SCENARIOS: dict[str, Scenario] = {
     "F10 abort storm": lambda run: load.abort_storm(run, requests=200, within_s=12.0),
     "F11 flood": lambda run: load.flood(run, submits=1000),
     "F12 rolling restart": lambda run: deaths.rolling_restart(run, clients=8),
+    "F12 poison": lambda run: deaths.poison(run, others=0),
 }
 
 

@@ -6,6 +6,7 @@ Times are bounds for a loaded machine; `python -m tests.faults.soak` measures th
 from __future__ import annotations
 
 from tests.faults.checker import check
+from tests.faults.rank import POISON
 from tests.faults.run import Run
 from tests.faults.scenarios import deaths, load, network
 
@@ -20,6 +21,13 @@ async def test_f1_killed_workers(cluster, reference):
     assert check(history, reference=reference) == []
     assert run.measured["requeued_s_count"] >= 3
     assert run.measured["requeued_s_max"] < LOADED_S
+
+
+async def test_f3_gateways_die_before_a_checkpoint_is_noted(cluster, reference):
+    async with Run(cluster, "f3", 1) as run:
+        history = await deaths.killed_before_the_note(run, requests=8)
+    assert check(history, reference=reference) == []
+    assert run.measured["unknown_checkpoints"] >= 1
 
 
 async def test_f4_a_frozen_gateway_comes_back_as_a_zombie(cluster, reference):
@@ -83,3 +91,11 @@ async def test_f12_a_rolling_restart(cluster, reference):
         history = await deaths.rolling_restart(run, clients=4)
     assert check(history, reference=reference) == []
     assert not [line for line in history.clients if line["kind"] == "fail"]
+
+
+async def test_f12_poison_fails_after_its_attempts(cluster, reference):
+    async with Run(cluster, "poison", 1) as run:
+        history = await deaths.poison(run, others=0)
+    assert check(history, reference=reference, may_fail={POISON}) == []
+    [request] = history.final["requests"].values()
+    assert (request["state"], request["attempt"]) == ("failed", 3)

@@ -174,7 +174,9 @@ async def poison(run: Run, others: int) -> History:
     prompts = {name: line["recipe"]["prompt"] for name, line in history.accepted.items()}
     attempts = {name: request["attempt"] for name, request in history.final["requests"].items()}
     run.measured["attempts_of_poison"] = max(attempts[name] for name in attempts if prompts[name] == POISON)
-    run.measured["attempts_of_others"] = max(attempts[name] for name in attempts if prompts[name] != POISON)
+    run.measured["attempts_of_others"] = max(
+        (attempts[name] for name in attempts if prompts[name] != POISON), default=0
+    )
     return history
 
 
