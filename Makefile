@@ -1,9 +1,11 @@
 # Two commands do everything on a fresh machine with Python 3.11 and make: `make demo` and `make test`.
 PYTHON ?= python3
 BIN := .venv/bin
+DURATION ?= 1800
+SEED ?= 1
 PROMPT ?= a large red circle to the left of a small blue star on a yellow background
 
-.PHONY: demo test lint types unit cluster protos clean
+.PHONY: demo test lint types unit cluster faults soak protos clean
 
 # A picture from a prompt: installs what is needed, starts the cluster, draws, says what each stage took.
 demo: .venv/runtime
@@ -18,8 +20,12 @@ test: .venv/dev
 lint: .venv/dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
-unit cluster: .venv/dev
+unit cluster faults: .venv/dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" tests/$@
+
+# Faults every few seconds for DURATION seconds, and the table of what was measured.
+soak: .venv/dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.soak --duration $(DURATION) --seed $(SEED)
 
 # Stubs are committed; a test fails when they are stale.
 protos: .venv/dev

@@ -71,7 +71,18 @@ class Checkpoints:
         return None
 
     async def keep(self, checkpoint: Checkpoint) -> None:
-        """Stores one and notes it under the fence. One that cannot be stored is no reason to stop."""
+        """Stores one and notes it under the fence. One that cannot be stored is no reason to stop.
+
+        Who is cancelled meanwhile waits all the same: a file that is not noted would be nobody's.
+        """
+        keeping = asyncio.ensure_future(self._keep(checkpoint))
+        try:
+            await asyncio.shield(keeping)
+        except asyncio.CancelledError:
+            await asyncio.gather(keeping, return_exceptions=True)
+            raise
+
+    async def _keep(self, checkpoint: Checkpoint) -> None:
         name = f"{self._work.request_id}.{self._work.claim.fence}.{checkpoint.step}"
         before = list(self._work.checkpoints)
         try:

@@ -17,7 +17,7 @@ from gateway.replicas import Replica, Replicas
 from gateway.stage_calls import Decode, Feed, Latents, denoise
 from gateway.state import TERMINAL, Claim, State, queue_key
 from gateway.store import Store
-from gateway.work import Progress, Work
+from gateway.work import Progress, Work, kept_in
 from protos import dit_pb2
 from services.errors import Cancelled, DeviceLost, InvalidRequest, NotReady, Overloaded, ServiceError, StageMismatch
 from services.telemetry import internal_error, make_span, request_context
@@ -53,6 +53,7 @@ class Lifecycle:
         """Gives back a request whose owner went silent, and clears up what that one left."""
         # Listed before: then none of them is a later owner's.
         files = await self._store.files_of(request_id)
+        checkpoints = await self._store.checkpoints_of(request_id)
         state = await self._state.requeue(request_id, None, self._config.max_attempts, True, error)
         if state == "lost":
             return
@@ -61,6 +62,10 @@ class Lifecycle:
             await drop_between_stages(self._state, self._store, request_id)
         for name in files:
             self._store.drop(name)
+        # It may have died between writing one and noting it.
+        noted = {kept.name for kept in kept_in(await self._state.get(request_id))}
+        for name in set(checkpoints) - noted:
+            self._store.drop_latents(name)
 
     async def _settle(self, work: Work, state: str) -> None:
         """Clears up behind a request that is in this state now, as far as nobody needs it any more."""

@@ -82,6 +82,12 @@ class Store:
         paths = await asyncio.to_thread(lambda: list(folder.glob(f"{request_id}.*")))
         return [path.name for path in paths if path.suffix != ".json"]
 
+    async def checkpoints_of(self, request_id: str) -> list[str]:
+        """Names of the checkpoints that owners of a request have written and nobody has dropped."""
+        folder = self._root / "latents"
+        paths = await asyncio.to_thread(lambda: list(folder.glob(f"{request_id}.*")))
+        return [path.name for path in paths]
+
     def drop(self, name: str) -> None:
         """Forgets an artifact, if it is there."""
         path = self.path(name)

@@ -1,0 +1,34 @@
+"""One cluster for the whole suite, and what every recipe gives without a fault."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from tests.faults.cluster import FaultCluster
+from tests.faults.run import reference_of
+
+REPLICAS = {"text_encoder": 1, "dit": 3, "vae": 1}
+
+
+@pytest.fixture(scope="session")
+def fault_cluster(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(Path(__file__).parents[2])
+        patch.delenv("REDIS_URL", raising=False)
+        with FaultCluster(tmp_path_factory.mktemp("faults"), REPLICAS) as cluster:
+            yield cluster
+
+
+@pytest.fixture(scope="session")
+def reference(fault_cluster):
+    return asyncio.run(reference_of(fault_cluster))
+
+
+@pytest.fixture
+def cluster(fault_cluster, reference):
+    """Ready again, after what the last test did to it."""
+    fault_cluster.until_ready()
+    return fault_cluster

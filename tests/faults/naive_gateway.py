@@ -1,0 +1,27 @@
+"""A gateway that commits without looking at fence and state: what the checker must find out."""
+
+from __future__ import annotations
+
+import gateway.__main__ as real
+from gateway.state import State
+from services.server import ensure_malloc, run_service
+
+REFUSAL = "return {'lost'"
+
+
+class NaiveState(State):
+    """Its commits are plain writes."""
+
+    def __init__(self, url: str, owner: str) -> None:
+        super().__init__(url, owner)
+        lines = str(self._scripts["commit"].script).splitlines(keepends=True)
+        kept = [line for line in lines if REFUSAL not in line]
+        if len(kept) == len(lines):
+            raise AssertionError("the commit script refuses nothing that could be taken out")
+        self._scripts["commit"] = self._redis.register_script("".join(kept))
+
+
+if __name__ == "__main__":
+    ensure_malloc()
+    real.State = NaiveState  # type: ignore[misc]
+    run_service(real.main)

@@ -1,0 +1,101 @@
+"""The fault suite in its short form. Each scenario ends with the checker: invariants I1 to I8 of `checker.py`.
+
+Times are bounds for a loaded machine; `python -m tests.faults.soak` measures them.
+"""
+
+from __future__ import annotations
+
+from tests.faults.checker import check
+from tests.faults.rank import POISON
+from tests.faults.run import Run
+from tests.faults.scenarios import deaths, load, network
+
+# HTTP/2 pings after 10 s of silence, given up 5 s later.
+FOUND_S = 15.0
+LOADED_S = 8.0
+
+
+async def test_f1_killed_workers(cluster, reference):
+    async with Run(cluster, "f1", 1) as run:
+        history = await deaths.killed_workers(run, requests=30, kills=5)
+    assert check(history, reference=reference) == []
+    assert run.measured["requeued_s_count"] >= 3
+    assert run.measured["requeued_s_max"] < LOADED_S
+
+
+async def test_f3_gateways_die_before_a_checkpoint_is_noted(cluster, reference):
+    async with Run(cluster, "f3", 1) as run:
+        history = await deaths.killed_before_the_note(run, requests=8)
+    assert check(history, reference=reference) == []
+    assert run.measured["unknown_checkpoints"] >= 1
+
+
+async def test_f4_a_frozen_gateway_comes_back_as_a_zombie(cluster, reference):
+    async with Run(cluster, "f4", 1) as run:
+        history = await deaths.frozen_gateway(run, requests=12)
+    assert check(history, reference=reference) == []
+    assert run.measured["adopted_s_count"] >= 2
+    assert run.measured["adopted_s_max"] < cluster.lease_s + LOADED_S
+
+
+async def test_f5_a_killed_gateway(cluster, reference):
+    async with Run(cluster, "f5", 1) as run:
+        history = await deaths.killed_gateway(run, requests=30)
+    assert check(history, reference=reference) == []
+    assert run.measured["adopted_s_count"] >= 1
+    assert run.measured["adopted_s_max"] < cluster.lease_s + LOADED_S
+
+
+async def test_f6_killed_redis(cluster, reference):
+    async with Run(cluster, "f6", 1) as run:
+        history = await deaths.killed_redis(run, requests=20, kills=2, away_s=4.0)
+    assert check(history, reference=reference) == []
+    assert run.measured["refused_s_max"] < 2.0 + LOADED_S
+
+
+async def test_f8_and_f4_silent_workers(cluster, reference):
+    async with Run(cluster, "f8", 1) as run:
+        history = await network.silent_workers(run, requests=9)
+    assert check(history, reference=reference) == []
+    for kind in ("cut", "frozen"):
+        assert run.measured[f"{kind}_found_s_count"] >= 1
+        assert run.measured[f"{kind}_found_s_max"] < FOUND_S + LOADED_S
+
+
+async def test_f9_a_bad_line_to_the_vae(cluster, reference):
+    async with Run(cluster, "f9", 1) as run:
+        history = await network.bad_line_to_the_vae(run, pictures=2, bytes_per_s=8e6)
+    assert check(history, reference=reference) == []
+    assert run.measured["transfers_repeated"] >= 2
+
+
+async def test_f10_an_abort_storm(cluster, reference):
+    async with Run(cluster, "f10", 1) as run:
+        history = await load.abort_storm(run, requests=200, within_s=12.0)
+    assert check(history, reference=reference) == []
+    assert run.measured["queued_abort_s_count"] >= 10
+    assert run.measured["running_abort_s_count"] >= 3
+    assert run.measured["done"] + run.measured["cancelled"] == 200
+
+
+async def test_f11_a_flood(cluster, reference):
+    async with Run(cluster, "f11", 1) as run:
+        history = await load.flood(run, submits=600)
+    assert check(history, reference=reference) == []
+    assert run.measured["refused"] > 0
+    assert run.measured["gateway_growth_mib"] < 64
+
+
+async def test_f12_a_rolling_restart(cluster, reference):
+    async with Run(cluster, "f12", 1) as run:
+        history = await deaths.rolling_restart(run, clients=4)
+    assert check(history, reference=reference) == []
+    assert not [line for line in history.clients if line["kind"] == "fail"]
+
+
+async def test_f12_poison_fails_after_its_attempts(cluster, reference):
+    async with Run(cluster, "poison", 1) as run:
+        history = await deaths.poison(run, others=0)
+    assert check(history, reference=reference, may_fail={POISON}) == []
+    [request] = history.final["requests"].values()
+    assert (request["state"], request["attempt"]) == ("failed", 3)

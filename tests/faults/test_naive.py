@@ -1,0 +1,30 @@
+"""The checker can fail: designs without fences, put in by the harness, are found out by the same scenario."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.faults.checker import check
+from tests.faults.cluster import FaultCluster
+from tests.faults.run import Run
+from tests.faults.scenarios.deaths import frozen_gateway
+
+# One denoiser: the zombie's calls and those of the new owner meet there.
+REPLICAS = {"text_encoder": 1, "dit": 1, "vae": 1}
+NAIVE = {
+    "commit": {f"gateway-{index}": "tests.faults.naive_gateway" for index in range(2)},
+    "front": {name: "tests.faults.naive_stage" for name in ("dit-0", "vae-0")},
+}
+FOUND = {"commit": {"I1", "I2", "I4"}, "front": {"I3"}}
+
+
+@pytest.mark.parametrize("design", NAIVE)
+async def test_a_design_without_fences_is_found_out(tmp_path, monkeypatch, design):
+    monkeypatch.chdir(Path(__file__).parents[2])
+    monkeypatch.delenv("REDIS_URL", raising=False)
+    with FaultCluster(tmp_path, REPLICAS, max_in_flight=16, modules=NAIVE[design]) as cluster:
+        async with Run(cluster, "naive", 1) as run:
+            history = await frozen_gateway(run, requests=16)
+    assert {violation.invariant for violation in check(history)} & FOUND[design]
