@@ -17,7 +17,15 @@ from gateway.stage_calls import Decode, Latents, denoise
 from gateway.state import TERMINAL, Claim, State, queue_key
 from gateway.store import Store
 from gateway.work import Progress, Work
-from services.errors import Cancelled, InvalidRequest, NotReady, Overloaded, ServiceError, StageMismatch
+from services.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    InvalidRequest,
+    NotReady,
+    Overloaded,
+    ServiceError,
+    StageMismatch,
+)
 from services.telemetry import internal_error, make_span, request_context
 from services.wire import error_to_proto
 
@@ -51,6 +59,10 @@ class Lifecycle:
             self._store.drop_latents(request_id)
         for name in files:
             self._store.drop(name)
+
+    async def forget(self, request_id: str) -> None:
+        """Clears up what a request left that has expired in a queue."""
+        self._store.drop_latents(request_id)
 
     async def _settle(self, work: Work, state: str) -> None:
         """Clears up behind a request that is in this state now, as far as nobody needs it any more."""
@@ -162,10 +174,11 @@ class Lifecycle:
         if isinstance(error, InvalidRequest) and not error.param:
             error = StageMismatch(f"the stages of model {work.params.model!r} do not fit each other: {error.message}")
         log.warning("%s at %s: %s", error.reason, replica.address, error.message)
-        if not error.retryable or time.time() > work.deadline_unix_s:
-            await self._end(work, "failed", error)
+        if not error.retryable or time.monotonic() > work.deadline_s:
+            await self._end(work, "expired" if isinstance(error, DeadlineExceeded) else "failed", error)
             return
-        replica.pause()
+        if not isinstance(error, Overloaded):
+            replica.pause()
         # A full or starting replica is nobody's fault; only what may be the request's own doing counts.
         counts = not isinstance(error, (NotReady, Overloaded))
         detail = error_to_proto(error).SerializeToString()

@@ -81,7 +81,7 @@ async def denoise(
     """
     feed = _Feed(work, encoders, fit)
     method: Any = replica.channel.stream_stream(_DENOISE)
-    with replica.in_use():
+    with replica.in_use(work.batch):
         call = method(**work.call_options())
         feeding = asyncio.create_task(feed.run(call))
         try:
@@ -92,7 +92,7 @@ async def denoise(
                 else:
                     latents.add(message, frame)
         except grpc.aio.AioRpcError as error:
-            raise (feed.failure or error_from_rpc(error)) from error
+            raise (feed.failure or _failed(replica, error)) from error
         except asyncio.CancelledError:
             if feed.failure is not None:
                 raise feed.failure from None
@@ -210,7 +210,7 @@ class Decode:
         await asyncio.gather(self._task, return_exceptions=True)
 
     async def _run(self, replica: Replica) -> None:
-        with replica.in_use():
+        with replica.in_use(self._work.batch):
             try:
                 async for message in self._call:
                     self._take(vae_pb2.DecodeResponse.FromString(message))
@@ -250,5 +250,5 @@ class Decode:
 def _failed(replica: Replica, failure: grpc.aio.AioRpcError) -> ServiceError:
     error = error_from_rpc(failure)
     if error.retryable:
-        replica.pause()
+        replica.refused(error)
     return error

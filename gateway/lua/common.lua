@@ -12,14 +12,6 @@ local function tell(id, sender, kind, ...)
   redis.call('PUBLISH', '{ll}:wake', 'e:' .. sender .. ':' .. id)
 end
 
--- Puts a request into a queue, behind older ones of its priority.
-local function enqueue(id, sender, queue)
-  local key = '{ll}:req:' .. id
-  redis.call('ZADD', queue, tonumber(redis.call('HGET', key, 'priority')) * 1e11
-    + tonumber(redis.call('HGET', key, 'created')), id)
-  redis.call('PUBLISH', '{ll}:wake', 'q:' .. sender .. ':')
-end
-
 -- Gives a request to an owner, with a lease and a new fence; returns the fence.
 local function take(id, owner, lease_s)
   local key, time = '{ll}:req:' .. id, now()
@@ -42,4 +34,3 @@ local function news(id, after, count)
   end
   return {entries, {}}
 end
-
