@@ -7,6 +7,7 @@ claim are small enough to be met often.
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,14 @@ import pytest
 import redis
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, multiple, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from gateway.scripts import NAMES, source
 from gateway.state import LEASES, Claim, State, queue_key
@@ -191,17 +199,35 @@ class Model:
         return r.state
 
 
-class Machine(RuleBasedStateMachine):
-    """Each rule is a call, made to both."""
+KNOWN = precondition(lambda machine: machine.model.requests)
+CLAIMED = precondition(lambda machine: machine.claims)
+NEWEST = range(10)
+CALLS = ("beat", "commit", "commit", "requeue")
+OUTCOMES = ("running", "queued", "queued", "done", "failed", "cancelled")
+RUNNING = (set(), {"x"}, {"y"}, {"x", "y"})
+ORDERS = ([DIT, VAE], [VAE, DIT])
+THEN = ("sweep", "reap", "nothing")
+TERMS = {
+    "priority": (0, 0, 1, -1),
+    "tenant": ("a", "b"),
+    "cost": (1.0, 3.0),
+    "batch": ("x", "y"),
+    "timeout_s": (7.0, 60.0, 60.0),
+}
+one = st.sampled_from
 
-    ids, claims = Bundle("ids"), Bundle("claims")
+
+class Machine(RuleBasedStateMachine):
+    """Each rule is a call, made to both; about one of the newest requests or claims, where it is about one."""
 
     def __init__(self, url: str) -> None:
         super().__init__()
         self.loop = asyncio.new_event_loop()
         self.plain = redis.Redis.from_url(url, decode_responses=True)
         self.plain.flushall()
-        self.model, self.state, self.expired = Model(), State(url, "gateway"), []
+        self.model, self.state = Model(), State(url, "gateway")
+        self.claims: list[Claim] = []
+        self.expired: list[str] = []
         self.state._on_expired = self.expired.append
         for name in NAMES:
             self.state._scripts.by_name[name] = self.state._scripts.redis.register_script(scripted(name))
@@ -219,25 +245,46 @@ class Machine(RuleBasedStateMachine):
         self.plain.close()
         self.loop.close()
 
-    @rule(seconds=st.integers(1, 6))
-    def time_passes(self, seconds: int) -> None:
+    @rule(seconds=st.integers(0, 6), then=one(THEN))
+    def time_passes(self, seconds: int, then: str) -> None:
         self.model.now += seconds
         self.set_clock()
+        if then == "sweep":
+            self.run(self.state.sweep())
+            assert self.expired == self.model.sweep()
+            self.expired.clear()
+        elif then == "reap":
+            leases = {i: r.lease for i, r in self.model.requests.items() if r.lease is not None}
+            expired = self.run(self.state.expired())
+            assert set(expired) == {i for i, end in leases.items() if end <= self.model.now}
+            for i in expired:
+                self.give_back(i, None, True)
 
-    @rule(
-        targets=(ids, claims),
-        terms=st.fixed_dictionaries(
-            {
-                "priority": st.sampled_from([0, 0, 1, -1]),
-                "tenant": st.sampled_from(["a", "b"]),
-                "cost": st.sampled_from([1.0, 3.0]),
-                "batch": st.sampled_from(["x", "y"]),
-                "timeout_s": st.sampled_from([7.0, 60.0, 60.0]),
-            }
-        ),
-        at_once=st.booleans(),
-    )
-    def submit(self, terms: dict, at_once: bool):
+    @initialize(seed=st.integers(0, 2**32))
+    def begin(self, seed: int) -> None:
+        self.several(seed)
+
+    @rule(seed=st.integers(0, 2**32))
+    def several(self, seed: int) -> None:
+        """Calls of all kinds: hypothesis alone prefers to repeat a few."""
+        draw = random.Random(seed)
+        for _ in range(30):
+            n, terms = draw.choice(NEWEST), {name: draw.choice(values) for name, values in TERMS.items()}
+            owner = n, draw.choice(CALLS), draw.choice(OUTCOMES), draw.random() < 0.5
+            calls = [
+                *[lambda terms=terms: self.submit(terms, draw.random() < 0.5)] * 3,
+                lambda: self.claim(draw.choice(ORDERS), draw.choice(RUNNING), draw.randint(1, 3)),
+                lambda: self.time_passes(draw.randrange(5), draw.choice(THEN)),
+            ]
+            if self.claims:
+                calls += [lambda owner=owner: self.owner(*owner)] * 2
+            if self.model.requests:
+                calls.append(lambda n=n: draw.choice((self.abort, self.reap_one_that_may_live))(n))
+            draw.choice(calls)()
+            self.same()
+
+    @rule(terms=st.fixed_dictionaries({name: one(values) for name, values in TERMS.items()}), at_once=st.booleans())
+    def submit(self, terms: dict, at_once: bool) -> None:
         bounds = {"age_s": AGE_S, "max_queued": MAX_QUEUED, "max_queued_tenant": MAX_QUEUED_TENANT}
         ticket = Ticket(**terms, **bounds, weight=2.0 if terms["tenant"] == "b" else 1.0)
         model, i = self.model, f"r{len(self.model.requests):03d}"
@@ -247,7 +294,7 @@ class Machine(RuleBasedStateMachine):
         if len(waiting) >= MAX_QUEUED or len(own) >= MAX_QUEUED_TENANT:
             with pytest.raises(Overloaded):
                 self.run(call)
-            return multiple()
+            return
         stored, claim = self.run(call)
         model.requests[i] = Request(ticket, model.now, ticket.priority_class)
         if at_once and not waiting:
@@ -255,65 +302,58 @@ class Machine(RuleBasedStateMachine):
         else:
             model.enqueue(i)
         assert stored and (claim is not None) == (model.requests[i].state == "running")
-        return (i, claim)
+        self.claims += [claim] if claim else []
 
-    @rule(known=ids)
-    def submit_again(self, known: tuple) -> None:
-        assert self.run(self.state.submit(known[0], DIT, Ticket(), {}, lease_s=LEASE_S)) == (False, None)
+    @KNOWN
+    @rule(n=one(NEWEST))
+    def submit_again(self, n: int) -> None:
+        again = self.state.submit(self.request(n), DIT, Ticket(), {}, lease_s=LEASE_S)
+        assert self.run(again) == (False, None)
 
-    @rule(
-        target=claims,
-        queues=st.permutations([DIT, VAE]),
-        running=st.sets(st.sampled_from(["x", "y"])),
-    )
-    def claim(self, queues: list[str], running: set[str]):
-        claim = self.run(self.state.claim(queues, LEASE_S, dict.fromkeys(queues, running)))
-        chosen, expired = self.model.claim(queues, running)
-        assert (claim and claim.request_id, self.expired) == (chosen, expired)
-        self.expired.clear()
-        assert claim is None or claim.left == sum(len(self.model.line(queue)) for queue in queues)
-        return (chosen, claim)
+    def request(self, n: int) -> str:
+        alive = [i for i, r in self.model.requests.items() if r.state in ("queued", "running", "cancelling")]
+        known = alive if alive and n < 8 else list(self.model.requests)
+        return known[-1 - n % len(known)]
 
-    @rule()
-    def sweep(self) -> None:
-        self.run(self.state.sweep())
-        assert self.expired == self.model.sweep()
-        self.expired.clear()
+    @rule(queues=one(ORDERS), running=one(RUNNING), times=st.integers(1, 4))
+    def claim(self, queues: list[str], running: set[str], times: int) -> None:
+        for _ in range(times):
+            claim = self.run(self.state.claim(queues, LEASE_S, dict.fromkeys(queues, running)))
+            chosen, expired = self.model.claim(queues, running)
+            assert (claim and claim.request_id, self.expired) == (chosen, expired)
+            self.expired.clear()
+            assert claim is None or claim.left == sum(len(self.model.line(queue)) for queue in queues)
+            self.claims += [claim] if claim else []
 
-    @rule(known=claims)
-    def beat(self, known: tuple) -> None:
-        if (claim := known[1]) is None:
-            return
-        r = self.model.requests[claim.request_id]
-        holds = r.fence == claim.fence and r.state in ("running", "cancelling")
-        assert self.run(self.state.beat(claim, LEASE_S)) == (r.state if holds else "lost")
-        r.lease = self.model.now + LEASE_S if holds else r.lease
-
-    @rule(known=claims, outcome=st.sampled_from(["running", "queued", "queued", "done", "failed", "cancelled"]))
-    def commit(self, known: tuple, outcome: str) -> None:
-        if (claim := known[1]) is not None:
+    @CLAIMED
+    @rule(n=one(NEWEST), what=one(CALLS), outcome=one(OUTCOMES), counts=st.booleans())
+    def owner(self, n: int, what: str, outcome: str, counts: bool) -> None:
+        claim = self.claims[-1 - n % len(self.claims)]
+        i, r = claim.request_id, self.model.requests[claim.request_id]
+        if what == "requeue":
+            self.give_back(i, claim.fence, counts)
+        elif what == "commit":
             state = self.run(self.state.commit(claim, outcome, "vae", VAE, {}))
-            assert state == self.model.commit(claim.request_id, claim.fence, outcome)
+            assert state == self.model.commit(i, claim.fence, outcome)
+        else:
+            holds = r.fence == claim.fence and r.state in ("running", "cancelling")
+            assert self.run(self.state.beat(claim, LEASE_S)) == (r.state if holds else "lost")
+            r.lease = self.model.now + LEASE_S if holds else r.lease
 
-    @rule(known=claims, counts=st.booleans())
-    def requeue(self, known: tuple, counts: bool) -> None:
-        if (claim := known[1]) is not None:
-            self.give_back(claim, claim.fence, counts)
+    def give_back(self, i: str, fence: int | None, counts: bool) -> None:
+        state = self.run(self.state.requeue(i, fence, MAX_ATTEMPTS, counts, b"e"))
+        assert state == self.model.requeue(i, fence, counts)
 
-    def give_back(self, claim: Claim, fence: int | None, counts: bool) -> None:
-        state = self.run(self.state.requeue(claim.request_id, fence, MAX_ATTEMPTS, counts, b"e"))
-        assert state == self.model.requeue(claim.request_id, fence, counts)
+    @KNOWN
+    @rule(n=one(NEWEST))
+    def reap_one_that_may_live(self, n: int) -> None:
+        self.give_back(self.request(n), None, True)
 
-    @rule(known=claims)
-    def reap(self, known: tuple) -> None:
-        leases = {i: r.lease for i, r in self.model.requests.items() if r.lease is not None}
-        assert set(self.run(self.state.expired())) == {i for i, end in leases.items() if end <= self.model.now}
-        if (claim := known[1]) is not None:
-            self.give_back(claim, None, True)
-
-    @rule(known=ids)
-    def abort(self, known: tuple) -> None:
-        assert self.run(self.state.abort(known[0])) == self.model.abort(known[0])
+    @KNOWN
+    @rule(n=one(NEWEST))
+    def abort(self, n: int) -> None:
+        i = self.request(n)
+        assert self.run(self.state.abort(i)) == self.model.abort(i)
 
     @invariant()
     def same(self) -> None:
@@ -340,8 +380,8 @@ def test_the_scripts_do_what_the_model_does(url: str) -> None:
     run_state_machine_as_test(
         lambda: Machine(url),
         settings=settings(
-            max_examples=60,
-            stateful_step_count=50,
+            max_examples=40,
+            stateful_step_count=6,
             derandomize=True,
             deadline=None,
             database=None,
