@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections.abc import Collection
 
 from gateway.config import GatewaySection
 from gateway.lifecycle import Lifecycle
@@ -76,8 +77,8 @@ class Dispatcher:
             await self._state.submit(request_id, queue, ticket, fields)
             return
         with replica.in_use(ticket.batch):
-            lease_s = self._config.lease_s
-            _, claim = await self._state.submit(request_id, queue, ticket, fields, lease_s=lease_s)
+            lease_s, offer = self._config.lease_s, replica.offer()
+            _, claim = await self._state.submit(request_id, queue, ticket, fields, lease_s=lease_s, offer=offer)
             if claim is not None:
                 await self._start(claim, replica)
 
@@ -91,22 +92,30 @@ class Dispatcher:
 
     async def _claim_all(self) -> None:
         self._aborted_early.clear()
-        while not self._stopping and (free := self._free()):
-            running = {queue: set(replica.batches) for queue, replica in free.items()}
-            claim = await self._state.claim(list(free), self._config.lease_s, running)
+        # Replicas without a slot, by what Redis knows of all gateways.
+        full: set[str] = set()
+        while not self._stopping and (free := self._free(full)):
+            offers = {queue: replica.offer() for queue, replica in free.items()}
+            claim = await self._state.claim(list(free), self._config.lease_s, offers)
+            found = {offer.replica_id for offer in offers.values() if offer.full}
+            full |= found
             if claim is None:
+                if found:
+                    continue
                 return
             await self._start(claim, free[claim.queue])
             if not claim.left:
                 return
 
-    def _free(self) -> dict[str, Replica]:
-        """The queues that a replica has a credit for, in the order of claiming, with the least busy such replica."""
+    def _free(self, full: Collection[str] = ()) -> dict[str, Replica]:
+        """The queues that a replica may have a slot for, in the order of claiming, with the least busy such replica."""
         free: dict[str, Replica] = {}
         encoders = any(encoder.has_credit for encoder in self._replicas.of_stage("text_encoder"))
         for stage in CLAIMED_STAGES:
             for replica in self._replicas.of_stage(stage):
-                if replica.facts is not None and replica.has_credit and (encoders or stage != "dit"):
+                if replica.facts is None or not replica.available or replica.facts.replica_id in full:
+                    continue
+                if encoders or stage != "dit":
                     free.setdefault(queue_key(stage, replica.facts.component_id), replica)
         return free
 

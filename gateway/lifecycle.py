@@ -177,8 +177,7 @@ class Lifecycle:
         if not error.retryable or time.monotonic() > work.deadline_s:
             await self._end(work, "expired" if isinstance(error, DeadlineExceeded) else "failed", error)
             return
-        if not isinstance(error, Overloaded):
-            replica.pause()
+        replica.pause()
         # A full or starting replica is nobody's fault; only what may be the request's own doing counts.
         counts = not isinstance(error, (NotReady, Overloaded))
         detail = error_to_proto(error).SerializeToString()

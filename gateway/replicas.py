@@ -15,6 +15,7 @@ from typing import Any
 import grpc
 
 from gateway.config import StagesSection
+from gateway.ticket import Offer
 from protos import dit_pb2_grpc, gateway_pb2, text_encoder_pb2_grpc, types_pb2, vae_pb2_grpc
 from services.client import connect
 from services.errors import NotReady, Overloaded, ServiceError, UnknownModel
@@ -68,14 +69,25 @@ class Replica:
         return self.facts is not None and not self.facts.draining
 
     @property
-    def has_credit(self) -> bool:
-        """Whether this gateway may send it one more."""
+    def available(self) -> bool:
+        """Whether it may take one more, as far as this gateway knows of its own requests."""
         return (
             self.facts is not None
             and self.healthy
-            and self.ours + self.others < self.facts.max_in_flight
+            and self.ours < self.facts.max_in_flight
             and time.monotonic() >= self.paused_until_s
         )
+
+    @property
+    def has_credit(self) -> bool:
+        """Whether it may take one more beside those of other gateways."""
+        return self.facts is not None and self.available and self.ours + self.others < self.facts.max_in_flight
+
+    def offer(self) -> Offer:
+        """For a claim. Redis knows what all gateways have claimed for it."""
+        if self.facts is None:
+            return Offer()
+        return Offer(self.facts.replica_id, self.facts.max_in_flight, set(self.batches))
 
     def serves(self, model: str) -> bool:
         """Whether it takes that model's requests."""
@@ -100,11 +112,10 @@ class Replica:
         self.others = max(0, facts.in_flight - max(ours_before, self.ours))
 
     def refused(self, error: ServiceError) -> None:
-        """A call failed with an error that may pass. A full replica is left alone until it says that it has room."""
+        """A call failed with an error that may pass."""
         if isinstance(error, Overloaded) and self.facts is not None:
             self.others = max(0, self.facts.max_in_flight - self.ours)
-        else:
-            self.pause()
+        self.pause()
 
     def pause(self) -> None:
         """Leaves it alone for a moment, twice as long as before when that was not long ago."""

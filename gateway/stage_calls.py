@@ -92,7 +92,7 @@ async def denoise(
                 else:
                     latents.add(message, frame)
         except grpc.aio.AioRpcError as error:
-            raise (feed.failure or _failed(replica, error)) from error
+            raise (feed.failure or error_from_rpc(error)) from error
         except asyncio.CancelledError:
             if feed.failure is not None:
                 raise feed.failure from None

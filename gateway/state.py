@@ -12,7 +12,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -21,7 +21,7 @@ from redis.exceptions import RedisError
 
 from gateway.followers import Followers, StoredEvent, record_of, stored_events
 from gateway.scripts import PATIENCE_S, Scripts
-from gateway.ticket import Ticket
+from gateway.ticket import Offer, Ticket
 from services.errors import DeadlineExceeded, Overloaded, StateStoreDown, UnknownRequest
 from services.wire import error_to_proto
 
@@ -73,12 +73,19 @@ class State:
         self.connected = False
 
     async def submit(
-        self, request_id: str, queue: str, ticket: Ticket, fields: Fields, *, lease_s: float | None = None
+        self,
+        request_id: str,
+        queue: str,
+        ticket: Ticket,
+        fields: Fields,
+        *,
+        lease_s: float | None = None,
+        offer: Offer | None = None,
     ) -> tuple[bool, Claim | None]:
         """Stores a request and queues it. False when the id exists.
 
         Args:
-            lease_s: claims the request at once if nobody waits before it.
+            lease_s: claims the request at once if nobody waits before it, and the offered replica has a slot.
 
         Raises:
             Overloaded: too many wait, or too many of that tenant.
@@ -96,7 +103,7 @@ class State:
                 raise StateStoreDown("the state store answered too late: try again", retry_after_s=1.0)
             # A Redis that stood still finds the call in its buffers when the caller has been told that it failed.
             not_after = "" if self._clock_ahead_s is None else end_s + self._clock_ahead_s
-            arguments = (*before, not_after, *_flat(kept), *_flat(fields))
+            arguments = (*before, not_after, *_slots(offer or Offer()), *_flat(kept), *_flat(fields))
             now, stored, *rest = await self._scripts.run("submit", keys, *arguments)
             self._clock_ahead_s = float(now) - time.monotonic()
         if stored in (QUEUE_FULL, TENANT_FULL):
@@ -108,17 +115,21 @@ class State:
         return bool(stored), None
 
     async def claim(
-        self, queues: Sequence[str], lease_s: float, running: Mapping[str, Collection[str]] | None = None
+        self, queues: Sequence[str], lease_s: float, offers: Mapping[str, Offer] | None = None
     ) -> Claim | None:
         """The request that is due in the first queue that has one, now ours; or one near it that suits better.
 
         Args:
-            running: by queue, the batch keys that the replica runs which would get the request.
+            offers: by queue, who would get the request.
         """
-        batches = [" ".join((running or {}).get(queue, ())) for queue in queues]
+        offered = [(offers or {}).get(queue) or Offer() for queue in queues]
+        arguments = [part for offer in offered for part in (*_slots(offer), " ".join(offer.batches))]
         keys = [LEASES, FENCE, *queues]
-        claimed, expired = await self._scripts.run("claim", keys, self._owner, lease_s, _TOO_LONG, *batches)
+        answer = await self._scripts.run("claim", keys, self._owner, lease_s, _TOO_LONG, *arguments)
+        claimed, expired, full = answer
         self._expire(expired)
+        for number in full:
+            offered[number].full = True
         if not claimed:
             return None
         number, request_id, fence, left, flat = claimed
@@ -150,7 +161,8 @@ class State:
         patience_s = RESULT_PATIENCE_S if state in ("running", "queued", "done") else PATIENCE_S
         arguments = (state, stage, queue, *_flat(fields))
         committed = await self._change("commit", claim, (), arguments, patience_s=patience_s)
-        if committed == "queued":
+        if committed in ("queued", "running"):
+            # It waits, or it has left a slot for another one.
             self._on_queue()
         return committed
 
@@ -310,6 +322,11 @@ def _overloaded(ticket: Ticket, stored: int, drained_s: float) -> Overloaded:
         return Overloaded(f"{ticket.max_queued} requests wait already: try again later", retry_after_s=retry_after_s)
     message = f"{ticket.max_queued_tenant} of your requests wait already: try again when some have run"
     return Overloaded(message, retry_after_s=retry_after_s)
+
+
+def _slots(offer: Offer) -> tuple[str, int]:
+    """The set of the requests that a replica has, and how many it takes."""
+    return f"{PREFIX}:slots:{offer.replica_id}" if offer.replica_id else "", offer.max_in_flight
 
 
 def _request(request_id: str) -> str:

@@ -1,7 +1,8 @@
-"""How a request stands in its queues: class, tenant, cost, deadline, bounds. Made by the request service."""
+"""How a request stands in its queues: class, tenant, cost, deadline, bounds; and what a replica offers to a queue."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from services.request import Limits, ResolvedParams
@@ -39,6 +40,23 @@ class Ticket:
     def priority_class(self) -> int:
         """0 high, 1 normal, 2 low."""
         return 1 + (self.priority > 0) - (self.priority < 0)
+
+
+@dataclass(slots=True)
+class Offer:
+    """A replica that would get a queue's next request.
+
+    Args:
+        replica_id: as it describes itself; "" counts no slots.
+        max_in_flight: requests that it takes at once, from all gateways.
+        batches: the batch keys that it runs.
+        full: set when a claim found no slot.
+    """
+
+    replica_id: str = ""
+    max_in_flight: int = 0
+    batches: Collection[str] = ()
+    full: bool = False
 
 
 def cost_of(params: ResolvedParams, limits: Limits) -> float:

@@ -1,7 +1,8 @@
 -- KEYS: leases, fence, then queues. ARGV: owner, lease_s, error of those that come too late, then for each queue the
--- batch keys that the replica runs (with spaces between). Takes the request that is due in the first queue that has one,
--- or one like those that run. Returns the queue's number, id, fence, how many requests the queues still hold and the
--- hash, or an empty list; and the ids that have expired.
+-- slots of the replica that would get the request, how many it has, and the batch keys that it runs (with spaces
+-- between). Takes the request that is due in the first queue that has one, or one like those that run. Returns the
+-- queue's number, id, fence, how many requests the queues still hold and the hash, or an empty list; the ids that have
+-- expired; and the numbers of queues whose replica is full.
 local WINDOW, MOST_PASSED, MOST_EXPIRED = 32, 8, 100
 
 -- Affinity stays in the class and among the first 32, and passes no request over more than 8 times.
@@ -38,11 +39,13 @@ local function advance(queue, class, time)
   redis.call('HSET', queue .. ':pace', 'claimed', time, unpack(pace[1] and {'gap_s', gap_s} or {}))
 end
 
-local time, expired = now(), {}
+local time, expired, full = now(), {}, {}
 for i = 3, #KEYS do
-  local queue, running = KEYS[i], {}
-  for batch in ARGV[i + 1]:gmatch('%S+') do running[batch] = true end
-  while #expired < MOST_EXPIRED do
+  local queue, running, slots = KEYS[i], {}, ARGV[3 * i - 5]
+  for batch in ARGV[3 * i - 3]:gmatch('%S+') do running[batch] = true end
+  local open = has_slot(slots, ARGV[3 * i - 4])
+  if not open then full[#full + 1] = i - 3 end
+  while open and #expired < MOST_EXPIRED do
     local id, flow = choose(queue, running)
     if not id then break end
     local key = '{ll}:req:' .. id
@@ -50,9 +53,9 @@ for i = 3, #KEYS do
     if request[1] == 'queued' and tonumber(request[2]) > tonumber(time) then
       advance(queue, flow:sub(1, 1), time)
       leave(id, queue, flow, math.max(request[3] / request[4], LEAST_CHARGE))
-      local fence, left = take(id, ARGV[1], ARGV[2]), 0
+      local fence, left = take(id, ARGV[1], ARGV[2], slots), 0
       for j = 3, #KEYS do left = left + redis.call('ZCARD', KEYS[j]) end
-      return {{i - 3, id, fence, left, redis.call('HGETALL', key)}, expired}
+      return {{i - 3, id, fence, left, redis.call('HGETALL', key)}, expired, full}
     end
     leave(id, queue, flow, 0)
     if request[1] == 'queued' then
@@ -61,4 +64,4 @@ for i = 3, #KEYS do
     end
   end
 end
-return {{}, expired}
+return {{}, expired, full}

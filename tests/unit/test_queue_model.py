@@ -27,14 +27,14 @@ from hypothesis.stateful import (
 
 from gateway.scripts import NAMES, source
 from gateway.state import LEASES, Claim, State, queue_key
-from gateway.ticket import Ticket
+from gateway.ticket import Offer, Ticket
 from lightloom.redis_server import start_redis
 from services.errors import Overloaded
 
 DIT, VAE = queue_key("dit", "d"), queue_key("vae", "v")
 CLOCK = "{ll}:test:clock"
 WINDOW, MOST_PASSED, MAX_ATTEMPTS, LEASE_S, AGE_S = 4, 2, 3, 4.0, 5.0
-MAX_QUEUED, MAX_QUEUED_TENANT = 8, 5
+MAX_QUEUED, MAX_QUEUED_TENANT, SLOTS = 8, 5, 4
 
 
 def scripted(name: str) -> str:
@@ -63,6 +63,7 @@ class Request:
     fence: int = 0
     attempt: int = 0
     passed: int = 0
+    has_slot: bool = False
 
     @property
     def flow(self) -> tuple[int, str]:
@@ -116,6 +117,10 @@ class Model:
         r = self.requests[i]
         self.fence += 1
         r.state, r.fence, r.attempt, r.lease = "running", self.fence, r.attempt + 1, self.now + LEASE_S
+        r.has_slot = True
+
+    def full(self) -> bool:
+        return sum(r.has_slot for r in self.requests.values()) >= SLOTS
 
     def choose(self, name: str, running: set[str]) -> str:
         flows = sorted(self.queues[name].waiting, key=lambda f: (f[0], self.queues[name].waiting[f], f[1]))
@@ -134,7 +139,7 @@ class Model:
 
     def claim(self, names: list[str], running: set[str]) -> tuple[str | None, list[str]]:
         expired: list[str] = []
-        for name in names:
+        for name in names if not self.full() else ():
             while self.line(name):
                 i = self.choose(name, running)
                 r, queue = self.requests[i], self.queues[name]
@@ -166,7 +171,7 @@ class Model:
             return target
         if r.fence != fence or r.state not in ("running", "cancelling"):
             return "lost"
-        r.state = "cancelled" if r.state == "cancelling" else target
+        r.state, r.has_slot = "cancelled" if r.state == "cancelling" else target, False
         if r.state == "queued":
             r.queue, r.attempt = VAE, 0
             self.enqueue(i)
@@ -181,7 +186,7 @@ class Model:
         if fence not in (None, r.fence) or r.state not in ("running", "cancelling"):
             return "lost"
         self.fence += 1
-        r.fence, r.lease, r.attempt = self.fence, None, r.attempt - (not counts)
+        r.fence, r.lease, r.attempt, r.has_slot = self.fence, None, r.attempt - (not counts), False
         if r.state == "cancelling":
             r.state = "cancelled"
         elif r.attempt >= MAX_ATTEMPTS:
@@ -290,14 +295,15 @@ class Machine(RuleBasedStateMachine):
         model, i = self.model, f"r{len(self.model.requests):03d}"
         waiting = model.line(DIT)
         own = [w for w in waiting if model.requests[w].ticket.tenant == ticket.tenant]
-        call = self.state.submit(i, DIT, ticket, {"params": b"p"}, lease_s=LEASE_S if at_once else None)
+        lease_s, at_once = LEASE_S if at_once else None, at_once and not waiting and not model.full()
+        call = self.state.submit(i, DIT, ticket, {"params": b"p"}, lease_s=lease_s, offer=Offer("replica", SLOTS))
         if len(waiting) >= MAX_QUEUED or len(own) >= MAX_QUEUED_TENANT:
             with pytest.raises(Overloaded):
                 self.run(call)
             return
         stored, claim = self.run(call)
         model.requests[i] = Request(ticket, model.now, ticket.priority_class)
-        if at_once and not waiting:
+        if at_once:
             model.take(i)
         else:
             model.enqueue(i)
@@ -318,8 +324,10 @@ class Machine(RuleBasedStateMachine):
     @rule(queues=one(ORDERS), running=one(RUNNING), times=st.integers(1, 4))
     def claim(self, queues: list[str], running: set[str], times: int) -> None:
         for _ in range(times):
-            claim = self.run(self.state.claim(queues, LEASE_S, dict.fromkeys(queues, running)))
+            offer, full = Offer("replica", SLOTS, running), self.model.full()
+            claim = self.run(self.state.claim(queues, LEASE_S, dict.fromkeys(queues, offer)))
             chosen, expired = self.model.claim(queues, running)
+            assert offer.full == full
             assert (claim and claim.request_id, self.expired) == (chosen, expired)
             self.expired.clear()
             assert claim is None or claim.left == sum(len(self.model.line(queue)) for queue in queues)
@@ -361,11 +369,13 @@ class Machine(RuleBasedStateMachine):
         with self.plain.pipeline(transaction=False) as pipe:
             for i in model.requests:
                 pipe.hmget(f"{{ll}}:req:{i}", "state", "class", "fence", "attempt")
-            pipe.zrange(DIT, 0, -1).zrange(VAE, 0, -1).zrange(LEASES, 0, -1).keys("{ll}:q:*")
-            *records, dit, vae, leases, keys = pipe.execute()
+            pipe.zrange(DIT, 0, -1).zrange(VAE, 0, -1).zrange(LEASES, 0, -1)
+            pipe.smembers("{ll}:slots:replica").keys("{ll}:q:*")
+            *records, dit, vae, leases, slots, keys = pipe.execute()
         assert records == [[r.state, str(r.cls), str(r.fence), str(r.attempt)] for r in model.requests.values()]
         assert (set(dit), set(vae)) == (set(model.line(DIT)), set(model.line(VAE)))
         assert set(leases) == {i for i, r in model.requests.items() if r.lease is not None}
+        assert slots == {i for i, r in model.requests.items() if r.has_slot}
         assert not [key for key in keys if not model.line(DIT if key.startswith(DIT) else VAE)]
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from gateway.state import Claim, State, queue_key
-from gateway.ticket import Ticket
+from gateway.ticket import Offer, Ticket
 from lightloom.redis_server import start_redis
 from protos import types_pb2
 from services.errors import Overloaded
@@ -41,7 +41,7 @@ class Queue:
         await self.state.submit(request_id, QUEUE, Ticket(weight=weight, **terms), {"params": b""})
 
     async def claim(self, *running: str) -> Claim | None:
-        return await self.state.claim([QUEUE], 60.0, {QUEUE: running})
+        return await self.state.claim([QUEUE], 60.0, {QUEUE: Offer(batches=running)})
 
     async def order(self, *running: str) -> list[str]:
         """All that is left, in the order of claiming."""
