@@ -50,7 +50,7 @@ async def serve(config: GatewayConfig) -> None:
     replicas = Replicas(config.stages, lambda: dispatcher.wake())
     lifecycle = Lifecycle(state, replicas, store, section, "gateway")
     dispatcher = Dispatcher(state, replicas, lifecycle, section)
-    service = RequestService(state, dispatcher, replicas, store, section)
+    service = RequestService(state, dispatcher, replicas, store, section, config.tenants)
     grpc_server = create_server()
     gateway_pb2_grpc.add_GatewayServicer_to_server(GatewayServicer(service), grpc_server)
     health = Health(grpc_server, [gateway_pb2.DESCRIPTOR.services_by_name["Gateway"].full_name])
@@ -66,7 +66,7 @@ async def serve(config: GatewayConfig) -> None:
     loops = [
         asyncio.create_task(work)
         for work in (
-            state.listen(dispatcher.wake, dispatcher.cancel),
+            state.listen(dispatcher.wake, dispatcher.cancel, dispatcher.expired),
             replicas.watch(),
             dispatcher.run(),
             dispatcher.reap(),

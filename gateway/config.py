@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+
+from services.errors import StartupError
+
+MIN_WEIGHT, MAX_WEIGHT = 0.01, 100.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -10,6 +16,9 @@ class GatewaySection:
     """Where it listens, and what it allows. Times in seconds; `max_body_bytes` of a REST request.
 
     `checkpoint_every_s` is the denoising that a fault may cost: requests that take no longer have no checkpoints.
+
+    `max_queued` requests may wait for a component, `max_queued_tenant` of one tenant. One that has waited `age_s` moves
+    up a priority class.
     """
 
     host: str = "127.0.0.1"
@@ -20,6 +29,8 @@ class GatewaySection:
     max_attempts: int = 3
     checkpoint_every_s: float = 15.0
     max_queued: int = 10_000
+    max_queued_tenant: int = 10_000
+    age_s: float = 300.0
     request_timeout_s: float = 3600.0
     keep_s: float = 86_400.0
     max_body_bytes: int = 12 * 1024 * 1024
@@ -50,9 +61,25 @@ class StagesSection:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GatewayConfig:
-    """All sections."""
+    """All sections. `tenants` has the weights of those that do not get 1.
+
+    Raises:
+        StartupError: a value is out of its range.
+    """
 
     gateway: GatewaySection = field(default_factory=GatewaySection)
     redis: RedisSection = field(default_factory=RedisSection)
     store: StoreSection = field(default_factory=StoreSection)
     stages: StagesSection = field(default_factory=StagesSection)
+    tenants: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, weight in self.tenants.items():
+            if not MIN_WEIGHT <= weight <= MAX_WEIGHT:
+                raise StartupError(
+                    f"config key tenants.{name} is {weight}: a weight must be between {MIN_WEIGHT} and {MAX_WEIGHT:g}"
+                )
+        for key in ("max_queued", "max_queued_tenant", "age_s", "request_timeout_s", "keep_s"):
+            value = getattr(self.gateway, key)
+            if not 0 < value < math.inf:
+                raise StartupError(f"config key gateway.{key} is {value}: it must be above 0 and finite")

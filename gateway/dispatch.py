@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from typing import Any
+from collections.abc import Collection
 
 from gateway.config import GatewaySection
 from gateway.lifecycle import Lifecycle
 from gateway.replicas import Replica, Replicas
-from gateway.state import Claim, State, queue_key
+from gateway.state import Claim, Fields, State, queue_key
+from gateway.ticket import Ticket
 from services.errors import DeviceLost, ServiceError
 from services.wire import error_to_proto
 
@@ -33,6 +34,7 @@ class Dispatcher:
         self._wake = asyncio.Event()
         self._running: dict[str, asyncio.Task[None]] = {}
         self._aborted_early: set[str] = set()
+        self._expired: list[str] = []
         self._stopping = False
 
     @property
@@ -52,6 +54,10 @@ class Dispatcher:
             # It may be the one that a claim under way brings.
             self._aborted_early.add(request_id)
 
+    def expired(self, request_id: str) -> None:
+        """A request came too late out of its queue: what it left goes with the next sweep."""
+        self._expired.append(request_id)
+
     async def run(self) -> None:
         """Claims, for ever."""
         while True:
@@ -66,16 +72,17 @@ class Dispatcher:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), IDLE_S)
 
-    async def submit(self, request_id: str, queue: str, **options: Any) -> int:
+    async def submit(self, request_id: str, queue: str, ticket: Ticket, fields: Fields) -> None:
         """Stores a request as State.submit does, and starts it when nobody waits before it and a replica is free."""
         replica = None if self._stopping else self._free().get(queue)
         if replica is None:
-            return (await self._state.submit(request_id, queue, **options))[0]
-        with replica.in_use():
-            stored, claim = await self._state.submit(request_id, queue, **options, lease_s=self._config.lease_s)
+            await self._state.submit(request_id, queue, ticket, fields)
+            return
+        with replica.in_use(ticket.batch):
+            lease_s, offer = self._config.lease_s, replica.offer()
+            _, claim = await self._state.submit(request_id, queue, ticket, fields, lease_s=lease_s, offer=offer)
             if claim is not None:
                 await self._start(claim, replica)
-        return stored
 
     async def _start(self, claim: Claim, replica: Replica) -> None:
         task = asyncio.create_task(self._run(claim.request_id, self._lifecycle.run(claim, replica)))
@@ -87,21 +94,30 @@ class Dispatcher:
 
     async def _claim_all(self) -> None:
         self._aborted_early.clear()
-        while not self._stopping and (free := self._free()):
-            claim = await self._state.claim(list(free), self._config.lease_s)
+        # Replicas without a slot, by what Redis knows of all gateways.
+        full: set[str] = set()
+        while not self._stopping and (free := self._free(full)):
+            offers = {queue: replica.offer() for queue, replica in free.items()}
+            claim = await self._state.claim(list(free), self._config.lease_s, offers)
+            found = {offer.replica_id for offer in offers.values() if offer.full}
+            full |= found
             if claim is None:
+                if found:
+                    continue
                 return
             await self._start(claim, free[claim.queue])
             if not claim.left:
                 return
 
-    def _free(self) -> dict[str, Replica]:
-        """The queues that a replica has a credit for, in the order of claiming, with the least busy such replica."""
+    def _free(self, full: Collection[str] = ()) -> dict[str, Replica]:
+        """The queues that a replica may have a slot for, in the order of claiming, with the least busy such replica."""
         free: dict[str, Replica] = {}
         encoders = any(encoder.has_credit for encoder in self._replicas.of_stage("text_encoder"))
         for stage in CLAIMED_STAGES:
             for replica in self._replicas.of_stage(stage):
-                if replica.facts is not None and replica.has_credit and (encoders or stage != "dit"):
+                if replica.facts is None or not replica.available or replica.facts.replica_id in full:
+                    continue
+                if encoders or stage != "dit":
                     free.setdefault(queue_key(stage, replica.facts.component_id), replica)
         return free
 
@@ -114,7 +130,7 @@ class Dispatcher:
             self._wake.set()
 
     async def reap(self) -> None:
-        """Gives expired leases back, for ever. Any gateway may do it."""
+        """Gives expired leases back and sweeps the queues, for ever. Any gateway may do it."""
         lost = error_to_proto(DeviceLost("the gateway that ran the request went silent")).SerializeToString()
         before: set[str] = set()
         while True:
@@ -125,6 +141,9 @@ class Dispatcher:
                 expired, before = now & before, now
                 for request_id in expired:
                     await self._lifecycle.take_away(request_id, lost)
+                await self._state.sweep()
+                while self._expired:
+                    await self._lifecycle.forget(self._expired.pop())
 
     async def stop(self) -> None:
         """Gives every claim back, with a checkpoint where there is time for one: another gateway goes on with it."""

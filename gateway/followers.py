@@ -102,3 +102,27 @@ class Followers:
 def _place(event_id: str) -> tuple[int, int]:
     milliseconds, _, number = event_id.partition("-")
     return int(milliseconds), int(number or 0)
+
+
+def stored_events(entries: Sequence[tuple[bytes, Sequence[bytes]]], flat: Sequence[bytes]) -> list[StoredEvent]:
+    """Entries of a request's stream; a status comes with the record, given as Redis gives a hash."""
+    record = record_of(flat)
+    events = []
+    for entry_id, parts in entries:
+        fields = dict(zip(parts[::2], parts[1::2], strict=True))
+        kind = fields[b"k"].decode()
+        events.append(
+            StoredEvent(
+                event_id=entry_id.decode(),
+                kind=kind,
+                state=fields.get(b"s", b"").decode(),
+                payload=fields.get(b"p", b""),
+                record=record if kind == "status" else {},
+            )
+        )
+    return events
+
+
+def record_of(flat: Sequence[bytes]) -> dict[str, bytes]:
+    """A hash as Redis gives it to a script."""
+    return {key.decode(): value for key, value in zip(flat[::2], flat[1::2], strict=True)}

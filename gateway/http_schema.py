@@ -174,7 +174,9 @@ class GenerationRequest(StrictBody):
         0, description="A preview after every so many steps; 0: none."
     )
     inputs: list[InputMedia] = Field(default_factory=list)
-    priority: Annotated[int, Field(ge=-(2**31), le=2**31 - 1)] = Field(0, description="Lower runs first.")
+    priority: Annotated[int, Field(ge=-(2**31), le=2**31 - 1)] = Field(
+        0, description="Below 0 is high, 0 normal, above 0 low; a higher class runs first."
+    )
 
     def params(self, model: str) -> GenerationParams:
         """The generation; `model` as in `ImageRequest.params`.

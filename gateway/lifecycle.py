@@ -19,7 +19,16 @@ from gateway.state import TERMINAL, Claim, State, queue_key
 from gateway.store import Store
 from gateway.work import Progress, Work, kept_in
 from protos import dit_pb2
-from services.errors import Cancelled, DeviceLost, InvalidRequest, NotReady, Overloaded, ServiceError, StageMismatch
+from services.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    DeviceLost,
+    InvalidRequest,
+    NotReady,
+    Overloaded,
+    ServiceError,
+    StageMismatch,
+)
 from services.telemetry import internal_error, make_span, request_context
 from services.wire import error_to_proto
 
@@ -66,6 +75,10 @@ class Lifecycle:
         noted = {kept.name for kept in kept_in(await self._state.get(request_id))}
         for name in set(checkpoints) - noted:
             self._store.drop_latents(name)
+
+    async def forget(self, request_id: str) -> None:
+        """Clears up what a request left that has expired in a queue."""
+        await drop_between_stages(self._state, self._store, request_id)
 
     async def _settle(self, work: Work, state: str) -> None:
         """Clears up behind a request that is in this state now, as far as nobody needs it any more."""
@@ -228,8 +241,8 @@ class Lifecycle:
         if isinstance(error, InvalidRequest) and not error.param:
             error = StageMismatch(f"the stages of model {work.params.model!r} do not fit each other: {error.message}")
         log.warning("%s at %s: %s", error.reason, replica.address, error.message)
-        if not error.retryable or time.time() > work.deadline_unix_s:
-            await self._end(work, "failed", error)
+        if not error.retryable or time.monotonic() > work.deadline_s:
+            await self._end(work, "expired" if isinstance(error, DeadlineExceeded) else "failed", error)
             return
         replica.pause()
         # A full or starting replica is nobody's fault; only what may be the request's own doing counts.

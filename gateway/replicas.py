@@ -15,9 +15,10 @@ from typing import Any
 import grpc
 
 from gateway.config import StagesSection
+from gateway.ticket import Offer
 from protos import dit_pb2_grpc, gateway_pb2, text_encoder_pb2_grpc, types_pb2, vae_pb2_grpc
 from services.client import connect
-from services.errors import NotReady, ServiceError, UnknownModel
+from services.errors import NotReady, Overloaded, ServiceError, UnknownModel
 from services.request import Limits
 from services.wire import limits_from_proto
 
@@ -27,6 +28,7 @@ POLL_S = 1.0
 FAST_POLL_S = 0.1
 DESCRIBE_TIMEOUT_S = 3.0
 BACK_OFF_S = 0.25
+MAX_BACK_OFF_S = 4.0
 STAGES = {
     "text_encoder": types_pb2.STAGE_TEXT_ENCODER,
     "dit": types_pb2.STAGE_DIT,
@@ -41,14 +43,25 @@ _STUBS: dict[str, Any] = {
 
 @dataclass(slots=True)
 class Replica:
-    """One address of a stage. `facts` is its last Describe, None while it does not answer."""
+    """One address of a stage. `facts` is its last Describe, None while it does not answer.
+
+    `batches` has the batch key of each of our requests there; `others` is how many it has from other gateways, as far
+    as we know.
+    """
 
     stage: str
     address: str
     channel: grpc.aio.Channel
     facts: types_pb2.DescribeResponse | None = None
-    ours: int = 0
+    batches: list[str] = field(default_factory=list)
+    others: int = 0
     paused_until_s: float = 0.0
+    _back_off_s: float = BACK_OFF_S
+
+    @property
+    def ours(self) -> int:
+        """Requests that it has from this gateway."""
+        return len(self.batches)
 
     @property
     def healthy(self) -> bool:
@@ -56,8 +69,8 @@ class Replica:
         return self.facts is not None and not self.facts.draining
 
     @property
-    def has_credit(self) -> bool:
-        """Whether this gateway may send it one more."""
+    def available(self) -> bool:
+        """Whether it may take one more, as far as this gateway knows of its own requests."""
         return (
             self.facts is not None
             and self.healthy
@@ -65,22 +78,53 @@ class Replica:
             and time.monotonic() >= self.paused_until_s
         )
 
+    @property
+    def has_credit(self) -> bool:
+        """Whether it may take one more beside those of other gateways."""
+        return self.facts is not None and self.available and self.ours + self.others < self.facts.max_in_flight
+
+    def offer(self) -> Offer:
+        """For a claim. Redis knows what all gateways have claimed for it."""
+        if self.facts is None:
+            return Offer()
+        return Offer(self.facts.replica_id, self.facts.max_in_flight, set(self.batches))
+
     def serves(self, model: str) -> bool:
         """Whether it takes that model's requests."""
         return self.facts is not None and model in self.facts.models
 
     @contextlib.contextmanager
-    def in_use(self) -> Iterator[None]:
+    def in_use(self, batch: str = "") -> Iterator[None]:
         """Counts one request of ours."""
-        self.ours += 1
+        self.batches.append(batch)
         try:
             yield
         finally:
-            self.ours -= 1
+            self.batches.remove(batch)
+
+    def told(self, facts: types_pb2.DescribeResponse, ours_before: int) -> None:
+        """Takes an answer to Describe.
+
+        Args:
+            ours_before: `ours` when it was asked. What has come or gone since may be in the answer or not.
+        """
+        self.facts = facts
+        self.others = max(0, facts.in_flight - max(ours_before, self.ours))
+
+    def refused(self, error: ServiceError) -> None:
+        """A call failed with an error that may pass."""
+        if isinstance(error, Overloaded) and self.facts is not None:
+            self.others = max(0, self.facts.max_in_flight - self.ours)
+        self.pause()
 
     def pause(self) -> None:
-        """Leaves it alone for a moment: it was full, or its connection broke."""
-        self.paused_until_s = time.monotonic() + BACK_OFF_S
+        """Leaves it alone for a moment, twice as long as before when that was not long ago."""
+        now_s = time.monotonic()
+        if now_s < self.paused_until_s:
+            return
+        again = now_s < self.paused_until_s + MAX_BACK_OFF_S
+        self._back_off_s = min(2 * self._back_off_s, MAX_BACK_OFF_S) if again else BACK_OFF_S
+        self.paused_until_s = now_s + self._back_off_s
 
 
 @dataclass(slots=True)
@@ -96,7 +140,7 @@ class Replicas:
     def of_stage(self, stage: str) -> list[Replica]:
         """Healthy replicas of a stage, the least busy first."""
         replicas = [r for r in self.known.values() if r.stage == stage and r.healthy]
-        return sorted(replicas, key=lambda replica: replica.ours)
+        return sorted(replicas, key=lambda replica: replica.ours + replica.others)
 
     def choose(self, stage: str, model: str) -> Replica:
         """The least busy replica with a credit.
@@ -202,17 +246,19 @@ class Replicas:
                 asyncio.ensure_future(replica.channel.close(grace=60.0))
 
     async def _ask(self, replica: Replica) -> None:
-        before = replica.healthy
+        before, credit, ours = replica.healthy, replica.has_credit, replica.ours
         try:
-            replica.facts = await _STUBS[replica.stage](replica.channel).Describe(
+            facts = await _STUBS[replica.stage](replica.channel).Describe(
                 types_pb2.DescribeRequest(), timeout=DESCRIBE_TIMEOUT_S
             )
         except grpc.aio.AioRpcError:
             replica.facts = None
-        if replica.facts is not None:
-            self._last |= {(replica.stage, model): replica.facts for model in replica.facts.models}
+        else:
+            replica.told(facts, ours)
+            self._last |= {(replica.stage, model): facts for model in facts.models}
         if replica.healthy and not before:
             log.info("%s replica %s joined", replica.stage, replica.address)
+        if replica.has_credit and not credit:
             self.on_change()
 
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 import re
 import secrets
-import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -19,11 +18,12 @@ from gateway.followers import StoredEvent
 from gateway.replicas import Replicas
 from gateway.state import TERMINAL, State, queue_key
 from gateway.store import Store
+from gateway.ticket import Ticket, batch_key, cost_of
 from gateway.withdrawals import Withdrawals
 from protos import gateway_pb2, types_pb2
 from services.errors import InvalidRequest, Overloaded, UnknownModel, UnknownRequest, WrongState
 from services.media import first_picture
-from services.request import MAX_SEED, GenerationParams, resolve
+from services.request import MAX_SEED, GenerationParams, Limits, ResolvedParams, resolve
 from services.telemetry import new_traceparent
 from services.wire import params_to_proto
 
@@ -50,24 +50,40 @@ class RequestService:
     """All that a front needs. Raises ServiceErrors only."""
 
     def __init__(
-        self, state: State, dispatcher: Dispatcher, replicas: Replicas, store: Store, config: GatewaySection
+        self,
+        state: State,
+        dispatcher: Dispatcher,
+        replicas: Replicas,
+        store: Store,
+        config: GatewaySection,
+        weights: Mapping[str, float],
     ) -> None:
         self._state = state
         self._dispatcher = dispatcher
         self._replicas = replicas
         self._store = store
         self._config = config
+        self._weights = weights
         self._withdrawals = Withdrawals(state.withdraw)
 
     async def submit(
-        self, params: GenerationParams, *, idempotency_key: str = "", priority: int = 0, traceparent: str = ""
+        self,
+        params: GenerationParams,
+        *,
+        idempotency_key: str = "",
+        priority: int = 0,
+        traceparent: str = "",
+        tenant: str = "",
     ) -> str:
         """Checks and stores a request; from then on it survives this gateway. Returns its id.
+
+        Args:
+            tenant: whose share of the replicas it takes.
 
         Raises:
             UnknownModel, NotReady: nobody serves the model (now).
             InvalidRequest: a value is outside the model's limits, or it has no previews and they are asked for.
-            Overloaded: the queue is full.
+            Overloaded: the queue is full, or has too many of the tenant's requests.
         """
         model = self.model_of(params.model)
         params = GenerationParams(**{name: getattr(params, name) for name in _FIELDS} | {"model": model})
@@ -81,23 +97,35 @@ class RequestService:
             "params": params_to_proto(resolved).SerializeToString(),
             "total": resolved.steps,
             "step": 0,
-            "deadline": time.time() + self._config.request_timeout_s,
             "traceparent": new_traceparent(traceparent),
         }
         queue = queue_key("dit", self._replicas.component("dit", model))
-        limit, keep_s = self._config.max_queued, self._config.keep_s
+        ticket = self._ticket(resolved, limits, priority, tenant)
         try:
-            stored = await self._dispatcher.submit(
-                request_id, queue, priority=priority, max_queued=limit, keep_s=keep_s, fields=fields
-            )
+            await self._dispatcher.submit(request_id, queue, ticket, fields)
+        except Overloaded:
+            raise
         except BaseException:
             # It may be stored all the same. Nobody waits for it then, unless the key brings its owner back.
             if not idempotency_key:
                 self._withdrawals.add(request_id)
             raise
-        if stored < 0:
-            raise Overloaded(f"{limit} requests wait already: try again later", retry_after_s=5.0)
         return request_id
+
+    def _ticket(self, params: ResolvedParams, limits: Limits, priority: int, tenant: str) -> Ticket:
+        config = self._config
+        return Ticket(
+            priority=priority,
+            tenant=tenant,
+            weight=self._weights.get(tenant, 1.0),
+            cost=cost_of(params, limits),
+            batch=batch_key(params, limits),
+            timeout_s=config.request_timeout_s,
+            keep_s=config.keep_s,
+            age_s=config.age_s,
+            max_queued=config.max_queued,
+            max_queued_tenant=config.max_queued_tenant,
+        )
 
     def _check_previews(self, model: str) -> None:
         if self._replicas.fit(model) is None:

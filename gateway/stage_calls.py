@@ -81,7 +81,7 @@ async def denoise(
     checkpoint: Latents | None = None
     step = 0
     method: Any = replica.channel.stream_stream(_DENOISE)
-    with replica.in_use():
+    with replica.in_use(work.batch):
         call = method(**work.call_options())
         feeding = asyncio.create_task(feed.run(call))
         try:
@@ -245,7 +245,7 @@ class Decode:
         await asyncio.gather(self._task, return_exceptions=True)
 
     async def _run(self, replica: Replica) -> None:
-        with replica.in_use():
+        with replica.in_use(self._work.batch):
             try:
                 async for message in self._call:
                     self._take(vae_pb2.DecodeResponse.FromString(message))
@@ -285,5 +285,5 @@ class Decode:
 def _failed(replica: Replica, failure: grpc.aio.AioRpcError) -> ServiceError:
     error = error_from_rpc(failure)
     if error.retryable:
-        replica.pause()
+        replica.refused(error)
     return error

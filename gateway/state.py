@@ -1,8 +1,9 @@
 """Request state in Redis: the queue, leases, fences and events, each change one Lua script.
 
 Redis TIME is the only clock, all keys share one hash tag, and an owner's changes count only under the fence it got with
-its claim. Other gateways hear of a change by a published message; this one's own followers and dispatcher are told at
-once, without that way round. Used by the service and the dispatcher; knows nothing of gRPC or stages' work.
+its claim. `lua/queue.lua` says how a queue is ordered. Other gateways hear of a change by a published message; this
+one's own followers and dispatcher are told at once, without that way round. Used by the service and the dispatcher;
+knows nothing of gRPC or stages' work.
 """
 
 from __future__ import annotations
@@ -13,32 +14,30 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 from redis.asyncio import Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
-from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import ReadOnlyError, RedisError
-from redis.exceptions import TimeoutError as RedisTimeoutError
+from redis.exceptions import RedisError
 
-from gateway.followers import Followers, StoredEvent
-from services.errors import StateStoreDown, UnknownRequest
+from gateway.followers import Followers, StoredEvent, record_of, stored_events
+from gateway.scripts import PATIENCE_S, Scripts
+from gateway.ticket import Offer, Ticket
+from services.errors import DeadlineExceeded, Overloaded, StateStoreDown, UnknownRequest
+from services.wire import error_to_proto
 
 log = logging.getLogger(__name__)
 
 PREFIX = "{ll}"
-IDS, LEASES, FENCE, WAKE = f"{PREFIX}:ids", f"{PREFIX}:leases", f"{PREFIX}:fence", f"{PREFIX}:wake"
+IDS, LEASES, FENCE, WAKE, DUE = (f"{PREFIX}:{name}" for name in ("ids", "leases", "fence", "wake", "due"))
 TERMINAL = frozenset({"done", "failed", "cancelled", "expired"})
-SCRIPTS = ("submit", "claim", "beat", "checkpoint", "commit", "requeue", "abort", "expired", "follow")
 READ_EVENTS = 256
 WATCH_TIMEOUT_S = 2.0
-# How long a call waits for a Redis that is away. Who asks is told soon; what a stage has made is worth a longer wait.
-PATIENCE_S = 2.0
+# What a stage has made is worth a longer wait for Redis than PATIENCE_S.
 RESULT_PATIENCE_S = 30.0
-RETRY_S = 0.1
-TOO_LATE = -2
+MAX_RETRY_AFTER_S = 60.0
+SWEPT_AT_ONCE = 100
+QUEUE_FULL, TOO_LATE, TENANT_FULL = -1, -2, -3
+_TOO_LONG = error_to_proto(DeadlineExceeded("the request's deadline passed while it waited")).SerializeToString()
 
 Fields = Mapping[str, str | bytes | float]
 
@@ -63,17 +62,12 @@ class State:
     def __init__(self, url: str, owner: str) -> None:
         # Two gateways may have been given one name; what they publish must still be told apart.
         self._owner = f"{owner}/{secrets.token_hex(4)}"
-        # Tries are counted in time, by `_call`.
-        self._redis: Redis = Redis.from_url(url, socket_connect_timeout=2.0, retry=Retry(NoBackoff(), 0))
+        self._scripts = Scripts(url)
         self._listener: Redis = Redis.from_url(url, socket_connect_timeout=2.0)
-        folder = Path(__file__).parent / "lua"
-        common = (folder / "common.lua").read_text()
-        self._scripts = {
-            name: self._redis.register_script(common + (folder / f"{name}.lua").read_text()) for name in SCRIPTS
-        }
         self._followers = Followers()
         self._on_queue: Callable[[], None] = lambda: None
         self._on_cancel: Callable[[str], None] = lambda _request_id: None
+        self._on_expired: Callable[[str], None] = lambda _request_id: None
         # What to add to our monotonic clock for the time of Redis; None before its first answer.
         self._clock_ahead_s: float | None = None
         self.connected = False
@@ -82,21 +76,26 @@ class State:
         self,
         request_id: str,
         queue: str,
-        *,
-        priority: int,
-        max_queued: int,
-        keep_s: float,
+        ticket: Ticket,
         fields: Fields,
+        *,
         lease_s: float | None = None,
-    ) -> tuple[int, Claim | None]:
-        """1 when stored, 0 when the id exists, -1 when the queue is full.
+        offer: Offer | None = None,
+    ) -> tuple[bool, Claim | None]:
+        """Stores a request and queues it. False when the id exists.
 
         Args:
-            lease_s: claims the request at once if nobody waits before it.
+            lease_s: claims the request at once if nobody waits before it, and the offered replica has a slot.
+
+        Raises:
+            Overloaded: too many wait, or too many of that tenant.
         """
         keys = [_request(request_id), queue, IDS, _events(request_id)]
+        terms = (ticket.keep_s, ticket.timeout_s, ticket.max_queued, ticket.max_queued_tenant)
         lease = "" if lease_s is None else lease_s
-        before = (request_id, self._owner, priority, max_queued, int(keep_s), lease, secrets.token_hex(8))
+        flow = (ticket.priority_class, ticket.tenant)
+        before = (request_id, self._owner, *terms, *flow, lease, secrets.token_hex(8))
+        kept = {name: getattr(ticket, name) for name in ("priority", "weight", "cost", "batch", "age_s")}
         end_s, stored = time.monotonic() + PATIENCE_S, TOO_LATE
         while stored == TOO_LATE:
             # Late while we still wait: this Redis has another clock than the one we knew. Now we know it.
@@ -104,23 +103,51 @@ class State:
                 raise StateStoreDown("the state store answered too late: try again", retry_after_s=1.0)
             # A Redis that stood still finds the call in its buffers when the caller has been told that it failed.
             not_after = "" if self._clock_ahead_s is None else end_s + self._clock_ahead_s
-            now, stored, *claimed = await self._run("submit", keys, *before, not_after, *_flat(fields))
+            arguments = (*before, not_after, *_slots(offer or Offer()), *_flat(kept), *_flat(fields))
+            now, stored, *rest = await self._scripts.run("submit", keys, *arguments)
             self._clock_ahead_s = float(now) - time.monotonic()
-        if claimed:
-            return int(stored), Claim(request_id, int(claimed[0]), _record(claimed[1]), queue, 0)
-        if stored == 1:
+        if stored in (QUEUE_FULL, TENANT_FULL):
+            raise _overloaded(ticket, stored, float(rest[0]))
+        if rest:
+            return bool(stored), Claim(request_id, int(rest[0]), record_of(rest[1]), queue, 0)
+        if stored:
             self._on_queue()
-        return int(stored), None
+        return bool(stored), None
 
-    async def claim(self, queues: Sequence[str], lease_s: float) -> Claim | None:
-        """The first request of the first queue that has one, now ours."""
-        result = await self._run("claim", [LEASES, FENCE, *queues], self._owner, lease_s)
-        if not result:
+    async def claim(
+        self, queues: Sequence[str], lease_s: float, offers: Mapping[str, Offer] | None = None
+    ) -> Claim | None:
+        """The request that is due in the first queue that has one, now ours; or one near it that suits better.
+
+        Args:
+            offers: by queue, who would get the request.
+        """
+        offered = [(offers or {}).get(queue) or Offer() for queue in queues]
+        arguments = [part for offer in offered for part in (*_slots(offer), " ".join(offer.batches))]
+        keys = [LEASES, FENCE, *queues]
+        answer = await self._scripts.run("claim", keys, self._owner, lease_s, _TOO_LONG, *arguments)
+        claimed, expired, full = answer
+        self._expire(expired)
+        for number in full:
+            offered[number].full = True
+        if not claimed:
             return None
-        number, request_id, fence, left, flat = result
-        claim = Claim(request_id.decode(), int(fence), _record(flat), queues[int(number)], int(left))
+        number, request_id, fence, left, flat = claimed
+        claim = Claim(request_id.decode(), int(fence), record_of(flat), queues[int(number)], int(left))
         self._followers.wake(claim.request_id)
         return claim
+
+    async def sweep(self) -> None:
+        """Ends queued requests whose deadline has passed, and moves up those that have waited long."""
+        swept = SWEPT_AT_ONCE
+        while swept == SWEPT_AT_ONCE:
+            swept, expired = await self._scripts.run("sweep", [DUE], self._owner, _TOO_LONG, SWEPT_AT_ONCE)
+            self._expire(expired)
+
+    def _expire(self, expired: Sequence[bytes]) -> None:
+        for request_id in expired:
+            self._followers.wake(request_id.decode())
+            self._on_expired(request_id.decode())
 
     async def beat(
         self, claim: Claim, lease_s: float, *, kind: str = "", payload: bytes = b"", step: int = 0, total: int = 0
@@ -132,14 +159,15 @@ class State:
     async def checkpoint(self, claim: Claim, lease_s: float, step: int, checkpoints: str) -> str:
         """Notes what a request can go on from ("" for nothing). Returns the state, or "lost"."""
         arguments = (claim.request_id, claim.fence, lease_s, step, checkpoints)
-        return str((await self._run("checkpoint", [_request(claim.request_id), LEASES], *arguments)).decode())
+        return str((await self._scripts.run("checkpoint", [_request(claim.request_id), LEASES], *arguments)).decode())
 
     async def commit(self, claim: Claim, state: str, stage: str, queue: str, fields: Fields) -> str:
         """Ends a stage. Returns the state afterwards ("cancelled" when an abort came first), or "lost"."""
         patience_s = RESULT_PATIENCE_S if state in ("running", "queued", "done") else PATIENCE_S
         arguments = (state, stage, queue, *_flat(fields))
         committed = await self._change("commit", claim, (), arguments, patience_s=patience_s)
-        if committed == "queued":
+        if committed in ("queued", "running"):
+            # It waits, or it has left a slot for another one.
             self._on_queue()
         return committed
 
@@ -148,7 +176,7 @@ class State:
         keys = [_request(request_id), LEASES, FENCE]
         fenced = "" if fence is None else str(fence)
         arguments = (request_id, fenced, self._owner, max_attempts, int(counts), error)
-        state = str((await self._run("requeue", keys, *arguments)).decode())
+        state = str((await self._scripts.run("requeue", keys, *arguments)).decode())
         self._followers.wake(request_id)
         if state == "queued":
             self._on_queue()
@@ -164,7 +192,7 @@ class State:
 
     async def _abort(self, request_id: str, *, never: bool) -> str | None:
         arguments = (request_id, self._owner, int(never))
-        result = await self._run("abort", [_request(request_id)], *arguments)
+        result = await self._scripts.run("abort", [_request(request_id)], *arguments)
         if not result:
             return None
         state = str(result.decode())
@@ -175,22 +203,24 @@ class State:
 
     async def expired(self) -> list[str]:
         """Requests whose owner has been silent for longer than its lease."""
-        return [request_id.decode() for request_id in await self._run("expired", [LEASES])]
+        return [request_id.decode() for request_id in await self._scripts.run("expired", [LEASES])]
 
     async def get(self, request_id: str) -> dict[str, bytes]:
         """The stored record; empty for an unknown request."""
-        record = await self._call(lambda: cast(Awaitable[Any], self._redis.hgetall(_request(request_id))))
+        record = await self._scripts.call(
+            lambda: cast(Awaitable[Any], self._scripts.redis.hgetall(_request(request_id)))
+        )
         return {key.decode(): value for key, value in record.items()}
 
     async def newest(self, limit: int) -> list[str]:
         """Ids, newest first."""
-        ids = await self._call(lambda: cast(Awaitable[Any], self._redis.zrevrange(IDS, 0, limit - 1)))
+        ids = await self._scripts.call(lambda: cast(Awaitable[Any], self._scripts.redis.zrevrange(IDS, 0, limit - 1)))
         return [request_id.decode() for request_id in ids]
 
     async def ping(self) -> bool:
         """Whether Redis answers."""
         try:
-            await self._call(lambda: cast(Awaitable[Any], self._redis.ping()))
+            await self._scripts.call(lambda: cast(Awaitable[Any], self._scripts.redis.ping()))
         except StateStoreDown:
             return False
         return True
@@ -225,14 +255,23 @@ class State:
                     await follower.wait(WATCH_TIMEOUT_S)
 
     async def _read_events(self, request_id: str, after: str) -> list[StoredEvent]:
-        found = await self._run("follow", [_request(request_id)], request_id, after, READ_EVENTS)
+        found = await self._scripts.run("follow", [_request(request_id)], request_id, after, READ_EVENTS)
         if not found:
             raise UnknownRequest(f"there is no request {request_id!r}", param="request_id")
-        return _stored_events(*found)
+        return stored_events(*found)
 
-    async def listen(self, on_queue: Callable[[], None], on_cancel: Callable[[str], None]) -> None:
-        """Hands on what all gateways' scripts change, for ever: work in a queue, an abort, an event to read."""
-        self._on_queue, self._on_cancel = on_queue, on_cancel
+    async def listen(
+        self,
+        on_queue: Callable[[], None],
+        on_cancel: Callable[[str], None],
+        on_expired: Callable[[str], None],
+    ) -> None:
+        """Hands on what all gateways' scripts change, for ever: work in a queue, an abort, an event to read.
+
+        Args:
+            on_expired: told by the gateway that found a queued request too late.
+        """
+        self._on_queue, self._on_cancel, self._on_expired = on_queue, on_cancel, on_expired
         while True:
             try:
                 async with self._listener.pubsub(ignore_subscribe_messages=True) as channel:
@@ -260,7 +299,7 @@ class State:
 
     async def close(self) -> None:
         """Closes the connections."""
-        await self._redis.aclose()
+        await self._scripts.close()
         await self._listener.aclose()
 
     async def _change(
@@ -270,44 +309,29 @@ class State:
         seen = self._followers.seen_by_all(claim.request_id)
         arguments = (claim.request_id, claim.fence, self._owner, *before, seen, READ_EVENTS, *after)
         keys = [_request(claim.request_id), LEASES]
-        state, entries, flat = await self._run(name, keys, *arguments, **options)
-        self._followers.give(claim.request_id, seen, _stored_events(entries, flat))
+        state, entries, flat = await self._scripts.run(name, keys, *arguments, **options)
+        self._followers.give(claim.request_id, seen, stored_events(entries, flat))
         if len(entries) == READ_EVENTS:
             self._followers.wake(claim.request_id)
         return str(state.decode())
-
-    async def _run(self, name: str, keys: list[str], *arguments: Any, patience_s: float = PATIENCE_S) -> Any:
-        return await self._call(lambda: self._scripts[name](keys=keys, args=list(arguments)), patience_s)
-
-    async def _call(self, command: Callable[[], Awaitable[Any]], patience_s: float = PATIENCE_S) -> Any:
-        # A script may have run although its answer was lost. Each may run again: a second claim takes another request,
-        # and the first one's lease runs out.
-        refusal: RedisError | None = None
-        try:
-            async with asyncio.timeout(patience_s):
-                while True:
-                    try:
-                        return await command()
-                    except (RedisConnectionError, RedisTimeoutError, OSError):
-                        pass
-                    except ReadOnlyError as error:
-                        # After a failover the connections still lead to the old primary.
-                        refusal = error
-                        await self._redis.connection_pool.disconnect(inuse_connections=False)
-                    except RedisError as error:
-                        # Full, or unable to save: an answer, but as passing as none.
-                        refusal = error
-                    await asyncio.sleep(RETRY_S)
-        except TimeoutError as error:
-            if refusal is not None:
-                log.error("Redis refuses commands: %s", refusal)
-            what = "does not answer" if refusal is None else "refuses commands"
-            raise StateStoreDown(f"the state store {what}: try again later", retry_after_s=1.0) from error
 
 
 def queue_key(stage: str, component_id: str) -> str:
     """The queue of a stage's component."""
     return f"{PREFIX}:q:{stage}:{component_id}"
+
+
+def _overloaded(ticket: Ticket, stored: int, drained_s: float) -> Overloaded:
+    retry_after_s = min(max(drained_s, 1.0), MAX_RETRY_AFTER_S)
+    if stored == QUEUE_FULL:
+        return Overloaded(f"{ticket.max_queued} requests wait already: try again later", retry_after_s=retry_after_s)
+    message = f"{ticket.max_queued_tenant} of your requests wait already: try again when some have run"
+    return Overloaded(message, retry_after_s=retry_after_s)
+
+
+def _slots(offer: Offer) -> tuple[str, int]:
+    """The set of the requests that a replica has, and how many it takes."""
+    return f"{PREFIX}:slots:{offer.replica_id}" if offer.replica_id else "", offer.max_in_flight
 
 
 def _request(request_id: str) -> str:
@@ -316,28 +340,6 @@ def _request(request_id: str) -> str:
 
 def _events(request_id: str) -> str:
     return f"{PREFIX}:ev:{request_id}"
-
-
-def _stored_events(entries: Sequence[tuple[bytes, Sequence[bytes]]], flat: Sequence[bytes]) -> list[StoredEvent]:
-    record = _record(flat)
-    events = []
-    for entry_id, parts in entries:
-        fields = dict(zip(parts[::2], parts[1::2], strict=True))
-        kind = fields[b"k"].decode()
-        events.append(
-            StoredEvent(
-                event_id=entry_id.decode(),
-                kind=kind,
-                state=fields.get(b"s", b"").decode(),
-                payload=fields.get(b"p", b""),
-                record=record if kind == "status" else {},
-            )
-        )
-    return events
-
-
-def _record(flat: Sequence[bytes]) -> dict[str, bytes]:
-    return {key.decode(): value for key, value in zip(flat[::2], flat[1::2], strict=True)}
 
 
 def _flat(fields: Fields) -> list[Any]:

@@ -38,11 +38,11 @@ def kept_in(record: Mapping[str, bytes]) -> list[Kept]:
 
 @dataclass(slots=True)
 class Work:
-    """A claim in work, with what its stages reported."""
+    """A claim in work, with what its stages reported. `deadline_s` is on this process's monotonic clock."""
 
     claim: Claim
     params: types_pb2.GenerationParams
-    deadline_unix_s: float
+    deadline_s: float
     traceparent: str
     checkpoints: list[Kept] = field(default_factory=list)
     busy_s: dict[str, float] = field(default_factory=dict)
@@ -52,10 +52,12 @@ class Work:
     def of(cls, claim: Claim) -> Work:
         """From the stored record."""
         record = claim.record
+        # The claim is its last update: what was left then, by the clock of Redis, is left now.
+        left_s = float(record["deadline"]) - float(record["updated"])
         return cls(
             claim=claim,
             params=types_pb2.GenerationParams.FromString(record["params"]),
-            deadline_unix_s=float(record["deadline"]),
+            deadline_s=time.monotonic() + left_s,
             traceparent=record["traceparent"].decode(),
             checkpoints=kept_in(record),
         )
@@ -64,6 +66,11 @@ class Work:
     def request_id(self) -> str:
         """The request's id."""
         return self.claim.request_id
+
+    @property
+    def batch(self) -> str:
+        """The batch key."""
+        return self.claim.record.get("batch", b"").decode()
 
     @property
     def artifact_name(self) -> str:
@@ -78,7 +85,7 @@ class Work:
     def call_options(self) -> dict[str, Any]:
         """Deadline and trace context of a stage call."""
         return {
-            "timeout": max(0.001, self.deadline_unix_s - time.time()),
+            "timeout": max(0.001, self.deadline_s - time.monotonic()),
             "metadata": (("traceparent", new_traceparent(self.traceparent)),),
         }
 

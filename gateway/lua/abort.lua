@@ -10,7 +10,8 @@ if not state then
   return false
 end
 if state == 'queued' then
-  redis.call('ZREM', redis.call('HGET', KEYS[1], 'queue'), ARGV[1])
+  local request = redis.call('HMGET', KEYS[1], 'queue', 'class', 'tenant')
+  leave(ARGV[1], request[1], request[2] .. ':' .. request[3], 0)
   state = 'cancelled'
 elseif state == 'running' then
   state = 'cancelling'

@@ -1,16 +1,67 @@
--- KEYS: leases, fence, then queues. ARGV: owner, lease_s. Takes the first request of the first queue that has one.
--- Returns the queue's number, id, fence, how many requests the queues still hold, and the hash; or nothing.
-local id, key, number
-for i = 3, #KEYS do
-  repeat
-    local popped = redis.call('ZPOPMIN', KEYS[i])
-    id = popped[1]
-    key = id and '{ll}:req:' .. id
-  until not id or redis.call('HGET', key, 'state') == 'queued'
-  number = i - 3
-  if id then break end
+-- KEYS: leases, fence, then queues. ARGV: owner, lease_s, error of those that come too late, then for each queue the
+-- slots of the replica that would get the request, how many it has, and the batch keys that it runs (with spaces
+-- between). Takes the request that is due in the first queue that has one, or one like those that run. Returns the
+-- queue's number, id, fence, how many requests the queues still hold and the hash, or an empty list; the ids that have
+-- expired; and the numbers of queues whose replica is full.
+local WINDOW, MOST_PASSED, MOST_EXPIRED = 32, 8, 100
+
+-- Affinity stays in the class and among the first 32, and passes no request over more than 8 times.
+local function choose(queue, running)
+  local first = redis.call('ZRANGE', queue .. ':flows', 0, 0)[1]
+  if not first then return nil end
+  local due = redis.call('ZRANGE', queue .. ':f:' .. first, 0, 0)[1]
+  if not next(running) then return due, first end
+  local next_class = string.format('(%.0f', (first:sub(1, 1) + 1) * CLASS)
+  local flows = redis.call('ZRANGEBYSCORE', queue .. ':flows', '-inf', next_class, 'LIMIT', 0, WINDOW)
+  local passed = {}
+  for _, flow in ipairs(flows) do
+    for _, id in ipairs(redis.call('ZRANGE', queue .. ':f:' .. flow, 0, math.floor(WINDOW / #flows) - 1)) do
+      local request = redis.call('HMGET', '{ll}:req:' .. id, 'batch', 'passed')
+      if running[request[1]] then
+        for _, other in ipairs(passed) do redis.call('HINCRBY', '{ll}:req:' .. other, 'passed', 1) end
+        return id, flow
+      end
+      if tonumber(request[2] or 0) >= MOST_PASSED then return due, first end
+      passed[#passed + 1] = id
+    end
+  end
+  return due, first
 end
-if not id then return false end
-local left = 0
-for i = 3, #KEYS do left = left + redis.call('ZCARD', KEYS[i]) end
-return {number, id, take(id, ARGV[1], ARGV[2]), left, redis.call('HGETALL', key)}
+
+-- Virtual time goes on to the start tag that is due, and finish tags that it has passed say nothing any more.
+local function advance(queue, class, time)
+  local virtual = redis.call('ZRANGE', queue .. ':flows', 0, 0, 'WITHSCORES')[2]
+  redis.call('ZREMRANGEBYSCORE', queue .. ':tags', class * CLASS, '(' .. virtual)
+  redis.call('ZADD', queue .. ':tags', virtual, class)
+  local pace = redis.call('HMGET', queue .. ':pace', 'claimed', 'gap_s')
+  local gap_s = pace[1] and time - pace[1] or 0
+  if pace[2] then gap_s = pace[2] + (gap_s - pace[2]) / 8 end
+  redis.call('HSET', queue .. ':pace', 'claimed', time, unpack(pace[1] and {'gap_s', gap_s} or {}))
+end
+
+local time, expired, full = now(), {}, {}
+for i = 3, #KEYS do
+  local queue, running, slots = KEYS[i], {}, ARGV[3 * i - 5]
+  for batch in ARGV[3 * i - 3]:gmatch('%S+') do running[batch] = true end
+  local open = has_slot(slots, ARGV[3 * i - 4])
+  if not open then full[#full + 1] = i - 3 end
+  while open and #expired < MOST_EXPIRED do
+    local id, flow = choose(queue, running)
+    if not id then break end
+    local key = '{ll}:req:' .. id
+    local request = redis.call('HMGET', key, 'state', 'deadline', 'cost', 'weight')
+    if request[1] == 'queued' and tonumber(request[2]) > tonumber(time) then
+      advance(queue, flow:sub(1, 1), time)
+      leave(id, queue, flow, math.max(request[3] / request[4], LEAST_CHARGE))
+      local fence, left = take(id, ARGV[1], ARGV[2], slots), 0
+      for j = 3, #KEYS do left = left + redis.call('ZCARD', KEYS[j]) end
+      return {{i - 3, id, fence, left, redis.call('HGETALL', key)}, expired, full}
+    end
+    leave(id, queue, flow, 0)
+    if request[1] == 'queued' then
+      expire(id, ARGV[1], ARGV[3])
+      expired[#expired + 1] = id
+    end
+  end
+end
+return {{}, expired, full}

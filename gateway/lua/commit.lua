@@ -9,6 +9,7 @@ local state = redis.call('HGET', KEYS[1], 'state')
 if state == target and state ~= 'running' then return {state, unpack(news(id, ARGV[4], ARGV[5]))} end
 if state ~= 'running' and state ~= 'cancelling' then return {'lost', {}, {}} end
 if state == 'cancelling' then target = 'cancelled' end
+free(id)
 redis.call('HSET', KEYS[1], 'state', target, 'updated', now(), unpack(ARGV, 9))
 if target == 'cancelled' then redis.call('HDEL', KEYS[1], 'artifact', 'file') end
 if target == 'running' or target == 'queued' then redis.call('HSET', KEYS[1], 'stage', ARGV[7]) end

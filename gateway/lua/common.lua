@@ -12,21 +12,25 @@ local function tell(id, sender, kind, ...)
   redis.call('PUBLISH', '{ll}:wake', 'e:' .. sender .. ':' .. id)
 end
 
--- Puts a request into a queue, behind older ones of its priority.
-local function enqueue(id, sender, queue)
-  local key = '{ll}:req:' .. id
-  redis.call('ZADD', queue, tonumber(redis.call('HGET', key, 'priority')) * 1e11
-    + tonumber(redis.call('HGET', key, 'created')), id)
-  redis.call('PUBLISH', '{ll}:wake', 'q:' .. sender .. ':')
+-- Whether a replica, named by the set of the requests that it has from all gateways, takes one more.
+local function has_slot(slots, most)
+  return slots == '' or redis.call('SCARD', slots) < tonumber(most)
 end
 
--- Gives a request to an owner, with a lease and a new fence; returns the fence.
-local function take(id, owner, lease_s)
+-- Ends a request's hold on its replica. Whatever ends a claim does it, so slots live as long as leases.
+local function free(id)
+  local slots = redis.call('HGET', '{ll}:req:' .. id, 'slots')
+  if slots and slots ~= '' then redis.call('SREM', slots, id) end
+end
+
+-- Gives a request to an owner, with a lease, a new fence, and a slot of its replica; returns the fence.
+local function take(id, owner, lease_s, slots)
   local key, time = '{ll}:req:' .. id, now()
   local fence = redis.call('INCR', '{ll}:fence')
   -- A queued request was last updated when it came into its queue.
   redis.call('HINCRBYFLOAT', key, 'queued_s', tonumber(time) - tonumber(redis.call('HGET', key, 'updated')))
-  redis.call('HSET', key, 'state', 'running', 'fence', fence, 'owner', owner, 'updated', time)
+  redis.call('HSET', key, 'state', 'running', 'fence', fence, 'owner', owner, 'updated', time, 'slots', slots)
+  if slots ~= '' then redis.call('SADD', slots, id) end
   redis.call('HINCRBY', key, 'attempt', 1)
   redis.call('ZADD', '{ll}:leases', tonumber(time) + tonumber(lease_s), id)
   tell(id, owner, 'status', 's', 'running')
@@ -42,4 +46,3 @@ local function news(id, after, count)
   end
   return {entries, {}}
 end
-

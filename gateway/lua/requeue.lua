@@ -11,6 +11,7 @@ end
 local state = redis.call('HGET', KEYS[1], 'state')
 redis.call('ZREM', KEYS[2], ARGV[1])
 if state ~= 'running' and state ~= 'cancelling' then return 'lost' end
+free(ARGV[1])
 local target = 'queued'
 if ARGV[5] == '0' then redis.call('HINCRBY', KEYS[1], 'attempt', -1) end
 if state == 'cancelling' then target = 'cancelled'

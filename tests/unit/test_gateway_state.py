@@ -11,11 +11,13 @@ import pytest
 
 from gateway.followers import StoredEvent
 from gateway.state import READ_EVENTS, TOO_LATE, Claim, State, queue_key
+from gateway.ticket import Ticket
 from lightloom.redis_server import start_redis
-from services.errors import StateStoreDown, UnknownRequest
+from services.errors import Overloaded, StateStoreDown, UnknownRequest
 
 DIT, VAE = queue_key("dit", "d"), queue_key("vae", "v")
 LEASE_S = 10.0
+FIELDS = {"params": b"p", "step": 0}
 
 
 @pytest.fixture(scope="module")
@@ -32,16 +34,15 @@ class Gateway:
         self.state = State(url, "gateway")
         self.queued = 0
         self.cancelled: list[str] = []
-        self.listening = asyncio.create_task(self.state.listen(self._on_queue, self.cancelled.append))
+        self.expired: list[str] = []
+        listening = self.state.listen(self._on_queue, self.cancelled.append, self.expired.append)
+        self.listening = asyncio.create_task(listening)
 
     def _on_queue(self) -> None:
         self.queued += 1
 
-    async def submit(self, request_id: str, priority: int = 0, max_queued: int = 100) -> int:
-        fields = {"params": b"p", "step": 0}
-        stored, claim = await self.state.submit(
-            request_id, DIT, priority=priority, max_queued=max_queued, keep_s=60, fields=fields
-        )
+    async def submit(self, request_id: str, **terms: object) -> bool:
+        stored, claim = await self.state.submit(request_id, DIT, Ticket(**terms), FIELDS)
         assert claim is None
         return stored
 
@@ -55,7 +56,7 @@ class Gateway:
 async def two(url: str) -> AsyncIterator[tuple[Gateway, Gateway]]:
     gateways = Gateway(url), Gateway(url)
     await until(lambda: all(gateway.state.connected for gateway in gateways))
-    await gateways[0].state._redis.flushall()
+    await gateways[0].state._scripts.redis.flushall()
     yield gateways
     for gateway in gateways:
         gateway.listening.cancel()
@@ -126,7 +127,7 @@ async def test_more_events_than_one_reading_holds(two) -> None:
 async def test_queues_are_asked_in_order_and_hold_priorities(two) -> None:
     own, other = two
     for request_id, priority in (("late", 1), ("first", 0), ("second", 0)):
-        await own.submit(request_id, priority)
+        await own.submit(request_id, priority=priority)
     first = await own.claim(VAE, DIT)
     assert (first.request_id, first.left) == ("first", 2)
     assert await own.state.commit(first, "queued", "vae", VAE, {}) == "queued"
@@ -140,12 +141,11 @@ async def test_queues_are_asked_in_order_and_hold_priorities(two) -> None:
 
 async def test_a_submit_claims_when_nobody_waits_before(two) -> None:
     own, other = two
-    options = {"priority": 0, "max_queued": 10, "keep_s": 60, "fields": {"params": b"p"}, "lease_s": LEASE_S}
-    stored, claim = await own.state.submit("first", DIT, **options)
-    assert stored == 1 and claim is not None and (claim.request_id, claim.record["state"]) == ("first", b"running")
-    assert await own.state.submit("first", DIT, **options) == (0, None)
+    stored, claim = await own.state.submit("first", DIT, Ticket(), FIELDS, lease_s=LEASE_S)
+    assert stored and claim is not None and (claim.request_id, claim.record["state"]) == ("first", b"running")
+    assert await own.state.submit("first", DIT, Ticket(), FIELDS, lease_s=LEASE_S) == (False, None)
     await own.submit("second")
-    assert await own.state.submit("third", DIT, **options) == (1, None)
+    assert await own.state.submit("third", DIT, Ticket(), FIELDS, lease_s=LEASE_S) == (True, None)
     assert [(await other.claim()).request_id for _ in range(2)] == ["second", "third"]
     follower = asyncio.create_task(follow(other, "first"))
     assert await own.state.commit(claim, "done", "", "", {}) == "done"
@@ -154,7 +154,7 @@ async def test_a_submit_claims_when_nobody_waits_before(two) -> None:
 
 async def test_a_submit_whose_answer_was_lost_brings_its_claim_when_tried_again(two, monkeypatch) -> None:
     own, _ = two
-    script, tries = own.state._scripts["submit"], []
+    script, tries = own.state._scripts.by_name["submit"], []
 
     async def losing(**arguments):
         answer = await script(**arguments)
@@ -163,23 +163,22 @@ async def test_a_submit_whose_answer_was_lost_brings_its_claim_when_tried_again(
             raise ConnectionError("the answer is lost")
         return answer
 
-    monkeypatch.setitem(own.state._scripts, "submit", losing)
-    options = {"priority": 0, "max_queued": 10, "keep_s": 60, "fields": {"params": b"p"}}
-    stored, claim = await own.state.submit("r", DIT, **options, lease_s=LEASE_S)
-    assert (stored, len(tries)) == (0, 2)
+    monkeypatch.setitem(own.state._scripts.by_name, "submit", losing)
+    stored, claim = await own.state.submit("r", DIT, Ticket(), FIELDS, lease_s=LEASE_S)
+    assert (stored, len(tries)) == (False, 2)
     assert claim is not None and await own.state.commit(claim, "done", "", "", {}) == "done"
 
 
 async def test_a_submit_that_redis_finds_after_its_caller_has_left_stores_nothing(two, monkeypatch) -> None:
     own, _ = two
     await own.submit("first")
-    script, late = own.state._scripts["submit"], []
+    script, late = own.state._scripts.by_name["submit"], []
 
     async def held_back(**arguments):
         late.append(arguments)
         await asyncio.sleep(60)
 
-    monkeypatch.setitem(own.state._scripts, "submit", held_back)
+    monkeypatch.setitem(own.state._scripts.by_name, "submit", held_back)
     with pytest.raises(StateStoreDown):
         await own.submit("second")
     _, stored = await script(**late[0])
@@ -230,11 +229,9 @@ async def test_an_abort_reaches_the_owner_and_wins_over_a_result(two) -> None:
 
 async def test_ids_are_stored_once_and_queues_are_bounded(two) -> None:
     own, _ = two
-    assert [await own.submit("r", max_queued=1), await own.submit("r"), await own.submit("s", max_queued=1)] == [
-        1,
-        0,
-        -1,
-    ]
+    assert [await own.submit("r", max_queued=1), await own.submit("r")] == [True, False]
+    with pytest.raises(Overloaded, match="1 requests wait"):
+        await own.submit("s", max_queued=1)
     with pytest.raises(UnknownRequest):
         await follow(own, "s")
 
@@ -273,7 +270,7 @@ async def test_a_lease_renewed_after_the_reaper_saw_it_expired_is_kept(two) -> N
 
 async def test_a_redis_that_refuses_to_write_is_down(two) -> None:
     own, _ = two
-    administrator = own.state._redis
+    administrator = own.state._scripts.redis
     await administrator.config_set("maxmemory", 1)
     with pytest.raises(StateStoreDown, match="refuses"):
         await own.submit("r")

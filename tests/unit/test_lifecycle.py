@@ -16,12 +16,14 @@ from gateway.replicas import Replicas
 from gateway.requests import RequestService
 from gateway.state import State, queue_key
 from gateway.store import Store
+from gateway.ticket import Ticket
 from gateway.work import Work
 from lightloom.redis_server import start_redis
 from protos import gateway_pb2, types_pb2
 
 QUEUE = queue_key("dit", "d")
 NO_REPLICAS = cast(Replicas, None)
+NO_DISPATCHER = cast(Dispatcher, None)
 
 
 @pytest.fixture(scope="module")
@@ -54,12 +56,10 @@ class Gateway:
         self.state = State(url, "gateway")
         self.store = Store(folder)
         self.lifecycle = Lifecycle(self.state, NO_REPLICAS, self.store, GatewaySection(), "gateway")
-        dispatcher = Dispatcher(self.state, NO_REPLICAS, self.lifecycle, GatewaySection())
-        self.service = RequestService(self.state, dispatcher, NO_REPLICAS, self.store, GatewaySection())
+        self.service = RequestService(self.state, NO_DISPATCHER, NO_REPLICAS, self.store, GatewaySection(), {})
 
     async def submit(self, request_id: str) -> None:
-        fields: dict[str, Any] = {"params": b"", "deadline": time.time() + 60, "traceparent": ""}
-        await self.state.submit(request_id, QUEUE, priority=0, max_queued=9, keep_s=60, fields=fields)
+        await self.state.submit(request_id, QUEUE, Ticket(), {"params": b"", "traceparent": ""})
 
     async def claim(self, lease_s: float) -> Work:
         claim = await self.state.claim((QUEUE,), lease_s)
@@ -76,7 +76,7 @@ class Gateway:
 @pytest.fixture
 async def two(url: str, tmp_path: Path) -> AsyncIterator[tuple[Gateway, Gateway]]:
     gateways = Gateway(url, tmp_path), Gateway(url, tmp_path)
-    await gateways[0].state._redis.flushall()
+    await gateways[0].state._scripts.redis.flushall()
     yield gateways
     for gateway in gateways:
         await gateway.state.close()

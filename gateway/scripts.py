@@ -1,0 +1,74 @@
+"""The Lua scripts of `gateway/lua/`, and how long a call waits for a Redis that is away. Knows nothing of requests."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import ReadOnlyError, RedisError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+
+from services.errors import StateStoreDown
+
+log = logging.getLogger(__name__)
+
+NAMES = ("submit", "claim", "sweep", "beat", "checkpoint", "commit", "requeue", "abort", "expired", "follow")
+FOLDER = Path(__file__).parent / "lua"
+# How long a call waits for a Redis that is away: who asks is told soon.
+PATIENCE_S = 2.0
+RETRY_S = 0.1
+
+
+def source(name: str) -> str:
+    """The whole text of a script: what all share, the queue's functions, its own part."""
+    return "".join((FOLDER / f"{part}.lua").read_text() for part in ("common", "queue", name))
+
+
+class Scripts:
+    """Runs scripts and commands; raises StateStoreDown when Redis does not answer, or only with an error."""
+
+    def __init__(self, url: str) -> None:
+        # Tries are counted in time, by `call`.
+        self.redis: Redis = Redis.from_url(url, socket_connect_timeout=2.0, retry=Retry(NoBackoff(), 0))
+        self.by_name = {name: self.redis.register_script(source(name)) for name in NAMES}
+
+    async def run(self, name: str, keys: list[str], *arguments: Any, patience_s: float = PATIENCE_S) -> Any:
+        """One EVALSHA."""
+        return await self.call(lambda: self.by_name[name](keys=keys, args=list(arguments)), patience_s)
+
+    async def call(self, command: Callable[[], Awaitable[Any]], patience_s: float = PATIENCE_S) -> Any:
+        """A command, tried again for `patience_s` while Redis is away."""
+        # A script may have run although its answer was lost. Each may run again: a second claim takes another request,
+        # and the first one's lease runs out.
+        refusal: RedisError | None = None
+        try:
+            async with asyncio.timeout(patience_s):
+                while True:
+                    try:
+                        return await command()
+                    except (RedisConnectionError, RedisTimeoutError, OSError):
+                        pass
+                    except ReadOnlyError as error:
+                        # After a failover the connections still lead to the old primary.
+                        refusal = error
+                        await self.redis.connection_pool.disconnect(inuse_connections=False)
+                    except RedisError as error:
+                        # Full, or unable to save: an answer, but as passing as none.
+                        refusal = error
+                    await asyncio.sleep(RETRY_S)
+        except TimeoutError as error:
+            if refusal is not None:
+                log.error("Redis refuses commands: %s", refusal)
+            what = "does not answer" if refusal is None else "refuses commands"
+            raise StateStoreDown(f"the state store {what}: try again later", retry_after_s=1.0) from error
+
+    async def close(self) -> None:
+        """Closes the connections."""
+        await self.redis.aclose()

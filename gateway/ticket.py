@@ -1,0 +1,79 @@
+"""How a request stands in its queues: class, tenant, cost, deadline, bounds; and what a replica offers to a queue."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from services.request import Limits, ResolvedParams
+
+REFERENCE_PIXELS = 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ticket:
+    """What a queue must know of a request.
+
+    Args:
+        priority: below 0 is high, 0 normal, above 0 low; a class runs when none above it waits.
+        tenant: shares fairly with the others of its class, by `weight` (above 0).
+        cost: see `cost_of`.
+        batch: see `batch_key`.
+        timeout_s: from the submit to its deadline.
+        keep_s: how long it is remembered after its deadline at least.
+        age_s: after so long in a queue it moves up a class.
+        max_queued, max_queued_tenant: it is refused when so many wait, or so many of its tenant.
+    """
+
+    priority: int = 0
+    tenant: str = ""
+    weight: float = 1.0
+    cost: float = 1.0
+    batch: str = ""
+    timeout_s: float = 3600.0
+    keep_s: float = 86_400.0
+    age_s: float = 300.0
+    max_queued: int = 10_000
+    max_queued_tenant: int = 10_000
+
+    @property
+    def priority_class(self) -> int:
+        """0 high, 1 normal, 2 low."""
+        return 1 + (self.priority > 0) - (self.priority < 0)
+
+
+@dataclass(slots=True)
+class Offer:
+    """A replica that would get a queue's next request.
+
+    Args:
+        replica_id: as it describes itself; "" counts no slots.
+        max_in_flight: requests that it takes at once, from all gateways.
+        batches: the batch keys that it runs.
+        full: set when a claim found no slot.
+    """
+
+    replica_id: str = ""
+    max_in_flight: int = 0
+    batches: Collection[str] = ()
+    full: bool = False
+
+
+def cost_of(params: ResolvedParams, limits: Limits) -> float:
+    """What a request takes of a denoiser: pixels x frames x steps x guidance branches.
+
+    The unit is one step of one branch of a picture of 1024 x 1024 pixels.
+    """
+    pictures = params.width * params.height / REFERENCE_PIXELS * params.num_frames
+    return pictures * params.steps * _branches(params, limits)
+
+
+def batch_key(params: ResolvedParams, limits: Limits) -> str:
+    """Equal for requests that can share a denoise step: shape, frames, branches."""
+    return f"{params.width}x{params.height}x{params.num_frames}/{_branches(params, limits)}"
+
+
+def _branches(params: ResolvedParams, limits: Limits) -> int:
+    # With a guidance of another kind, the first is an input of the model and takes no branch.
+    scales = (params.guidance_2,) if limits.separate_guidance_2 else (params.guidance, params.guidance_2)
+    return 2 if max(scales) > 1.0 else 1

@@ -1,0 +1,74 @@
+"""Two gateways share one denoiser of few slots: it is full all the time, and hardly ever refuses."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import httpx
+
+from benchmarks.scale import stage_table
+from lightloom.cluster_config import write_toml
+from lightloom.redis_server import start_redis
+from services.config import environment_with_malloc
+from tests.cluster.gateway_process import ROOT, gateway
+from tests.cluster.running import wait_for
+from tests.cluster.stage_process import free_port
+
+SLOTS, REQUESTS, STEPS = 4, 80, 3
+
+
+@contextmanager
+def sleeping_stage(folder: Path, stage: str, max_in_flight: int) -> Iterator[dict[str, int]]:
+    """A stage that sleeps instead of computing; gives its ports."""
+    table = stage_table(stage, free_port())
+    table["service"] |= {"metrics_port": free_port(), "max_in_flight": max_in_flight}
+    path = folder / f"{stage}.toml"
+    write_toml(path, table)
+    command = [sys.executable, "-m", "benchmarks.sleeping_stage", "--config", str(path)]
+    with (folder / f"{stage}.log").open("wb") as log:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env=environment_with_malloc())
+    try:
+        yield table["service"]
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+def denoise_calls(metrics_port: int) -> dict[str, int]:
+    """Calls that have ended, by outcome."""
+    lines = httpx.get(f"http://127.0.0.1:{metrics_port}/metrics", timeout=5).text.splitlines()
+    counted = [line for line in lines if line.startswith('lightloom_calls_total{method="Denoise",outcome="')]
+    return {line.split('"')[3]: int(float(line.rsplit(" ", 1)[1])) for line in counted}
+
+
+def test_gateways_that_share_a_replica_hardly_ever_overbook_it(tmp_path: Path) -> None:
+    with ExitStack() as stack:
+        redis = start_redis(tmp_path / "redis")
+        stack.callback(redis.stop)
+        slots = {"text_encoder": 64, "dit": SLOTS, "vae": 64}
+        stages = {name: stack.enter_context(sleeping_stage(tmp_path, name, slots[name])) for name in slots}
+        addresses = {name: f"127.0.0.1:{service['port']}" for name, service in stages.items()}
+        folders = [tmp_path / "one", tmp_path / "two"]
+        for folder in folders:
+            folder.mkdir()
+        gateways = [stack.enter_context(gateway(folder, redis.url, addresses)) for folder in folders]
+        body = {"prompt": "a red circle", "width": 64, "height": 64, "steps": STEPS}
+        for number in range(REQUESTS):
+            assert gateways[number % 2].rest.post("/v1/requests", json=body).status_code == 202
+        done = wait_for(lambda: ended(gateways[0].rest), 120, 0.2)
+        assert done == ["done"] * REQUESTS
+        calls = denoise_calls(stages["dit"]["metrics_port"])
+        print("CALLS", calls)
+        assert calls["ok"] == REQUESTS
+        # Each gateway may fill all slots before it hears of the other: once.
+        assert calls.get("overloaded", 0) <= 2 * SLOTS, calls
+
+
+def ended(rest: httpx.Client) -> list[str]:
+    """The states of all requests, once none waits or runs."""
+    states = [status["state"] for status in rest.get("/v1/requests", params={"limit": 1000}).json()["data"]]
+    return [] if {"queued", "running"} & set(states) else states
