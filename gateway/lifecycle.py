@@ -17,7 +17,17 @@ from gateway.stage_calls import Decode, Latents, denoise
 from gateway.state import TERMINAL, Claim, State, queue_key
 from gateway.store import Store
 from gateway.work import Progress, Work
-from services.errors import Cancelled, InvalidRequest, NotReady, Overloaded, ServiceError, StageMismatch
+from services.errors import (
+    ArtifactStoreDown,
+    ArtifactStoreFull,
+    Cancelled,
+    CorruptTensor,
+    InvalidRequest,
+    NotReady,
+    Overloaded,
+    ServiceError,
+    StageMismatch,
+)
 from services.telemetry import internal_error, make_span, request_context
 from services.wire import error_to_proto
 
@@ -42,15 +52,22 @@ class Lifecycle:
     async def take_away(self, request_id: str, error: bytes) -> None:
         """Gives back a request whose owner went silent, and clears up what that one left."""
         # Listed before: then none of them is a later owner's.
-        files = await self._store.files_of(request_id)
+        files = await self._files_of(request_id)
         state = await self._state.requeue(request_id, None, self._config.max_attempts, True, error)
         if state == "lost":
             return
         log.warning("lease of %s expired: it is %s now", request_id, state)
         if state in TERMINAL:
-            self._store.drop_latents(request_id)
-        for name in files:
-            self._store.drop(name)
+            await self._store.drop_latents(request_id)
+        if files:
+            await self._store.drop(*files)
+
+    async def _files_of(self, request_id: str) -> list[str]:
+        try:
+            return await self._store.names_of(request_id)
+        except ServiceError:
+            # The store is away: the request need not wait for it, and the sweep finds what stays there.
+            return []
 
     async def _settle(self, work: Work, state: str) -> None:
         """Clears up behind a request that is in this state now, as far as nobody needs it any more."""
@@ -61,9 +78,9 @@ class Lifecycle:
             kept = record.get("file") == work.artifact_name.encode()
             state = record["state"].decode() if record else "expired"
         if state in TERMINAL:
-            self._store.drop_latents(work.request_id)
+            await self._store.drop_latents(work.request_id)
         if not kept:
-            self._store.drop(work.artifact_name)
+            await self._store.drop(work.artifact_name)
 
     async def run(self, claim: Claim, replica: Replica) -> None:
         """Takes a claim through its stage, and through the VAE too when one is free. Never raises, but on cancel."""
@@ -125,7 +142,7 @@ class Lifecycle:
 
     async def _hand_over(self, work: Work, latents: Latents, decode: Decode | None) -> None:
         """Keeps the latents and moves the request on to its VAE: the call that runs, or the queue."""
-        await self._store.put_latents(work.request_id, latents.messages)
+        await self._store.put_latents(work.request_id, latents.messages, work.deadline_unix_s)
         queue = queue_key("vae", self._replicas.component("vae", work.params.model))
         fields = work.fields(queue=queue)
         work.busy_s.clear()
@@ -138,17 +155,33 @@ class Lifecycle:
             await self._settle(work, state)
 
     async def _decode_stored(self, work: Work, replica: Replica) -> None:
-        decode = Decode(work, replica, Latents(await self._store.latents(work.request_id), whole=True))
+        try:
+            latents = await self._store.latents(work.request_id)
+        except CorruptTensor as error:
+            await self._denoise_again(work, error)
+            return
+        decode = Decode(work, replica, Latents(latents, whole=True))
         try:
             await self._finish(work, decode)
         finally:
             await decode.close()
 
+    async def _denoise_again(self, work: Work, error: CorruptTensor) -> None:
+        """Back to the denoiser's queue: its latents are lost. Where that happens again and again, the request fails."""
+        times = int(work.claim.record.get("denoised_again", b"0")) + 1
+        if times >= self._config.max_attempts:
+            raise error
+        log.warning("%s is denoised again: %s", work.request_id, error.message)
+        queue = queue_key("dit", self._replicas.component("dit", work.params.model))
+        fields = work.fields(queue=queue, denoised_again=str(times), step="0")
+        await self._settle(work, await self._state.commit(work.claim, "queued", "dit", queue, fields))
+
     async def _finish(self, work: Work, decode: Decode) -> None:
         """Media to the store, then DONE."""
         data = await decode.media()
         start_ns = time.time_ns()
-        storing = asyncio.create_task(self._store.put(work.artifact_name, data, decode.artifact))
+        put = self._store.put(work.artifact_name, data, decode.artifact, work.deadline_unix_s)
+        storing = asyncio.create_task(put)
         try:
             work.add("vae", await decode.ended())
             work.spans.append(make_span("gateway.decode", self._process, decode.start_unix_ns, time.time_ns()))
@@ -165,9 +198,11 @@ class Lifecycle:
         if not error.retryable or time.time() > work.deadline_unix_s:
             await self._end(work, "failed", error)
             return
-        replica.pause()
+        store_failed = isinstance(error, (ArtifactStoreDown, ArtifactStoreFull))
+        if not store_failed:
+            replica.pause()
         # A full or starting replica is nobody's fault; only what may be the request's own doing counts.
-        counts = not isinstance(error, (NotReady, Overloaded))
+        counts = not store_failed and not isinstance(error, (NotReady, Overloaded))
         detail = error_to_proto(error).SerializeToString()
         await self._requeue(work, counts, detail)
 

@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 
 PREFIX = "{ll}"
 IDS, LEASES, FENCE, WAKE = f"{PREFIX}:ids", f"{PREFIX}:leases", f"{PREFIX}:fence", f"{PREFIX}:wake"
+LINK_KEY = f"{PREFIX}:link-key"
 TERMINAL = frozenset({"done", "failed", "cancelled", "expired"})
 SCRIPTS = ("submit", "claim", "beat", "commit", "requeue", "abort", "expired", "follow")
 READ_EVENTS = 256
@@ -55,6 +56,15 @@ class Claim:
     record: dict[str, bytes]
     queue: str
     left: int
+
+
+@dataclass(frozen=True, slots=True)
+class Holding:
+    """What a request's record says of its files: its owner's fence, and the artifact's name once it is done."""
+
+    state: str
+    fence: str
+    file: str
 
 
 class State:
@@ -181,6 +191,27 @@ class State:
         """Ids, newest first."""
         ids = await self._call(lambda: cast(Awaitable[Any], self._redis.zrevrange(IDS, 0, limit - 1)))
         return [request_id.decode() for request_id in ids]
+
+    async def holdings(self, request_ids: Sequence[str]) -> list[Holding | None]:
+        """Of each request; None for an unknown one."""
+
+        async def ask() -> list[list[bytes | None]]:
+            async with self._redis.pipeline(transaction=False) as pipe:
+                for request_id in request_ids:
+                    pipe.hmget(_request(request_id), ["state", "fence", "file"])
+                return cast(list[list[bytes | None]], await pipe.execute())
+
+        rows = await self._call(ask) if request_ids else []
+        return [Holding(*((part or b"").decode() for part in row)) if row[0] else None for row in rows]
+
+    async def shared_key(self, proposal: bytes) -> bytes:
+        """The key that the gateways sign links with: this one, if there was none."""
+
+        async def ask() -> bytes:
+            await self._redis.set(LINK_KEY, proposal, nx=True)
+            return cast(bytes, await self._redis.get(LINK_KEY))
+
+        return cast(bytes, await self._call(ask))
 
     async def ping(self) -> bool:
         """Whether Redis answers."""
