@@ -14,7 +14,7 @@ from gateway.dispatch import Dispatcher
 from gateway.lifecycle import Lifecycle
 from gateway.links import Links
 from gateway.objects import Folder
-from gateway.replicas import Replicas
+from gateway.replicas import Replica, Replicas
 from gateway.requests import RequestService
 from gateway.state import State, queue_key
 from gateway.store import Store
@@ -129,3 +129,23 @@ async def test_a_result_whose_commit_was_not_answered_is_kept(two) -> None:
     # As when a beat meanwhile says that the request is not ours any more.
     await own.lifecycle._cancelled(work)
     assert own.files() == {work.artifact_name, f"{work.artifact_name}.json"}
+
+
+async def test_a_request_whose_latents_are_lost_is_denoised_again(two) -> None:
+    own, _ = two
+    vae = queue_key("vae", "v")
+    own.lifecycle._replicas._last["dit", ""] = types_pb2.DescribeResponse(component_id="d", models=[""])
+    own.lifecycle._replicas._last["vae", ""] = types_pb2.DescribeResponse(component_id="v", models=[""])
+    await own.submit("r")
+    for times in range(3):
+        work = await own.claim(lease_s=10.0)
+        await own.state.commit(work.claim, "queued", "vae", vae, {"queue": vae})
+        claim = await own.state.claim((vae,), 10.0)
+        assert claim is not None
+        replica = Replica("vae", "nowhere:1", cast(Any, None))
+        await own.lifecycle.run(claim, replica)
+        record = await own.state.get("r")
+        if times < 2:
+            assert (record["state"], record["stage"], record["queue"]) == (b"queued", b"dit", QUEUE.encode())
+    # A store that loses them each time: it goes on as any failure does.
+    assert (record["state"], record["stage"]) == (b"queued", b"vae")
