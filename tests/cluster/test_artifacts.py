@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -11,11 +12,16 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import httpx
 import psutil
 import pytest
+import redis
 
+from gateway.store import CHUNK_BYTES, manifest_of
 from lightloom.cluster_config import write_toml
 from lightloom.redis_server import start_redis
+from protos import gateway_pb2
+from services.config import environment_with_malloc
 from tests.cluster.gateway_process import ROOT, GatewayProcess, gateway
 from tests.cluster.running import RunningCluster, wait_for
 from tests.cluster.s3_process import ENVIRONMENT, SECRET, S3Process, s3_server
@@ -151,6 +157,26 @@ def test_links_are_checked_and_a_damaged_artifact_is_told(two) -> None:
     assert two.second.rest.get(url).content == good
 
 
+def test_a_large_artifact_that_is_damaged_behind_its_start_breaks_off(two, redis_url) -> None:
+    request_id = done(two.first, submit(two.first, BODY))["id"]
+    data = bytes(range(256)) * (2 * CHUNK_BYTES // 256) + b"the end"
+    artifact = gateway_pb2.Artifact(mime="video/raw", nbytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+    with redis.Redis.from_url(redis_url) as administrator:
+        key = f"{{ll}}:req:{request_id}"
+        name = administrator.hget(key, "file").decode()
+        administrator.hset(key, "artifact", artifact.SerializeToString())
+    two.s3.put(f"artifacts/{name}", data)
+    two.s3.put(f"artifacts/{name}.json", manifest_of(name, data, artifact))
+    url = status(two.second, request_id)["artifact"]["url"]
+    check_content(two.second, url, data)
+    two.s3.put(f"artifacts/{name}", data[:-1] + b"D")
+    # What is whole is given, whoever asks for the rest hears of it, and nobody takes the whole for good.
+    assert two.second.rest.get(url, headers={"Range": "bytes=5-9"}).content == data[5:10]
+    assert two.second.rest.get(url, headers={"Range": "bytes=-1"}).status_code == 502
+    with pytest.raises(httpx.RemoteProtocolError):
+        two.second.rest.get(url)
+
+
 @contextmanager
 def denying(s3: S3Process) -> Iterator[None]:
     s3.deny(True)
@@ -251,7 +277,6 @@ def test_a_request_that_finds_no_room_in_its_time_says_so(honest, redis_url, tmp
 def test_two_gateways_sweep_one_folder(honest, redis_url, tmp_path) -> None:
     store = tmp_path / "store"
     settings = {
-        "gateway": {"keep_s": 20.0},
         "store": {"path": str(store), "sweep_s": 0.3, "sweep_age_s": 1.0, "link_s": 1.0},
     }
     with (
@@ -269,7 +294,12 @@ def test_two_gateways_sweep_one_folder(honest, redis_url, tmp_path) -> None:
         wait_for(lambda: figures(second).get('lightloom_store_files{kind="artifacts"}') == 2)
         wait_for(lambda: second.rest.get(ended["artifact"]["url"]).status_code == 410)
         assert code(second.rest.get(ended["artifact"]["url"])) == "link_expired"
-        wait_for(lambda: not list((store / "artifacts").iterdir()), 60)
+        # As a day later.
+        with redis.Redis.from_url(redis_url) as administrator:
+            assert administrator.delete(f"{{ll}}:req:{ended['id']}") == 1
+        for path in (store / "artifacts").iterdir():
+            os.utime(path, (time.time() - 90_000, time.time() - 90_000))
+        wait_for(lambda: not list((store / "artifacts").iterdir()), 15)
         assert second.rest.get(f"/v1/requests/{ended['id']}/content").status_code == 404
         swept = [figures(one)['lightloom_store_swept_total{kind="artifacts"}'] for one in (first, second)]
         assert sum(swept) >= 4
@@ -278,7 +308,7 @@ def test_two_gateways_sweep_one_folder(honest, redis_url, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("store", "message"),
     [
-        ({"path": "s3://nothing-here", "endpoint_url": "http://127.0.0.1:1"}, "does not answer"),
+        ({"path": "s3://nothing-here", "endpoint_url": "http://127.0.0.1:1"}, "NoCredentialsError"),
         ({"path": "s3://a/b", "endpoint_url": "http://u:p@127.0.0.1:1"}, "must hold no credentials"),
         ({"path": "store", "link_key_file": "nowhere"}, "nowhere cannot be read"),
         ({"path": "store", "link_s": -1.0}, "links must hold"),
@@ -290,5 +320,7 @@ def test_a_gateway_with_a_wrong_store_does_not_start(tmp_path, store, message) -
     config = tmp_path / "gateway.toml"
     write_toml(config, {"gateway": {"http_port": free_port(), "grpc_port": free_port()}, "store": store})
     command = [sys.executable, "-m", "gateway", "--config", str(config)]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    environment = {key: value for key, value in environment_with_malloc().items() if not key.startswith("AWS_")}
+    environment |= {"AWS_EC2_METADATA_DISABLED": "true", "HOME": str(tmp_path)}
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False, env=environment)
     assert ended.returncode == 2 and message in ended.stderr, ended.stderr

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import http.server
 import json
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -256,6 +258,35 @@ async def test_s3_that_denies_or_is_away_is_told_without_secrets(s3, bucket, tmp
         await away.latents("a")
     with pytest.raises(StartupError, match="does not answer"):
         open_store(StoreSection(path=other.path, endpoint_url=other.url))
+
+
+class NoRoom(http.server.BaseHTTPRequestHandler):
+    """What S3 services without room answer: their own codes and statuses, which moto does not have."""
+
+    answer = (507, "XMinioStorageFull")
+
+    def do_PUT(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        status, code = self.answer
+        body = f"<Error><Code>{code}</Code><Message>full</Message></Error>".encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_POST = do_PUT
+
+
+@pytest.mark.parametrize("answer", [(507, "XMinioStorageFull"), (403, "QuotaExceeded")])
+async def test_a_bucket_without_room_is_full(s3, answer: tuple[int, str], monkeypatch) -> None:
+    monkeypatch.setattr(NoRoom, "answer", answer)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), NoRoom) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            with pytest.raises(StartupError, match="is full"):
+                open_store(StoreSection(path=s3.path, endpoint_url=f"http://127.0.0.1:{server.server_port}"))
+        finally:
+            server.shutdown()
 
 
 @pytest.mark.parametrize(
