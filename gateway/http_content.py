@@ -55,10 +55,11 @@ async def content_response(content: Content, request: Request) -> Response:
     if part:
         headers["Content-Range"] = f"bytes {start}-{stop - 1}/{artifact.nbytes}"
     status = 206 if part else 200
+    pieces = content.read(start, stop)
+    # What is wrong must be known before the status goes out, for HEAD as for GET.
+    first = await anext(pieces, b"")
     if request.method == "HEAD":
         return Response(status_code=status, headers=headers, media_type=artifact.mime)
-    pieces = content.read(start, stop)
-    first = await anext(pieces, b"")
     return StreamingResponse(_chained(first, pieces), status, headers, artifact.mime)
 
 

@@ -29,6 +29,7 @@ from services.errors import (
 )
 from tests.cluster.s3_process import ENVIRONMENT, S3Process, s3_server
 
+ROOT = Path(__file__).parents[2]
 LATER = float("inf")
 NAME = artifact_name("r" * 32, 7)
 # Three chunks, the last one small.
@@ -226,6 +227,14 @@ async def test_a_folder_that_is_away_is_waited_for(tmp_path) -> None:
     await opened.wait()
     assert store.writes.refusal is None
     assert place.names() == [f"artifacts/{NAME}", f"artifacts/{NAME}.json"]
+
+
+def test_one_that_alone_has_no_room_waits_alone_but_not_too_much_waits(tmp_path) -> None:
+    command = [sys.executable, "-m", "tests.cluster.small_files", str(tmp_path / "store")]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
+    assert ended.stdout == "small ones go on False\ntoo much waits True\nall is well 1048576\n", ended.stderr
+    files = [path.name for path in (tmp_path / "store").rglob("*") if path.is_file()]
+    assert sorted(files) == ["large", "small.1", "small.1.json"]
 
 
 async def test_of_a_write_that_fails_in_its_second_part_nothing_stays(tmp_path) -> None:
