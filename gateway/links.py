@@ -15,7 +15,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 
-from services.errors import LinkExpired, LinkRefused, StartupError
+from services.errors import LinkExpired, LinkRefused, StartupError, StateStoreDown
 
 KEY_BYTES = 32
 # Redis may have been emptied, and another gateway may have made a new key since.
@@ -54,7 +54,7 @@ class Links:
         """The path with an expiry and a signature.
 
         Raises:
-            StateStoreDown: the key is in Redis, which does not answer.
+            StateStoreDown: the key is in Redis, which has not answered yet.
         """
         # Upwards: a link holds for as long as was promised, not almost.
         expires = str(int(time.time() + self._lifetime_s) + 1)
@@ -81,7 +81,12 @@ class Links:
 
     async def _current_key(self) -> bytes:
         if not self._fixed and time.monotonic() - self._asked_s > KEY_AGE_S:
-            self._key = await self._shared_key(self._key)
+            try:
+                self._key = await self._shared_key(self._key)
+            except StateStoreDown:
+                # The one of a minute ago is most likely still right; without any, nobody could check a link.
+                if self._asked_s == float("-inf"):
+                    raise
             self._asked_s = time.monotonic()
         return self._key
 

@@ -12,7 +12,8 @@ import pytest
 from gateway.links import KEY_AGE_S, Links, content_path
 from gateway.state import State
 from lightloom.redis_server import start_redis
-from services.errors import LinkExpired, LinkRefused, StartupError
+from services.errors import LinkExpired, LinkRefused, StartupError, StateStoreDown
+from tests.cluster.stage_process import free_port
 
 PATH = content_path("r")
 
@@ -103,6 +104,20 @@ async def test_gateways_agree_again_after_redis_was_emptied(states) -> None:
     # As time does.
     own._asked_s -= KEY_AGE_S
     assert await own.is_signed(PATH, query_of(link))
+
+
+async def test_a_gateway_that_had_the_key_goes_on_without_redis(tmp_path, monkeypatch) -> None:
+    monkeypatch.delenv("REDIS_URL", raising=False)
+    server = start_redis(tmp_path / "redis", port=free_port())
+    state = State(server.url, "a")
+    links, late = (Links(state.shared_key, "", 60.0) for _ in range(2))
+    link = await links.link(PATH)
+    server.stop()
+    links._asked_s -= KEY_AGE_S
+    assert await links.is_signed(PATH, query_of(link))
+    with pytest.raises(StateStoreDown):
+        await late.link(PATH)
+    await state.close()
 
 
 async def test_a_key_file_needs_no_redis(tmp_path) -> None:
