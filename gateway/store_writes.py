@@ -16,7 +16,7 @@ from services.errors import ArtifactStoreDown, ArtifactStoreFull, ErrorRecord, S
 log = logging.getLogger(__name__)
 
 RETRY_S = 0.5
-MAX_RETRY_S = 10.0
+MAX_RETRY_S = 5.0
 PROBE_BYTES = 64 * 1024
 PROBE_PERIOD_S = 1.0
 # What may wait here in memory for room in the store before no new work is begun.

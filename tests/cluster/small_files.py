@@ -24,11 +24,12 @@ async def until(condition: Callable[[], bool]) -> None:
 
 async def main(folder: str) -> None:
     store = open_store(StoreSection(path=folder))
+    opened = asyncio.Event()
+    store.writes.on_open = opened.set
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
     large = asyncio.create_task(store.put_latents("large", [MIB], LATER))
-    await until(lambda: store.writes.refusal is not None)
-    await until(lambda: store.writes.refusal is None)
+    await opened.wait()
     await store.put("small.1", b"x", gateway_pb2.Artifact(), LATER)
     print("small ones go on", large.done())
     # The same MiB again and again: as much to write, but not to hold.
