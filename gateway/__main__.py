@@ -7,19 +7,21 @@ import contextlib
 import logging
 import os
 import socket
-from pathlib import Path
 
 import uvicorn
+from prometheus_client import REGISTRY
 
 from gateway.config import GatewayConfig
 from gateway.dispatch import Dispatcher
 from gateway.http import create_app
 from gateway.lifecycle import Lifecycle
+from gateway.links import Links
 from gateway.replicas import Replicas
 from gateway.requests import RequestService
 from gateway.servicer import GatewayServicer
 from gateway.state import State
-from gateway.store import Store
+from gateway.store import open_store
+from gateway.sweep import Sweep
 from protos import gateway_pb2, gateway_pb2_grpc
 from services.errors import StartupError
 from services.server import (
@@ -46,11 +48,14 @@ async def serve(config: GatewayConfig) -> None:
     section = config.gateway
     name = section.name or f"{socket.gethostname()}-{os.getpid()}"
     state = State(config.redis.url, name)
-    store = Store(Path(config.store.path))
+    links = Links(state.shared_key, config.store.link_key_file, config.store.link_s)
+    store = open_store(config.store)
+    sweep = Sweep(state, store, config.store, section.keep_s, REGISTRY)
     replicas = Replicas(config.stages, lambda: dispatcher.wake())
     lifecycle = Lifecycle(state, replicas, store, section, "gateway")
-    dispatcher = Dispatcher(state, replicas, lifecycle, section)
-    service = RequestService(state, dispatcher, replicas, store, section, config.tenants)
+    dispatcher = Dispatcher(state, replicas, lifecycle, store.writes, section)
+    store.writes.on_open = dispatcher.wake
+    service = RequestService(state, dispatcher, replicas, store, links, section, config.tenants)
     grpc_server = create_server()
     gateway_pb2_grpc.add_GatewayServicer_to_server(GatewayServicer(service), grpc_server)
     health = Health(grpc_server, [gateway_pb2.DESCRIPTOR.services_by_name["Gateway"].full_name])
@@ -70,6 +75,7 @@ async def serve(config: GatewayConfig) -> None:
             replicas.watch(),
             dispatcher.run(),
             dispatcher.reap(),
+            sweep.run(),
             _serve_rest(rest, http_socket),
         )
     ]

@@ -86,7 +86,8 @@ class Checkpoints:
         name = f"{self._work.request_id}.{self._work.claim.fence}.{checkpoint.step}"
         before = list(self._work.checkpoints)
         try:
-            await self._store.put_latents(name, checkpoint.messages)
+            # Not worth waiting for room.
+            await self._store.put_latents(name, checkpoint.messages, time.monotonic())
             digest = await asyncio.to_thread(_digest, checkpoint.messages)
             self._work.checkpoints[:] = [Kept(name, checkpoint.step, digest), *before][:KEPT]
             noted = await self._note()
@@ -95,10 +96,10 @@ class Checkpoints:
             noted = "lost"
         if noted == "lost":
             self._work.checkpoints[:] = before
-            self._store.drop_latents(name)
+            await self._store.drop_latents(name)
             return
         for old in before[KEPT - 1 :]:
-            self._store.drop_latents(old.name)
+            await self._store.drop_latents(old.name)
 
     async def forget(self) -> None:
         """The denoiser cannot go on from them: the next attempt begins anew.
@@ -109,7 +110,7 @@ class Checkpoints:
         dropped, self._work.checkpoints[:] = list(self._work.checkpoints), []
         await self._note()
         for old in dropped:
-            self._store.drop_latents(old.name)
+            await self._store.drop_latents(old.name)
 
     async def _note(self) -> str:
         kept = self._work.checkpoints
@@ -120,9 +121,8 @@ class Checkpoints:
 
 async def drop_between_stages(state: State, store: Store, request_id: str) -> None:
     """Drops the latents and checkpoints of a request that has ended."""
-    store.drop_latents(request_id)
-    for kept in kept_in(await state.get(request_id)):
-        store.drop_latents(kept.name)
+    names = [kept.name for kept in kept_in(await state.get(request_id))]
+    await store.drop_latents(request_id, *names)
 
 
 def _digest(messages: Sequence[bytes]) -> str:

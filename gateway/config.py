@@ -45,9 +45,19 @@ class RedisSection:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoreSection:
-    """The artifact store: a folder that all gateways share."""
+    """The artifact store that all gateways share (docs/artifacts.md). Times in seconds.
+
+    `path` is a folder or `s3://bucket/prefix`; `endpoint_url` is for S3 services other than Amazon's. Links to
+    artifacts are signed with the key in `link_key_file`, else with one that the gateways share through Redis, and hold
+    for `link_s`. Every `sweep_s`, what no request needs goes, but nothing younger than `sweep_age_s`.
+    """
 
     path: str = "artifacts"
+    endpoint_url: str = ""
+    link_key_file: str = ""
+    link_s: float = 3600.0
+    sweep_s: float = 600.0
+    sweep_age_s: float = 600.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

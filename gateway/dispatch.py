@@ -11,6 +11,7 @@ from gateway.config import GatewaySection
 from gateway.lifecycle import Lifecycle
 from gateway.replicas import Replica, Replicas
 from gateway.state import Claim, Fields, State, queue_key
+from gateway.store_writes import StoreWrites
 from gateway.ticket import Ticket
 from services.errors import DeviceLost, ServiceError
 from services.wire import error_to_proto
@@ -26,10 +27,13 @@ CLAIMED_STAGES = ("vae", "dit")
 class Dispatcher:
     """One loop that claims, one that reaps; each claim runs in a task of its own."""
 
-    def __init__(self, state: State, replicas: Replicas, lifecycle: Lifecycle, config: GatewaySection) -> None:
+    def __init__(
+        self, state: State, replicas: Replicas, lifecycle: Lifecycle, writes: StoreWrites, config: GatewaySection
+    ) -> None:
         self._state = state
         self._replicas = replicas
         self._lifecycle = lifecycle
+        self._writes = writes
         self._config = config
         self._wake = asyncio.Event()
         self._running: dict[str, asyncio.Task[None]] = {}
@@ -110,8 +114,13 @@ class Dispatcher:
                 return
 
     def _free(self, full: Collection[str] = ()) -> dict[str, Replica]:
-        """The queues that a replica may have a slot for, in the order of claiming, with the least busy such replica."""
+        """The queues that a replica may have a slot for, in the order of claiming, with the least busy such replica.
+
+        None while the store takes nothing: what is made then would have to wait in memory.
+        """
         free: dict[str, Replica] = {}
+        if self._writes.refusal is not None:
+            return free
         encoders = any(encoder.has_credit for encoder in self._replicas.of_stage("text_encoder"))
         for stage in CLAIMED_STAGES:
             for replica in self._replicas.of_stage(stage):

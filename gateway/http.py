@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import FastAPI, Query, Request, Response
-from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from gateway.config import GatewaySection
+from gateway.http_content import CONTENT_ANSWERS, content_response
 from gateway.http_errors import Border, ErrorEnvelope, install, service_envelope
 from gateway.http_json import (
-    content_path,
     error_from,
     event_json,
     model_json,
@@ -28,10 +28,10 @@ from gateway.http_json import (
     status_json,
 )
 from gateway.http_schema import GenerationRequest, ImageRequest
+from gateway.links import content_path
 from gateway.requests import MAX_LIST, RequestService
 from protos import gateway_pb2
 from services.errors import Cancelled, Internal, ServiceError
-from services.media import MIMES, RAW_MIME
 from services.request import GenerationParams, with_seed
 
 PAGE = Path(__file__).parent / "page.html"
@@ -122,16 +122,12 @@ def _add_requests(app: FastAPI, service: RequestService) -> None:
         await service.get(request_id)
         return _sse(_events(events))
 
-    @app.get(
-        "/v1/requests/{request_id}/content",
-        response_model=None,
-        response_class=FileResponse,
-        responses=_answers(*MIMES.values(), RAW_MIME),
-    )
-    async def request_content(request_id: str) -> Response:
-        """What the request made."""
-        artifact, path = await service.artifact(request_id)
-        return FileResponse(path, media_type=artifact.mime, headers={"ETag": f'"{artifact.sha256}"'})
+    @app.head("/v1/requests/{request_id}/content", include_in_schema=False)
+    @app.get("/v1/requests/{request_id}/content", response_model=None, responses=CONTENT_ANSWERS)
+    async def request_content(request_id: str, request: Request) -> Response:
+        """What the request made. Needs no access key with a signed link, which `artifact.url` of a request is."""
+        await service.links.is_signed(content_path(request_id), request.query_params)
+        return await content_response(await service.content(request_id), request)
 
     @app.get("/v1/requests/{request_id}/trace")
     async def request_trace(request_id: str) -> dict[str, Any]:
@@ -219,8 +215,8 @@ async def _abort_all(service: RequestService, ids: list[str]) -> None:
 
 async def _image_json(service: RequestService, status: gateway_pb2.RequestStatus, form: str) -> dict[str, Any]:
     if form == "url":
-        return {"url": content_path(status.request_id), "request_id": status.request_id}
-    data = await service.content(status)
+        return {"url": status.artifact.url, "request_id": status.request_id}
+    data = b"".join([piece async for piece in service.media(status)])
     return {"b64_json": base64.b64encode(data).decode(), "request_id": status.request_id}
 
 

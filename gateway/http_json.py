@@ -45,7 +45,7 @@ def status_json(status: gateway_pb2.RequestStatus) -> dict[str, Any]:
         "created_at": status.created_unix_s,
         "updated_at": status.updated_unix_s,
         "params": params_json(status.params),
-        "artifact": artifact_json(status.request_id, status.artifact) if status.HasField("artifact") else None,
+        "artifact": fields_json(status.artifact) if status.HasField("artifact") else None,
         "error": error,
         "busy_s": dict(status.busy_s),
         "queued_s": status.queued_s,
@@ -60,16 +60,6 @@ def params_json(params: types_pb2.GenerationParams) -> dict[str, Any]:
         plain["output_format"] = types_pb2.OutputFormat.Name(output_format).removeprefix("OUTPUT_FORMAT_").lower()
     inputs = [{"mime": item.mime, "role": item.role, "nbytes": len(item.data)} for item in params.inputs]
     return {**plain, "inputs": inputs} if inputs else plain
-
-
-def artifact_json(request_id: str, artifact: gateway_pb2.Artifact) -> dict[str, Any]:
-    """What was made, and where its bytes are."""
-    return {**fields_json(artifact), "url": content_path(request_id)}
-
-
-def content_path(request_id: str) -> str:
-    """Path of a request's result on any gateway."""
-    return f"/v1/requests/{request_id}/content"
 
 
 def model_json(model: gateway_pb2.ModelInfo) -> dict[str, Any]:
@@ -108,7 +98,7 @@ def event_json(event: gateway_pb2.GenerateResponse) -> tuple[str, dict[str, Any]
     if kind == "preview":
         return "preview", {"mime": event.preview.mime, "b64": base64.b64encode(event.preview.data).decode()}
     if kind == "artifact":
-        return "artifact", artifact_json(event.request_id, event.artifact)
+        return "artifact", fields_json(event.artifact)
     if kind == "error":
         return "error", error_of(event.error)
     return "unknown", {}

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections.abc import Awaitable
 
 from gateway.checkpoints import Checkpoint, Checkpoints, drop_between_stages
 from gateway.config import GatewaySection
@@ -20,7 +21,10 @@ from gateway.store import Store
 from gateway.work import Progress, Work, kept_in
 from protos import dit_pb2
 from services.errors import (
+    ArtifactStoreDown,
+    ArtifactStoreFull,
     Cancelled,
+    CorruptTensor,
     DeadlineExceeded,
     DeviceLost,
     InvalidRequest,
@@ -61,23 +65,29 @@ class Lifecycle:
     async def take_away(self, request_id: str, error: bytes) -> None:
         """Gives back a request whose owner went silent, and clears up what that one left."""
         # Listed before: then none of them is a later owner's.
-        files = await self._store.files_of(request_id)
-        checkpoints = await self._store.checkpoints_of(request_id)
+        files = await self._listed(self._store.names_of(request_id))
+        checkpoints = await self._listed(self._store.checkpoints_of(request_id))
         state = await self._state.requeue(request_id, None, self._config.max_attempts, True, error)
         if state == "lost":
             return
         log.warning("lease of %s expired: it is %s now", request_id, state)
         if state in TERMINAL:
-            await drop_between_stages(self._state, self._store, request_id)
-        for name in files:
-            self._store.drop(name)
+            await self.forget(request_id)
+        if files:
+            await self._store.drop(*files)
         # It may have died between writing one and noting it.
         noted = {kept.name for kept in kept_in(await self._state.get(request_id))}
-        for name in set(checkpoints) - noted:
-            self._store.drop_latents(name)
+        await self._store.drop_latents(*(set(checkpoints) - noted))
+
+    async def _listed(self, names: Awaitable[list[str]]) -> list[str]:
+        try:
+            return await names
+        except ServiceError:
+            # The store is away: the request need not wait for it, and the sweep finds what stays there.
+            return []
 
     async def forget(self, request_id: str) -> None:
-        """Clears up what a request left that has expired in a queue."""
+        """Clears up what a request that has ended left between its stages."""
         await drop_between_stages(self._state, self._store, request_id)
 
     async def _settle(self, work: Work, state: str) -> None:
@@ -89,15 +99,15 @@ class Lifecycle:
             kept = record.get("file") == work.artifact_name.encode()
             state = record["state"].decode() if record else "expired"
         if state in TERMINAL:
-            self._store.drop_latents(work.request_id)
-            self._drop_checkpoints(work)
+            await self._store.drop_latents(work.request_id)
+            await self._drop_checkpoints(work)
         if not kept:
-            self._store.drop(work.artifact_name)
+            await self._store.drop(work.artifact_name)
 
-    def _drop_checkpoints(self, work: Work) -> None:
-        for checkpoint in work.checkpoints:
-            self._store.drop_latents(checkpoint.name)
+    async def _drop_checkpoints(self, work: Work) -> None:
+        names = [checkpoint.name for checkpoint in work.checkpoints]
         work.checkpoints.clear()
+        await self._store.drop_latents(*names)
 
     async def run(self, claim: Claim, replica: Replica) -> None:
         """Takes a claim through its stage, and through the VAE too when one is free. Never raises, but on cancel."""
@@ -202,7 +212,7 @@ class Lifecycle:
 
     async def _hand_over(self, work: Work, latents: Latents, decode: Decode | None) -> None:
         """Keeps the latents and moves the request on to its VAE: the call that runs, or the queue."""
-        await self._store.put_latents(work.request_id, latents.messages)
+        await self._store.put_latents(work.request_id, latents.messages, work.deadline_s)
         queue = queue_key("vae", self._replicas.component("vae", work.params.model))
         fields = work.fields(queue=queue)
         work.busy_s.clear()
@@ -210,24 +220,40 @@ class Lifecycle:
         target, stays_here = ("queued", queue) if decode is None else ("running", "")
         state = await self._state.commit(work.claim, target, "vae", stays_here, fields)
         if state == target:
-            self._drop_checkpoints(work)
+            await self._drop_checkpoints(work)
         if decode is not None and state == "running":
             await self._finish(work, decode)
         else:
             await self._settle(work, state)
 
     async def _decode_stored(self, work: Work, replica: Replica) -> None:
-        decode = Decode(work, replica, Latents(await self._store.latents(work.request_id), whole=True))
+        try:
+            latents = await self._store.latents(work.request_id)
+        except CorruptTensor as error:
+            await self._denoise_again(work, error)
+            return
+        decode = Decode(work, replica, Latents(latents, whole=True))
         try:
             await self._finish(work, decode)
         finally:
             await decode.close()
 
+    async def _denoise_again(self, work: Work, error: CorruptTensor) -> None:
+        """Back to the denoiser's queue: its latents are lost. Where that happens again and again, the request fails."""
+        times = int(work.claim.record.get("denoised_again", b"0")) + 1
+        if times >= self._config.max_attempts:
+            raise error
+        log.warning("%s is denoised again: %s", work.request_id, error.message)
+        queue = queue_key("dit", self._replicas.component("dit", work.params.model))
+        fields = work.fields(queue=queue, denoised_again=str(times), step="0")
+        await self._settle(work, await self._state.commit(work.claim, "queued", "dit", queue, fields))
+
     async def _finish(self, work: Work, decode: Decode) -> None:
         """Media to the store, then DONE."""
         data = await decode.media()
         start_ns = time.time_ns()
-        storing = asyncio.create_task(self._store.put(work.artifact_name, data, decode.artifact))
+        put = self._store.put(work.artifact_name, data, decode.artifact, work.deadline_s)
+        storing = asyncio.create_task(put)
         try:
             work.add("vae", await decode.ended())
             work.spans.append(make_span("gateway.decode", self._process, decode.start_unix_ns, time.time_ns()))
@@ -244,9 +270,11 @@ class Lifecycle:
         if not error.retryable or time.monotonic() > work.deadline_s:
             await self._end(work, "expired" if isinstance(error, DeadlineExceeded) else "failed", error)
             return
-        replica.pause()
+        store_failed = isinstance(error, (ArtifactStoreDown, ArtifactStoreFull))
+        if not store_failed:
+            replica.pause()
         # A full or starting replica is nobody's fault; only what may be the request's own doing counts.
-        counts = not isinstance(error, (NotReady, Overloaded))
+        counts = not store_failed and not isinstance(error, (NotReady, Overloaded))
         detail = error_to_proto(error).SerializeToString()
         await self._requeue(work, counts, detail)
 

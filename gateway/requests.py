@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
 import secrets
 import uuid
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any, cast
 
 from gateway.checkpoints import drop_between_stages
 from gateway.config import GatewaySection
 from gateway.dispatch import Dispatcher
 from gateway.followers import StoredEvent
+from gateway.links import Links, content_path
 from gateway.replicas import Replicas
 from gateway.state import TERMINAL, State, queue_key
 from gateway.store import Store
@@ -46,6 +46,14 @@ class Health:
         return self.redis and any(self.models.values())
 
 
+@dataclass(frozen=True, slots=True)
+class Content:
+    """An artifact; `read` gives its bytes from one place to another, as Store.read."""
+
+    artifact: gateway_pb2.Artifact
+    read: Callable[[int, int], AsyncIterator[bytes]]
+
+
 class RequestService:
     """All that a front needs. Raises ServiceErrors only."""
 
@@ -55,9 +63,11 @@ class RequestService:
         dispatcher: Dispatcher,
         replicas: Replicas,
         store: Store,
+        links: Links,
         config: GatewaySection,
         weights: Mapping[str, float],
     ) -> None:
+        self.links = links
         self._state = state
         self._dispatcher = dispatcher
         self._replicas = replicas
@@ -84,7 +94,10 @@ class RequestService:
             UnknownModel, NotReady: nobody serves the model (now).
             InvalidRequest: a value is outside the model's limits, or it has no previews and they are asked for.
             Overloaded: the queue is full, or has too many of the tenant's requests.
+            ArtifactStoreFull, ArtifactStoreDown: nobody could keep what it makes.
         """
+        if refusal := self._store.writes.refusal:
+            raise refusal
         model = self.model_of(params.model)
         params = GenerationParams(**{name: getattr(params, name) for name in _FIELDS} | {"model": model})
         limits = self._replicas.limits(model)
@@ -154,7 +167,13 @@ class RequestService:
         Raises:
             UnknownRequest: no request has that id, or it has been forgotten.
         """
-        return status_of(request_id, await self._record(request_id))
+        return await self._status(request_id, await self._record(request_id))
+
+    async def _status(self, request_id: str, record: dict[str, bytes]) -> gateway_pb2.RequestStatus:
+        status = status_of(request_id, record)
+        if status.HasField("artifact"):
+            status.artifact.url = await self.links.link(content_path(request_id))
+        return status
 
     async def _record(self, request_id: str) -> dict[str, bytes]:
         record = await self._state.get(request_id)
@@ -168,7 +187,7 @@ class RequestService:
         for request_id in await self._state.newest(min(limit or 100, MAX_LIST)):
             record = await self._state.get(request_id)
             if record:
-                statuses.append(status_of(request_id, record))
+                statuses.append(await self._status(request_id, record))
         return statuses
 
     async def abort(self, request_id: str) -> gateway_pb2.RequestState:
@@ -197,10 +216,22 @@ class RequestService:
 
     async def _events(self, request_id: str, after: str) -> AsyncIterator[gateway_pb2.GenerateResponse]:
         async for event in self._state.events(request_id, after):
-            yield _response(request_id, event)
+            yield await self._response(request_id, event)
 
-    async def artifact(self, request_id: str) -> tuple[gateway_pb2.Artifact, Path]:
-        """A finished request's artifact and its file.
+    async def _response(self, request_id: str, event: StoredEvent) -> gateway_pb2.GenerateResponse:
+        response = gateway_pb2.GenerateResponse(event_id=event.event_id, request_id=request_id)
+        if event.kind == "step":
+            response.step.ParseFromString(event.payload)
+        elif event.kind == "preview":
+            response.preview.ParseFromString(event.payload)
+        else:
+            response.status.CopyFrom(await self._status(request_id, event.record))
+            # The record may have moved on since the event.
+            response.status.state = state_number(event.state)
+        return response
+
+    async def content(self, request_id: str) -> Content:
+        """A finished request's media, to read.
 
         Raises:
             UnknownRequest: as `get`.
@@ -208,27 +239,25 @@ class RequestService:
         """
         record = await self._record(request_id)
         status = status_of(request_id, record)
-        path = self._store.path(record.get("file", b"").decode())
-        if not status.HasField("artifact") or not path.is_file():
+        if not status.HasField("artifact"):
             name = gateway_pb2.RequestState.Name(status.state).removeprefix("REQUEST_STATE_").lower()
             raise WrongState(f"request {request_id} is {name} and has no artifact", request_id=request_id)
-        return status.artifact, path
+        return Content(status.artifact, partial(self._store.read, record["file"].decode(), status.artifact))
 
-    async def content(self, status: gateway_pb2.RequestStatus) -> bytes:
-        """A finished request's media.
+    async def media(self, status: gateway_pb2.RequestStatus) -> AsyncIterator[bytes]:
+        """All bytes of what a request has just made, in pieces.
 
         Raises:
-            UnknownRequest: as `get`.
-            WrongState: its file is gone.
+            UnknownRequest, WrongState: as `content`.
+            ServiceError: as Store.read.
         """
-        data = self._store.recent(status.artifact)
-        if data is not None:
-            return data
-        _, path = await self.artifact(status.request_id)
-        try:
-            return await asyncio.to_thread(path.read_bytes)
-        except OSError as error:
-            raise WrongState(f"the artifact of request {status.request_id} is gone") from error
+        recent = self._store.recent(status.artifact)
+        if recent is not None:
+            yield recent
+            return
+        content = await self.content(status.request_id)
+        async for piece in content.read(0, content.artifact.nbytes):
+            yield piece
 
     async def trace(self, request_id: str) -> list[types_pb2.Span]:
         """The request's timeline over all processes, by start.
@@ -262,19 +291,6 @@ def _new_id(idempotency_key: str) -> str:
 
 
 _FIELDS = tuple(GenerationParams.__dataclass_fields__)
-
-
-def _response(request_id: str, event: StoredEvent) -> gateway_pb2.GenerateResponse:
-    response = gateway_pb2.GenerateResponse(event_id=event.event_id, request_id=request_id)
-    if event.kind == "step":
-        response.step.ParseFromString(event.payload)
-    elif event.kind == "preview":
-        response.preview.ParseFromString(event.payload)
-    else:
-        response.status.CopyFrom(status_of(request_id, event.record))
-        # The record may have moved on since the event.
-        response.status.state = state_number(event.state)
-    return response
 
 
 def state_number(name: str) -> gateway_pb2.RequestState:

@@ -53,10 +53,10 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
             if event.WhichOneof("event") != "status" or event.status.state != DONE:
                 continue
             if inline:
-                data = await self._service.content(event.status)
-                for offset in range(0, len(data), CHUNK_BYTES):
-                    chunk = types_pb2.MediaChunk(data=data[offset : offset + CHUNK_BYTES])
-                    yield gateway_pb2.GenerateResponse(request_id=request_id, chunk=chunk)
+                async for data in self._service.media(event.status):
+                    for offset in range(0, len(data), CHUNK_BYTES):
+                        chunk = types_pb2.MediaChunk(data=data[offset : offset + CHUNK_BYTES])
+                        yield gateway_pb2.GenerateResponse(request_id=request_id, chunk=chunk)
 
     async def Abort(self, request: gateway_pb2.AbortRequest, context: Any) -> gateway_pb2.AbortResponse:  # noqa: N802
         """Cancels."""

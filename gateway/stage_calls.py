@@ -206,7 +206,7 @@ class Decode:
     """A Decode call, which begins at once and runs beside its maker. `close` it in any case."""
 
     def __init__(self, work: Work, replica: Replica, latents: Latents) -> None:
-        self.artifact = gateway_pb2.Artifact(url=f"/v1/requests/{work.request_id}/content")
+        self.artifact = gateway_pb2.Artifact()
         self.start_unix_ns = time.time_ns()
         self._work = work
         self._data = bytearray()

@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 
 PREFIX = "{ll}"
 IDS, LEASES, FENCE, WAKE, DUE = (f"{PREFIX}:{name}" for name in ("ids", "leases", "fence", "wake", "due"))
+LINK_KEY = f"{PREFIX}:link-key"
 TERMINAL = frozenset({"done", "failed", "cancelled", "expired"})
 READ_EVENTS = 256
 WATCH_TIMEOUT_S = 2.0
@@ -54,6 +55,15 @@ class Claim:
     record: dict[str, bytes]
     queue: str
     left: int
+
+
+@dataclass(frozen=True, slots=True)
+class Holding:
+    """What a request's record says of its files: its owner's fence, and the artifact's name once it is done."""
+
+    state: str
+    fence: str
+    file: str
 
 
 class State:
@@ -216,6 +226,27 @@ class State:
         """Ids, newest first."""
         ids = await self._scripts.call(lambda: cast(Awaitable[Any], self._scripts.redis.zrevrange(IDS, 0, limit - 1)))
         return [request_id.decode() for request_id in ids]
+
+    async def holdings(self, request_ids: Sequence[str]) -> list[Holding | None]:
+        """Of each request; None for an unknown one."""
+
+        async def ask() -> list[list[bytes | None]]:
+            async with self._scripts.redis.pipeline(transaction=False) as pipe:
+                for request_id in request_ids:
+                    pipe.hmget(_request(request_id), ["state", "fence", "file"])
+                return cast(list[list[bytes | None]], await pipe.execute())
+
+        rows = await self._scripts.call(ask) if request_ids else []
+        return [Holding(*((part or b"").decode() for part in row)) if row[0] else None for row in rows]
+
+    async def shared_key(self, proposal: bytes) -> bytes:
+        """The key that the gateways sign links with: this one, if there was none."""
+
+        async def ask() -> bytes:
+            await self._scripts.redis.set(LINK_KEY, proposal, nx=True)
+            return cast(bytes, await self._scripts.redis.get(LINK_KEY))
+
+        return cast(bytes, await self._scripts.call(ask))
 
     async def ping(self) -> bool:
         """Whether Redis answers."""

@@ -1,65 +1,67 @@
-"""The artifact store: a folder that all gateways share. Files are whole before anyone hears of them."""
+"""The artifact store that all gateways share: artifacts with their manifests, and latents between two stages.
+
+What is read is checked against its manifest before anyone gets it. Used by the lifecycle, the service and the sweep;
+`objects.py` and `objects_s3.py` know where the bytes are.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import errno
+import contextlib
 import hashlib
 import json
-import os
-import secrets
+import logging
 import struct
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from gateway.config import StoreSection
+from gateway.objects import Folder, Objects, Pieces, Stored
+from gateway.objects_s3 import Bucket
+from gateway.store_writes import StoreWrites
 from protos import gateway_pb2
-from services.errors import CorruptTensor, Overloaded, StartupError
+from services.errors import CorruptArtifact, CorruptTensor, ServiceError, WrongState
+
+log = logging.getLogger(__name__)
 
 _LENGTH = struct.Struct("<I")
 # Artifacts written lately are kept in memory too, up to so much: mostly somebody waits for them.
 RECENT_BYTES = 32 * 1024 * 1024
+# An artifact is checked and sent in such pieces: most pictures are one.
+CHUNK_BYTES = 4 * 1024 * 1024
+LISTED_AT_ONCE = 1000
+THREADS = 16
+T = TypeVar("T")
 
 
 class Store:
-    """Artifacts by file name (`artifact_name`), and latents between two stages by request id."""
+    """Artifacts by file name (`artifact_name`), latents by request id."""
 
-    def __init__(self, root: Path) -> None:
-        self._root = root
+    def __init__(self, objects: Objects) -> None:
+        self._objects = objects
+        # Its own threads: a bucket that does not answer must not hold up what else the gateway does in threads.
+        self._threads = ThreadPoolExecutor(THREADS, "store")
+        self.writes = StoreWrites(objects, self._threads)
         self._recent: OrderedDict[str, bytes] = OrderedDict()
         self._recent_bytes = 0
-        try:
-            for name in ("artifacts", "latents"):
-                (root / name).mkdir(parents=True, exist_ok=True)
-            probe = _part_of(root / "probe")
-            probe.write_bytes(b"")
-            probe.unlink()
-        except OSError as error:
-            raise StartupError(f"the artifact store {root} cannot be written: {error.strerror}") from error
 
-    async def put(self, name: str, data: bytes, artifact: gateway_pb2.Artifact) -> None:
-        """Writes an artifact and its manifest, and syncs both; sets `nbytes` and `sha256`.
+    async def put(self, name: str, data: bytes, artifact: gateway_pb2.Artifact, until_s: float) -> None:
+        """Writes an artifact and its manifest; sets `nbytes` and `sha256`. Waits for a store that is full or away.
 
         Raises:
-            Overloaded: the disk is full.
+            ArtifactStoreFull, ArtifactStoreDown: it was so until then.
         """
-        await _to_its_end(self._write, name, data, artifact)
-        self._remember(artifact.sha256, data)
 
-    def _write(self, name: str, data: bytes, artifact: gateway_pb2.Artifact) -> None:
-        artifact.nbytes = len(data)
-        artifact.sha256 = hashlib.sha256(data).hexdigest()
-        manifest = {"mime": artifact.mime, "nbytes": artifact.nbytes, "sha256": artifact.sha256}
-        path = self.path(name)
-        try:
-            _write_synced(path, data)
-            _write_synced(_manifest_of(path), json.dumps(manifest).encode())
-            _sync_names(path.parent)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise Overloaded("the artifact store is full: try again later", retry_after_s=30.0) from error
-            raise
+        def objects() -> Mapping[str, Pieces]:
+            artifact.nbytes, artifact.sha256 = len(data), hashlib.sha256(data).hexdigest()
+            return {f"artifacts/{name}": [data], f"artifacts/{name}.json": [manifest_of(name, data, artifact)]}
+
+        await self.writes.write(objects, len(data), durable=True, until_s=until_s)
+        self._remember(artifact.sha256, data)
 
     def _remember(self, sha256: str, data: bytes) -> None:
         self._recent_bytes += len(data) - len(self._recent.pop(sha256, b""))
@@ -72,52 +74,81 @@ class Store:
         """An artifact's bytes, if this process wrote them lately."""
         return self._recent.get(artifact.sha256)
 
-    def path(self, name: str) -> Path:
-        """Where an artifact's bytes are, or would be."""
-        return self._root / "artifacts" / name
+    async def read(self, name: str, artifact: gateway_pb2.Artifact, start: int, stop: int) -> AsyncIterator[bytes]:
+        """An artifact's bytes from `start` to `stop`, in pieces; each is checked before it is given.
 
-    async def files_of(self, request_id: str) -> list[str]:
-        """Names of the artifacts that owners of a request have written so far. It looks through the whole folder."""
-        folder = self._root / "artifacts"
-        paths = await asyncio.to_thread(lambda: list(folder.glob(f"{request_id}.*")))
-        return [path.name for path in paths if path.suffix != ".json"]
+        Raises:
+            WrongState: it is gone.
+            CorruptArtifact: it is not what was written.
+            ArtifactStoreDown: the store does not answer.
+        """
+        recent = self.recent(artifact)
+        if recent is not None:
+            yield recent[start:stop]
+            return
+        chunks = await self._in_thread(self._read_manifest, name, artifact)
+        for number in range(start // CHUNK_BYTES, -(-stop // CHUNK_BYTES)):
+            begin = number * CHUNK_BYTES
+            chunk = await self._in_thread(self._read_chunk, name, artifact, begin, chunks[number])
+            yield chunk[max(0, start - begin) : stop - begin]
 
-    async def checkpoints_of(self, request_id: str) -> list[str]:
-        """Names of the checkpoints that owners of a request have written and nobody has dropped."""
-        folder = self._root / "latents"
-        paths = await asyncio.to_thread(lambda: list(folder.glob(f"{request_id}.*")))
-        return [path.name for path in paths]
+    def _read_manifest(self, name: str, artifact: gateway_pb2.Artifact) -> list[str]:
+        """The digests of the chunks."""
+        with _gone():
+            text = self._objects.read(f"artifacts/{name}.json")
+        try:
+            manifest = json.loads(text)
+            told = manifest["sha256"], manifest["nbytes"], manifest["chunk_bytes"], len(manifest["chunks"])
+            chunks = [str(digest) for digest in manifest["chunks"]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise _corrupt(name, "its manifest cannot be read") from error
+        if told != (artifact.sha256, artifact.nbytes, CHUNK_BYTES, -(-artifact.nbytes // CHUNK_BYTES)):
+            raise _corrupt(name, "its manifest is of another one")
+        return chunks
 
-    def drop(self, name: str) -> None:
-        """Forgets an artifact, if it is there."""
-        path = self.path(name)
-        path.unlink(missing_ok=True)
-        _manifest_of(path).unlink(missing_ok=True)
+    def _read_chunk(self, name: str, artifact: gateway_pb2.Artifact, begin: int, digest: str) -> bytes:
+        end = min(begin + CHUNK_BYTES, artifact.nbytes)
+        with _gone():
+            # One byte more than there should be: an artifact that has grown is as wrong as one that was cut.
+            data = self._objects.read(f"artifacts/{name}", begin, end + (end == artifact.nbytes))
+        if len(data) != end - begin:
+            raise _corrupt(name, f"it has not the {artifact.nbytes} bytes that were written")
+        if hashlib.sha256(data).hexdigest() != digest:
+            raise _corrupt(name, f"bytes {begin} to {end} are not those that were written")
+        return data
 
-    async def put_latents(self, request_id: str, messages: Iterable[bytes]) -> None:
-        """Keeps a relayed bundle for the next stage. It is not synced: lost latents are computed again."""
-        await _to_its_end(self._write_latents, request_id, list(messages))
+    async def names_of(self, request_id: str) -> list[str]:
+        """Names of the artifacts that owners of a request have written so far."""
+        found = await self._in_thread(lambda: list(self._objects.listed(f"artifacts/{request_id}.")))
+        names = (stored.name.removeprefix("artifacts/") for stored in found)
+        return [name for name in names if not name.endswith(".json")]
 
-    def _write_latents(self, request_id: str, messages: list[bytes]) -> None:
-        path = self._latents(request_id)
-        fresh = _part_of(path)
-        with fresh.open("wb") as file:
-            for message in messages:
-                file.write(_LENGTH.pack(len(message)) + message)
-        fresh.replace(path)
+    async def drop(self, *names: str) -> None:
+        """Forgets artifacts, those that are there. What cannot be removed now is left to the sweep."""
+        await self._drop([f"artifacts/{name}{suffix}" for name in names for suffix in ("", ".json")])
+
+    async def put_latents(self, request_id: str, messages: Iterable[bytes], until_s: float) -> None:
+        """Keeps a relayed bundle for the next stage, as `put`. It is not synced: lost latents are computed again."""
+        pieces = [part for message in messages for part in (_LENGTH.pack(len(message)), message)]
+        nbytes = sum(map(len, pieces))
+        objects = {f"latents/{request_id}": pieces}
+        await self.writes.write(lambda: objects, nbytes, durable=False, until_s=until_s)
 
     async def latents(self, request_id: str) -> list[bytes]:
         """The kept messages.
 
         Raises:
             CorruptTensor: they are gone or cut short.
+            ArtifactStoreDown: the store does not answer.
         """
         try:
-            data = await asyncio.to_thread(self._latents(request_id).read_bytes)
-        except OSError as error:
+            data = await self._in_thread(self._objects.read, f"latents/{request_id}")
+        except FileNotFoundError as error:
             raise CorruptTensor("the latents of the request are gone") from error
         messages, start = [], 0
         while start < len(data):
+            if start + _LENGTH.size > len(data):
+                raise CorruptTensor("the latents of the request are cut short")
             (length,) = _LENGTH.unpack_from(data, start)
             start += _LENGTH.size
             if start + length > len(data):
@@ -126,12 +157,53 @@ class Store:
             start += length
         return messages
 
-    def drop_latents(self, request_id: str) -> None:
-        """Forgets them."""
-        self._latents(request_id).unlink(missing_ok=True)
+    async def checkpoints_of(self, request_id: str) -> list[str]:
+        """Names of the checkpoints that owners of a request have kept among the latents so far."""
+        found = await self._in_thread(lambda: list(self._objects.listed(f"latents/{request_id}.")))
+        return [stored.name.removeprefix("latents/") for stored in found]
 
-    def _latents(self, request_id: str) -> Path:
-        return self._root / "latents" / request_id
+    async def drop_latents(self, *names: str) -> None:
+        """Forgets them, as `drop`."""
+        if names:
+            await self._drop([f"latents/{name}" for name in names])
+
+    async def _drop(self, names: list[str]) -> None:
+        try:
+            await self.delete(names)
+        except ServiceError as error:
+            log.warning("%s stays for now: %s", names[0] if names else "nothing", error.message)
+
+    async def listed(self, kind: str) -> AsyncIterator[list[Stored]]:
+        """All objects of a kind, as many at once as memory bears.
+
+        Raises:
+            ArtifactStoreDown: the store does not answer.
+        """
+        found = self._objects.listed(f"{kind}/")
+        while batch := await self._in_thread(lambda: list(islice(found, LISTED_AT_ONCE))):
+            yield batch
+
+    async def delete(self, names: Sequence[str]) -> None:
+        """Removes objects, those that are there.
+
+        Raises:
+            ArtifactStoreDown: the store does not answer.
+        """
+        await self._in_thread(self._objects.delete, names)
+
+    async def _in_thread(self, call: Callable[..., T], *arguments: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, call, *arguments)
+
+
+def open_store(section: StoreSection) -> Store:
+    """The store that a config names.
+
+    Raises:
+        StartupError: it cannot be used.
+    """
+    if not section.path.startswith("s3://"):
+        return Store(Folder(Path(section.path)))
+    return Store(Bucket(section.path, section.endpoint_url))
 
 
 def artifact_name(request_id: str, fence: int) -> str:
@@ -139,42 +211,36 @@ def artifact_name(request_id: str, fence: int) -> str:
     return f"{request_id}.{fence}"
 
 
-def _manifest_of(path: Path) -> Path:
-    return path.with_name(f"{path.name}.json")
+def manifest_of(name: str, data: bytes, artifact: gateway_pb2.Artifact) -> bytes:
+    """What was made, by whom, and how to tell whether it is still that."""
+    whole = len(data) <= CHUNK_BYTES
+    digests = [
+        hashlib.sha256(memoryview(data)[start : start + CHUNK_BYTES]).hexdigest()
+        for start in range(0, 0 if whole else len(data), CHUNK_BYTES)
+    ]
+    manifest = {
+        "request_id": name.rpartition(".")[0],
+        "mime": artifact.mime,
+        "nbytes": artifact.nbytes,
+        "sha256": artifact.sha256,
+        "width": artifact.width,
+        "height": artifact.height,
+        "num_frames": artifact.num_frames,
+        "fps": artifact.fps,
+        "chunk_bytes": CHUNK_BYTES,
+        "chunks": [artifact.sha256] * bool(data) if whole else digests,
+    }
+    return json.dumps(manifest).encode()
 
 
-def _part_of(path: Path) -> Path:
-    # Not by process number: in containers every gateway has the same one.
-    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
-
-
-async def _to_its_end(write: Callable[..., None], *arguments: Any) -> None:
-    """Runs in a thread. Who is cancelled meanwhile waits all the same: nothing must be written after the clean-up."""
-    writing = asyncio.ensure_future(asyncio.to_thread(write, *arguments))
+@contextlib.contextmanager
+def _gone() -> Iterator[None]:
     try:
-        await asyncio.shield(writing)
-    except asyncio.CancelledError:
-        await asyncio.gather(writing, return_exceptions=True)
-        raise
+        yield
+    except FileNotFoundError as error:
+        raise WrongState("the artifact of the request is gone") from error
 
 
-def _write_synced(path: Path, data: bytes) -> None:
-    fresh = _part_of(path)
-    try:
-        with fresh.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fdatasync(file.fileno())
-        fresh.replace(path)
-    except OSError:
-        fresh.unlink(missing_ok=True)
-        raise
-
-
-def _sync_names(folder: Path) -> None:
-    """A file that was renamed is under its new name after a crash only once its folder is synced."""
-    opened = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(opened)
-    finally:
-        os.close(opened)
+def _corrupt(name: str, what: str) -> CorruptArtifact:
+    log.error("artifact %s: %s", name, what)
+    return CorruptArtifact(f"the artifact of the request is corrupt: {what}")

@@ -51,10 +51,14 @@ class ModelEntry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterConfig:
-    """A whole cluster on one machine. Without `redis_url`, Redis is found or embedded."""
+    """A whole cluster on one machine. Without `redis_url`, Redis is found or embedded.
+
+    `store` holds keys of the gateways' section of that name; without a `path`, artifacts are in the run directory.
+    """
 
     models: Mapping[str, ModelEntry]
     gateway: GatewayEntry = field(default_factory=GatewayEntry)
+    store: Mapping[str, Any] = field(default_factory=dict)
     redis_url: str = ""
 
 

@@ -188,7 +188,7 @@ class Cluster:
                 "grpc_port": entry.grpc_port if index == 0 else free_port(),
             },
             "redis": {"url": self._redis.url},
-            "store": {"path": str(self.run_dir / "artifacts")},
+            "store": {"path": str(self.run_dir / "artifacts"), **self.config.store},
             "stages": {stage: f"file:{self._address_file(stage)}" for stage in STAGES},
         }
         self._gateways.append(await self._spawn(f"gateway-{index}", "gateway", table))

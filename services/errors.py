@@ -18,6 +18,7 @@ class Code(Enum):
     NOT_FOUND = "NOT_FOUND"
     ALREADY_EXISTS = "ALREADY_EXISTS"
     UNIMPLEMENTED = "UNIMPLEMENTED"
+    PERMISSION_DENIED = "PERMISSION_DENIED"
     FAILED_PRECONDITION = "FAILED_PRECONDITION"
     RESOURCE_EXHAUSTED = "RESOURCE_EXHAUSTED"
     UNAVAILABLE = "UNAVAILABLE"
@@ -115,6 +116,36 @@ class StateStoreDown(ServiceError):
     reason, code, http, retryable = "state_store_down", Code.UNAVAILABLE, 503, True
 
 
+class ArtifactStoreDown(ServiceError):
+    """The folder or bucket of the artifacts does not answer, or refuses this gateway."""
+
+    reason, code, http, retryable = "artifact_store_down", Code.UNAVAILABLE, 503, True
+
+
+class ArtifactStoreFull(ServiceError):
+    """The folder or bucket of the artifacts has no room left."""
+
+    reason, code, http, retryable = "artifact_store_full", Code.RESOURCE_EXHAUSTED, 507, True
+
+
+class CorruptArtifact(ServiceError):
+    """A stored artifact is not what was written: cut short, changed, or with a manifest of something else."""
+
+    reason, code, http = "corrupt_artifact", Code.DATA_LOSS, 502
+
+
+class LinkRefused(ServiceError):
+    """A link to an artifact has a signature, but not ours."""
+
+    reason, code, http = "link_refused", Code.PERMISSION_DENIED, 403
+
+
+class LinkExpired(ServiceError):
+    """A link to an artifact was good once."""
+
+    reason, code, http = "link_expired", Code.FAILED_PRECONDITION, 410
+
+
 class CorruptTensor(ServiceError):
     """A tensor stream was cut, out of order, or failed its checksum."""
 
@@ -167,6 +198,11 @@ ERRORS: dict[str, type[ServiceError]] = {
         NotReady,
         DeviceLost,
         StateStoreDown,
+        ArtifactStoreDown,
+        ArtifactStoreFull,
+        CorruptArtifact,
+        LinkRefused,
+        LinkExpired,
         CorruptTensor,
         StageMismatch,
         NonFinite,

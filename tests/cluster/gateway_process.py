@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -19,19 +20,34 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class GatewayProcess:
-    """The process, its log, and a REST client."""
+    """The process, its log, and a REST client.
 
-    def __init__(self, folder: Path, redis_url: str, stages: Mapping[str, str], **settings: float) -> None:
+    Args:
+        settings: what to add to its config, by section.
+        environment: what to add to its environment.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        redis_url: str,
+        stages: Mapping[str, str],
+        settings: Mapping[str, Mapping[str, object]] | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         self.http_port, self.grpc_port = free_port(), free_port()
         self.log = folder / "gateway.log"
         self.store = folder / "store"
         config = folder / "gateway.toml"
         table = {
-            "gateway": {"http_port": self.http_port, "grpc_port": self.grpc_port, "lease_s": 2.0, **settings},
+            "gateway": {"http_port": self.http_port, "grpc_port": self.grpc_port, "lease_s": 2.0},
             "redis": {"url": redis_url},
             "store": {"path": str(self.store)},
             "stages": {stage: f"static:{address}" for stage, address in stages.items()},
         }
+        for section, values in (settings or {}).items():
+            table[section] = {**table[section], **values}
+        folder.mkdir(exist_ok=True)
         write_toml(config, table)
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
@@ -39,7 +55,7 @@ class GatewayProcess:
                 cwd=ROOT,
                 stdout=log,
                 stderr=log,
-                env=environment_with_malloc(),
+                env=environment_with_malloc() | dict(environment or {}),
             )
         self.rest = httpx.Client(base_url=f"http://127.0.0.1:{self.http_port}", timeout=60)
 
@@ -59,10 +75,10 @@ class GatewayProcess:
 
 @contextmanager
 def gateway(
-    folder: Path, redis_url: str, stages: Mapping[str, str], ready: int = 200, **settings: float
+    folder: Path, redis_url: str, stages: Mapping[str, str], ready: int = 200, **options: Any
 ) -> Iterator[GatewayProcess]:
-    """A gateway whose /health has answered `ready`; with more settings of its own section."""
-    running = GatewayProcess(folder, redis_url, stages, **settings)
+    """A gateway whose /health has answered `ready`; options as GatewayProcess."""
+    running = GatewayProcess(folder, redis_url, stages, **options)
     try:
         wait_for(lambda: running.health() == ready, 60)
         yield running

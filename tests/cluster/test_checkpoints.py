@@ -15,6 +15,7 @@ from lightloom.redis_server import start_redis
 from tests.cluster.gateway_process import GatewayProcess, gateway
 from tests.cluster.running import RunningCluster, wait_for
 
+OFTEN = {"gateway": {"checkpoint_every_s": 0.2}}
 BODY = {"prompt": "a red circle on a white background", "steps": 80, "seed": 3}
 
 
@@ -87,7 +88,7 @@ def undisturbed(running_cluster, store, tmp_path_factory) -> bytes:
 
 @pytest.mark.parametrize("damaged", [0, 1, 2], ids=["whole", "newest cut", "both altered"])
 def test_a_request_goes_on_from_its_newest_whole_checkpoint(running_cluster, store, tmp_path, undisturbed, damaged):
-    with gateway(tmp_path, url_of(store), stages(running_cluster, 1), checkpoint_every_s=0.2) as running:
+    with gateway(tmp_path, url_of(store), stages(running_cluster, 1), settings=OFTEN) as running:
         request_id = begin(running)
         wait_for(lambda: len(checkpoints(store, request_id)) == 2)
         running_cluster.rank(running_cluster.names("dit")[0]).kill()
@@ -134,7 +135,7 @@ def test_a_replica_that_leaves_hands_its_requests_over(running_cluster, store, t
 
 
 def test_an_abort_takes_the_checkpoints_along(running_cluster, store, tmp_path):
-    with gateway(tmp_path, url_of(store), stages(running_cluster, 1), checkpoint_every_s=0.2) as running:
+    with gateway(tmp_path, url_of(store), stages(running_cluster, 1), settings=OFTEN) as running:
         request_id = begin(running)
         wait_for(lambda: checkpoints(store, request_id))
         assert running.rest.delete(f"/v1/requests/{request_id}").status_code == 200

@@ -9,10 +9,12 @@ from typing import Any, cast
 
 import pytest
 
-from gateway.config import GatewaySection
+from gateway.config import GatewaySection, StagesSection
 from gateway.dispatch import Dispatcher
 from gateway.lifecycle import Lifecycle
-from gateway.replicas import Replicas
+from gateway.links import Links
+from gateway.objects import Folder
+from gateway.replicas import Replica, Replicas
 from gateway.requests import RequestService
 from gateway.state import State, queue_key
 from gateway.store import Store
@@ -21,9 +23,9 @@ from gateway.work import Work
 from lightloom.redis_server import start_redis
 from protos import gateway_pb2, types_pb2
 
+LATER = float("inf")
 QUEUE = queue_key("dit", "d")
-NO_REPLICAS = cast(Replicas, None)
-NO_DISPATCHER = cast(Dispatcher, None)
+REPLICAS = Replicas(StagesSection(), lambda: None)
 
 
 @pytest.fixture(scope="module")
@@ -54,9 +56,11 @@ class Gateway:
     def __init__(self, url: str, folder: Path) -> None:
         self.folder = folder
         self.state = State(url, "gateway")
-        self.store = Store(folder)
-        self.lifecycle = Lifecycle(self.state, NO_REPLICAS, self.store, GatewaySection(), "gateway")
-        self.service = RequestService(self.state, NO_DISPATCHER, NO_REPLICAS, self.store, GatewaySection(), {})
+        self.store = Store(Folder(folder))
+        self.lifecycle = Lifecycle(self.state, REPLICAS, self.store, GatewaySection(), "gateway")
+        links = Links(self.state.shared_key, "", 60.0)
+        dispatcher = cast(Dispatcher, None)
+        self.service = RequestService(self.state, dispatcher, REPLICAS, self.store, links, GatewaySection())
 
     async def submit(self, request_id: str) -> None:
         await self.state.submit(request_id, QUEUE, Ticket(), {"params": b"", "traceparent": ""})
@@ -71,6 +75,10 @@ class Gateway:
 
     def files(self) -> set[str]:
         return {path.name for kind in ("artifacts", "latents") for path in (self.folder / kind).iterdir()}
+
+
+async def joined(pieces: AsyncIterator[bytes]) -> bytes:
+    return b"".join([piece async for piece in pieces])
 
 
 @pytest.fixture
@@ -94,20 +102,20 @@ async def test_a_stale_owner_leaves_the_artifact_of_a_done_request_alone(two, st
         assert own.files() == set()
     await other.finish(owner, b"good")
     if not stale_first:
-        await own.store.put_latents("r", [b"stale"])
+        await own.store.put_latents("r", [b"stale"], LATER)
         await own.finish(stale, b"stale")
     assert own.files() == {owner.artifact_name, f"{owner.artifact_name}.json"}
     for gateway in two:
-        artifact, path = await gateway.service.artifact("r")
-        assert path.read_bytes() == b"good" and artifact.nbytes == 4
-        assert await gateway.service.content(await gateway.service.get("r")) == b"good"
+        content = await gateway.service.content("r")
+        assert content.artifact.nbytes == 4 and await joined(content.read(0, 4)) == b"good"
+        assert await joined(gateway.service.media(await gateway.service.get("r"))) == b"good"
 
 
 async def test_what_a_dead_owner_wrote_goes_when_its_request_is_taken_away(two) -> None:
     own, other = two
     await own.submit("r")
     dead = await own.claim(lease_s=0.0)
-    await own.store.put(dead.artifact_name, b"dead", gateway_pb2.Artifact())
+    await own.store.put(dead.artifact_name, b"dead", gateway_pb2.Artifact(), LATER)
     assert len(own.files()) == 2
     await other.lifecycle.take_away("r", b"e")
     assert own.files() == set()
@@ -121,3 +129,23 @@ async def test_a_result_whose_commit_was_not_answered_is_kept(two) -> None:
     # As when a beat meanwhile says that the request is not ours any more.
     await own.lifecycle._cancelled(work)
     assert own.files() == {work.artifact_name, f"{work.artifact_name}.json"}
+
+
+async def test_a_request_whose_latents_are_lost_is_denoised_again(two) -> None:
+    own, _ = two
+    vae = queue_key("vae", "v")
+    own.lifecycle._replicas._last["dit", ""] = types_pb2.DescribeResponse(component_id="d", models=[""])
+    own.lifecycle._replicas._last["vae", ""] = types_pb2.DescribeResponse(component_id="v", models=[""])
+    await own.submit("r")
+    for times in range(3):
+        work = await own.claim(lease_s=10.0)
+        await own.state.commit(work.claim, "queued", "vae", vae, {"queue": vae})
+        claim = await own.state.claim((vae,), 10.0)
+        assert claim is not None
+        replica = Replica("vae", "nowhere:1", cast(Any, None))
+        await own.lifecycle.run(claim, replica)
+        record = await own.state.get("r")
+        if times < 2:
+            assert (record["state"], record["stage"], record["queue"]) == (b"queued", b"dit", QUEUE.encode())
+    # A store that loses them each time: it goes on as any failure does.
+    assert (record["state"], record["stage"]) == (b"queued", b"vae")
