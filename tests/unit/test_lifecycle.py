@@ -60,7 +60,7 @@ class Gateway:
         self.lifecycle = Lifecycle(self.state, REPLICAS, self.store, GatewaySection(), "gateway")
         links = Links(self.state.shared_key, "", 60.0)
         dispatcher = cast(Dispatcher, None)
-        self.service = RequestService(self.state, dispatcher, REPLICAS, self.store, links, GatewaySection())
+        self.service = RequestService(self.state, dispatcher, REPLICAS, self.store, links, GatewaySection(), {})
 
     async def submit(self, request_id: str) -> None:
         await self.state.submit(request_id, QUEUE, Ticket(), {"params": b"", "traceparent": ""})
