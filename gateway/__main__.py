@@ -11,6 +11,7 @@ from pathlib import Path
 
 import uvicorn
 
+from gateway.access import Door, open_keys
 from gateway.config import GatewayConfig
 from gateway.dispatch import Dispatcher
 from gateway.http import create_app
@@ -32,6 +33,7 @@ from services.server import (
     stop_event,
 )
 from services.telemetry import setup
+from services.tls import ServerCertificates
 
 log = logging.getLogger("gateway")
 
@@ -45,19 +47,28 @@ async def serve(config: GatewayConfig) -> None:
     """
     section = config.gateway
     name = section.name or f"{socket.gethostname()}-{os.getpid()}"
+    keys = open_keys(config)
     state = State(config.redis.url, name)
     store = Store(Path(config.store.path))
-    replicas = Replicas(config.stages, lambda: dispatcher.wake())
+    replicas = Replicas(config.stages, lambda: dispatcher.wake(), config.stage_tls)
     lifecycle = Lifecycle(state, replicas, store, section, "gateway")
     dispatcher = Dispatcher(state, replicas, lifecycle, section)
     service = RequestService(state, dispatcher, replicas, store, section)
+    door = Door(service, keys)
     grpc_server = create_server()
-    gateway_pb2_grpc.add_GatewayServicer_to_server(GatewayServicer(service), grpc_server)
+    gateway_pb2_grpc.add_GatewayServicer_to_server(GatewayServicer(door), grpc_server)
     health = Health(grpc_server, [gateway_pb2.DESCRIPTOR.services_by_name["Gateway"].full_name])
-    bind(grpc_server, section.host, section.grpc_port)
+    certificates = ServerCertificates(config.tls) if config.tls.on else None
+    bind(grpc_server, section.host, section.grpc_port, certificates)
     http_socket = _http_socket(section.host, section.http_port)
     rest = uvicorn.Server(
-        uvicorn.Config(create_app(service, section), log_config=None, access_log=False, timeout_graceful_shutdown=2)
+        uvicorn.Config(
+            create_app(door, section),
+            log_config=None,
+            access_log=False,
+            timeout_graceful_shutdown=2,
+            ssl_context_factory=None if certificates is None else lambda *_: certificates.ssl_context(),
+        )
     )
     rest.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
     stop = stop_event()

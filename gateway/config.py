@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from services.config import TlsSection
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GatewaySection:
@@ -19,6 +21,14 @@ class GatewaySection:
     request_timeout_s: float = 3600.0
     keep_s: float = 86_400.0
     max_body_bytes: int = 12 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AccessSection:
+    """Who may call: the keys in a file (`lightloom key`); without, this machine only, unless anonymous is allowed."""
+
+    keys_file: str = ""
+    allow_anonymous: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,9 +56,12 @@ class StagesSection:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GatewayConfig:
-    """All sections."""
+    """All sections. `tls` is that of its gRPC and REST fronts, `stage_tls` what it shows to stages and asks of them."""
 
     gateway: GatewaySection = field(default_factory=GatewaySection)
+    access: AccessSection = field(default_factory=AccessSection)
+    tls: TlsSection = field(default_factory=TlsSection)
+    stage_tls: TlsSection = field(default_factory=TlsSection)
     redis: RedisSection = field(default_factory=RedisSection)
     store: StoreSection = field(default_factory=StoreSection)
     stages: StagesSection = field(default_factory=StagesSection)

@@ -16,7 +16,8 @@ import grpc
 
 from gateway.config import StagesSection
 from protos import dit_pb2_grpc, gateway_pb2, text_encoder_pb2_grpc, types_pb2, vae_pb2_grpc
-from services.client import connect
+from services.client import connect, error_from_rpc
+from services.config import TlsSection
 from services.errors import NotReady, ServiceError, UnknownModel
 from services.request import Limits
 from services.wire import limits_from_proto
@@ -47,6 +48,7 @@ class Replica:
     address: str
     channel: grpc.aio.Channel
     facts: types_pb2.DescribeResponse | None = None
+    silent_because: str = ""
     ours: int = 0
     paused_until_s: float = 0.0
 
@@ -89,6 +91,7 @@ class Replicas:
 
     config: StagesSection
     on_change: Callable[[], None]
+    tls: TlsSection = field(default_factory=TlsSection)
     known: dict[tuple[str, str], Replica] = field(default_factory=dict)
     # What the newest replica of a stage said, by stage and model: it holds when all of them are away for a moment.
     _last: dict[tuple[str, str], types_pb2.DescribeResponse] = field(default_factory=dict)
@@ -194,7 +197,7 @@ class Replicas:
             return
         for address in addresses:
             if (stage, address) not in self.known:
-                self.known[stage, address] = Replica(stage, address, connect(address))
+                self.known[stage, address] = Replica(stage, address, connect(address, tls=self.tls))
         for key, replica in list(self.known.items()):
             if replica.stage == stage and replica.address not in addresses:
                 del self.known[key]
@@ -207,8 +210,14 @@ class Replicas:
             replica.facts = await _STUBS[replica.stage](replica.channel).Describe(
                 types_pb2.DescribeRequest(), timeout=DESCRIBE_TIMEOUT_S
             )
-        except grpc.aio.AioRpcError:
+            replica.silent_because = ""
+        except grpc.aio.AioRpcError as error:
             replica.facts = None
+            reason = error_from_rpc(error).message
+            # Once, not with every question.
+            if reason != replica.silent_because:
+                log.warning("%s replica %s: %s", replica.stage, replica.address, reason)
+            replica.silent_because = reason
         if replica.facts is not None:
             self._last |= {(replica.stage, model): replica.facts for model in replica.facts.models}
         if replica.healthy and not before:

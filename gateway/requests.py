@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import re
 import secrets
 import time
@@ -15,12 +16,14 @@ from typing import Any, cast
 from gateway.config import GatewaySection
 from gateway.dispatch import Dispatcher
 from gateway.followers import StoredEvent
+from gateway.keys import ApiKey
+from gateway.quotas import Quotas, cost_of
 from gateway.replicas import Replicas
 from gateway.state import TERMINAL, State, queue_key
 from gateway.store import Store
 from gateway.withdrawals import Withdrawals
 from protos import gateway_pb2, types_pb2
-from services.errors import InvalidRequest, Overloaded, UnknownModel, UnknownRequest, WrongState
+from services.errors import InvalidRequest, KeyReused, Overloaded, UnknownModel, UnknownRequest, WrongState
 from services.media import first_picture
 from services.request import MAX_SEED, GenerationParams, resolve
 from services.telemetry import new_traceparent
@@ -56,16 +59,29 @@ class RequestService:
         self._replicas = replicas
         self._store = store
         self._config = config
+        self._quotas = Quotas(state)
         self._withdrawals = Withdrawals(state.withdraw)
 
     async def submit(
-        self, params: GenerationParams, *, idempotency_key: str = "", priority: int = 0, traceparent: str = ""
+        self,
+        params: GenerationParams,
+        key: ApiKey,
+        *,
+        idempotency_key: str = "",
+        priority: int = 0,
+        traceparent: str = "",
     ) -> str:
         """Checks and stores a request; from then on it survives this gateway. Returns its id.
+
+        Args:
+            key: whose request it is, and whose quotas it is counted against.
+            idempotency_key: the tenant's own name for the request; the same request under it is stored once.
 
         Raises:
             UnknownModel, NotReady: nobody serves the model (now).
             InvalidRequest: a value is outside the model's limits, or it has no previews and they are asked for.
+            KeyReused: another request has that idempotency key.
+            QuotaExceeded: the key has used up its quota.
             Overloaded: the queue is full.
         """
         model = self.model_of(params.model)
@@ -75,9 +91,16 @@ class RequestService:
         resolved = resolve(params, limits, seed=secrets.randbelow(MAX_SEED), picture=picture)
         if resolved.preview_every:
             self._check_previews(model)
-        request_id = _new_id(idempotency_key)
+        request_id = _new_id(key.tenant, idempotency_key)
+        body = _digest(params, priority)
+        if idempotency_key and await self._repeats(request_id, body):
+            return request_id
+        cost = cost_of(resolved)
+        await self._quotas.take(key, cost)
         fields: dict[str, str | bytes | float] = {
             "params": params_to_proto(resolved).SerializeToString(),
+            "tenant": key.tenant,
+            "body": body,
             "total": resolved.steps,
             "step": 0,
             "deadline": time.time() + self._config.request_timeout_s,
@@ -94,9 +117,25 @@ class RequestService:
             if not idempotency_key:
                 self._withdrawals.add(request_id)
             raise
+        if stored != 1:
+            await self._quotas.give_back(key, cost)
         if stored < 0:
             raise Overloaded(f"{limit} requests wait already: try again later", retry_after_s=5.0)
+        if stored == 0:
+            await self._repeats(request_id, body)
         return request_id
+
+    async def _repeats(self, request_id: str, body: str) -> bool:
+        """Whether a request of that id is stored, with that body."""
+        record = await self._state.get(request_id)
+        if record and record.get("body", b"").decode() != body:
+            raise KeyReused(
+                f"this idempotency key belongs to request {request_id}, which has another body or priority: send the "
+                "same again, or choose a new key",
+                param="idempotency_key",
+                request_id=request_id,
+            )
+        return bool(record)
 
     def _check_previews(self, model: str) -> None:
         if self._replicas.fit(model) is None:
@@ -133,10 +172,14 @@ class RequestService:
             raise UnknownRequest(f"there is no request {request_id!r}", param="request_id")
         return record
 
-    async def newest(self, limit: int) -> list[gateway_pb2.RequestStatus]:
-        """The newest requests, at most 1000."""
+    async def tenant_of(self, request_id: str) -> str | None:
+        """Whose request it is; None for an unknown one."""
+        return await self._state.tenant_of(request_id)
+
+    async def newest(self, limit: int, tenant: str | None = None) -> list[gateway_pb2.RequestStatus]:
+        """The newest requests of one tenant, or of all; at most 1000."""
         statuses = []
-        for request_id in await self._state.newest(min(limit or 100, MAX_LIST)):
+        for request_id in await self._state.newest(min(limit or 100, MAX_LIST), tenant):
             record = await self._state.get(request_id)
             if record:
                 statuses.append(status_of(request_id, record))
@@ -226,11 +269,18 @@ class RequestService:
         return Health(await self._state.ping(), {info.name: info.ready for info in self.models()})
 
 
-def _new_id(idempotency_key: str) -> str:
+def _new_id(tenant: str, idempotency_key: str) -> str:
     if len(idempotency_key) > MAX_KEY_CHARS:
         raise InvalidRequest(f"idempotency_key has more than {MAX_KEY_CHARS} characters", param="idempotency_key")
-    name = f"lightloom/{idempotency_key}"
+    # A tenant's name has no slash, so no two tenants share an id.
+    name = f"lightloom/{tenant}/{idempotency_key}"
     return uuid.uuid5(uuid.NAMESPACE_URL, name).hex if idempotency_key else uuid.uuid4().hex
+
+
+def _digest(params: GenerationParams, priority: int) -> str:
+    """Of what the client asked for, before anything is filled in: a drawn seed must not tell two tries apart."""
+    asked = params_to_proto(params).SerializeToString(deterministic=True)
+    return hashlib.sha256(b"%d/%b" % (priority, asked)).hexdigest()
 
 
 _FIELDS = tuple(GenerationParams.__dataclass_fields__)

@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 PREFIX = "{ll}"
 IDS, LEASES, FENCE, WAKE = f"{PREFIX}:ids", f"{PREFIX}:leases", f"{PREFIX}:fence", f"{PREFIX}:wake"
 TERMINAL = frozenset({"done", "failed", "cancelled", "expired"})
-SCRIPTS = ("submit", "claim", "beat", "commit", "requeue", "abort", "expired", "follow")
+SCRIPTS = ("submit", "claim", "beat", "commit", "requeue", "abort", "expired", "follow", "charge")
 READ_EVENTS = 256
 WATCH_TIMEOUT_S = 2.0
 # How long a call waits for a Redis that is away. Who asks is told soon; what a stage has made is worth a longer wait.
@@ -95,6 +95,7 @@ class State:
             lease_s: claims the request at once if nobody waits before it.
         """
         keys = [_request(request_id), queue, IDS, _events(request_id)]
+        keys.append(_ids_of(str(fields.get("tenant", ""))))
         lease = "" if lease_s is None else lease_s
         before = (request_id, self._owner, priority, max_queued, int(keep_s), lease, secrets.token_hex(8))
         end_s, stored = time.monotonic() + PATIENCE_S, TOO_LATE
@@ -177,9 +178,24 @@ class State:
         record = await self._call(lambda: cast(Awaitable[Any], self._redis.hgetall(_request(request_id))))
         return {key.decode(): value for key, value in record.items()}
 
-    async def newest(self, limit: int) -> list[str]:
-        """Ids, newest first."""
-        ids = await self._call(lambda: cast(Awaitable[Any], self._redis.zrevrange(IDS, 0, limit - 1)))
+    async def tenant_of(self, request_id: str) -> str | None:
+        """Whose request it is; None for an unknown one."""
+        tenant = await self._call(lambda: cast(Awaitable[Any], self._redis.hget(_request(request_id), "tenant")))
+        return None if tenant is None else str(tenant.decode())
+
+    async def charge(self, key_id: str, allowances: Sequence[tuple[float, float, float]]) -> tuple[float, int]:
+        """Takes (amount, limit, window in seconds) from each quota of a key, or nothing from any.
+
+        Returns the seconds until there is enough, 0 when it was taken, and the number of the quota that lacks most.
+        """
+        flat = [part for allowance in allowances for part in allowance]
+        wait_s, number = await self._run("charge", [f"{PREFIX}:quota:{key_id}"], *flat)
+        return float(wait_s), int(number)
+
+    async def newest(self, limit: int, tenant: str | None = None) -> list[str]:
+        """Ids, newest first; of one tenant, or of all."""
+        key = IDS if tenant is None else _ids_of(tenant)
+        ids = await self._call(lambda: cast(Awaitable[Any], self._redis.zrevrange(key, 0, limit - 1)))
         return [request_id.decode() for request_id in ids]
 
     async def ping(self) -> bool:
@@ -307,6 +323,10 @@ def queue_key(stage: str, component_id: str) -> str:
 
 def _request(request_id: str) -> str:
     return f"{PREFIX}:req:{request_id}"
+
+
+def _ids_of(tenant: str) -> str:
+    return f"{IDS}:{tenant}"
 
 
 def _events(request_id: str) -> str:

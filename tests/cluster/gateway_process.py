@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ssl
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -19,18 +21,33 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class GatewayProcess:
-    """The process, its log, and a REST client."""
+    """The process, its log, and a REST client.
 
-    def __init__(self, folder: Path, redis_url: str, stages: Mapping[str, str]) -> None:
+    Args:
+        sections: more of the config, by section.
+        verify: what the client trusts, when the sections make it TLS.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        redis_url: str,
+        stages: Mapping[str, str],
+        sections: Mapping[str, Mapping[str, object]] | None = None,
+        verify: ssl.SSLContext | bool = False,
+    ) -> None:
         self.http_port, self.grpc_port = free_port(), free_port()
         self.log = folder / "gateway.log"
         self.store = folder / "store"
         config = folder / "gateway.toml"
+        given = dict(sections or {})
         table = {
-            "gateway": {"http_port": self.http_port, "grpc_port": self.grpc_port, "lease_s": 2.0},
-            "redis": {"url": redis_url},
+            "gateway": {"http_port": self.http_port, "grpc_port": self.grpc_port, "lease_s": 2.0}
+            | dict(given.pop("gateway", {})),
+            "redis": {"url": redis_url} | dict(given.pop("redis", {})),
             "store": {"path": str(self.store)},
             "stages": {stage: f"static:{address}" for stage, address in stages.items()},
+            **given,
         }
         write_toml(config, table)
         with self.log.open("w") as log:
@@ -41,7 +58,8 @@ class GatewayProcess:
                 stderr=log,
                 env=environment_with_malloc(),
             )
-        self.rest = httpx.Client(base_url=f"http://127.0.0.1:{self.http_port}", timeout=60)
+        scheme = "https" if "tls" in given else "http"
+        self.rest = httpx.Client(base_url=f"{scheme}://127.0.0.1:{self.http_port}", timeout=60, verify=verify)
 
     def health(self) -> int:
         """Status of /health; 0 while nobody listens."""
@@ -58,9 +76,12 @@ class GatewayProcess:
 
 
 @contextmanager
-def gateway(folder: Path, redis_url: str, stages: Mapping[str, str], ready: int = 200) -> Iterator[GatewayProcess]:
-    """A gateway whose /health has answered `ready`."""
-    running = GatewayProcess(folder, redis_url, stages)
+def gateway(
+    folder: Path, redis_url: str, stages: Mapping[str, str], ready: int = 200, **options: Any
+) -> Iterator[GatewayProcess]:
+    """A gateway whose /health has answered `ready`; options as GatewayProcess."""
+    folder.mkdir(exist_ok=True)
+    running = GatewayProcess(folder, redis_url, stages, **options)
     try:
         wait_for(lambda: running.health() == ready, 60)
         yield running
