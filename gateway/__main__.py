@@ -48,7 +48,7 @@ async def serve(config: GatewayConfig) -> None:
     section = config.gateway
     name = section.name or f"{socket.gethostname()}-{os.getpid()}"
     keys = open_keys(config)
-    state = State(config.redis.url, name)
+    state = State(config.redis, name)
     store = Store(Path(config.store.path))
     replicas = Replicas(config.stages, lambda: dispatcher.wake(), config.stage_tls)
     lifecycle = Lifecycle(state, replicas, store, section, "gateway")

@@ -17,27 +17,30 @@ from pathlib import Path
 from typing import Any, cast
 
 from redis.asyncio import Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
+from redis.asyncio.client import PubSub
+from redis.exceptions import AuthenticationError, ReadOnlyError, RedisError
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import ReadOnlyError, RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
+from gateway.config import RedisSection
 from gateway.followers import Followers, StoredEvent
-from services.errors import StateStoreDown, UnknownRequest
+from gateway.redis_link import examine, open_redis, refusal_of
+from services.errors import StartupError, StateStoreDown, UnknownRequest
 
 log = logging.getLogger(__name__)
 
 PREFIX = "{ll}"
 IDS, LEASES, FENCE, WAKE = f"{PREFIX}:ids", f"{PREFIX}:leases", f"{PREFIX}:fence", f"{PREFIX}:wake"
 TERMINAL = frozenset({"done", "failed", "cancelled", "expired"})
-SCRIPTS = ("submit", "claim", "beat", "commit", "requeue", "abort", "expired", "follow", "charge")
+SCRIPTS = ("submit", "claim", "beat", "commit", "requeue", "abort", "expired", "follow", "charge", "echo")
 READ_EVENTS = 256
 WATCH_TIMEOUT_S = 2.0
 # How long a call waits for a Redis that is away. Who asks is told soon; what a stage has made is worth a longer wait.
 PATIENCE_S = 2.0
 RESULT_PATIENCE_S = 30.0
 RETRY_S = 0.1
+# After so long without a message, the listener tells itself one; after as long again without it, it connects anew.
+SILENCE_S = 2.0
 TOO_LATE = -2
 
 Fields = Mapping[str, str | bytes | float]
@@ -60,12 +63,12 @@ class Claim:
 class State:
     """The scripts as methods. Every method raises StateStoreDown when Redis does not answer, or only with an error."""
 
-    def __init__(self, url: str, owner: str) -> None:
+    def __init__(self, redis: RedisSection, owner: str) -> None:
         # Two gateways may have been given one name; what they publish must still be told apart.
         self._owner = f"{owner}/{secrets.token_hex(4)}"
         # Tries are counted in time, by `_call`.
-        self._redis: Redis = Redis.from_url(url, socket_connect_timeout=2.0, retry=Retry(NoBackoff(), 0))
-        self._listener: Redis = Redis.from_url(url, socket_connect_timeout=2.0)
+        self._redis: Redis = open_redis(redis)
+        self._listener: Redis = open_redis(redis)
         folder = Path(__file__).parent / "lua"
         common = (folder / "common.lua").read_text()
         self._scripts = {
@@ -242,20 +245,42 @@ class State:
         return _stored_events(*found)
 
     async def listen(self, on_queue: Callable[[], None], on_cancel: Callable[[str], None]) -> None:
-        """Hands on what all gateways' scripts change, for ever: work in a queue, an abort, an event to read."""
+        """Hands on what all gateways' scripts change, for ever: work in a queue, an abort, an event to read.
+
+        Raises:
+            StartupError: this Redis may throw away what it is told.
+        """
         self._on_queue, self._on_cancel = on_queue, on_cancel
         while True:
             try:
                 async with self._listener.pubsub(ignore_subscribe_messages=True) as channel:
                     await channel.subscribe(WAKE)
+                    if refusal := refusal_of(await examine(self._listener)):
+                        raise StartupError(refusal)
                     self.connected = True
                     on_queue()
-                    async for message in channel.listen():
-                        self._hear(message["data"].decode())
-            except (RedisError, OSError) as error:
+                    await self._hear_all(channel)
+            except (RedisError, OSError, StateStoreDown) as error:
                 self.connected = False
-                log.warning("Redis does not answer: %s", error)
+                log.warning("Redis cannot be listened to: %s", error)
                 await asyncio.sleep(0.5)
+
+    async def _hear_all(self, channel: PubSub) -> None:
+        """Hears until nothing comes any more, not even our own word: after a failover, the channel may lead nowhere.
+
+        Raises:
+            RedisError, StateStoreDown: it is to be opened again.
+        """
+        spoken = False
+        while True:
+            message = await channel.get_message(timeout=SILENCE_S)
+            if message is not None:
+                self._hear(message["data"].decode())
+            elif spoken:
+                raise RedisConnectionError("the channel is silent: it leads to another server than commands do")
+            else:
+                await self._run("echo", [f"{PREFIX}:echo"], self._owner)
+            spoken = message is None
 
     def _hear(self, message: str) -> None:
         kind, _, rest = message.partition(":")
@@ -299,6 +324,8 @@ class State:
                 while True:
                     try:
                         return await command()
+                    except AuthenticationError as error:
+                        refusal = error
                     except (RedisConnectionError, RedisTimeoutError, OSError):
                         pass
                     except ReadOnlyError as error:

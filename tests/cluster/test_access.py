@@ -1,8 +1,9 @@
-"""API keys, scopes, tenants, quotas and idempotency keys, over REST and gRPC, at two real gateways with one keys file."""
+"""API keys, scopes, tenants, quotas and idempotency keys, over REST and gRPC, at two real gateways with one file."""
 
 from __future__ import annotations
 
 import concurrent.futures
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -53,7 +54,7 @@ def guarded(running_cluster, tmp_path_factory) -> Iterator[Guarded]:
     file = folder / "keys.jsonl"
     file.write_text("")
     stages = {stage: running_cluster.address(running_cluster.names(stage)[0]) for stage in STAGES}
-    sections = {"access": {"keys_file": str(file)}}
+    sections = {"access": {"keys_file": str(file)}, "store": {"path": str(running_cluster.run_dir / "artifacts")}}
     with (
         gateway(folder / "one", running_cluster.redis_url, stages, sections=sections) as one,
         gateway(folder / "two", running_cluster.redis_url, stages, sections=sections) as two,
@@ -99,22 +100,9 @@ def test_an_id_with_another_secret_is_refused(guarded) -> None:
 
 
 def test_a_body_is_not_read_for_a_caller_without_a_key(guarded) -> None:
-    """Such a caller gets 401 although its body never comes."""
-    sent = []
-
-    def body() -> Iterator[bytes]:
-        yield b"{"
-        wait_for(lambda: sent, 20)
-        yield b"}"
-
-    with (
-        concurrent.futures.ThreadPoolExecutor() as pool,
-        httpx.stream(
-            "POST", f"{guarded.one.rest.base_url}/v1/requests", headers={"Content-Length": "1000000"}
-        ) as answer,
-    ):
-        del pool, body
-        assert answer.status_code == 401
+    with socket.create_connection(("127.0.0.1", guarded.one.http_port), timeout=20) as raw:
+        raw.sendall(b"POST /v1/requests HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n{")
+        assert raw.recv(100).startswith(b"HTTP/1.1 401 ")
 
 
 def test_others_requests_do_not_exist(guarded) -> None:

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import pytest
 
-from gateway.config import GatewaySection
+from gateway.config import GatewaySection, RedisSection
 from gateway.lifecycle import Lifecycle
 from gateway.replicas import Replicas
 from gateway.requests import RequestService
@@ -50,7 +50,7 @@ class Gateway:
 
     def __init__(self, url: str, folder: Path) -> None:
         self.folder = folder
-        self.state = State(url, "gateway")
+        self.state = State(RedisSection(url=url), "gateway")
         self.store = Store(folder)
         self.lifecycle = Lifecycle(self.state, NO_REPLICAS, self.store, GatewaySection(), "gateway")
         self.service = RequestService(self.state, NO_REPLICAS, self.store, GatewaySection())
