@@ -34,6 +34,7 @@ from services.server import (
 )
 from services.telemetry import setup
 from services.tls import ServerCertificates
+from services.tls import read as read_certificates
 
 log = logging.getLogger("gateway")
 
@@ -48,6 +49,7 @@ async def serve(config: GatewayConfig) -> None:
     section = config.gateway
     name = section.name or f"{socket.gethostname()}-{os.getpid()}"
     keys = open_keys(config)
+    read_certificates(config.stage_tls)
     state = State(config.redis, name)
     store = Store(Path(config.store.path))
     replicas = Replicas(config.stages, lambda: dispatcher.wake(), config.stage_tls)

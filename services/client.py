@@ -137,6 +137,16 @@ def error_from_rpc(error: grpc.RpcError) -> ServiceError:
 
 def _unavailable(details: str) -> ServiceError:
     # Nobody listens: it may start soon. Anything else broke a connection that stood: the peer or its host is gone.
-    if "failed to connect" in details.lower() or "name resolution" in details.lower():
-        return NotReady(f"no service answers: {details}")
-    return DeviceLost(f"the connection broke: {details}")
+    lower = details.lower()
+    if "failed to connect" not in lower and "name resolution" not in lower:
+        return DeviceLost(f"the connection broke: {details}")
+    if "wrong_version_number" in lower:
+        return NotReady(f"TLS handshake failed: the service speaks plain text ({details})")
+    if "handshake failed" in lower or "verification" in lower:
+        return NotReady(f"TLS handshake failed: the service's certificate is not accepted ({details})")
+    if "socket closed" in lower:
+        return NotReady(
+            "the service closes connections at once: does it speak TLS, ask for a client certificate, or refuse ours? "
+            f"({details})"
+        )
+    return NotReady(f"no service answers: {details}")

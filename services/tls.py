@@ -6,6 +6,7 @@ every gRPC server and channel and by the REST front. Knows no torch.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import ssl
 from dataclasses import dataclass, field
@@ -64,6 +65,11 @@ def read(section: TlsSection) -> Pem:
     return Pem(chain, key, ca)
 
 
+def stamps(section: TlsSection) -> tuple[Stamp, ...]:
+    """Differs when a file of the section was written or replaced."""
+    return stamp(section.cert), stamp(section.key), stamp(section.ca)
+
+
 def channel_credentials(section: TlsSection) -> grpc.ChannelCredentials:
     """What a client connects with.
 
@@ -87,25 +93,34 @@ class ServerCertificates:
         if not section.cert or section.ca == SYSTEM:
             raise StartupError("tls: a server needs cert and key; its ca is the file that signed the clients it takes")
         self._section = section
-        self._stamp = self._now()
+        self._stamp = stamps(self._section)
         self._pem = read(section)
 
     def grpc_credentials(self) -> grpc.ServerCredentials:
         """For `add_secure_port`."""
+        shown = self._pem
+
+        def fetch() -> grpc.ServerCertificateConfiguration | None:
+            nonlocal shown
+            before, shown = shown, self._current()
+            return None if shown is before else _configuration(shown)
+
         return grpc.dynamic_ssl_server_credentials(
-            self._configuration(),
-            self._changed_configuration,  # type: ignore[arg-type]  # None, "as before", is missing in the stubs
+            _configuration(shown),
+            fetch,  # type: ignore[arg-type]  # None, "as before", is missing in the stubs
             require_client_authentication=bool(self._section.ca),
         )
 
     def ssl_context(self) -> ssl.SSLContext:
         """For an HTTP server. A new CA counts after a restart only."""
-        context = self._context()
+        shown, context = self._pem, self._context()
 
         def follow(connection: ssl.SSLObject | ssl.SSLSocket, _name: str | None, _context: ssl.SSLContext) -> None:
-            nonlocal context
-            if self._follow():
-                context = self._context()
+            nonlocal shown, context
+            # The files may be changing under us: then it is the next connection that gets the new one.
+            with contextlib.suppress(OSError):
+                if shown is not self._current():
+                    shown, context = self._pem, self._context()
             connection.context = context
 
         context.sni_callback = follow
@@ -120,28 +135,22 @@ class ServerCertificates:
             context.load_verify_locations(self._section.ca)
         return context
 
-    def _configuration(self) -> grpc.ServerCertificateConfiguration:
-        assert self._pem.key is not None and self._pem.chain is not None
-        return grpc.ssl_server_certificate_configuration([(self._pem.key, self._pem.chain)], self._pem.ca)
+    def _current(self) -> Pem:
+        now = stamps(self._section)
+        if now != self._stamp:
+            self._stamp = now
+            try:
+                self._pem = read(self._section)
+            except StartupError as error:
+                log.error("the certificate stays as it was: %s", error)
+            else:
+                log.info("read the certificate in %s again", self._section.cert)
+        return self._pem
 
-    def _changed_configuration(self) -> grpc.ServerCertificateConfiguration | None:
-        return self._configuration() if self._follow() else None
 
-    def _follow(self) -> bool:
-        now = self._now()
-        if now == self._stamp:
-            return False
-        self._stamp = now
-        try:
-            self._pem = read(self._section)
-        except StartupError as error:
-            log.error("the certificate stays as it was: %s", error)
-            return False
-        log.info("read the certificate in %s again", self._section.cert)
-        return True
-
-    def _now(self) -> tuple[Stamp, ...]:
-        return stamp(self._section.cert), stamp(self._section.key), stamp(self._section.ca)
+def _configuration(pem: Pem) -> grpc.ServerCertificateConfiguration:
+    assert pem.key is not None and pem.chain is not None
+    return grpc.ssl_server_certificate_configuration([(pem.key, pem.chain)], pem.ca)
 
 
 def _bytes(path: str) -> bytes:

@@ -18,7 +18,7 @@ from tests.cluster.redis_process import Relay, redis_process
 
 ROOT = Path(__file__).resolve().parents[2]
 # What the gateway calls outside of its scripts, and redis-py when it connects.
-OUTSIDE = {"evalsha", "script|load", "ping", "info", "select", "client|setinfo", "subscribe", "unsubscribe"}
+OUTSIDE = {"evalsha", "script|load", "ping", "info", "select", "subscribe", "unsubscribe"}
 OUTSIDE |= {"zrevrange", "hget", "hgetall"}
 
 
