@@ -15,6 +15,7 @@ from gateway.access import Door, open_keys
 from gateway.config import GatewayConfig
 from gateway.dispatch import Dispatcher
 from gateway.http import create_app
+from gateway.image_fetch import ImageFetcher
 from gateway.lifecycle import Lifecycle
 from gateway.replicas import Replicas
 from gateway.requests import RequestService
@@ -56,7 +57,8 @@ async def serve(config: GatewayConfig) -> None:
     lifecycle = Lifecycle(state, replicas, store, section, "gateway")
     dispatcher = Dispatcher(state, replicas, lifecycle, section)
     service = RequestService(state, dispatcher, replicas, store, section)
-    door = Door(service, keys)
+    fetcher = ImageFetcher(config.inputs)
+    door = Door(service, keys, fetcher)
     grpc_server = create_server()
     gateway_pb2_grpc.add_GatewayServicer_to_server(GatewayServicer(door), grpc_server)
     health = Health(grpc_server, [gateway_pb2.DESCRIPTOR.services_by_name["Gateway"].full_name])
@@ -98,6 +100,7 @@ async def serve(config: GatewayConfig) -> None:
         task.cancel()
     await asyncio.gather(*loops, return_exceptions=True)
     await state.close()
+    await fetcher.close()
     for task in broken:
         # None ends by itself: the process must not end as if it had been told to.
         task.result()

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import ipaddress
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from gateway.config import GatewayConfig
+from gateway.image_fetch import ImageFetcher
 from gateway.keys import SCOPES, ApiKey, KeyFile
 from gateway.requests import RequestService
 from protos import gateway_pb2, types_pb2
 from services.errors import PermissionDenied, StartupError, Unauthenticated, UnknownRequest
-from services.request import GenerationParams
+from services.request import GenerationParams, Media
 
 ANONYMOUS = ApiKey(id="", name="anonymous", tenant="anonymous", scopes=SCOPES, sha256="")
 HOW = "send Authorization: Bearer KEY (gRPC: metadata `authorization`)"
@@ -29,6 +30,7 @@ class Door:
 
     service: RequestService
     keys: KeyFile | None
+    fetcher: ImageFetcher
 
     def open(self, authorization: str) -> CallerRequests:
         """The requests as the caller may use them.
@@ -37,14 +39,14 @@ class Door:
             Unauthenticated: no key, or an unknown one.
         """
         if self.keys is None:
-            return CallerRequests(self.service, ANONYMOUS)
+            return CallerRequests(self.service, self.fetcher, ANONYMOUS)
         scheme, _, text = authorization.partition(" ")
         if scheme.lower() != "bearer" or not text.strip():
             raise Unauthenticated(f"an API key is needed: {HOW}")
         key = self.keys.find(text.strip())
         if key is None:
             raise Unauthenticated("the API key is unknown or has been revoked")
-        return CallerRequests(self.service, key)
+        return CallerRequests(self.service, self.fetcher, key)
 
 
 class CallerRequests:
@@ -54,8 +56,9 @@ class CallerRequests:
     itself it may also follow and abort.
     """
 
-    def __init__(self, service: RequestService, key: ApiKey) -> None:
+    def __init__(self, service: RequestService, fetcher: ImageFetcher, key: ApiKey) -> None:
         self._service = service
+        self._fetcher = fetcher
         self._key = key
         self._submitted: set[str] = set()
 
@@ -69,6 +72,11 @@ class CallerRequests:
         )
         self._submitted.add(request_id)
         return request_id
+
+    async def fetch(self, urls: Sequence[tuple[str, str]]) -> dict[str, Media]:
+        """As ImageFetcher.fetch, for who may use the pictures."""
+        self._need("generate")
+        return await self._fetcher.fetch(urls)
 
     def model_of(self, name: str) -> str:
         """As RequestService.model_of."""

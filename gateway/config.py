@@ -34,6 +34,20 @@ class AccessSection:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class InputsSection:
+    """Pictures by URL. `image_hosts`: `HOST`, `HOST:PORT` (https), or `http://HOST:PORT`; empty: URLs are refused.
+
+    Hosts must have public addresses, or ones in `image_networks` (`10.1.0.0/16`), and certificates of a public
+    authority, or of `image_ca` (PEM). Seconds are for a whole picture.
+    """
+
+    image_hosts: tuple[str, ...] = ()
+    image_networks: tuple[str, ...] = ()
+    image_ca: str = ""
+    fetch_timeout_s: float = 10.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RedisSection:
     """The state store. A URL with a password belongs into a file that only the gateway can read: `url_file`.
 
@@ -69,6 +83,7 @@ class GatewayConfig:
 
     gateway: GatewaySection = field(default_factory=GatewaySection)
     access: AccessSection = field(default_factory=AccessSection)
+    inputs: InputsSection = field(default_factory=InputsSection)
     tls: TlsSection = field(default_factory=TlsSection)
     stage_tls: TlsSection = field(default_factory=TlsSection)
     redis: RedisSection = field(default_factory=RedisSection)

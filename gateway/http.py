@@ -57,7 +57,8 @@ def _add_images(app: FastAPI) -> None:
     @app.post("/v1/images/generations", response_model=None)
     async def generate_images(body: ImageRequest, request: Request, requests: Requests) -> Response:
         """Makes images and waits for them (OpenAI's call). Leaving aborts."""
-        params = body.params(requests.model_of(body.model or ""))
+        fetched = await requests.fetch(body.remote())
+        params = body.params(requests.model_of(body.model or ""), fetched=fetched)
         traceparent = request.headers.get("traceparent", "")
         if body.stream:
             # Steps are not known before the model's default is: previews come at even shares of the default.
@@ -82,8 +83,9 @@ def _add_requests(app: FastAPI) -> None:
     @app.post("/v1/requests", status_code=202)
     async def create_request(body: GenerationRequest, request: Request, requests: Requests) -> dict[str, Any]:
         """Submits any generation and returns at once."""
+        fetched = await requests.fetch(body.remote())
         request_id = await requests.submit(
-            body.params(requests.model_of(body.model or "")),
+            body.params(requests.model_of(body.model or ""), fetched),
             idempotency_key=request.headers.get("idempotency-key", ""),
             priority=body.priority,
             traceparent=request.headers.get("traceparent", ""),

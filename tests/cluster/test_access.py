@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import socket
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from gateway.keys import ApiKey, create_key, revoke_key
 from lightloom import Client
 from services.errors import KeyReused, PermissionDenied, QuotaExceeded, Unauthenticated, UnknownRequest
 from tests.cluster.gateway_process import ROOT, GatewayProcess, gateway
+from tests.cluster.picture_server import PictureServer, picture_server
 from tests.cluster.running import wait_for
 
 STAGES = ("text_encoder", "dit", "vae")
@@ -33,6 +35,7 @@ class Guarded:
     one: GatewayProcess
     two: GatewayProcess
     file: Path
+    pictures: PictureServer
     texts: dict[str, str] = field(default_factory=dict)
 
     def key(self, name: str, *scopes: str, tenant: str = "", **quotas: float) -> str:
@@ -53,13 +56,23 @@ def guarded(running_cluster, tmp_path_factory) -> Iterator[Guarded]:
     folder = tmp_path_factory.mktemp("access")
     file = folder / "keys.jsonl"
     file.write_text("")
+    with picture_server() as pictures, _gateways(running_cluster, folder, file, pictures) as made:
+        yield made
+
+
+@contextlib.contextmanager
+def _gateways(running_cluster, folder: Path, file: Path, pictures: PictureServer) -> Iterator[Guarded]:
     stages = {stage: running_cluster.address(running_cluster.names(stage)[0]) for stage in STAGES}
-    sections = {"access": {"keys_file": str(file)}, "store": {"path": str(running_cluster.run_dir / "artifacts")}}
+    sections = {
+        "access": {"keys_file": str(file)},
+        "store": {"path": str(running_cluster.run_dir / "artifacts")},
+        "inputs": {"image_hosts": [f"http://127.0.0.1:{pictures.port}"], "image_networks": ["127.0.0.0/8"]},
+    }
     with (
         gateway(folder / "one", running_cluster.redis_url, stages, sections=sections) as one,
         gateway(folder / "two", running_cluster.redis_url, stages, sections=sections) as two,
     ):
-        made = Guarded(one, two, file)
+        made = Guarded(one, two, file, pictures)
         made.key("anna", "generate", "read", "abort")
         made.key("bert", "generate", "read", "abort")
         made.key("ops", "read_all")
@@ -232,6 +245,25 @@ def test_an_idempotency_key_is_the_tenants_own(guarded) -> None:
             ]
             answers = [send.result() for send in sends]
         assert len({answer.json()["id"] for answer in answers if answer.status_code == 202}) == 1
+
+
+def test_pictures_by_url_are_fetched_for_who_may_use_them(guarded) -> None:
+    url = f"http://127.0.0.1:{guarded.pictures.port}/a.png"
+    with guarded.rest(guarded.texts["anna"]) as maker, guarded.rest(guarded.texts["ops"]) as watcher:
+        for path, body in (
+            ("/v1/requests", {**BODY, "inputs": [{"data_url": url}]}),
+            ("/v1/images/generations", {"prompt": "a red circle", "input_image": url}),
+        ):
+            assert problem(watcher.post(path, json=body)) == (403, "permission_denied")
+            assert not guarded.pictures.asked
+            # It is fetched, and then the model, which takes no pictures, is asked.
+            answer = maker.post(path, json=body)
+            assert answer.json()["error"]["param"] == "inputs" and guarded.pictures.asked == [(url[7:-6], "/a.png")]
+            guarded.pictures.asked.clear()
+        for wrong in ("http://127.0.0.1:1/a.png", "https://example.com/a.png"):
+            answer = maker.post("/v1/requests", json={**BODY, "inputs": [{"data_url": wrong}]})
+            assert problem(answer) == (400, "invalid_request")
+            assert "where this gateway fetches nothing" in answer.json()["error"]["message"]
 
 
 def test_the_cli_sends_the_key_of_its_environment(guarded, tmp_path, monkeypatch) -> None:
