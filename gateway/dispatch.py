@@ -61,8 +61,10 @@ class Dispatcher:
                 # Claims without an answer hold requests until their leases run out: no more until Redis answers.
                 while not await self._state.ping():
                     pass
+            # Not by wait_for: in Python 3.11 it swallows a cancel that comes together with the event.
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), IDLE_S)
+                async with asyncio.timeout(IDLE_S):
+                    await self._wake.wait()
 
     async def submit(self, request_id: str, queue: str, **options: Any) -> int:
         """Stores a request as State.submit does, and starts it when nobody waits before it and a replica is free."""
