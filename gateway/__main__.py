@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 
 import uvicorn
@@ -96,14 +97,21 @@ async def serve(config: GatewayConfig) -> None:
     rest.should_exit = True
     await dispatcher.stop()
     await grpc_server.stop(grace=0.5)
-    for task in loops[:-1]:
-        task.cancel()
-    await asyncio.gather(*loops, return_exceptions=True)
+    await _end(loops[:-1])
+    await asyncio.wait({loops[-1]})
     await state.close()
     await fetcher.close()
     for task in broken:
         # None ends by itself: the process must not end as if it had been told to.
         task.result()
+
+
+async def _end(tasks: Sequence[asyncio.Task[None]]) -> None:
+    """Cancels until all have ended: a cancel that meets an answer can be lost in a library."""
+    while pending := {task for task in tasks if not task.done()}:
+        for task in pending:
+            task.cancel()
+        await asyncio.wait(pending, timeout=0.5)
 
 
 async def _serve_rest(rest: uvicorn.Server, http_socket: socket.socket) -> None:

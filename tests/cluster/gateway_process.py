@@ -68,6 +68,14 @@ class GatewayProcess:
         except httpx.TransportError:
             return 0
 
+    def ended(self) -> int:
+        """The exit code of one that ends by itself."""
+        self.rest.close()
+        try:
+            return self.process.wait(60)
+        finally:
+            self.process.kill()
+
     def stop(self) -> int:
         """SIGTERM; returns the exit code."""
         self.rest.close()

@@ -102,7 +102,7 @@ def test_a_redis_that_may_forget_is_refused(stages, tmp_path, monkeypatch) -> No
     reason = "maxmemory-policy of Redis is allkeys-lru: set it to noeviction, or requests can vanish"
     with redis_process(tmp_path / "redis", "maxmemory-policy allkeys-lru") as server:
         running = GatewayProcess(tmp_path, f"redis://127.0.0.1:{server.port}", stages)
-        assert running.process.wait(60) == 2
+        assert running.ended() == 2
         assert running.log.read_text().splitlines()[-1] == reason
         monkeypatch.setenv("REDIS_URL", f"redis://127.0.0.1:{server.port}")
         [finding] = [found for found in examine(ROOT / "deploy/config/demo.toml", tmp_path) if found.subject == "redis"]

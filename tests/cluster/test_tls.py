@@ -171,7 +171,7 @@ def test_a_certificate_that_has_expired_starts_nothing(secured, tmp_path) -> Non
     for section, tls in (("tls", expired), ("stage_tls", {**expired, "ca": secured.files["ca"]})):
         (tmp_path / section).mkdir()
         running = GatewayProcess(tmp_path / section, secured.redis_url, secured.stages, sections={section: tls})
-        assert running.process.wait(60) == 2
+        assert running.ended() == 2
         last = running.log.read_text().splitlines()[-1]
         assert last.startswith(f"tls: the certificate in {expired['cert']} expired at 20"), last
 
@@ -195,7 +195,7 @@ def test_certificates_that_cannot_be_used_are_named(secured, tmp_path, monkeypat
     }
     tls = {"cert": secured.files["cert"], "key": secured.files["key"], **named}
     running = GatewayProcess(tmp_path, secured.redis_url, secured.stages, sections={"tls": tls})
-    assert running.process.wait(60) == 2
+    assert running.ended() == 2
     assert message in running.log.read_text().splitlines()[-1].replace(f"{tmp_path}/", "")
 
 
