@@ -123,7 +123,7 @@ def _redis() -> Finding:
 
 def _redis_policy(url: str) -> Finding:
     try:
-        version = check_server(url, REDIS_TIMEOUT_S)
+        version = check_server("REDIS_URL", url, REDIS_TIMEOUT_S)
     except StartupError as error:
         return Finding("redis", "bad", str(error))
     return Finding("redis", "ok", f"REDIS_URL, version {version}, noeviction")

@@ -100,7 +100,7 @@ def start_redis(folder: Path, url: str = "", port: int = 0) -> RedisServer:
     """
     chosen = url or environment("REDIS_URL")
     if chosen:
-        check_server(chosen, 3.0)
+        check_server("redis_url" if url else "REDIS_URL", chosen, 3.0)
         return RedisServer(chosen)
     program = find_server()
     folder.mkdir(parents=True, exist_ok=True)
@@ -120,8 +120,8 @@ def start_redis(folder: Path, url: str = "", port: int = 0) -> RedisServer:
     return server
 
 
-def check_server(url: str, timeout_s: float) -> str:
-    """Asks the server at REDIS_URL or `redis_url` until it answers, and returns its version.
+def check_server(name: str, url: str, timeout_s: float) -> str:
+    """Asks the server at the URL that has this name until it answers, and returns its version.
 
     Raises:
         StartupError: it does not answer, or may throw away what it is told.
@@ -139,11 +139,11 @@ def check_server(url: str, timeout_s: float) -> str:
                 info = pool.submit(asyncio.run, ask()).result()
             except (redis.RedisError, OSError) as error:
                 if time.monotonic() > end_s:
-                    raise StartupError(f"the Redis at REDIS_URL or redis_url does not answer: {error}") from error
+                    raise StartupError(f"{name} does not answer: {error}") from error
                 time.sleep(0.1)
                 continue
             if refusal := refusal_of(info):
-                raise StartupError(f"the Redis at REDIS_URL or redis_url cannot be used: {refusal}")
+                raise StartupError(f"{name} cannot be used: {refusal}")
             return str(info["redis_version"])
 
 
