@@ -7,13 +7,16 @@ import contextlib
 import logging
 import os
 import socket
+from collections.abc import Sequence
 
 import uvicorn
 from prometheus_client import REGISTRY
 
+from gateway.access import Door, open_keys
 from gateway.config import GatewayConfig
 from gateway.dispatch import Dispatcher
 from gateway.http import create_app
+from gateway.image_fetch import ImageFetcher
 from gateway.lifecycle import Lifecycle
 from gateway.links import Links
 from gateway.replicas import Replicas
@@ -34,6 +37,8 @@ from services.server import (
     stop_event,
 )
 from services.telemetry import setup
+from services.tls import ServerCertificates
+from services.tls import read as read_certificates
 
 log = logging.getLogger("gateway")
 
@@ -47,22 +52,33 @@ async def serve(config: GatewayConfig) -> None:
     """
     section = config.gateway
     name = section.name or f"{socket.gethostname()}-{os.getpid()}"
-    state = State(config.redis.url, name)
+    keys = open_keys(config)
+    read_certificates(config.stage_tls)
+    state = State(config.redis, name)
     links = Links(state.shared_key, config.store.link_key_file, config.store.link_s)
     store = open_store(config.store)
     sweep = Sweep(state, store, config.store, section.keep_s, REGISTRY)
-    replicas = Replicas(config.stages, lambda: dispatcher.wake())
+    replicas = Replicas(config.stages, lambda: dispatcher.wake(), config.stage_tls)
     lifecycle = Lifecycle(state, replicas, store, section, "gateway")
     dispatcher = Dispatcher(state, replicas, lifecycle, store.writes, section)
     store.writes.on_open = dispatcher.wake
     service = RequestService(state, dispatcher, replicas, store, links, section, config.tenants)
+    fetcher = ImageFetcher(config.inputs)
+    door = Door(service, keys, fetcher)
     grpc_server = create_server()
-    gateway_pb2_grpc.add_GatewayServicer_to_server(GatewayServicer(service), grpc_server)
+    gateway_pb2_grpc.add_GatewayServicer_to_server(GatewayServicer(door), grpc_server)
     health = Health(grpc_server, [gateway_pb2.DESCRIPTOR.services_by_name["Gateway"].full_name])
-    bind(grpc_server, section.host, section.grpc_port)
+    certificates = ServerCertificates(config.tls) if config.tls.on else None
+    bind(grpc_server, section.host, section.grpc_port, certificates)
     http_socket = _http_socket(section.host, section.http_port)
     rest = uvicorn.Server(
-        uvicorn.Config(create_app(service, section), log_config=None, access_log=False, timeout_graceful_shutdown=2)
+        uvicorn.Config(
+            create_app(door, section),
+            log_config=None,
+            access_log=False,
+            timeout_graceful_shutdown=2,
+            ssl_context_factory=None if certificates is None else lambda *_: certificates.ssl_context(),
+        )
     )
     rest.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
     stop = stop_event()
@@ -87,13 +103,21 @@ async def serve(config: GatewayConfig) -> None:
     rest.should_exit = True
     await dispatcher.stop()
     await grpc_server.stop(grace=0.5)
-    for task in loops[:-1]:
-        task.cancel()
-    await asyncio.gather(*loops, return_exceptions=True)
+    await _end(loops[:-1])
+    await asyncio.wait({loops[-1]})
     await state.close()
+    await fetcher.close()
     for task in broken:
         # None ends by itself: the process must not end as if it had been told to.
         task.result()
+
+
+async def _end(tasks: Sequence[asyncio.Task[None]]) -> None:
+    """Cancels until all have ended: a cancel that meets an answer can be lost in a library."""
+    while pending := {task for task in tasks if not task.done()}:
+        for task in pending:
+            task.cancel()
+        await asyncio.wait(pending, timeout=0.5)
 
 
 async def _serve_rest(rest: uvicorn.Server, http_socket: socket.socket) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
+from services.config import TlsSection
 from services.errors import StartupError
 
 MIN_WEIGHT, MAX_WEIGHT = 0.01, 100.0
@@ -37,10 +39,39 @@ class GatewaySection:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RedisSection:
-    """The state store."""
+class AccessSection:
+    """Who may call: the keys in a file (`lightloom key`); without, this machine only, unless anonymous is allowed."""
 
-    url: str = "redis://127.0.0.1:6379/0"
+    keys_file: str = ""
+    allow_anonymous: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InputsSection:
+    """Pictures by URL. `image_hosts`: `HOST`, `HOST:PORT` (https), or `http://HOST:PORT`; empty: URLs are refused.
+
+    Hosts must have public addresses, or ones in `image_networks` (`10.1.0.0/16`), and certificates of a public
+    authority, or of `image_ca` (PEM). Seconds are for a whole picture.
+    """
+
+    image_hosts: tuple[str, ...] = ()
+    image_networks: tuple[str, ...] = ()
+    image_ca: str = ""
+    fetch_timeout_s: float = 10.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RedisSection:
+    """The state store. A URL with a password belongs into a file that only the gateway can read: `url_file`.
+
+    `redis://`, `rediss://` (TLS), `unix://`, or `sentinel://HOST:PORT,HOST:PORT/SERVICE` (`sentinels://` with TLS),
+    whose password and database are those of the servers; what Sentinels themselves ask for is in a file of its own.
+    """
+
+    url: str = field(default="redis://127.0.0.1:6379/0", repr=False)
+    url_file: str = ""
+    sentinel_password_file: str = ""
+    tls: TlsSection = field(default_factory=TlsSection)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,13 +102,18 @@ class StagesSection:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GatewayConfig:
-    """All sections. `tenants` has the weights of those that do not get 1.
+    """All sections. `tls` is that of its gRPC and REST fronts, `stage_tls` what it shows to stages and asks of them.
+    `tenants` has the weights of those that do not get 1.
 
     Raises:
         StartupError: a value is out of its range.
     """
 
     gateway: GatewaySection = field(default_factory=GatewaySection)
+    access: AccessSection = field(default_factory=AccessSection)
+    inputs: InputsSection = field(default_factory=InputsSection)
+    tls: TlsSection = field(default_factory=TlsSection)
+    stage_tls: TlsSection = field(default_factory=TlsSection)
     redis: RedisSection = field(default_factory=RedisSection)
     store: StoreSection = field(default_factory=StoreSection)
     stages: StagesSection = field(default_factory=StagesSection)
@@ -93,3 +129,20 @@ class GatewayConfig:
             value = getattr(self.gateway, key)
             if not 0 < value < math.inf:
                 raise StartupError(f"config key gateway.{key} is {value}: it must be above 0 and finite")
+
+
+def redis_url(section: RedisSection) -> str:
+    """The URL, from its file if there is one.
+
+    Raises:
+        StartupError: the file cannot be read, or is empty.
+    """
+    if not section.url_file:
+        return section.url
+    try:
+        url = Path(section.url_file).read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise StartupError(f"redis.url_file {section.url_file} cannot be read: {error}") from error
+    if not url:
+        raise StartupError(f"redis.url_file {section.url_file} is empty: write the URL into it, redis://HOST:PORT/0")
+    return url

@@ -73,20 +73,22 @@ class Dispatcher:
                 # Claims without an answer hold requests until their leases run out: no more until Redis answers.
                 while not await self._state.ping():
                     pass
+            # Not by wait_for: in Python 3.11 it swallows a cancel that comes together with the event.
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), IDLE_S)
+                async with asyncio.timeout(IDLE_S):
+                    await self._wake.wait()
 
-    async def submit(self, request_id: str, queue: str, ticket: Ticket, fields: Fields) -> None:
+    async def submit(self, request_id: str, queue: str, ticket: Ticket, fields: Fields) -> bool:
         """Stores a request as State.submit does, and starts it when nobody waits before it and a replica is free."""
         replica = None if self._stopping else self._free().get(queue)
         if replica is None:
-            await self._state.submit(request_id, queue, ticket, fields)
-            return
+            return (await self._state.submit(request_id, queue, ticket, fields))[0]
         with replica.in_use(ticket.batch):
             lease_s, offer = self._config.lease_s, replica.offer()
-            _, claim = await self._state.submit(request_id, queue, ticket, fields, lease_s=lease_s, offer=offer)
+            stored, claim = await self._state.submit(request_id, queue, ticket, fields, lease_s=lease_s, offer=offer)
             if claim is not None:
                 await self._start(claim, replica)
+        return stored
 
     async def _start(self, claim: Claim, replica: Replica) -> None:
         task = asyncio.create_task(self._run(claim.request_id, self._lifecycle.run(claim, replica)))

@@ -15,7 +15,9 @@ from fastapi import FastAPI, Query, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
+from gateway.access import CallerRequests, Door
 from gateway.config import GatewaySection
+from gateway.http_access import KeyCheck, Requests, requests_of
 from gateway.http_content import CONTENT_ANSWERS, content_response
 from gateway.http_errors import Border, ErrorEnvelope, install, service_envelope
 from gateway.http_json import (
@@ -35,7 +37,9 @@ from services.errors import Cancelled, Internal, ServiceError
 from services.request import GenerationParams, with_seed
 
 PAGE = Path(__file__).parent / "page.html"
-ERRORS: dict[int | str, dict[str, Any]] = {status: {"model": ErrorEnvelope} for status in (400, 404, 409, 429, 503)}
+ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorEnvelope} for status in (400, 401, 403, 404, 409, 429, 503)
+}
 
 
 EVENTS = "text/event-stream"
@@ -46,68 +50,73 @@ def _answers(*mimes: str) -> dict[int | str, dict[str, Any]]:
     return {200: {"content": {mime: {} for mime in mimes}}}
 
 
-def create_app(service: RequestService, config: GatewaySection) -> FastAPI:
-    """The whole REST API over a service."""
+def create_app(door: Door, config: GatewaySection) -> FastAPI:
+    """The whole REST API behind a door."""
     app = FastAPI(title="Lightloom", version="1", docs_url=None, redoc_url=None, responses=ERRORS)
     install(app)
+    app.add_middleware(KeyCheck, door=door)
     app.add_middleware(Border, max_body_bytes=config.max_body_bytes)
-    _add_images(app, service)
-    _add_requests(app, service)
-    _add_operations(app, service)
+    _add_images(app)
+    _add_requests(app, door.service)
+    _add_operations(app, door.service)
     return app
 
 
-def _add_images(app: FastAPI, service: RequestService) -> None:
+def _add_images(app: FastAPI) -> None:
     @app.post("/v1/images/generations", response_model=None, responses=_answers("application/json", EVENTS))
-    async def generate_images(body: ImageRequest, request: Request) -> Response:
+    async def generate_images(body: ImageRequest, request: Request, requests: Requests) -> Response:
         """Makes images and waits for them (OpenAI's call). Leaving aborts."""
-        params = body.params(service.model_of(body.model or ""))
+        fetched = await requests.fetch(body.remote())
+        params = body.params(requests.model_of(body.model or ""), fetched=fetched)
         traceparent = request.headers.get("traceparent", "")
         if body.stream:
             # Steps are not known before the model's default is: previews come at even shares of the default.
-            every = _preview_every(service, params, body.partial_images or 0)
-            request_id = await service.submit(replace(params, preview_every=every), traceparent=traceparent)
-            return _sse(_stream_image(service, request_id, body.partial_images or 0))
+            every = _preview_every(requests, params, body.partial_images or 0)
+            request_id = await requests.submit(replace(params, preview_every=every), traceparent=traceparent)
+            return _sse(_stream_image(requests, request_id, body.partial_images or 0))
         count = body.n or 1
         ids = []
         try:
             for index in range(count):
                 seeded = params if params.seed is None else with_seed(params, params.seed + index)
-                ids.append(await service.submit(seeded, traceparent=traceparent))
-            statuses = await _wait_all(service, ids, request)
+                ids.append(await requests.submit(seeded, traceparent=traceparent))
+            statuses = await _wait_all(requests, ids, request)
         except BaseException:
-            await asyncio.shield(_abort_all(service, ids))
+            await asyncio.shield(_abort_all(requests, ids))
             raise
-        images = [await _image_json(service, status, body.response_format or "b64_json") for status in statuses]
+        images = [await _image_json(requests, status, body.response_format or "b64_json") for status in statuses]
         return JSONResponse({"created": int(time.time()), "data": images, "output_format": body.file_format()})
 
 
 def _add_requests(app: FastAPI, service: RequestService) -> None:
     @app.post("/v1/requests", status_code=202)
-    async def create_request(body: GenerationRequest, request: Request) -> dict[str, Any]:
+    async def create_request(body: GenerationRequest, request: Request, requests: Requests) -> dict[str, Any]:
         """Submits any generation and returns at once."""
-        request_id = await service.submit(
-            body.params(service.model_of(body.model or "")),
+        fetched = await requests.fetch(body.remote())
+        request_id = await requests.submit(
+            body.params(requests.model_of(body.model or ""), fetched),
             idempotency_key=request.headers.get("idempotency-key", ""),
             priority=body.priority,
             traceparent=request.headers.get("traceparent", ""),
         )
-        return status_json(await service.get(request_id))
+        return status_json(await requests.get(request_id))
 
     @app.get("/v1/requests")
-    async def list_requests(limit: Annotated[int, Query(ge=1, le=MAX_LIST)] = 100) -> dict[str, Any]:
-        """The newest requests."""
-        return {"object": "list", "data": [status_json(status) for status in await service.newest(limit)]}
+    async def list_requests(
+        requests: Requests, limit: Annotated[int, Query(ge=1, le=MAX_LIST)] = 100
+    ) -> dict[str, Any]:
+        """The newest requests: of the key's tenant, or of all with `read_all`."""
+        return {"object": "list", "data": [status_json(status) for status in await requests.newest(limit)]}
 
     @app.get("/v1/requests/{request_id}")
-    async def get_request(request_id: str) -> dict[str, Any]:
+    async def get_request(request_id: str, requests: Requests) -> dict[str, Any]:
         """State, progress, parameters, result or error."""
-        return status_json(await service.get(request_id))
+        return status_json(await requests.get(request_id))
 
     @app.delete("/v1/requests/{request_id}")
-    async def abort_request(request_id: str) -> dict[str, Any]:
+    async def abort_request(request_id: str, requests: Requests) -> dict[str, Any]:
         """Aborts; a request that has ended stays as it is."""
-        return {"id": request_id, "object": "request", "state": state_name(await service.abort(request_id))}
+        return {"id": request_id, "object": "request", "state": state_name(await requests.abort(request_id))}
 
     @app.get(
         "/v1/requests/{request_id}/events",
@@ -115,31 +124,35 @@ def _add_requests(app: FastAPI, service: RequestService) -> None:
         response_class=StreamingResponse,
         responses=_answers(EVENTS),
     )
-    async def request_events(request_id: str, request: Request) -> Response:
+    async def request_events(request_id: str, request: Request, requests: Requests) -> Response:
         """Server-sent events, resumable by Last-Event-ID through any gateway."""
-        events = service.events(request_id, request.headers.get("last-event-id", ""))
+        events = requests.events(request_id, request.headers.get("last-event-id", ""))
         # The answer's status goes out before the first event: what is wrong must be known now.
-        await service.get(request_id)
+        await requests.get(request_id)
         return _sse(_events(events))
 
     @app.head("/v1/requests/{request_id}/content", include_in_schema=False)
     @app.get("/v1/requests/{request_id}/content", response_model=None, responses=CONTENT_ANSWERS)
     async def request_content(request_id: str, request: Request) -> Response:
         """What the request made. Needs no access key with a signed link, which `artifact.url` of a request is."""
-        await service.links.is_signed(content_path(request_id), request.query_params)
-        return await content_response(await service.content(request_id), request)
+        # KeyCheck lets calls without a key come here.
+        if await service.links.is_signed(content_path(request_id), request.query_params):
+            found = await service.content(request_id)
+        else:
+            found = await requests_of(request, None).content(request_id)
+        return await content_response(found, request)
 
     @app.get("/v1/requests/{request_id}/trace")
-    async def request_trace(request_id: str) -> dict[str, Any]:
+    async def request_trace(request_id: str, requests: Requests) -> dict[str, Any]:
         """The request's timeline over all processes."""
-        return {"id": request_id, "spans": [span_json(span) for span in await service.trace(request_id)]}
+        return {"id": request_id, "spans": [span_json(span) for span in await requests.trace(request_id)]}
 
 
 def _add_operations(app: FastAPI, service: RequestService) -> None:
     @app.get("/v1/models")
-    async def list_models() -> dict[str, Any]:
+    async def list_models(requests: Requests) -> dict[str, Any]:
         """Models with limits and replicas."""
-        return {"object": "list", "data": [model_json(model) for model in service.models()]}
+        return {"object": "list", "data": [model_json(model) for model in requests.models()]}
 
     @app.get("/health")
     async def health() -> JSONResponse:
@@ -160,14 +173,14 @@ def _add_operations(app: FastAPI, service: RequestService) -> None:
         return HTMLResponse(_docs(app.openapi()))
 
 
-async def _wait_all(service: RequestService, ids: list[str], request: Request) -> list[gateway_pb2.RequestStatus]:
+async def _wait_all(requests: CallerRequests, ids: list[str], request: Request) -> list[gateway_pb2.RequestStatus]:
     """The final statuses.
 
     Raises:
         ServiceError: what one of them failed with.
         Cancelled: the client left.
     """
-    waits = asyncio.gather(*(_wait(service, request_id) for request_id in ids))
+    waits = asyncio.gather(*(_wait(requests, request_id) for request_id in ids))
     gone = asyncio.create_task(_disconnected(request))
     try:
         watched: set[asyncio.Future[Any]] = {waits, gone}
@@ -181,9 +194,9 @@ async def _wait_all(service: RequestService, ids: list[str], request: Request) -
         await asyncio.gather(gone, waits, return_exceptions=True)
 
 
-async def _wait(service: RequestService, request_id: str) -> gateway_pb2.RequestStatus:
+async def _wait(requests: CallerRequests, request_id: str) -> gateway_pb2.RequestStatus:
     status = gateway_pb2.RequestStatus()
-    async for event in service.events(request_id):
+    async for event in requests.events(request_id):
         if event.WhichOneof("event") == "status":
             status = event.status
     return _finished(status)
@@ -209,37 +222,37 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-async def _abort_all(service: RequestService, ids: list[str]) -> None:
-    await asyncio.gather(*(service.abort(request_id) for request_id in ids), return_exceptions=True)
+async def _abort_all(requests: CallerRequests, ids: list[str]) -> None:
+    await asyncio.gather(*(requests.abort(request_id) for request_id in ids), return_exceptions=True)
 
 
-async def _image_json(service: RequestService, status: gateway_pb2.RequestStatus, form: str) -> dict[str, Any]:
+async def _image_json(requests: CallerRequests, status: gateway_pb2.RequestStatus, form: str) -> dict[str, Any]:
     if form == "url":
         return {"url": status.artifact.url, "request_id": status.request_id}
-    data = b"".join([piece async for piece in service.media(status)])
+    data = b"".join([piece async for piece in requests.media(status)])
     return {"b64_json": base64.b64encode(data).decode(), "request_id": status.request_id}
 
 
-def _preview_every(service: RequestService, params: GenerationParams, partial_images: int) -> int:
+def _preview_every(requests: CallerRequests, params: GenerationParams, partial_images: int) -> int:
     if not partial_images:
         return 0
-    [info] = [model for model in service.models() if model.name == params.model] or [gateway_pb2.ModelInfo()]
+    [info] = [model for model in requests.models() if model.name == params.model] or [gateway_pb2.ModelInfo()]
     steps = params.steps or info.limits.default_steps or 20
     return max(1, steps // (partial_images + 1))
 
 
-async def _stream_image(service: RequestService, request_id: str, partial_images: int) -> AsyncIterator[str]:
+async def _stream_image(requests: CallerRequests, request_id: str, partial_images: int) -> AsyncIterator[str]:
     """OpenAI's stream: partial images, then the completed one. Leaving aborts."""
     sent, ended = 0, False
     try:
-        async for event in service.events(request_id):
+        async for event in requests.events(request_id):
             kind = event.WhichOneof("event")
             if kind == "preview" and sent < partial_images:
                 data = {"b64_json": base64.b64encode(event.preview.data).decode(), "partial_image_index": sent}
                 sent += 1
                 yield _line("image_generation.partial_image", _common(data, "jpeg", "auto"))
             elif kind == "status" and event.status.state == gateway_pb2.REQUEST_STATE_DONE:
-                image = await _image_json(service, event.status, "b64_json")
+                image = await _image_json(requests, event.status, "b64_json")
                 params = params_json(event.status.params)
                 size = f"{event.status.artifact.width}x{event.status.artifact.height}"
                 usage = {"input_tokens": 0, "output_tokens": 0, "total_tokens": 0}
@@ -253,7 +266,7 @@ async def _stream_image(service: RequestService, request_id: str, partial_images
         yield _line("error", service_envelope(error))
     finally:
         if not ended:
-            await asyncio.shield(_abort_all(service, [request_id]))
+            await asyncio.shield(_abort_all(requests, [request_id]))
 
 
 def _common(data: dict[str, Any], output_format: str, size: str) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from services.errors import ServiceError
+from services.errors import ServiceError, Unauthenticated
 
 _log = logging.getLogger(__name__)
 
@@ -70,15 +70,22 @@ def service_envelope(error: ServiceError) -> dict[str, Any]:
     return envelope(error.http, error.message, error.reason, error.param)
 
 
+def error_response(error: ServiceError) -> JSONResponse:
+    """One of our own errors as an answer, with the headers that go with it."""
+    headers = {"Retry-After": str(math.ceil(error.retry_after_s))} if error.retry_after_s > 0 else {}
+    if error.request_id:
+        headers["x-request-id"] = error.request_id
+    if isinstance(error, Unauthenticated):
+        headers["WWW-Authenticate"] = "Bearer"
+    return JSONResponse(service_envelope(error), error.http, headers)
+
+
 def install(app: FastAPI) -> None:
     """Makes `app` answer every failure with the envelope."""
 
     @app.exception_handler(ServiceError)
     async def service_error(request: Request, error: ServiceError) -> JSONResponse:
-        headers = {"Retry-After": str(math.ceil(error.retry_after_s))} if error.retry_after_s > 0 else {}
-        if error.request_id:
-            headers["x-request-id"] = error.request_id
-        return JSONResponse(service_envelope(error), error.http, headers)
+        return error_response(error)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:

@@ -8,13 +8,11 @@ from __future__ import annotations
 import base64
 import binascii
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping
+from dataclasses import replace
 
 from services.errors import InvalidRequest
 from services.request import Media
-
-# All inputs of a request travel to a stage in one gRPC message, which may have 8 MiB.
-MAX_INPUT_BYTES = 7 * 1024 * 1024
 
 _SAME = {
     ("image/jpg", "image/jpeg"),
@@ -25,12 +23,19 @@ _SAME = {
 _DATA_URL = re.compile(r"data:([a-z]+/[a-z0-9.+-]+);base64,", re.IGNORECASE)
 
 
-def media_of_data_url(url: str, param: str, role: str = "image") -> Media:
-    """Decodes `data:MIME;base64,DATA`.
+def is_remote(url: str) -> bool:
+    """Whether a URL names a picture elsewhere, which has to be fetched."""
+    return url[:8].lower().startswith(("http://", "https://"))
+
+
+def media_of_url(url: str, param: str, role: str = "image", fetched: Mapping[str, Media] | None = None) -> Media:
+    """Decodes `data:MIME;base64,DATA`, or takes what was fetched for the URL.
 
     Raises:
-        InvalidRequest: another kind of URL (nothing is fetched), bad base64, or as `media_of_bytes`.
+        InvalidRequest: another kind of URL, bad base64, or as `media_of_bytes`.
     """
+    if fetched and url in fetched:
+        return replace(fetched[url], role=role)
     match = _DATA_URL.match(url)
     if not match:
         raise InvalidRequest(
@@ -60,13 +65,6 @@ def media_of_bytes(data: bytes, mime: str, param: str, role: str = "image") -> M
     if mime not in ("", "application/octet-stream", actual) and (mime, actual) not in _SAME:
         raise InvalidRequest(f"{param} says it is {mime}, but its bytes are {actual}", param=param)
     return Media(mime=actual, data=data, role=role)
-
-
-def check_total(inputs: Sequence[Media], param: str) -> None:
-    """Raises InvalidRequest when the inputs of a request are too large together."""
-    total = sum(len(item.data) for item in inputs)
-    if total > MAX_INPUT_BYTES:
-        raise InvalidRequest(f"{param}: {total} bytes in all, at most {MAX_INPUT_BYTES} are allowed", param=param)
 
 
 def sniff(data: bytes) -> str | None:

@@ -7,14 +7,15 @@ and so is every field that is not listed. Whether a value fits the model is deci
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from gateway.http_inputs import check_total, media_of_data_url
+from gateway.http_inputs import is_remote, media_of_url
 from services.errors import InvalidRequest
-from services.request import MAX_SEED, GenerationParams, Media
+from services.request import MAX_SEED, GenerationParams, Media, check_total
 
 UINT32_MAX = 2**32 - 1
 MAX_IMAGES = 10
@@ -87,7 +88,7 @@ class ImageRequest(StrictBody):
     true_cfg_scale: Scale | None = Field(None, description="Same as guidance.")
     guidance_2: Scale | None = Field(None, description=GUIDANCE_2)
     input_image: str | list[str] | None = Field(
-        None, description="Pictures to edit, as data URLs (data:image/png;base64,...)."
+        None, description="Pictures to edit: data URLs (data:image/png;base64,...), or https URLs of listed hosts."
     )
     image: str | list[str] | None = Field(None, description="Same as input_image.")
 
@@ -111,12 +112,23 @@ class ImageRequest(StrictBody):
         if self.seed is not None and self.seed + (self.n or 1) - 1 > MAX_SEED:
             raise InvalidRequest(f"seed + n - 1 must be at most {MAX_SEED}", param="seed")
 
-    def params(self, model: str, inputs: tuple[Media, ...] = ()) -> GenerationParams:
+    def remote(self) -> list[tuple[str, str]]:
+        """(parameter, URL) of the pictures that are to be fetched."""
+        return [(f"input_image.{i}", url) for i, url in enumerate(self._urls()) if is_remote(url)]
+
+    def _urls(self) -> list[str]:
+        pictures = one_of(input_image=self.input_image, image=self.image)
+        return [pictures] if isinstance(pictures, str) else pictures or []
+
+    def params(
+        self, model: str, inputs: tuple[Media, ...] = (), fetched: Mapping[str, Media] | None = None
+    ) -> GenerationParams:
         """The generation of the first image.
 
         Args:
             model: the name to use (`self.model`, or the only model that is served).
             inputs: pictures that came beside the body, as multipart files.
+            fetched: pictures by URL, those of `remote`.
 
         Raises:
             InvalidRequest: a size that cannot be read, two names of one field with different values, a bad
@@ -124,9 +136,7 @@ class ImageRequest(StrictBody):
         """
         self.check()
         width, height = parse_size(self.size)
-        pictures = one_of(input_image=self.input_image, image=self.image)
-        urls = [pictures] if isinstance(pictures, str) else pictures or []
-        inputs += tuple(media_of_data_url(url, f"input_image.{i}") for i, url in enumerate(urls))
+        inputs += tuple(media_of_url(url, f"input_image.{i}", fetched=fetched) for i, url in enumerate(self._urls()))
         check_total(inputs, "input_image")
         return GenerationParams(
             model=model,
@@ -150,7 +160,7 @@ class ImageRequest(StrictBody):
 class InputMedia(StrictBody):
     """A condition of a generation."""
 
-    data_url: str = Field(description="data:MIME;base64,...")
+    data_url: str = Field(description="data:MIME;base64,..., or an https URL of a listed host")
     role: Literal["image", "last_image", "mask", "video", "audio"] = "image"
 
 
@@ -178,15 +188,20 @@ class GenerationRequest(StrictBody):
         0, description="Below 0 is high, 0 normal, above 0 low; a higher class runs first."
     )
 
-    def params(self, model: str) -> GenerationParams:
-        """The generation; `model` as in `ImageRequest.params`.
+    def remote(self) -> list[tuple[str, str]]:
+        """(parameter, URL) of the inputs that are to be fetched."""
+        urls = [(f"inputs.{i}.data_url", item.data_url) for i, item in enumerate(self.inputs)]
+        return [(param, url) for param, url in urls if is_remote(url)]
+
+    def params(self, model: str, fetched: Mapping[str, Media] | None = None) -> GenerationParams:
+        """The generation; `model` and `fetched` as in `ImageRequest.params`.
 
         Raises:
             InvalidRequest: a bad data URL.
         """
         plain = self.model_dump(exclude={"model", "inputs", "priority"})
         inputs = tuple(
-            media_of_data_url(item.data_url, f"inputs.{i}.data_url", role=item.role)
+            media_of_url(item.data_url, f"inputs.{i}.data_url", role=item.role, fetched=fetched)
             for i, item in enumerate(self.inputs)
         )
         check_total(inputs, "inputs")

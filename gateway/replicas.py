@@ -17,9 +17,12 @@ import grpc
 from gateway.config import StagesSection
 from gateway.ticket import Offer
 from protos import dit_pb2_grpc, gateway_pb2, text_encoder_pb2_grpc, types_pb2, vae_pb2_grpc
-from services.client import connect
-from services.errors import NotReady, Overloaded, ServiceError, UnknownModel
+from services.client import connect, error_from_rpc
+from services.config import TlsSection
+from services.errors import NotReady, Overloaded, ServiceError, StartupError, UnknownModel
+from services.files import Stamp
 from services.request import Limits
+from services.tls import stamps
 from services.wire import limits_from_proto
 
 log = logging.getLogger(__name__)
@@ -29,6 +32,9 @@ FAST_POLL_S = 0.1
 DESCRIBE_TIMEOUT_S = 3.0
 BACK_OFF_S = 0.25
 MAX_BACK_OFF_S = 4.0
+# How long calls on a channel may still take: of a replica that left, and after a change of certificates.
+LEAVE_S = 60.0
+RENEW_S = 3600.0
 STAGES = {
     "text_encoder": types_pb2.STAGE_TEXT_ENCODER,
     "dit": types_pb2.STAGE_DIT,
@@ -55,6 +61,7 @@ class Replica:
     facts: types_pb2.DescribeResponse | None = None
     batches: list[str] = field(default_factory=list)
     others: int = 0
+    silent_because: str = ""
     paused_until_s: float = 0.0
     _back_off_s: float = BACK_OFF_S
 
@@ -133,7 +140,9 @@ class Replicas:
 
     config: StagesSection
     on_change: Callable[[], None]
+    tls: TlsSection = field(default_factory=TlsSection)
     known: dict[tuple[str, str], Replica] = field(default_factory=dict)
+    _tls_stamps: tuple[Stamp, ...] = ()
     # What the newest replica of a stage said, by stage and model: it holds when all of them are away for a moment.
     _last: dict[tuple[str, str], types_pb2.DescribeResponse] = field(default_factory=dict)
 
@@ -223,12 +232,27 @@ class Replicas:
 
     async def watch(self) -> None:
         """Follows the lists and asks every replica, for ever."""
+        self._tls_stamps = stamps(self.tls)
         while True:
+            self._follow_certificates()
             for stage in STAGES:
                 await self._follow_list(stage, getattr(self.config, stage))
             await asyncio.gather(*(self._ask(replica) for replica in list(self.known.values())))
             starting = any(replica.facts is None for replica in self.known.values())
             await asyncio.sleep(FAST_POLL_S if starting or not self.known else POLL_S)
+
+    def _follow_certificates(self) -> None:
+        """Opens every channel anew when our certificate has changed: a channel keeps the one that it was made with."""
+        now = stamps(self.tls)
+        if now == self._tls_stamps:
+            return
+        self._tls_stamps = now
+        try:
+            for replica in self.known.values():
+                replica.channel, old = connect(replica.address, tls=self.tls), replica.channel
+                asyncio.ensure_future(old.close(grace=RENEW_S))
+        except StartupError as error:
+            log.error("the connections to stages stay as they were: %s", error)
 
     async def _follow_list(self, stage: str, target: str) -> None:
         try:
@@ -238,12 +262,15 @@ class Replicas:
             return
         for address in addresses:
             if (stage, address) not in self.known:
-                self.known[stage, address] = Replica(stage, address, connect(address))
+                try:
+                    self.known[stage, address] = Replica(stage, address, connect(address, tls=self.tls))
+                except StartupError as error:
+                    log.error("cannot connect to %s: %s", address, error)
         for key, replica in list(self.known.items()):
             if replica.stage == stage and replica.address not in addresses:
                 del self.known[key]
                 # Requests that run there end by themselves; the channel closes once they have.
-                asyncio.ensure_future(replica.channel.close(grace=60.0))
+                asyncio.ensure_future(replica.channel.close(grace=LEAVE_S))
 
     async def _ask(self, replica: Replica) -> None:
         before, credit, ours = replica.healthy, replica.has_credit, replica.ours
@@ -251,8 +278,14 @@ class Replicas:
             facts = await _STUBS[replica.stage](replica.channel).Describe(
                 types_pb2.DescribeRequest(), timeout=DESCRIBE_TIMEOUT_S
             )
-        except grpc.aio.AioRpcError:
+            replica.silent_because = ""
+        except grpc.aio.AioRpcError as error:
             replica.facts = None
+            reason = error_from_rpc(error).message
+            # Once, not with every question.
+            if reason != replica.silent_because:
+                log.warning("%s replica %s: %s", replica.stage, replica.address, reason)
+            replica.silent_because = reason
         else:
             replica.told(facts, ours)
             self._last |= {(replica.stage, model): facts for model in facts.models}

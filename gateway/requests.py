@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import secrets
 import uuid
@@ -14,14 +15,17 @@ from gateway.checkpoints import drop_between_stages
 from gateway.config import GatewaySection
 from gateway.dispatch import Dispatcher
 from gateway.followers import StoredEvent
+from gateway.keys import ApiKey
 from gateway.links import Links, content_path
+from gateway.quotas import Quotas
+from gateway.quotas import cost_of as charge_of
 from gateway.replicas import Replicas
 from gateway.state import TERMINAL, State, queue_key
 from gateway.store import Store
 from gateway.ticket import Ticket, batch_key, cost_of
 from gateway.withdrawals import Withdrawals
 from protos import gateway_pb2, types_pb2
-from services.errors import InvalidRequest, Overloaded, UnknownModel, UnknownRequest, WrongState
+from services.errors import InvalidRequest, KeyReused, Overloaded, UnknownModel, UnknownRequest, WrongState
 from services.media import first_picture
 from services.request import MAX_SEED, GenerationParams, Limits, ResolvedParams, resolve
 from services.telemetry import new_traceparent
@@ -74,27 +78,31 @@ class RequestService:
         self._store = store
         self._config = config
         self._weights = weights
+        self._quotas = Quotas(state)
         self._withdrawals = Withdrawals(state.withdraw)
 
     async def submit(
         self,
         params: GenerationParams,
+        key: ApiKey,
         *,
         idempotency_key: str = "",
         priority: int = 0,
         traceparent: str = "",
-        tenant: str = "",
     ) -> str:
         """Checks and stores a request; from then on it survives this gateway. Returns its id.
 
         Args:
-            tenant: whose share of the replicas it takes.
+            key: whose request it is, and whose quotas it is counted against.
+            idempotency_key: the tenant's own name for the request; the same request under it is stored once.
 
         Raises:
             UnknownModel, NotReady: nobody serves the model (now).
             InvalidRequest: a value is outside the model's limits, or it has no previews and they are asked for.
             Overloaded: the queue is full, or has too many of the tenant's requests.
             ArtifactStoreFull, ArtifactStoreDown: nobody could keep what it makes.
+            KeyReused: another request has that idempotency key.
+            QuotaExceeded: the key has used up its quota.
         """
         if refusal := self._store.writes.refusal:
             raise refusal
@@ -105,24 +113,34 @@ class RequestService:
         resolved = resolve(params, limits, seed=secrets.randbelow(MAX_SEED), picture=picture)
         if resolved.preview_every:
             self._check_previews(model)
-        request_id = _new_id(idempotency_key)
+        request_id = _new_id(key.tenant, idempotency_key)
+        body = _digest(params, priority)
+        if idempotency_key and await self._repeats(request_id, body):
+            return request_id
+        cost = charge_of(resolved)
+        await self._quotas.take(key, cost)
         fields: dict[str, str | bytes | float] = {
             "params": params_to_proto(resolved).SerializeToString(),
+            "body": body,
             "total": resolved.steps,
             "step": 0,
             "traceparent": new_traceparent(traceparent),
         }
         queue = queue_key("dit", self._replicas.component("dit", model))
-        ticket = self._ticket(resolved, limits, priority, tenant)
+        ticket = self._ticket(resolved, limits, priority, key.tenant)
         try:
-            await self._dispatcher.submit(request_id, queue, ticket, fields)
+            stored = await self._dispatcher.submit(request_id, queue, ticket, fields)
         except Overloaded:
+            await self._quotas.give_back(key, cost)
             raise
         except BaseException:
             # It may be stored all the same. Nobody waits for it then, unless the key brings its owner back.
             if not idempotency_key:
                 self._withdrawals.add(request_id)
             raise
+        if not stored:
+            await self._quotas.give_back(key, cost)
+            await self._repeats(request_id, body)
         return request_id
 
     def _ticket(self, params: ResolvedParams, limits: Limits, priority: int, tenant: str) -> Ticket:
@@ -139,6 +157,18 @@ class RequestService:
             max_queued=config.max_queued,
             max_queued_tenant=config.max_queued_tenant,
         )
+
+    async def _repeats(self, request_id: str, body: str) -> bool:
+        """Whether a request of that id is stored, with that body."""
+        record = await self._state.get(request_id)
+        if record and record.get("body", b"").decode() != body:
+            raise KeyReused(
+                f"this idempotency key belongs to request {request_id}, which has another body or priority: send the "
+                "same again, or choose a new key",
+                param="idempotency_key",
+                request_id=request_id,
+            )
+        return bool(record)
 
     def _check_previews(self, model: str) -> None:
         if self._replicas.fit(model) is None:
@@ -181,10 +211,14 @@ class RequestService:
             raise UnknownRequest(f"there is no request {request_id!r}", param="request_id")
         return record
 
-    async def newest(self, limit: int) -> list[gateway_pb2.RequestStatus]:
-        """The newest requests, at most 1000."""
+    async def tenant_of(self, request_id: str) -> str | None:
+        """Whose request it is; None for an unknown one."""
+        return await self._state.tenant_of(request_id)
+
+    async def newest(self, limit: int, tenant: str | None = None) -> list[gateway_pb2.RequestStatus]:
+        """The newest requests of one tenant, or of all; at most 1000."""
         statuses = []
-        for request_id in await self._state.newest(min(limit or 100, MAX_LIST)):
+        for request_id in await self._state.newest(min(limit or 100, MAX_LIST), tenant):
             record = await self._state.get(request_id)
             if record:
                 statuses.append(await self._status(request_id, record))
@@ -283,11 +317,18 @@ class RequestService:
         return Health(await self._state.ping(), {info.name: info.ready for info in self.models()})
 
 
-def _new_id(idempotency_key: str) -> str:
+def _new_id(tenant: str, idempotency_key: str) -> str:
     if len(idempotency_key) > MAX_KEY_CHARS:
         raise InvalidRequest(f"idempotency_key has more than {MAX_KEY_CHARS} characters", param="idempotency_key")
-    name = f"lightloom/{idempotency_key}"
+    # A tenant's name has no slash, so no two tenants share an id.
+    name = f"lightloom/{tenant}/{idempotency_key}"
     return uuid.uuid5(uuid.NAMESPACE_URL, name).hex if idempotency_key else uuid.uuid4().hex
+
+
+def _digest(params: GenerationParams, priority: int) -> str:
+    """Of what the client asked for, before anything is filled in: a drawn seed must not tell two tries apart."""
+    asked = params_to_proto(params).SerializeToString(deterministic=True)
+    return hashlib.sha256(b"%d/%b" % (priority, asked)).hexdigest()
 
 
 _FIELDS = tuple(GenerationParams.__dataclass_fields__)

@@ -9,17 +9,20 @@ from pathlib import Path
 from typing import Any
 
 from redis.asyncio import Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
+from redis.exceptions import AuthenticationError, ReadOnlyError, RedisError
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import ReadOnlyError, RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
+from gateway.config import RedisSection
+from gateway.redis_link import open_redis
 from services.errors import StateStoreDown
 
 log = logging.getLogger(__name__)
 
-NAMES = ("submit", "claim", "sweep", "beat", "checkpoint", "commit", "requeue", "abort", "expired", "follow")
+NAMES = (
+    *("submit", "claim", "sweep", "beat", "checkpoint", "commit", "requeue"),
+    *("abort", "expired", "follow", "charge", "echo"),
+)
 FOLDER = Path(__file__).parent / "lua"
 # How long a call waits for a Redis that is away: who asks is told soon.
 PATIENCE_S = 2.0
@@ -34,9 +37,9 @@ def source(name: str) -> str:
 class Scripts:
     """Runs scripts and commands; raises StateStoreDown when Redis does not answer, or only with an error."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, section: RedisSection) -> None:
         # Tries are counted in time, by `call`.
-        self.redis: Redis = Redis.from_url(url, socket_connect_timeout=2.0, retry=Retry(NoBackoff(), 0))
+        self.redis: Redis = open_redis(section)
         self.by_name = {name: self.redis.register_script(source(name)) for name in NAMES}
 
     async def run(self, name: str, keys: list[str], *arguments: Any, patience_s: float = PATIENCE_S) -> Any:
@@ -53,6 +56,8 @@ class Scripts:
                 while True:
                     try:
                         return await command()
+                    except AuthenticationError as error:
+                        refusal = error
                     except (RedisConnectionError, RedisTimeoutError, OSError):
                         pass
                     except ReadOnlyError as error:

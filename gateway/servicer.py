@@ -1,4 +1,4 @@
-"""The gRPC front: protos in, protos out. All work is the RequestService's."""
+"""The gRPC front: protos in, protos out. Who may do it is the Door's to say, all work the RequestService's."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
-from gateway.requests import RequestService
+from gateway.access import CallerRequests, Door
 from protos import gateway_pb2, gateway_pb2_grpc, types_pb2
 from services.wire import params_from_proto
 
@@ -17,63 +17,73 @@ DONE = gateway_pb2.REQUEST_STATE_DONE
 class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
     """Errors become statuses in the server's interceptor."""
 
-    def __init__(self, service: RequestService) -> None:
-        self._service = service
+    def __init__(self, door: Door) -> None:
+        self._door = door
+
+    def _requests(self, context: Any) -> CallerRequests:
+        return self._door.open(_metadata(context, "authorization"))
 
     async def Generate(  # noqa: N802 - the method's name in the proto
         self, request: gateway_pb2.GenerateRequest, context: Any
     ) -> AsyncIterator[gateway_pb2.GenerateResponse]:
         """Submits and follows; a caller that leaves aborts, unless it detached."""
-        metadata = dict(context.invocation_metadata() or ())
-        request_id = await self._service.submit(
+        requests = self._requests(context)
+        request_id = await requests.submit(
             params_from_proto(request.params),
             idempotency_key=request.idempotency_key,
             priority=request.priority,
-            traceparent=str(metadata.get("traceparent", "")),
+            traceparent=_metadata(context, "traceparent"),
         )
         ended = False
         try:
-            async for event in self._follow(request_id, "", request.inline_artifact):
+            async for event in self._follow(requests, request_id, "", request.inline_artifact):
                 yield event
             ended = True
         finally:
             if not ended and not request.detach:
-                await asyncio.shield(self._service.abort(request_id))
+                await asyncio.shield(requests.abort(request_id))
 
     async def Watch(  # noqa: N802
         self, request: gateway_pb2.WatchRequest, context: Any
     ) -> AsyncIterator[gateway_pb2.GenerateResponse]:
         """Follows from an event on."""
-        async for event in self._follow(request.request_id, request.last_event_id, request.inline_artifact):
+        requests = self._requests(context)
+        async for event in self._follow(requests, request.request_id, request.last_event_id, request.inline_artifact):
             yield event
 
-    async def _follow(self, request_id: str, after: str, inline: bool) -> AsyncIterator[gateway_pb2.GenerateResponse]:
-        async for event in self._service.events(request_id, after):
+    async def _follow(
+        self, requests: CallerRequests, request_id: str, after: str, inline: bool
+    ) -> AsyncIterator[gateway_pb2.GenerateResponse]:
+        async for event in requests.events(request_id, after):
             yield event
             if event.WhichOneof("event") != "status" or event.status.state != DONE:
                 continue
             if inline:
-                async for data in self._service.media(event.status):
+                async for data in requests.media(event.status):
                     for offset in range(0, len(data), CHUNK_BYTES):
                         chunk = types_pb2.MediaChunk(data=data[offset : offset + CHUNK_BYTES])
                         yield gateway_pb2.GenerateResponse(request_id=request_id, chunk=chunk)
 
     async def Abort(self, request: gateway_pb2.AbortRequest, context: Any) -> gateway_pb2.AbortResponse:  # noqa: N802
         """Cancels."""
-        return gateway_pb2.AbortResponse(state=await self._service.abort(request.request_id))
+        return gateway_pb2.AbortResponse(state=await self._requests(context).abort(request.request_id))
 
     async def Get(self, request: gateway_pb2.GetRequest, context: Any) -> gateway_pb2.GetResponse:  # noqa: N802
         """One request."""
-        return gateway_pb2.GetResponse(status=await self._service.get(request.request_id))
+        return gateway_pb2.GetResponse(status=await self._requests(context).get(request.request_id))
 
     async def List(self, request: gateway_pb2.ListRequest, context: Any) -> gateway_pb2.ListResponse:  # noqa: N802
         """The newest requests."""
-        return gateway_pb2.ListResponse(requests=await self._service.newest(request.limit))
+        return gateway_pb2.ListResponse(requests=await self._requests(context).newest(request.limit))
 
     async def Models(self, request: gateway_pb2.ModelsRequest, context: Any) -> gateway_pb2.ModelsResponse:  # noqa: N802
         """What is served."""
-        return gateway_pb2.ModelsResponse(models=self._service.models())
+        return gateway_pb2.ModelsResponse(models=self._requests(context).models())
 
     async def Trace(self, request: gateway_pb2.TraceRequest, context: Any) -> gateway_pb2.TraceResponse:  # noqa: N802
         """One request's timeline."""
-        return gateway_pb2.TraceResponse(spans=await self._service.trace(request.request_id))
+        return gateway_pb2.TraceResponse(spans=await self._requests(context).trace(request.request_id))
+
+
+def _metadata(context: Any, name: str) -> str:
+    return next((value for key, value in context.invocation_metadata() or () if key == name), "")

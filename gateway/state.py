@@ -17,12 +17,16 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from redis.asyncio import Redis
+from redis.asyncio.client import PubSub
+from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 
+from gateway.config import RedisSection
 from gateway.followers import Followers, StoredEvent, record_of, stored_events
+from gateway.redis_link import examine, open_redis, refusal_of
 from gateway.scripts import PATIENCE_S, Scripts
 from gateway.ticket import Offer, Ticket
-from services.errors import DeadlineExceeded, Overloaded, StateStoreDown, UnknownRequest
+from services.errors import DeadlineExceeded, Overloaded, StartupError, StateStoreDown, UnknownRequest
 from services.wire import error_to_proto
 
 log = logging.getLogger(__name__)
@@ -39,6 +43,8 @@ MAX_RETRY_AFTER_S = 60.0
 SWEPT_AT_ONCE = 100
 QUEUE_FULL, TOO_LATE, TENANT_FULL = -1, -2, -3
 _TOO_LONG = error_to_proto(DeadlineExceeded("the request's deadline passed while it waited")).SerializeToString()
+# After so long without a message, the listener tells itself one; after as long again without it, it connects anew.
+SILENCE_S = 2.0
 
 Fields = Mapping[str, str | bytes | float]
 
@@ -69,11 +75,11 @@ class Holding:
 class State:
     """The scripts as methods. Every method raises StateStoreDown when Redis does not answer, or only with an error."""
 
-    def __init__(self, url: str, owner: str) -> None:
+    def __init__(self, redis: RedisSection, owner: str) -> None:
         # Two gateways may have been given one name; what they publish must still be told apart.
         self._owner = f"{owner}/{secrets.token_hex(4)}"
-        self._scripts = Scripts(url)
-        self._listener: Redis = Redis.from_url(url, socket_connect_timeout=2.0)
+        self._scripts = Scripts(redis)
+        self._listener: Redis = open_redis(redis)
         self._followers = Followers()
         self._on_queue: Callable[[], None] = lambda: None
         self._on_cancel: Callable[[str], None] = lambda _request_id: None
@@ -100,7 +106,7 @@ class State:
         Raises:
             Overloaded: too many wait, or too many of that tenant.
         """
-        keys = [_request(request_id), queue, IDS, _events(request_id)]
+        keys = [_request(request_id), queue, IDS, _events(request_id), _ids_of(ticket.tenant)]
         terms = (ticket.keep_s, ticket.timeout_s, ticket.max_queued, ticket.max_queued_tenant)
         lease = "" if lease_s is None else lease_s
         flow = (ticket.priority_class, ticket.tenant)
@@ -222,9 +228,26 @@ class State:
         )
         return {key.decode(): value for key, value in record.items()}
 
-    async def newest(self, limit: int) -> list[str]:
-        """Ids, newest first."""
-        ids = await self._scripts.call(lambda: cast(Awaitable[Any], self._scripts.redis.zrevrange(IDS, 0, limit - 1)))
+    async def tenant_of(self, request_id: str) -> str | None:
+        """Whose request it is; None for an unknown one."""
+        tenant = await self._scripts.call(
+            lambda: cast(Awaitable[Any], self._scripts.redis.hget(_request(request_id), "tenant"))
+        )
+        return None if tenant is None else str(tenant.decode())
+
+    async def charge(self, key_id: str, allowances: Sequence[tuple[float, float, float]]) -> tuple[float, int]:
+        """Takes (amount, limit, window in seconds) from each quota of a key, or nothing from any.
+
+        Returns the seconds until there is enough, 0 when it was taken, and the number of the quota that lacks most.
+        """
+        flat = [part for allowance in allowances for part in allowance]
+        wait_s, number = await self._scripts.run("charge", [f"{PREFIX}:quota:{key_id}"], *flat)
+        return float(wait_s), int(number)
+
+    async def newest(self, limit: int, tenant: str | None = None) -> list[str]:
+        """Ids, newest first; of one tenant, or of all."""
+        key = IDS if tenant is None else _ids_of(tenant)
+        ids = await self._scripts.call(lambda: cast(Awaitable[Any], self._scripts.redis.zrevrange(key, 0, limit - 1)))
         return [request_id.decode() for request_id in ids]
 
     async def holdings(self, request_ids: Sequence[str]) -> list[Holding | None]:
@@ -301,20 +324,41 @@ class State:
 
         Args:
             on_expired: told by the gateway that found a queued request too late.
+
+        Raises:
+            StartupError: this Redis may throw away what it is told.
         """
         self._on_queue, self._on_cancel, self._on_expired = on_queue, on_cancel, on_expired
         while True:
             try:
                 async with self._listener.pubsub(ignore_subscribe_messages=True) as channel:
                     await channel.subscribe(WAKE)
+                    if refusal := refusal_of(await examine(self._listener)):
+                        raise StartupError(refusal)
                     self.connected = True
                     on_queue()
-                    async for message in channel.listen():
-                        self._hear(message["data"].decode())
-            except (RedisError, OSError) as error:
+                    await self._hear_all(channel)
+            except (RedisError, OSError, StateStoreDown) as error:
                 self.connected = False
-                log.warning("Redis does not answer: %s", error)
+                log.warning("Redis cannot be listened to: %s", error)
                 await asyncio.sleep(0.5)
+
+    async def _hear_all(self, channel: PubSub) -> None:
+        """Hears until nothing comes any more, not even our own word: after a failover, the channel may lead nowhere.
+
+        Raises:
+            RedisError, StateStoreDown: it is to be opened again.
+        """
+        spoken = False
+        while True:
+            message = await channel.get_message(timeout=SILENCE_S)
+            if message is not None:
+                self._hear(message["data"].decode())
+            elif spoken:
+                raise RedisConnectionError("the channel is silent: it leads to another server than commands do")
+            else:
+                await self._scripts.run("echo", [f"{PREFIX}:echo"], self._owner)
+            spoken = message is None
 
     def _hear(self, message: str) -> None:
         kind, _, rest = message.partition(":")
@@ -367,6 +411,10 @@ def _slots(offer: Offer) -> tuple[str, int]:
 
 def _request(request_id: str) -> str:
     return f"{PREFIX}:req:{request_id}"
+
+
+def _ids_of(tenant: str) -> str:
+    return f"{IDS}:{tenant}"
 
 
 def _events(request_id: str) -> str:

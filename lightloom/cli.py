@@ -7,16 +7,27 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lightloom.key_commands import app as key_app
 from services.errors import ServiceError, StartupError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
+if TYPE_CHECKING:
+    from lightloom.client import Endpoint
+
+app.add_typer(key_app, name="key")
+
 RunDir = Annotated[Path, typer.Option("--run-dir", help="Folder of a running cluster.")]
 Address = Annotated[str, typer.Option("--address", help="host:port of a gateway; default: the cluster in --run-dir.")]
+Ca = Annotated[
+    str, typer.Option("--ca", help="Certificate that signed the gateway's (PEM); `system`: a public authority.")
+]
+Cert = Annotated[str, typer.Option("--cert", help="Client certificate (PEM), if the gateway asks for one.")]
+CertKey = Annotated[str, typer.Option("--cert-key", help="The client certificate's key (PEM).")]
 DEFAULT_RUN_DIR = Path(".lightloom")
 
 
@@ -54,6 +65,9 @@ def generate(
     ] = None,
     address: Address = "",
     run_dir: RunDir = DEFAULT_RUN_DIR,
+    ca: Ca = "",
+    cert: Cert = "",
+    cert_key: CertKey = "",
 ) -> None:
     """Make a picture (or clip) from a prompt, with a live progress bar."""
     from lightloom.generate import Wish, generate_to_file
@@ -61,32 +75,51 @@ def generate(
     wish = Wish(
         prompt, model, negative_prompt, size, steps, guidance, seed, frames, tuple(image or ()), fps, guidance_2
     )
-    generate_to_file(wish, output, grpc_address(address, run_dir))
+    generate_to_file(wish, output, endpoint(address, run_dir, ca, cert, cert_key))
 
 
 @app.command()
-def status(address: Address = "", run_dir: RunDir = DEFAULT_RUN_DIR, limit: int = 20) -> None:
+def status(
+    address: Address = "",
+    run_dir: RunDir = DEFAULT_RUN_DIR,
+    ca: Ca = "",
+    cert: Cert = "",
+    cert_key: CertKey = "",
+    limit: int = 20,
+) -> None:
     """Show models, replicas and the newest requests."""
     from lightloom.show import show_status
 
-    show_status(grpc_address(address, run_dir), run_dir, limit)
+    show_status(endpoint(address, run_dir, ca, cert, cert_key), run_dir, limit)
 
 
 @app.command()
-def abort(request_id: str, address: Address = "", run_dir: RunDir = DEFAULT_RUN_DIR) -> None:
+def abort(
+    request_id: str,
+    address: Address = "",
+    run_dir: RunDir = DEFAULT_RUN_DIR,
+    ca: Ca = "",
+    cert: Cert = "",
+    cert_key: CertKey = "",
+) -> None:
     """Abort a request, queued or running."""
-    from lightloom.client import Client
-
-    with Client(grpc_address(address, run_dir)) as client:
+    with endpoint(address, run_dir, ca, cert, cert_key).open() as client:
         typer.echo(client.abort(request_id))
 
 
 @app.command()
-def trace(request_id: str, address: Address = "", run_dir: RunDir = DEFAULT_RUN_DIR) -> None:
+def trace(
+    request_id: str,
+    address: Address = "",
+    run_dir: RunDir = DEFAULT_RUN_DIR,
+    ca: Ca = "",
+    cert: Cert = "",
+    cert_key: CertKey = "",
+) -> None:
     """Draw one request's timeline over all processes."""
     from lightloom.show import show_trace
 
-    show_trace(request_id, grpc_address(address, run_dir))
+    show_trace(request_id, endpoint(address, run_dir, ca, cert, cert_key))
 
 
 @app.command()
@@ -142,6 +175,18 @@ def doctor(
     from lightloom.doctor import examine, show
 
     raise typer.Exit(show(examine(config, run_dir)))
+
+
+def endpoint(address: str, run_dir: Path, ca: str, cert: str, cert_key: str) -> Endpoint:
+    """The gateway to call, and with which certificates.
+
+    Raises:
+        StartupError: as `grpc_address`.
+    """
+    from lightloom.client import Endpoint
+    from services.config import TlsSection
+
+    return Endpoint(grpc_address(address, run_dir), TlsSection(ca=ca, cert=cert, key=cert_key))
 
 
 def grpc_address(address: str, run_dir: Path) -> str:

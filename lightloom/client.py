@@ -18,11 +18,13 @@ import grpc
 
 from protos import gateway_pb2, gateway_pb2_grpc, types_pb2
 from services.client import connect, error_from_rpc
+from services.config import TlsSection, environment
 from services.errors import Cancelled, Internal, ServiceError
 from services.request import GenerationParams, Media
 from services.wire import error_from_proto, params_to_proto
 
 T = TypeVar("T")
+CALL_TIMEOUT_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,12 +63,24 @@ class AsyncClient:
     """A connection to a gateway. Use it as an async context manager.
 
     Every method raises ServiceErrors (services/errors.py): the reason, what was wrong, what is allowed.
+
+    Args:
+        address: host:port of its gRPC front.
+        api_key: goes with every call; default: LIGHTLOOM_API_KEY, if it is set.
+        tls: the certificates to use; None: plain text.
+
+    Raises:
+        StartupError: a certificate that cannot be used.
     """
 
-    def __init__(self, address: str, *, timeout_s: float = 3600.0) -> None:
-        self._channel = connect(address)
+    def __init__(
+        self, address: str, *, api_key: str | None = None, tls: TlsSection | None = None, timeout_s: float = 3600.0
+    ) -> None:
+        self._channel = connect(address, tls=tls)
         self._stub: Any = gateway_pb2_grpc.GatewayStub(self._channel)
         self._timeout_s = timeout_s
+        key = environment("LIGHTLOOM_API_KEY") if api_key is None else api_key
+        self._metadata = (("authorization", f"Bearer {key}"),) if key else ()
 
     async def __aenter__(self) -> AsyncClient:
         return self
@@ -100,7 +114,7 @@ class AsyncClient:
         params = GenerationParams(model=model, prompt=prompt, inputs=inputs, **options)
         request = gateway_pb2.GenerateRequest(params=params_to_proto(params), inline_artifact=True)
         status, data = gateway_pb2.RequestStatus(), bytearray()
-        async for event in self._stream(self._stub.Generate(request, timeout=self._timeout_s)):
+        async for event in self._stream(self._stub.Generate(request, timeout=self._timeout_s, metadata=self._metadata)):
             kind = event.WhichOneof("event")
             if kind == "status":
                 status = event.status
@@ -117,7 +131,7 @@ class AsyncClient:
         request = gateway_pb2.GenerateRequest(
             params=params_to_proto(params), detach=True, idempotency_key=idempotency_key
         )
-        call = self._stub.Generate(request, timeout=self._timeout_s)
+        call = self._stub.Generate(request, timeout=self._timeout_s, metadata=self._metadata)
         async for event in self._stream(call):
             call.cancel()
             return str(event.request_id)
@@ -127,39 +141,39 @@ class AsyncClient:
         """Follows a request, from any gateway, until it ends."""
         request = gateway_pb2.WatchRequest(request_id=request_id, last_event_id=last_event_id)
         status = gateway_pb2.RequestStatus()
-        async for event in self._stream(self._stub.Watch(request, timeout=self._timeout_s)):
+        async for event in self._stream(self._stub.Watch(request, timeout=self._timeout_s, metadata=self._metadata)):
             if event.WhichOneof("event") == "status":
                 status = event.status
             yield _progress(event, status)
 
     async def get(self, request_id: str) -> gateway_pb2.RequestStatus:
         """A request's whole status."""
-        answer = await self._call(self._stub.Get(gateway_pb2.GetRequest(request_id=request_id), timeout=30))
+        answer = await self._call(self._stub.Get, gateway_pb2.GetRequest(request_id=request_id))
         return answer.status  # type: ignore[no-any-return]
 
     async def list(self, limit: int = 100) -> Sequence[gateway_pb2.RequestStatus]:
         """The newest requests."""
-        answer = await self._call(self._stub.List(gateway_pb2.ListRequest(limit=limit), timeout=30))
+        answer = await self._call(self._stub.List, gateway_pb2.ListRequest(limit=limit))
         return answer.requests  # type: ignore[no-any-return]
 
     async def abort(self, request_id: str) -> str:
         """Aborts; returns the state: cancelled, cancelling, or how the request had ended."""
-        answer = await self._call(self._stub.Abort(gateway_pb2.AbortRequest(request_id=request_id), timeout=30))
+        answer = await self._call(self._stub.Abort, gateway_pb2.AbortRequest(request_id=request_id))
         return _state(answer.state)
 
     async def models(self) -> Sequence[gateway_pb2.ModelInfo]:
         """Models with their limits and replicas."""
-        answer = await self._call(self._stub.Models(gateway_pb2.ModelsRequest(), timeout=30))
+        answer = await self._call(self._stub.Models, gateway_pb2.ModelsRequest())
         return answer.models  # type: ignore[no-any-return]
 
     async def trace(self, request_id: str) -> Sequence[types_pb2.Span]:
         """One request's timeline over all processes."""
-        answer = await self._call(self._stub.Trace(gateway_pb2.TraceRequest(request_id=request_id), timeout=30))
+        answer = await self._call(self._stub.Trace, gateway_pb2.TraceRequest(request_id=request_id))
         return answer.spans  # type: ignore[no-any-return]
 
-    async def _call(self, call: Any) -> Any:
+    async def _call(self, method: Any, request: Any) -> Any:
         try:
-            return await call
+            return await method(request, timeout=CALL_TIMEOUT_S, metadata=self._metadata)
         except grpc.aio.AioRpcError as error:
             raise error_from_rpc(error) from None
 
@@ -174,11 +188,13 @@ class AsyncClient:
 class Client:
     """The same for code without an event loop. Use it as a context manager."""
 
-    def __init__(self, address: str, *, timeout_s: float = 3600.0) -> None:
+    def __init__(
+        self, address: str, *, api_key: str | None = None, tls: TlsSection | None = None, timeout_s: float = 3600.0
+    ) -> None:
         self._runner = asyncio.Runner()
 
         async def open_client() -> AsyncClient:
-            return AsyncClient(address, timeout_s=timeout_s)
+            return AsyncClient(address, api_key=api_key, tls=tls, timeout_s=timeout_s)
 
         self._client = self._runner.run(open_client())
 
@@ -233,6 +249,18 @@ class Client:
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
         return self._runner.run(work)
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """A gateway as the command line names it; the key is in LIGHTLOOM_API_KEY."""
+
+    address: str
+    tls: TlsSection
+
+    def open(self) -> Client:
+        """A client to it."""
+        return Client(self.address, tls=self.tls)
 
 
 def _progress(event: gateway_pb2.GenerateResponse, status: gateway_pb2.RequestStatus) -> Progress:

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from services.config import EngineSection, ParallelSection, parse, read_toml
+from gateway.config import AccessSection, InputsSection
+from services.config import EngineSection, ParallelSection, TlsSection, parse, read_toml
 from services.errors import StartupError
 from services.parallel.degrees import Degrees
 
@@ -20,12 +21,15 @@ STAGES = ("text_encoder", "dit", "vae")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GatewayEntry:
-    """The door of the cluster. Port 0 takes a free one."""
+    """The door of the cluster. Port 0 takes a free one. The sections are those of a gateway (`gateway/config.py`)."""
 
     host: str = "127.0.0.1"
     http_port: int = 8080
     grpc_port: int = 50050
     replicas: int = 1
+    access: AccessSection = field(default_factory=AccessSection)
+    inputs: InputsSection = field(default_factory=InputsSection)
+    tls: TlsSection = field(default_factory=TlsSection)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

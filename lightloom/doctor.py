@@ -17,13 +17,13 @@ from rich.table import Table
 
 from lightloom.cluster_config import load_cluster
 from lightloom.launcher import control_path
-from lightloom.redis_server import find_server
+from lightloom.redis_server import check_server, find_server
 from services.config import environment
 from services.errors import StartupError
 
 PACKAGES = ("torch", "diffusers", "transformers", "grpcio", "protobuf", "redis", "fastapi", "numpy", "pillow", "av")
 MIN_FREE_BYTES = 2 * 1024**3
-MIN_REDIS = (7, 0)
+REDIS_TIMEOUT_S = 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,18 +122,10 @@ def _redis() -> Finding:
 
 
 def _redis_policy(url: str) -> Finding:
-    import redis
-
     try:
-        with redis.Redis.from_url(url, socket_timeout=3) as client:
-            version = str(client.info("server")["redis_version"])
-            policy = str(client.config_get("maxmemory-policy").get("maxmemory-policy", "unknown"))
-    except redis.RedisError as error:
-        return Finding("redis", "bad", f"REDIS_URL does not answer: {error}")
-    if tuple(int(part) for part in version.split(".")[:2]) < MIN_REDIS:
-        return Finding("redis", "bad", f"REDIS_URL is version {version}: at least 7.0 is needed")
-    if policy != "noeviction":
-        return Finding("redis", "bad", f"maxmemory-policy is {policy}: set it to noeviction, or requests can vanish")
+        version = check_server("REDIS_URL", url, REDIS_TIMEOUT_S)
+    except StartupError as error:
+        return Finding("redis", "bad", str(error))
     return Finding("redis", "ok", f"REDIS_URL, version {version}, noeviction")
 
 

@@ -62,7 +62,7 @@ class Wish:
         }
 
 
-def generate_to_file(wish: Wish, output: Path, address: str) -> client.Result:
+def generate_to_file(wish: Wish, output: Path, endpoint: client.Endpoint) -> client.Result:
     """Makes it, shows progress, writes the file and says what each stage took.
 
     Raises:
@@ -82,7 +82,7 @@ def generate_to_file(wish: Wish, output: Path, address: str) -> client.Result:
             # Into a file or a pipe, a bar would be nothing but blank lines.
             disable=not console.is_terminal,
         ) as bar,
-        client.Client(address) as connection,
+        endpoint.open() as connection,
     ):
         task = bar.add_task("queued", total=1)
 

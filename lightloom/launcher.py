@@ -7,8 +7,10 @@ folder: configs, logs, artifacts, Redis data, the address lists that the gateway
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import socket
+import ssl
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,7 +20,7 @@ from typing import Any
 from lightloom.child import Child, first_failure
 from lightloom.cluster_config import STAGES, ClusterConfig, ModelEntry, write_toml
 from lightloom.redis_server import RedisServer, start_redis
-from services.config import environment_with_malloc
+from services.config import TlsSection, environment_with_malloc
 from services.errors import StartupError
 
 POLL_S = 0.1
@@ -187,6 +189,9 @@ class Cluster:
                 "http_port": entry.http_port if index == 0 else free_port(),
                 "grpc_port": entry.grpc_port if index == 0 else free_port(),
             },
+            "access": asdict(entry.access),
+            "inputs": asdict(entry.inputs),
+            "tls": asdict(entry.tls),
             "redis": {"url": self._redis.url},
             "store": {"path": str(self.run_dir / "artifacts"), **self.config.store},
             "stages": {stage: f"file:{self._address_file(stage)}" for stage in STAGES},
@@ -195,6 +200,10 @@ class Cluster:
 
     async def _spawn(self, name: str, module: str, table: dict[str, Any]) -> Child:
         path = self.run_dir / "config" / f"{name}.toml"
+        path.parent.mkdir(exist_ok=True)
+        # The URL of Redis may hold a password.
+        path.unlink(missing_ok=True)
+        path.touch(0o600)
         write_toml(path, table)
         command = (sys.executable, "-m", module, "--config", str(path))
         child = Child(name, command, self.run_dir / "logs" / f"{name}.jsonl", environment_with_malloc())
@@ -212,8 +221,10 @@ class Cluster:
         fresh.replace(path)
 
     async def _poll_health(self) -> None:
+        gateway = self.config.gateway
+        secure = _to_own_gateway(gateway.tls) if gateway.tls.on else None
         while True:
-            status, body = await http_get(self.config.gateway.host, self.config.gateway.http_port, "/health")
+            status, body = await http_get(gateway.host, gateway.http_port, "/health", secure)
             ready = json.loads(body).get("models", {}) if status == 200 else {}
             if all(ready.get(model) for model in self.config.models):
                 return
@@ -287,10 +298,21 @@ def free_port() -> int:
         return port
 
 
-async def http_get(host: str, port: int, path: str) -> tuple[int, bytes]:
+def _to_own_gateway(tls: TlsSection) -> ssl.SSLContext:
+    """To a child of ours, whatever name is in its certificate; nothing secret is sent."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    # Until the gateway has said what is wrong with its certificate, there is none to show.
+    with contextlib.suppress(OSError):
+        context.load_cert_chain(tls.cert, tls.key)
+    return context
+
+
+async def http_get(host: str, port: int, path: str, secure: ssl.SSLContext | None = None) -> tuple[int, bytes]:
     """Status and body; (0, b"") while nothing listens."""
     try:
-        reader, writer = await asyncio.open_connection(host, port)
+        reader, writer = await asyncio.open_connection(host, port, ssl=secure)
     except OSError:
         return 0, b""
     writer.write(f"GET {path} HTTP/1.0\r\nHost: {host}\r\n\r\n".encode())

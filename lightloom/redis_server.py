@@ -6,6 +6,8 @@ listens on loopback only, keeps an append-only file, and never evicts: an evicte
 
 from __future__ import annotations
 
+import asyncio
+import concurrent.futures
 import contextlib
 import importlib.util
 import shutil
@@ -14,9 +16,12 @@ import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import redis
 
+from gateway.config import RedisSection
+from gateway.redis_link import examine, open_redis, refusal_of
 from lightloom.with_parent import with_parent
 from services.config import environment
 from services.errors import StartupError
@@ -95,7 +100,7 @@ def start_redis(folder: Path, url: str = "", port: int = 0) -> RedisServer:
     """
     chosen = url or environment("REDIS_URL")
     if chosen:
-        _wait(RedisServer(chosen), 3.0, "the Redis at REDIS_URL or redis_url does not answer")
+        check_server("redis_url" if url else "REDIS_URL", chosen, 3.0)
         return RedisServer(chosen)
     program = find_server()
     folder.mkdir(parents=True, exist_ok=True)
@@ -113,6 +118,33 @@ def start_redis(folder: Path, url: str = "", port: int = 0) -> RedisServer:
         server.stop()
         raise
     return server
+
+
+def check_server(name: str, url: str, timeout_s: float) -> str:
+    """Asks the server at the URL that has this name until it answers, and returns its version.
+
+    Raises:
+        StartupError: it does not answer, or may throw away what it is told.
+    """
+
+    async def ask() -> dict[str, Any]:
+        async with open_redis(RedisSection(url=url)) as client, asyncio.timeout(1.0):
+            return await examine(client)
+
+    end_s = time.monotonic() + timeout_s
+    # In a thread of its own: who calls may have an event loop that runs.
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        while True:
+            try:
+                info = pool.submit(asyncio.run, ask()).result()
+            except (redis.RedisError, OSError) as error:
+                if time.monotonic() > end_s:
+                    raise StartupError(f"{name} does not answer: {error}") from error
+                time.sleep(0.1)
+                continue
+            if refusal := refusal_of(info):
+                raise StartupError(f"{name} cannot be used: {refusal}")
+            return str(info["redis_version"])
 
 
 def _wait(server: RedisServer, timeout_s: float, message: str) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from lightloom.client import Client
+from lightloom.client import Endpoint
 from protos import gateway_pb2, types_pb2
 from services.errors import StartupError
 
@@ -26,7 +26,7 @@ def show_processes(processes: Sequence[dict[str, Any]]) -> None:
     Console(stderr=True).print(table)
 
 
-def show_status(address: str, run_dir: Path, limit: int) -> None:
+def show_status(endpoint: Endpoint, run_dir: Path, limit: int) -> None:
     """Processes of the run folder if a cluster runs there, models with replicas, newest requests."""
     from lightloom.launcher import ask
 
@@ -34,7 +34,7 @@ def show_status(address: str, run_dir: Path, limit: int) -> None:
     with contextlib.suppress(StartupError):
         show_processes(ask(run_dir, {"command": "status"})["processes"])
     console = Console()
-    with Client(address) as client:
+    with endpoint.open() as client:
         models, requests = client.models(), client.list(limit)
     table = Table("model", "family", "ready", "replicas", "running", box=None)
     for model in models:
@@ -52,9 +52,9 @@ def show_status(address: str, run_dir: Path, limit: int) -> None:
     console.print(table)
 
 
-def show_trace(request_id: str, address: str) -> None:
+def show_trace(request_id: str, endpoint: Endpoint) -> None:
     """Every span as a bar on the request's own time."""
-    with Client(address) as client:
+    with endpoint.open() as client:
         spans = client.trace(request_id)
     if not spans:
         Console().print("nothing was recorded yet")

@@ -37,7 +37,8 @@ async def serve(config_path: Path, replica_settings: list[str], run_dir: Path) -
                 return
         show_processes(cluster.status())
         console.print(f"ready after {time.monotonic() - started_s:.1f} s")
-        console.print(f"REST and web page  http://{cluster.http_address}")
+        scheme = "https" if config.gateway.tls.on else "http"
+        console.print(f"REST and web page  {scheme}://{cluster.http_address}")
         console.print(f"gRPC               {cluster.grpc_address}")
         console.print("Ctrl-C stops everything.")
         await _until_stopped(stop, cluster.wait_failure())

@@ -14,6 +14,7 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from protos import types_pb2
+from services.config import TlsSection
 from services.errors import (
     Cancelled,
     CorruptTensor,
@@ -21,13 +22,17 @@ from services.errors import (
     DeviceLost,
     Internal,
     InvalidRequest,
+    KeyReused,
     NotEnabled,
     NotReady,
     Overloaded,
+    PermissionDenied,
     ServiceError,
+    Unauthenticated,
     UnknownRequest,
     WrongState,
 )
+from services.tls import channel_credentials
 from services.wire import error_from_proto
 
 ERROR_KEY = "lightloom-error-bin"
@@ -68,6 +73,9 @@ _BY_STATUS: dict[grpc.StatusCode, type[ServiceError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: InvalidRequest,
     grpc.StatusCode.OUT_OF_RANGE: InvalidRequest,
     grpc.StatusCode.NOT_FOUND: UnknownRequest,
+    grpc.StatusCode.ALREADY_EXISTS: KeyReused,
+    grpc.StatusCode.UNAUTHENTICATED: Unauthenticated,
+    grpc.StatusCode.PERMISSION_DENIED: PermissionDenied,
     grpc.StatusCode.UNIMPLEMENTED: NotEnabled,
     grpc.StatusCode.FAILED_PRECONDITION: WrongState,
     grpc.StatusCode.RESOURCE_EXHAUSTED: Overloaded,
@@ -77,13 +85,21 @@ _BY_STATUS: dict[grpc.StatusCode, type[ServiceError]] = {
 }
 
 
-def connect(address: str, *, keepalive_s: float = KEEPALIVE_S) -> grpc.aio.Channel:
+def connect(address: str, *, tls: TlsSection | None = None, keepalive_s: float = KEEPALIVE_S) -> grpc.aio.Channel:
     """A channel to `host:port` (or any gRPC target); it connects when first used and again whenever it breaks.
 
     A frozen peer is noticed after one and a half `keepalive_s`.
+
+    Raises:
+        StartupError: a certificate of `tls` cannot be used.
     """
     # Of two options with one name, gRPC takes the last.
-    return grpc.aio.insecure_channel(address, options=(*CHANNEL_OPTIONS, *keepalive_options(keepalive_s)))
+    options: tuple[tuple[str, int | str], ...] = (*CHANNEL_OPTIONS, *keepalive_options(keepalive_s))
+    if tls is None or not tls.on:
+        return grpc.aio.insecure_channel(address, options=options)
+    if tls.server_name:
+        options += (("grpc.ssl_target_name_override", tls.server_name),)
+    return grpc.aio.secure_channel(address, channel_credentials(tls), options=options)
 
 
 def remaining(deadline_unix_s: float) -> float:
@@ -121,6 +137,16 @@ def error_from_rpc(error: grpc.RpcError) -> ServiceError:
 
 def _unavailable(details: str) -> ServiceError:
     # Nobody listens: it may start soon. Anything else broke a connection that stood: the peer or its host is gone.
-    if "failed to connect" in details.lower() or "name resolution" in details.lower():
-        return NotReady(f"no service answers: {details}")
-    return DeviceLost(f"the connection broke: {details}")
+    lower = details.lower()
+    if "failed to connect" not in lower and "name resolution" not in lower:
+        return DeviceLost(f"the connection broke: {details}")
+    if "wrong_version_number" in lower:
+        return NotReady(f"TLS handshake failed: the service speaks plain text ({details})")
+    if "handshake failed" in lower or "verification" in lower:
+        return NotReady(f"TLS handshake failed: the service's certificate is not accepted ({details})")
+    if "socket closed" in lower:
+        return NotReady(
+            "the service closes connections at once: does it speak TLS, ask for a client certificate, or refuse ours? "
+            f"({details})"
+        )
+    return NotReady(f"no service answers: {details}")

@@ -37,16 +37,38 @@ class ServiceSection:
     """Where a stage service listens and how much it takes.
 
     Units: timeouts in seconds. `max_in_flight` counts requests held at once, queued in the replica included.
+    `health_port` answers health checks alone, in plain text, for probes that have no client certificate.
     """
 
     host: str = "127.0.0.1"
     port: int
     metrics_port: int = 0
+    health_port: int = 0
     name: str = ""
     max_in_flight: int = 16
     drain_timeout_s: float = 30.0
     start_timeout_s: float = 1800.0
     hang_timeout_s: float = 60.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TlsSection:
+    """Certificates as PEM files (`services/tls.py`); all empty: plain text.
+
+    A server shows `cert`, and with a `ca` it takes only clients that show a certificate signed by it. A client takes
+    only servers signed by `ca` (`system`: by a public authority) and shows `cert`, if it has one; the name in the
+    server's certificate must be `server_name`, or, without one, the host that was called.
+    """
+
+    cert: str = ""
+    key: str = ""
+    ca: str = ""
+    server_name: str = ""
+
+    @property
+    def on(self) -> bool:
+        """Whether it is TLS at all."""
+        return bool(self.cert or self.key or self.ca)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,6 +135,7 @@ class StageConfig:
 
     service: ServiceSection
     model: ModelSection
+    tls: TlsSection = field(default_factory=TlsSection)
     parallel: ParallelSection = field(default_factory=ParallelSection)
     engine: EngineSection = field(default_factory=EngineSection)
     features: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)

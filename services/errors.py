@@ -21,6 +21,7 @@ class Code(Enum):
     PERMISSION_DENIED = "PERMISSION_DENIED"
     FAILED_PRECONDITION = "FAILED_PRECONDITION"
     RESOURCE_EXHAUSTED = "RESOURCE_EXHAUSTED"
+    UNAUTHENTICATED = "UNAUTHENTICATED"
     UNAVAILABLE = "UNAVAILABLE"
     CANCELLED = "CANCELLED"
     DEADLINE_EXCEEDED = "DEADLINE_EXCEEDED"
@@ -54,6 +55,30 @@ class InvalidRequest(ServiceError):
     """
 
     reason, code, http = "invalid_request", Code.INVALID_ARGUMENT, 400
+
+
+class Unauthenticated(ServiceError):
+    """No API key, or one that is not known (any more)."""
+
+    reason, code, http = "unauthenticated", Code.UNAUTHENTICATED, 401
+
+
+class PermissionDenied(ServiceError):
+    """The API key lacks the scope that the call needs."""
+
+    reason, code, http = "permission_denied", Code.PERMISSION_DENIED, 403
+
+
+class QuotaExceeded(ServiceError):
+    """The API key has used up what it may ask for; without `retry_after_s`, the request is above the whole quota."""
+
+    reason, code, http = "quota_exceeded", Code.RESOURCE_EXHAUSTED, 429
+
+
+class KeyReused(ServiceError):
+    """An idempotency key came again with another body."""
+
+    reason, code, http = "idempotency_key_reused", Code.ALREADY_EXISTS, 409
 
 
 class UnknownModel(ServiceError):
@@ -188,6 +213,10 @@ ERRORS: dict[str, type[ServiceError]] = {
     cls.reason: cls
     for cls in (
         InvalidRequest,
+        Unauthenticated,
+        PermissionDenied,
+        QuotaExceeded,
+        KeyReused,
         UnknownModel,
         UnknownRequest,
         NotEnabled,

@@ -38,6 +38,7 @@ from services.errors import (
 from services.parallel.degrees import Degrees, check_axes
 from services.rank_group import RankCall, RankGroup
 from services.server import Health, abort_with, bind, create_server, parse_arguments, stop_event
+from services.tls import ServerCertificates
 from services.wire import PROTOCOL_VERSION
 
 MAX_ID_CHARS = 128
@@ -74,11 +75,17 @@ async def _serve(config: StageConfig, service: ServiceDescriptor, rank_module: s
     ready_changed = asyncio.Event()
     group = RankGroup(config, rank_module, ready_changed.set)
     front = Front(config, service, group)
+    certificates = ServerCertificates(config.tls) if config.tls.on else None
     server = create_server()
     server.add_generic_rpc_handlers((front.handlers(),))
     health = Health(server, [service.full_name])
     await health.set_serving(False)
-    port = bind(server, config.service.host, config.service.port)
+    port = bind(server, config.service.host, config.service.port, certificates)
+    probes = create_server()
+    if config.service.health_port:
+        health.answer_on(probes)
+        bind(probes, config.service.host, config.service.health_port)
+        await probes.start()
     stop_metrics = front.serve_metrics()
     await server.start()
     _log.info("listening", extra={"host": config.service.host, "port": port, "config": json.dumps(asdict(config))})
@@ -96,6 +103,7 @@ async def _serve(config: StageConfig, service: ServiceDescriptor, rank_module: s
     finally:
         group.stop()
         await server.stop(STOP_GRACE_S)
+        await probes.stop(None)
         reporter.cancel()
         stop_metrics()
         stopped.cancel()

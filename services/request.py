@@ -7,7 +7,7 @@ more before they allocate anything. `services/wire.py` converts to and from the 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import TypeVar
 
@@ -16,6 +16,8 @@ from services.errors import InvalidRequest
 _T = TypeVar("_T")
 
 MAX_SEED = 2**63 - 1
+# All inputs of a request travel to a stage in one gRPC message, which may have 8 MiB.
+MAX_INPUT_BYTES = 7 * 1024 * 1024
 # Sides of a result that follows its input picture, as the stock pipelines for edits round them.
 PICTURE_MULTIPLE_PX = 32
 IMAGE_FORMATS = ("png", "jpeg", "webp")
@@ -188,6 +190,7 @@ def check(params: ResolvedParams, limits: Limits) -> None:
     _between("quality", params.quality, 1, 100)
     _between("preview_every", params.preview_every, 0, limits.max_steps)
     _between("inputs (count)", len(params.inputs), limits.min_inputs, limits.max_inputs, param="inputs")
+    check_total(params.inputs, "inputs")
     formats = _formats(limits)
     if params.output_format not in formats:
         raise InvalidRequest(
@@ -195,6 +198,13 @@ def check(params: ResolvedParams, limits: Limits) -> None:
             f"{', '.join(formats)}",
             param="output_format",
         )
+
+
+def check_total(inputs: Sequence[Media], param: str) -> None:
+    """Raises InvalidRequest when the inputs of a request are too large together."""
+    total = sum(len(item.data) for item in inputs)
+    if total > MAX_INPUT_BYTES:
+        raise InvalidRequest(f"{param}: {total} bytes in all, at most {MAX_INPUT_BYTES} are allowed", param=param)
 
 
 def _check_text(params: ResolvedParams, limits: Limits) -> None:

@@ -24,6 +24,7 @@ from services.client import ERROR_KEY, SIZE_OPTIONS, keepalive_options
 from services.config import MALLOC_SETTINGS, environment, environment_with_malloc, override, parse, read_toml
 from services.errors import ServiceError, StartupError
 from services.telemetry import internal_error
+from services.tls import ServerCertificates
 from services.wire import MAX_ERROR_CHARS, error_to_proto
 
 T = TypeVar("T")
@@ -105,14 +106,18 @@ def create_server(interceptors: Sequence[grpc.aio.ServerInterceptor] | None = No
     return grpc.aio.server(options=SERVER_OPTIONS, interceptors=chosen)
 
 
-def bind(server: grpc.aio.Server, host: str, port: int) -> int:
-    """Opens the port (0: a free one) and returns its number.
+def bind(server: grpc.aio.Server, host: str, port: int, certificates: ServerCertificates | None = None) -> int:
+    """Opens the port (0: a free one), for TLS if there are certificates, and returns its number.
 
     Raises:
         StartupError: it cannot be had.
     """
+    address = f"{host}:{port}"
     try:
-        bound = server.add_insecure_port(f"{host}:{port}")
+        if certificates is None:
+            bound = server.add_insecure_port(address)
+        else:
+            bound = server.add_secure_port(address, certificates.grpc_credentials())
     except RuntimeError as error:
         raise StartupError(f"gRPC port {host}:{port} cannot be bound: is it in use?") from error
     if port and bound != port:
@@ -126,10 +131,14 @@ class Health:
     def __init__(self, server: grpc.aio.Server, services: Sequence[str]) -> None:
         self._services = ("", *services)
         self._servicer = health.aio.HealthServicer()
-        health_pb2_grpc.add_HealthServicer_to_server(self._servicer, server)
+        self.answer_on(server)
         reflection.enable_server_reflection(
             [*services, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME], server
         )
+
+    def answer_on(self, server: grpc.aio.Server) -> None:
+        """Answers health checks on another server too."""
+        health_pb2_grpc.add_HealthServicer_to_server(self._servicer, server)
 
     async def set_serving(self, serving: bool) -> None:
         """Sets all services to SERVING or NOT_SERVING; watchers hear of it."""

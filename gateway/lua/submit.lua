@@ -1,5 +1,5 @@
--- KEYS: request, queue, ids, events. ARGV: id, sender, keep_s, timeout_s, max_queued, max_queued_tenant, class, tenant,
--- lease_s ('' leaves it in the queue), try, not_after ('' for never), slots of the sender's replica and how many it has,
+-- KEYS: request, queue, ids, events, the tenant's ids. ARGV: id, sender, keep_s, timeout_s, max_queued,
+-- max_queued_tenant, class, tenant, lease_s ('' leaves it in the queue), try, not_after ('' for never), slots of the sender's replica and how many it has,
 -- then hash fields. Stores a request and queues it; one that nobody waits before goes to the sender at once, if there is
 -- a slot. Returns the time and 1, 0 when the id exists, -1 when the
 -- queue is full, -2 when nobody waits for the answer any more, or -3 when the tenant has too many in the queue; then
@@ -27,8 +27,11 @@ redis.call('HSET', KEYS[1], 'state', 'queued', 'stage', 'dit', 'fence', 0, 'atte
 -- Later than its deadline: what waits is never forgotten.
 local kept_s = math.ceil(ARGV[3] + ARGV[4])
 redis.call('EXPIRE', KEYS[1], kept_s)
-redis.call('ZADD', KEYS[3], tonumber(time), id)
-redis.call('ZREMRANGEBYSCORE', KEYS[3], '-inf', time - kept_s)
+for _, ids in ipairs({KEYS[3], KEYS[5]}) do
+  redis.call('ZADD', ids, tonumber(time), id)
+  redis.call('ZREMRANGEBYSCORE', ids, '-inf', time - kept_s)
+  redis.call('EXPIRE', ids, kept_s)
+end
 tell(id, sender, 'status', 's', 'queued')
 redis.call('EXPIRE', KEYS[4], kept_s)
 if ARGV[9] ~= '' and waiting == 0 and has_slot(ARGV[12], ARGV[13]) then

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -25,6 +26,7 @@ class GatewayProcess:
     Args:
         settings: what to add to its config, by section.
         environment: what to add to its environment.
+        verify: what the client trusts, when the sections make it TLS.
     """
 
     def __init__(
@@ -34,19 +36,20 @@ class GatewayProcess:
         stages: Mapping[str, str],
         settings: Mapping[str, Mapping[str, object]] | None = None,
         environment: Mapping[str, str] | None = None,
+        verify: ssl.SSLContext | bool = False,
     ) -> None:
         self.http_port, self.grpc_port = free_port(), free_port()
         self.log = folder / "gateway.log"
         self.store = folder / "store"
         config = folder / "gateway.toml"
-        table = {
+        table: dict[str, dict[str, object]] = {
             "gateway": {"http_port": self.http_port, "grpc_port": self.grpc_port, "lease_s": 2.0},
             "redis": {"url": redis_url},
             "store": {"path": str(self.store)},
             "stages": {stage: f"static:{address}" for stage, address in stages.items()},
         }
         for section, values in (settings or {}).items():
-            table[section] = {**table[section], **values}
+            table[section] = {**table.get(section, {}), **values}
         folder.mkdir(exist_ok=True)
         write_toml(config, table)
         with self.log.open("w") as log:
@@ -57,7 +60,8 @@ class GatewayProcess:
                 stderr=log,
                 env=environment_with_malloc() | dict(environment or {}),
             )
-        self.rest = httpx.Client(base_url=f"http://127.0.0.1:{self.http_port}", timeout=60)
+        scheme = "https" if "tls" in table else "http"
+        self.rest = httpx.Client(base_url=f"{scheme}://127.0.0.1:{self.http_port}", timeout=60, verify=verify)
 
     def health(self) -> int:
         """Status of /health; 0 while nobody listens."""
@@ -65,6 +69,14 @@ class GatewayProcess:
             return self.rest.get("/health").status_code
         except httpx.TransportError:
             return 0
+
+    def ended(self) -> int:
+        """The exit code of one that ends by itself."""
+        self.rest.close()
+        try:
+            return self.process.wait(60)
+        finally:
+            self.process.kill()
 
     def stop(self) -> int:
         """SIGTERM; returns the exit code."""

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+
+import pytest
+
 from gateway.followers import Follower, Followers, StoredEvent
 
 
@@ -43,3 +47,21 @@ def test_who_has_seen_more_takes_what_is_new() -> None:
         ahead.behind = False
         followers.give("r", "3-0", events(4, 7))
         assert taken(ahead) == ["6-0", "7-0"] and not ahead.behind
+
+
+@pytest.mark.parametrize("steps", range(4))
+async def test_a_client_that_leaves_as_an_event_comes_is_gone(steps: int) -> None:
+    follower = Follower("0")
+
+    async def follow() -> None:
+        while True:
+            await follower.wait(10)
+
+    following = asyncio.create_task(follow())
+    await asyncio.sleep(0.01)
+    follower.wake()
+    for _ in range(steps):
+        await asyncio.sleep(0)
+    following.cancel()
+    done, _ = await asyncio.wait({following}, timeout=5)
+    assert done

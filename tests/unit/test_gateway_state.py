@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from gateway.config import RedisSection
 from gateway.followers import StoredEvent
 from gateway.state import READ_EVENTS, TOO_LATE, Claim, State, queue_key
 from gateway.ticket import Ticket
@@ -31,7 +32,7 @@ class Gateway:
     """A State, and what its dispatcher was told."""
 
     def __init__(self, url: str) -> None:
-        self.state = State(url, "gateway")
+        self.state = State(RedisSection(url=url), "gateway")
         self.queued = 0
         self.cancelled: list[str] = []
         self.expired: list[str] = []

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import pytest
 
-from gateway.config import GatewaySection, StagesSection
+from gateway.config import GatewaySection, RedisSection, StagesSection
 from gateway.dispatch import Dispatcher
 from gateway.lifecycle import Lifecycle
 from gateway.links import Links
@@ -55,7 +55,7 @@ class Gateway:
 
     def __init__(self, url: str, folder: Path) -> None:
         self.folder = folder
-        self.state = State(url, "gateway")
+        self.state = State(RedisSection(url=url), "gateway")
         self.store = Store(Folder(folder))
         self.lifecycle = Lifecycle(self.state, REPLICAS, self.store, GatewaySection(), "gateway")
         links = Links(self.state.shared_key, "", 60.0)

@@ -9,6 +9,7 @@ from urllib.parse import parse_qsl, urlsplit
 
 import pytest
 
+from gateway.config import RedisSection
 from gateway.links import KEY_AGE_S, Links, content_path
 from gateway.state import State
 from lightloom.redis_server import start_redis
@@ -27,7 +28,7 @@ def url(tmp_path_factory):
 
 @pytest.fixture
 async def states(url: str) -> AsyncIterator[tuple[State, State]]:
-    states = State(url, "a"), State(url, "b")
+    states = State(RedisSection(url=url), "a"), State(RedisSection(url=url), "b")
     await states[0]._redis.flushall()
     yield states
     for state in states:
@@ -109,7 +110,7 @@ async def test_gateways_agree_again_after_redis_was_emptied(states) -> None:
 async def test_a_gateway_that_had_the_key_goes_on_without_redis(tmp_path, monkeypatch) -> None:
     monkeypatch.delenv("REDIS_URL", raising=False)
     server = start_redis(tmp_path / "redis", port=free_port())
-    state = State(server.url, "a")
+    state = State(RedisSection(url=server.url), "a")
     links, late = (Links(state.shared_key, "", 60.0) for _ in range(2))
     link = await links.link(PATH)
     server.stop()

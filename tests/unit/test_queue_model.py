@@ -25,6 +25,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from gateway.config import RedisSection
 from gateway.scripts import NAMES, source
 from gateway.state import LEASES, Claim, State, queue_key
 from gateway.ticket import Offer, Ticket
@@ -230,7 +231,7 @@ class Machine(RuleBasedStateMachine):
         self.loop = asyncio.new_event_loop()
         self.plain = redis.Redis.from_url(url, decode_responses=True)
         self.plain.flushall()
-        self.model, self.state = Model(), State(url, "gateway")
+        self.model, self.state = Model(), State(RedisSection(url=url), "gateway")
         self.claims: list[Claim] = []
         self.expired: list[str] = []
         self.state._on_expired = self.expired.append

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from gateway.config import RedisSection
 from gateway.state import Claim, State, queue_key
 from gateway.ticket import Offer, Ticket
 from lightloom.redis_server import start_redis
@@ -32,7 +33,7 @@ class Queue:
     """One queue, seen through a State."""
 
     def __init__(self, url: str) -> None:
-        self.state = State(url, "gateway")
+        self.state = State(RedisSection(url=url), "gateway")
         self.expired: list[str] = []
         self.state._on_expired = self.expired.append
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry
 
-from gateway.config import StoreSection
+from gateway.config import RedisSection, StoreSection
 from gateway.objects import KINDS
 from gateway.state import Claim, State, queue_key
 from gateway.store import artifact_name, open_store
@@ -37,7 +37,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture
 async def state(url: str) -> AsyncIterator[State]:
-    state = State(url, "gateway")
+    state = State(RedisSection(url=url), "gateway")
     await state._redis.flushall()
     yield state
     await state.close()
@@ -167,7 +167,7 @@ async def test_nothing_is_swept_while_redis_is_away(swept, tmp_path, monkeypatch
     everything = await swept.put("a", 1)
     swept.age(2 * KEEP_S)
     server = start_redis(tmp_path / "redis", port=free_port())
-    away = State(server.url, "gateway")
+    away = State(RedisSection(url=server.url), "gateway")
     server.stop()
     lonely = Swept(swept.root, away)
     with pytest.raises(StateStoreDown):

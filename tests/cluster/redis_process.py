@@ -1,0 +1,98 @@
+"""Redis servers and Sentinels as real processes, configured as tests need them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ssl
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import redis
+
+from lightloom.redis_server import find_server
+from tests.cluster.running import wait_for
+from tests.cluster.stage_process import free_port
+
+
+class RedisProcess:
+    """A server, or with `sentinel` a Sentinel, on a loopback port.
+
+    Args:
+        lines: of its configuration file, beside port and folder.
+    """
+
+    def __init__(self, folder: Path, *lines: str, sentinel: bool = False, port: int = 0) -> None:
+        self.port = port or free_port()
+        folder.mkdir(parents=True, exist_ok=True)
+        file = folder / "redis.conf"
+        common = (f"port {self.port}", "bind 127.0.0.1", f"dir {folder}", f"logfile {folder}/redis.log")
+        own = () if sentinel else ("appendonly no", 'save ""')
+        file.write_text("\n".join((*common, *own, *lines)) + "\n")
+        command = [str(find_server()), str(file), *(["--sentinel"] if sentinel else [])]
+        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def admin(self, **options: object) -> redis.Redis:
+        """A client for the test's own questions."""
+        return redis.Redis(port=self.port, socket_timeout=5, decode_responses=True, **options)
+
+    def stop(self) -> None:
+        """Kills it, also when it is stopped."""
+        self.process.kill()
+        self.process.wait()
+
+
+@contextlib.contextmanager
+def redis_process(folder: Path, *lines: str, **options: object) -> Iterator[RedisProcess]:
+    """A server that takes connections."""
+    running = RedisProcess(folder, *lines, **options)
+    try:
+        wait_for(lambda: _answers(running.port), 20)
+        yield running
+    finally:
+        running.stop()
+
+
+def _answers(port: int) -> bool:
+    try:
+        redis.Redis(port=port, socket_timeout=1).ping()
+    except redis.AuthenticationError:
+        return True
+    except redis.RedisError:
+        return False
+    return True
+
+
+class Relay:
+    """Passes connections on to a port that can be changed, as an address that follows a failover does.
+
+    Args:
+        context: makes it TLS on the outer side, as stunnel does for a server without TLS of its own.
+    """
+
+    def __init__(self, target: int, context: ssl.SSLContext | None = None) -> None:
+        self.target = target
+        self.port = 0
+        self._context = context
+
+    async def __aenter__(self) -> Relay:
+        self._server = await asyncio.start_server(self._pass, "127.0.0.1", 0, ssl=self._context)
+        self.port = self._server.sockets[0].getsockname()[1]
+        return self
+
+    async def __aexit__(self, *_error: object) -> None:
+        self._server.close()
+
+    async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        inner_reader, inner_writer = await asyncio.open_connection("127.0.0.1", self.target)
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.gather(_copy(reader, inner_writer), _copy(inner_reader, writer))
+
+
+async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    with contextlib.suppress(OSError):
+        while data := await reader.read(65536):
+            writer.write(data)
+            await writer.drain()
+    writer.close()
