@@ -14,7 +14,7 @@ from typing import Any
 from gateway.config import AccessSection, InputsSection
 from services.config import EngineSection, ParallelSection, TlsSection, parse, read_toml
 from services.errors import StartupError
-from services.parallel.degrees import Degrees
+from services.parallel.degrees import TEXT_AXES, Degrees, check_axes
 
 STAGES = ("text_encoder", "dit", "vae")
 
@@ -36,7 +36,7 @@ class GatewayEntry:
 class ModelEntry:
     """One model: its weights (see services.config.ModelSection) and how many replicas each stage gets.
 
-    `parallel` spreads each replica of the denoiser over ranks.
+    `parallel` spreads each replica of the denoiser over ranks, `text_parallel` each of the text encoder.
     """
 
     source: str
@@ -48,6 +48,7 @@ class ModelEntry:
     max_in_flight: int = 16
     engine: EngineSection = field(default_factory=EngineSection)
     parallel: ParallelSection = field(default_factory=ParallelSection)
+    text_parallel: ParallelSection = field(default_factory=ParallelSection)
     features: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     limits: Mapping[str, Any] = field(default_factory=dict)
     replicas: Mapping[str, int] = field(default_factory=dict)
@@ -78,6 +79,7 @@ def load_cluster(path: Path) -> ClusterConfig:
     for name, entry in config.models.items():
         check_replicas(entry.replicas, f"models.{name}.replicas")
         Degrees.of(entry.parallel)
+        check_axes(Degrees.of(entry.text_parallel), TEXT_AXES, "TextEncoder")
     return config
 
 

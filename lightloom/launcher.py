@@ -162,6 +162,7 @@ class Cluster:
         self._started += 1
         name = f"{stage}-{model}-{self._started}"
         port = free_port()
+        parallel = {"dit": entry.parallel, "text_encoder": entry.text_parallel}
         table = {
             "service": {"port": port, "metrics_port": free_port(), "name": name, "max_in_flight": entry.max_in_flight},
             "model": {
@@ -175,7 +176,7 @@ class Cluster:
             },
             "engine": asdict(entry.engine),
             "features": entry.features if stage == "dit" else {},
-            "parallel": asdict(entry.parallel) if stage == "dit" else {},
+            "parallel": asdict(parallel[stage]) if stage in parallel else {},
             "limits": entry.limits,
         }
         return f"127.0.0.1:{port}", await self._spawn(name, f"{stage}_svc", table)

@@ -13,7 +13,8 @@ from services.config import ParallelSection
 from services.errors import StartupError
 
 AXES = ("cfg", "pipeline", "replica", "ring", "ulysses", "tensor")
-# What a config calls those that a stage may have alone.
+# Those of the text encoder, and what a config calls them.
+TEXT_AXES = ("tensor",)
 AXIS_KEYS = {"tensor": "tensor_parallel_size"}
 MAX_WORLD = 1024
 

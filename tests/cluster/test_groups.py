@@ -1,4 +1,4 @@
-"""A denoiser on two ranks behind one front: the picture, aborts, a dead rank, a frozen rank."""
+"""A denoiser on two ranks behind one front: the picture, aborts, a dead rank, a frozen rank. And a text encoder."""
 
 from __future__ import annotations
 
@@ -29,6 +29,8 @@ default_height = 256
 default_steps = 20
 [models.demo.parallel]
 ulysses_degree = 2
+[models.demo.text_parallel]
+tensor_parallel_size = 2
 """
 
 
@@ -54,8 +56,8 @@ def picture(data: bytes) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
 
 
-def ranks(group: RunningCluster) -> list[psutil.Process]:
-    [name] = group.names("dit")
+def ranks(group: RunningCluster, stage: str = "dit") -> list[psutil.Process]:
+    [name] = group.names(stage)
     [pid] = [row["pid"] for row in group.cluster.status() if row["name"] == name]
     return sorted(psutil.Process(pid).children(), key=lambda process: process.pid)
 
@@ -72,6 +74,23 @@ def test_two_ranks_draw_what_one_draws(group, client, running_cluster):
     difference = np.abs(picture(result.data).astype(int) - picture(alone.data).astype(int))
     assert difference.max() <= 2
     assert len(ranks(group)) == 2
+
+
+def test_a_text_encoder_on_two_ranks_keeps_its_cache_and_comes_back_when_one_dies(group, client):
+    [name] = group.names("text_encoder")
+    old = ranks(group, "text_encoder")
+    assert len(old) == 2
+    first = client.generate(PROMPT, model="demo", seed=8, steps=2)
+    hits = group.figures(name)["rank_text_cache_hits_total"]
+    assert client.generate(PROMPT, model="demo", seed=8, steps=2).data == first.data
+    wait_for(lambda: group.figures(name)["rank_text_cache_hits_total"] > hits)
+    request_ids = [client.submit(f"{PROMPT} {number}", model="demo", steps=2) for number in range(6)]
+    client.abort(request_ids[0])
+    old[1].kill()
+    for request_id in request_ids[1:]:
+        wait_for(lambda one=request_id: client.get(one).state == gateway_pb2.REQUEST_STATE_DONE, 120)
+    assert not {process.pid for process in old} & {process.pid for process in ranks(group, "text_encoder")}
+    assert client.generate(PROMPT, model="demo", seed=8, steps=2).data == first.data
 
 
 def test_an_abort_frees_both_ranks(group, client):

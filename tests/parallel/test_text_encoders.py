@@ -14,7 +14,7 @@ from services.config import ParallelSection
 from services.encoder_plans import LLAMA
 from services.errors import StartupError
 from services.families import FAMILIES, load_family
-from services.parallel.degrees import Degrees, check_axes
+from services.parallel.degrees import TEXT_AXES, Degrees, check_axes
 from services.parallel.encoder import ColumnEmbedding, EncoderPartition
 from services.parallel.mesh import PlannedMesh
 from services.weights import open_source
@@ -76,7 +76,8 @@ def test_two_ranks_hold_half_of_every_large_encoder_each(family, preset):
 def test_key_and_value_heads_are_split_or_held_by_several_ranks(ranks):
     """28 query heads share 4 of keys and values: seven queries in a row see one."""
     with torch.device("meta"):
-        config = LlamaConfig(hidden_size=28 * 8, num_attention_heads=28, num_key_value_heads=4, num_hidden_layers=1)
+        heads = {"num_attention_heads": 28, "num_key_value_heads": 4}
+        config = LlamaConfig(hidden_size=28 * 8, intermediate_size=56, num_hidden_layers=1, **heads)
         whole = LlamaModel(config)
     for rank in range(ranks):
         module, mesh = copy.deepcopy(whole), PlannedMesh(Degrees(tensor=ranks), rank)
@@ -111,4 +112,4 @@ def test_ranks_that_do_not_divide_the_heads_are_refused_before_weights_are_read(
 )
 def test_other_ways_of_spreading_are_refused(section):
     with pytest.raises(StartupError, match="TextEncoder stage is spread over ranks by tensor_parallel_size only"):
-        check_axes(Degrees.of(ParallelSection(**section)), ("tensor",), "TextEncoder")
+        check_axes(Degrees.of(ParallelSection(**section)), TEXT_AXES, "TextEncoder")
