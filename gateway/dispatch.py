@@ -67,8 +67,10 @@ class Dispatcher:
                 # Claims without an answer hold requests until their leases run out: no more until Redis answers.
                 while not await self._state.ping():
                     pass
+            # Not wait_for: in Python 3.11 it forgets a cancel that comes together with the wake.
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), IDLE_S)
+                async with asyncio.timeout(IDLE_S):
+                    await self._wake.wait()
 
     async def submit(self, request_id: str, queue: str, ticket: Ticket, fields: Fields) -> None:
         """Stores a request as State.submit does, and starts it when nobody waits before it and a replica is free."""

@@ -53,8 +53,10 @@ class Follower:
 
     async def wait(self, timeout_s: float) -> None:
         """Waits for events, or for news of some; after `timeout_s` there may be some that nobody told of."""
+        # Not wait_for: in Python 3.11 it forgets a cancel that comes together with the event.
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._changed.wait(), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                await self._changed.wait()
         self.behind = self.behind or not self._changed.is_set()
         self._changed.clear()
 

@@ -1,4 +1,4 @@
-"""Two gateways share one denoiser of few slots: it is full all the time, and hardly ever refuses."""
+"""Two gateways share one denoiser of few slots: it is full all the time, and never has to refuse."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def denoise_calls(metrics_port: int) -> dict[str, int]:
     return {line.split('"')[3]: int(float(line.rsplit(" ", 1)[1])) for line in counted}
 
 
-def test_gateways_that_share_a_replica_hardly_ever_overbook_it(tmp_path: Path) -> None:
+def test_gateways_that_share_a_replica_do_not_overbook_it(tmp_path: Path) -> None:
     with ExitStack() as stack:
         redis = start_redis(tmp_path / "redis")
         stack.callback(redis.stop)
@@ -62,10 +62,7 @@ def test_gateways_that_share_a_replica_hardly_ever_overbook_it(tmp_path: Path) -
         done = wait_for(lambda: ended(gateways[0].rest), 120, 0.2)
         assert done == ["done"] * REQUESTS
         calls = denoise_calls(stages["dit"]["metrics_port"])
-        print("CALLS", calls)
-        assert calls["ok"] == REQUESTS
-        # Each gateway may fill all slots before it hears of the other: once.
-        assert calls.get("overloaded", 0) <= 2 * SLOTS, calls
+        assert calls == {"ok": REQUESTS}
 
 
 def ended(rest: httpx.Client) -> list[str]:

@@ -121,3 +121,14 @@ async def test_a_result_whose_commit_was_not_answered_is_kept(two) -> None:
     # As when a beat meanwhile says that the request is not ours any more.
     await own.lifecycle._cancelled(work)
     assert own.files() == {work.artifact_name, f"{work.artifact_name}.json"}
+
+
+async def test_the_deadline_is_what_was_left_by_the_clock_of_redis(two) -> None:
+    own, _ = two
+    await own.submit("r")
+    record = await own.state.get("r")
+    assert float(record["deadline"]) - float(record["created"]) == pytest.approx(Ticket().timeout_s, abs=1e-3)
+    before_s = time.monotonic()
+    work = await own.claim(lease_s=10.0)
+    waited_s = float(work.claim.record["queued_s"])
+    assert before_s <= work.deadline_s - Ticket().timeout_s + waited_s + 1e-3 <= time.monotonic() + 2e-3
