@@ -15,7 +15,7 @@ from lightloom.cluster_config import write_toml
 from lightloom.redis_server import start_redis
 from services.config import environment_with_malloc
 from tests.cluster.gateway_process import ROOT, gateway
-from tests.cluster.running import wait_for
+from tests.cluster.running import figures, wait_for
 from tests.cluster.stage_process import free_port
 
 SLOTS, REQUESTS, STEPS = 4, 80, 3
@@ -38,6 +38,14 @@ def sleeping_stage(folder: Path, stage: str, max_in_flight: int) -> Iterator[dic
         process.wait(20)
 
 
+def ready(metrics_port: int) -> bool:
+    """Whether a stage serves."""
+    try:
+        return figures(metrics_port)["ready"] == 1.0
+    except httpx.TransportError:
+        return False
+
+
 def denoise_calls(metrics_port: int) -> dict[str, int]:
     """Calls that have ended, by outcome."""
     lines = httpx.get(f"http://127.0.0.1:{metrics_port}/metrics", timeout=5).text.splitlines()
@@ -51,6 +59,7 @@ def test_gateways_that_share_a_replica_do_not_overbook_it(tmp_path: Path) -> Non
         stack.callback(redis.stop)
         slots = {"text_encoder": 64, "dit": SLOTS, "vae": 64}
         stages = {name: stack.enter_context(sleeping_stage(tmp_path, name, slots[name])) for name in slots}
+        wait_for(lambda: all(ready(service["metrics_port"]) for service in stages.values()), 200)
         addresses = {name: f"127.0.0.1:{service['port']}" for name, service in stages.items()}
         folders = [tmp_path / "one", tmp_path / "two"]
         for folder in folders:
