@@ -20,9 +20,9 @@ local function enqueue(id, sender, queue)
     'class', 'tenant', 'created', 'updated', 'deadline', 'age_s')
   local class, flow, due = request[1], request[1] .. ':' .. request[2], tonumber(request[5])
   if not redis.call('ZSCORE', queue .. ':flows', flow) then
-    local virtual = redis.call('ZSCORE', queue .. ':tags', class) or class * CLASS
-    local finish = redis.call('ZSCORE', queue .. ':tags', flow) or virtual
-    redis.call('ZADD', queue .. ':flows', math.max(tonumber(virtual), tonumber(finish)), flow)
+    -- A finish tag that is still there is not behind virtual time.
+    local finish, virtual = unpack(redis.call('ZMSCORE', queue .. ':tags', flow, class))
+    redis.call('ZADD', queue .. ':flows', finish or virtual or class * CLASS, flow)
     redis.call('ZREM', queue .. ':tags', flow)
   end
   redis.call('ZADD', queue .. ':f:' .. flow, request[3], id)

@@ -1,4 +1,4 @@
-"""Two gateways share one denoiser of few slots: it is full all the time, and hardly ever refuses."""
+"""Two gateways share one denoiser of few slots: it is full all the time, and never has to refuse."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lightloom.cluster_config import write_toml
 from lightloom.redis_server import start_redis
 from services.config import environment_with_malloc
 from tests.cluster.gateway_process import ROOT, gateway
-from tests.cluster.running import wait_for
+from tests.cluster.running import figures, wait_for
 from tests.cluster.stage_process import free_port
 
 SLOTS, REQUESTS, STEPS = 4, 80, 3
@@ -38,6 +38,14 @@ def sleeping_stage(folder: Path, stage: str, max_in_flight: int) -> Iterator[dic
         process.wait(20)
 
 
+def ready(metrics_port: int) -> bool:
+    """Whether a stage serves."""
+    try:
+        return figures(metrics_port)["ready"] == 1.0
+    except httpx.TransportError:
+        return False
+
+
 def denoise_calls(metrics_port: int) -> dict[str, int]:
     """Calls that have ended, by outcome."""
     lines = httpx.get(f"http://127.0.0.1:{metrics_port}/metrics", timeout=5).text.splitlines()
@@ -45,12 +53,13 @@ def denoise_calls(metrics_port: int) -> dict[str, int]:
     return {line.split('"')[3]: int(float(line.rsplit(" ", 1)[1])) for line in counted}
 
 
-def test_gateways_that_share_a_replica_hardly_ever_overbook_it(tmp_path: Path) -> None:
+def test_gateways_that_share_a_replica_do_not_overbook_it(tmp_path: Path) -> None:
     with ExitStack() as stack:
         redis = start_redis(tmp_path / "redis")
         stack.callback(redis.stop)
         slots = {"text_encoder": 64, "dit": SLOTS, "vae": 64}
         stages = {name: stack.enter_context(sleeping_stage(tmp_path, name, slots[name])) for name in slots}
+        wait_for(lambda: all(ready(service["metrics_port"]) for service in stages.values()), 200)
         addresses = {name: f"127.0.0.1:{service['port']}" for name, service in stages.items()}
         folders = [tmp_path / "one", tmp_path / "two"]
         for folder in folders:
@@ -62,10 +71,7 @@ def test_gateways_that_share_a_replica_hardly_ever_overbook_it(tmp_path: Path) -
         done = wait_for(lambda: ended(gateways[0].rest), 120, 0.2)
         assert done == ["done"] * REQUESTS
         calls = denoise_calls(stages["dit"]["metrics_port"])
-        print("CALLS", calls)
-        assert calls["ok"] == REQUESTS
-        # Each gateway may fill all slots before it hears of the other: once.
-        assert calls.get("overloaded", 0) <= 2 * SLOTS, calls
+        assert calls == {"ok": REQUESTS}
 
 
 def ended(rest: httpx.Client) -> list[str]:

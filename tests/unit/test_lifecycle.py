@@ -149,3 +149,14 @@ async def test_a_request_whose_latents_are_lost_is_denoised_again(two) -> None:
             assert (record["state"], record["stage"], record["queue"]) == (b"queued", b"dit", QUEUE.encode())
     # A store that loses them each time: it goes on as any failure does.
     assert (record["state"], record["stage"]) == (b"queued", b"vae")
+
+
+async def test_the_deadline_is_what_was_left_by_the_clock_of_redis(two) -> None:
+    own, _ = two
+    await own.submit("r")
+    record = await own.state.get("r")
+    assert float(record["deadline"]) - float(record["created"]) == pytest.approx(Ticket().timeout_s, abs=1e-3)
+    before_s = time.monotonic()
+    work = await own.claim(lease_s=10.0)
+    waited_s = float(work.claim.record["queued_s"])
+    assert before_s <= work.deadline_s - Ticket().timeout_s + waited_s + 1e-3 <= time.monotonic() + 2e-3

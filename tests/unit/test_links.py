@@ -29,7 +29,7 @@ def url(tmp_path_factory):
 @pytest.fixture
 async def states(url: str) -> AsyncIterator[tuple[State, State]]:
     states = State(RedisSection(url=url), "a"), State(RedisSection(url=url), "b")
-    await states[0]._redis.flushall()
+    await states[0]._scripts.redis.flushall()
     yield states
     for state in states:
         await state.close()
@@ -98,7 +98,7 @@ async def test_an_expired_link_says_so(states) -> None:
 async def test_gateways_agree_again_after_redis_was_emptied(states) -> None:
     own, other = (Links(state.shared_key, "", 60.0) for state in states)
     await own.link(PATH)
-    await states[0]._redis.flushall()
+    await states[0]._scripts.redis.flushall()
     link = await other.link(PATH)
     with pytest.raises(LinkRefused):
         await own.is_signed(PATH, query_of(link))

@@ -208,7 +208,7 @@ class Model:
 KNOWN = precondition(lambda machine: machine.model.requests)
 CLAIMED = precondition(lambda machine: machine.claims)
 NEWEST = range(10)
-CALLS = ("beat", "commit", "commit", "requeue")
+CALLS = ("beat", "beat", "commit", "commit", "requeue")
 OUTCOMES = ("running", "queued", "queued", "done", "failed", "cancelled")
 RUNNING = (set(), {"x"}, {"y"}, {"x", "y"})
 ORDERS = ([DIT, VAE], [VAE, DIT])
@@ -274,7 +274,7 @@ class Machine(RuleBasedStateMachine):
     def several(self, seed: int) -> None:
         """Calls of all kinds: hypothesis alone prefers to repeat a few."""
         draw = random.Random(seed)
-        for _ in range(30):
+        for _ in range(40):
             n, terms = draw.choice(NEWEST), {name: draw.choice(values) for name, values in TERMS.items()}
             owner = n, draw.choice(CALLS), draw.choice(OUTCOMES), draw.random() < 0.5
             calls = [
@@ -283,7 +283,7 @@ class Machine(RuleBasedStateMachine):
                 lambda: self.time_passes(draw.randrange(5), draw.choice(THEN)),
             ]
             if self.claims:
-                calls += [lambda owner=owner: self.owner(*owner)] * 2
+                calls += [lambda owner=owner: self.owner(*owner)] * 3
             if self.model.requests:
                 calls.append(lambda n=n: draw.choice((self.abort, self.reap_one_that_may_live))(n))
             draw.choice(calls)()

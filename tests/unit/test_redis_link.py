@@ -19,7 +19,7 @@ from tests.cluster.redis_process import Relay, redis_process
 ROOT = Path(__file__).resolve().parents[2]
 # What the gateway calls outside of its scripts, and redis-py when it connects.
 OUTSIDE = {"evalsha", "script|load", "ping", "info", "select", "subscribe", "unsubscribe"}
-OUTSIDE |= {"zrevrange", "hget", "hgetall"}
+OUTSIDE |= {"zrevrange", "hget", "hgetall", "hmget", "get", "set"}
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ async def test_the_listener_follows_a_failover_that_breaks_no_connection(tmp_pat
         async with Relay(old.port) as relay:
             one = State(RedisSection(url=f"redis://127.0.0.1:{relay.port}"), "one")
             heard: list[str] = []
-            listening = asyncio.create_task(one.listen(lambda: None, heard.append))
+            listening = asyncio.create_task(one.listen(lambda: None, heard.append, lambda _: None))
             async with asyncio.timeout(20):
                 while not one.connected:
                     await asyncio.sleep(0.01)

@@ -38,7 +38,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.fixture
 async def state(url: str) -> AsyncIterator[State]:
     state = State(RedisSection(url=url), "gateway")
-    await state._redis.flushall()
+    await state._scripts.redis.flushall()
     yield state
     await state.close()
 
