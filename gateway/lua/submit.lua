@@ -1,7 +1,7 @@
--- KEYS: request, queue, ids, events, the tenant's ids. ARGV: id, sender, priority, max_queued, keep_s, lease_s ('' leaves it in the queue),
--- try, not_after ('' for never), then hash fields. Stores a request and queues it; one that nobody waits before goes to
--- the sender at once. Returns the time and 1, 0 when the id exists, -1 when the queue is full, or -2 when nobody waits
--- for the answer any more; then fence and hash when the sender has it.
+-- KEYS: request, queue, ids, events, the tenant's ids. ARGV: id, sender, priority, max_queued, keep_s, lease_s ('' leaves
+-- it in the queue), try, not_after ('' for never), then hash fields. Stores a request and queues it; one that nobody
+-- waits before goes to the sender at once. Returns the time and 1, 0 when the id exists, -1 when the queue is full, or
+-- -2 when nobody waits for the answer any more; then fence and hash when the sender has it.
 local id, sender, try, time = ARGV[1], ARGV[2], ARGV[7], now()
 if redis.call('EXISTS', KEYS[1]) == 1 then
   -- The same call once more, because the answer to its first try was lost.
