@@ -173,10 +173,9 @@ async def poison(run: Run, others: int) -> History:
     await asyncio.to_thread(run.cluster.reconfigure, "gateway", "gateway", max_attempts=before)
     prompts = {name: line["recipe"]["prompt"] for name, line in history.accepted.items()}
     attempts = {name: request["attempt"] for name, request in history.final["requests"].items()}
+    others_attempts = [attempts[name] for name in attempts if prompts[name] != POISON]
     run.measured["attempts_of_poison"] = max(attempts[name] for name in attempts if prompts[name] == POISON)
-    run.measured["attempts_of_others"] = max(
-        (attempts[name] for name in attempts if prompts[name] != POISON), default=0
-    )
+    run.measured["attempts_of_others"] = max(others_attempts, default=0)
     return history
 
 
