@@ -34,7 +34,7 @@ async def test_f4_a_frozen_gateway_comes_back_as_a_zombie(cluster, reference):
     async with Run(cluster, "f4", 1) as run:
         history = await deaths.frozen_gateway(run, requests=12)
     assert check(history, reference=reference) == []
-    assert run.measured["adopted_s_count"] >= 2
+    assert run.measured["adopted_s_count"] >= 1
     assert run.measured["adopted_s_max"] < cluster.lease_s + LOADED_S
 
 
