@@ -80,7 +80,7 @@ async def test_f10_an_abort_storm(cluster, reference):
 
 async def test_f11_a_flood(cluster, reference):
     async with Run(cluster, "f11", 1) as run:
-        history = await load.flood(run, submits=600)
+        history = await load.flood(run, submits=400)
     assert check(history, reference=reference) == []
     assert run.measured["refused"] > 0
     assert run.measured["gateway_growth_mib"] < 64
