@@ -16,7 +16,6 @@ from google.protobuf.message import DecodeError
 from protos import types_pb2
 from services.config import TlsSection
 from services.errors import (
-    Cancelled,
     CorruptTensor,
     DeadlineExceeded,
     DeviceLost,
@@ -44,6 +43,13 @@ SIZE_OPTIONS: tuple[tuple[str, int], ...] = (
 )
 KEEPALIVE_S = 10.0
 
+# How much of a stream may be on its way. gRPC's own guess grows with the buffers of a slow line, until a ping that
+# comes behind them is given up and the transfer with it.
+WINDOW_OPTIONS: tuple[tuple[str, int], ...] = (
+    ("grpc.http2.bdp_probe", 0),
+    ("grpc.http2.lookahead_bytes", 1024 * 1024),
+)
+
 
 def keepalive_options(keepalive_s: float = KEEPALIVE_S) -> tuple[tuple[str, int], ...]:
     """Pings after `keepalive_s` of silence; a peer that does not answer within half of it is given up.
@@ -62,6 +68,7 @@ def keepalive_options(keepalive_s: float = KEEPALIVE_S) -> tuple[tuple[str, int]
 CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     *keepalive_options(),
     *SIZE_OPTIONS,
+    *WINDOW_OPTIONS,
     ("grpc.enable_retries", 0),
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.min_reconnect_backoff_ms", 200),
@@ -79,7 +86,8 @@ _BY_STATUS: dict[grpc.StatusCode, type[ServiceError]] = {
     grpc.StatusCode.UNIMPLEMENTED: NotEnabled,
     grpc.StatusCode.FAILED_PRECONDITION: WrongState,
     grpc.StatusCode.RESOURCE_EXHAUSTED: Overloaded,
-    grpc.StatusCode.CANCELLED: Cancelled,
+    # Not by us: then there would be no status. A server that stops says so of calls that just came in.
+    grpc.StatusCode.CANCELLED: NotReady,
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
     grpc.StatusCode.DATA_LOSS: CorruptTensor,
 }

@@ -20,7 +20,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from services.client import ERROR_KEY, SIZE_OPTIONS, keepalive_options
+from services.client import ERROR_KEY, SIZE_OPTIONS, WINDOW_OPTIONS, keepalive_options
 from services.config import MALLOC_SETTINGS, environment, environment_with_malloc, override, parse, read_toml
 from services.errors import ServiceError, StartupError
 from services.telemetry import internal_error
@@ -34,6 +34,7 @@ _CALL_OVER = "gRPC ended the call"
 SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
     *keepalive_options(),
     *SIZE_OPTIONS,
+    *WINDOW_OPTIONS,
     # Clients ping every 10 s; a server that finds that too often would hang up on them.
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),

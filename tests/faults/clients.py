@@ -82,7 +82,7 @@ class Clients:
             self._recorder.write("info" if passing else "fail", **facts)
             if not passing or loop.time() >= end_s:
                 break
-            await asyncio.sleep(RETRY_S)
+            await asyncio.sleep(float(facts["retry_after"] or RETRY_S))
         return ""
 
     async def follow(self, request_id: str, *, gateway: int = 0) -> str:

@@ -1,4 +1,4 @@
-"""One cluster for the whole suite, and what every recipe gives without a fault."""
+"""One cluster for all scenarios, and what every recipe gives without a fault."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.faults.run import reference_of
 REPLICAS = {"text_encoder": 1, "dit": 3, "vae": 1}
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def fault_cluster(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(Path(__file__).parents[2])
@@ -22,7 +22,7 @@ def fault_cluster(tmp_path_factory):
             yield cluster
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def reference(fault_cluster):
     return asyncio.run(reference_of(fault_cluster))
 

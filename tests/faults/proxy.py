@@ -16,8 +16,10 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 CHUNK_BYTES = 16 * 1024
-# On their way through a slow proxy, at most.
-CHUNKS_UNDER_WAY = 64
+# On their way through a slow proxy, at most; and what the kernel may hold before it. Loopback's own buffers hold
+# megabytes, which a slow line would have to carry before a ping that comes behind them.
+CHUNKS_UNDER_WAY = 16
+RECEIVE_BUFFER_BYTES = 128 * 1024
 BOTH = ("up", "down")
 _RESET = struct.pack("ii", 1, 0)
 
@@ -61,7 +63,11 @@ class Proxy:
     async def _start(self) -> asyncio.Server:
         for way in self._way.values():
             way.set()
-        return await asyncio.start_server(self._relay, "127.0.0.1", 0)
+        listening = socket.socket()
+        # Before it listens: what it accepts inherits it.
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER_BYTES)
+        listening.bind(("127.0.0.1", 0))
+        return await asyncio.start_server(self._relay, sock=listening)
 
     def slow(self, *, delay_s: float = 0.0, bytes_per_s: float = 0.0) -> None:
         """A delay each way, and a rate (0: unbounded)."""

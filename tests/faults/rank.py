@@ -2,7 +2,7 @@
 
 The stages share it; `model.preset` of the config names the stage, `model.source` the folder for its records. A picture
 is a function of prompt, seed, steps and size alone, through every tensor on its way: one that was lost, mixed up,
-changed or counted twice shows. The prompt "poison" ends the denoiser's process in its second step.
+changed or counted twice shows. The prompt "poison" ends the denoiser's process in its tenth step.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from services.tensors import BundleReader
 from tests.faults.history import Recorder
 
 POISON = "poison"
+POISONED_STEP = 10
 # Of float32 a pixel: 1024 x 1024 makes latents of 20 MiB.
 LATENTS_A_PIXEL = 5
 EMBEDDING = 64
@@ -147,7 +148,7 @@ class RecordingProgram:
         time.sleep(STEP_S)
         job.step += 1
         self._record("step", job, step=job.step)
-        if params.prompt == POISON and job.step == 2:
+        if params.prompt == POISON and job.step == POISONED_STEP:
             os._exit(1)
         condition = job.tensors["positive/prompt_embeds"]
         job.tensors["latents"].view(-1, EMBEDDING).mul_(0.75).add_(condition, alpha=1 / job.step)

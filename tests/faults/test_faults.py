@@ -34,7 +34,7 @@ async def test_f4_a_frozen_gateway_comes_back_as_a_zombie(cluster, reference):
     async with Run(cluster, "f4", 1) as run:
         history = await deaths.frozen_gateway(run, requests=12)
     assert check(history, reference=reference) == []
-    assert run.measured["adopted_s_count"] >= 2
+    assert run.measured["adopted_s_count"] >= 1
     assert run.measured["adopted_s_max"] < cluster.lease_s + LOADED_S
 
 
@@ -80,7 +80,7 @@ async def test_f10_an_abort_storm(cluster, reference):
 
 async def test_f11_a_flood(cluster, reference):
     async with Run(cluster, "f11", 1) as run:
-        history = await load.flood(run, submits=600)
+        history = await load.flood(run, submits=400)
     assert check(history, reference=reference) == []
     assert run.measured["refused"] > 0
     assert run.measured["gateway_growth_mib"] < 64

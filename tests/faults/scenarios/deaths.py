@@ -64,8 +64,8 @@ async def frozen_gateway(run: Run, requests: int, leases: float = 3.0) -> Histor
     zombie = run.cluster.of("gateway")[0]
     tasks = run.start(run.recipes(LONG, requests))
     owned = await _owned(run, zombie.name, 2)
-    since_s = time.time()
     zombie.freeze()
+    since_s = time.time()
     await asyncio.sleep(leases * run.cluster.lease_s)
     zombie.thaw()
     await asyncio.gather(*tasks)
@@ -83,8 +83,8 @@ async def killed_gateway(run: Run, requests: int) -> History:
     while len(run.accepted()) < requests:
         await asyncio.sleep(0.05)
     owned = await _owned(run, victim.name, 1)
-    since_s = time.time()
     victim.kill()
+    since_s = time.time()
     await asyncio.gather(*tasks)
     assert isinstance(await synchronous, httpx.TransportError)
     history = await run.finish()
@@ -173,10 +173,9 @@ async def poison(run: Run, others: int) -> History:
     await asyncio.to_thread(run.cluster.reconfigure, "gateway", "gateway", max_attempts=before)
     prompts = {name: line["recipe"]["prompt"] for name, line in history.accepted.items()}
     attempts = {name: request["attempt"] for name, request in history.final["requests"].items()}
+    others_attempts = [attempts[name] for name in attempts if prompts[name] != POISON]
     run.measured["attempts_of_poison"] = max(attempts[name] for name in attempts if prompts[name] == POISON)
-    run.measured["attempts_of_others"] = max(
-        (attempts[name] for name in attempts if prompts[name] != POISON), default=0
-    )
+    run.measured["attempts_of_others"] = max(others_attempts, default=0)
     return history
 
 
