@@ -1,9 +1,9 @@
 -- KEYS: request, queue, ids, events, the tenant's ids. ARGV: id, sender, keep_s, timeout_s, max_queued,
--- max_queued_tenant, class, tenant, lease_s ('' leaves it in the queue), try, not_after ('' for never), slots of the sender's replica and how many it has,
--- then hash fields. Stores a request and queues it; one that nobody waits before goes to the sender at once, if there is
--- a slot. Returns the time and 1, 0 when the id exists, -1 when the
--- queue is full, -2 when nobody waits for the answer any more, or -3 when the tenant has too many in the queue; then
--- fence and hash when the sender has it, or the seconds that full queue takes to drain.
+-- max_queued_tenant, class, tenant, lease_s ('' leaves it in the queue), try, not_after ('' for never), slots of the
+-- sender's replica and how many it has, then hash fields. Stores a request and queues it; one that nobody waits before
+-- goes to the sender at once, if there is a slot. Returns the time and 1, 0 when the id exists, -1 when the queue is
+-- full, -2 when nobody waits for the answer any more, or -3 when the tenant has too many in the queue; then fence and
+-- hash when the sender has it, or the seconds that full queue takes to drain.
 local id, sender, class, tenant, try, time = ARGV[1], ARGV[2], ARGV[7], ARGV[8], ARGV[10], now()
 if redis.call('EXISTS', KEYS[1]) == 1 then
   -- The same call once more, because the answer to its first try was lost.
