@@ -11,7 +11,8 @@ from pathlib import Path
 
 import uvicorn
 
-from gateway.config import GatewayConfig
+from gateway.backlog import Backlog
+from gateway.config import GatewayConfig, redis_url
 from gateway.dispatch import Dispatcher
 from gateway.http import create_app
 from gateway.lifecycle import Lifecycle
@@ -45,7 +46,7 @@ async def serve(config: GatewayConfig) -> None:
     """
     section = config.gateway
     name = section.name or f"{socket.gethostname()}-{os.getpid()}"
-    state = State(config.redis.url, name)
+    state = State(redis_url(config.redis), name)
     store = Store(Path(config.store.path))
     replicas = Replicas(config.stages, lambda: dispatcher.wake())
     lifecycle = Lifecycle(state, replicas, store, section, "gateway")
@@ -56,9 +57,8 @@ async def serve(config: GatewayConfig) -> None:
     health = Health(grpc_server, [gateway_pb2.DESCRIPTOR.services_by_name["Gateway"].full_name])
     bind(grpc_server, section.host, section.grpc_port)
     http_socket = _http_socket(section.host, section.http_port)
-    rest = uvicorn.Server(
-        uvicorn.Config(create_app(service, section), log_config=None, access_log=False, timeout_graceful_shutdown=2)
-    )
+    app = create_app(service, Backlog(state, replicas), section)
+    rest = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=2))
     rest.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
     stop = stop_event()
     await grpc_server.start()

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
+
+from services.errors import StartupError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,9 +26,10 @@ class GatewaySection:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RedisSection:
-    """The state store."""
+    """The state store. A URL with a password belongs into a file that only the gateway can read: `url_file`."""
 
     url: str = "redis://127.0.0.1:6379/0"
+    url_file: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,3 +56,20 @@ class GatewayConfig:
     redis: RedisSection = field(default_factory=RedisSection)
     store: StoreSection = field(default_factory=StoreSection)
     stages: StagesSection = field(default_factory=StagesSection)
+
+
+def redis_url(section: RedisSection) -> str:
+    """The URL, from its file if there is one.
+
+    Raises:
+        StartupError: the file cannot be read, or is empty.
+    """
+    if not section.url_file:
+        return section.url
+    try:
+        url = Path(section.url_file).read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise StartupError(f"redis.url_file {section.url_file} cannot be read: {error}") from error
+    if not url:
+        raise StartupError(f"redis.url_file {section.url_file} is empty: write the URL into it, redis://HOST:PORT/0")
+    return url

@@ -15,6 +15,7 @@ from fastapi import FastAPI, Query, Request, Response
 from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
+from gateway.backlog import Backlog
 from gateway.config import GatewaySection
 from gateway.http_errors import Border, ErrorEnvelope, install, service_envelope
 from gateway.http_json import (
@@ -37,14 +38,14 @@ PAGE = Path(__file__).parent / "page.html"
 ERRORS: dict[int | str, dict[str, Any]] = {status: {"model": ErrorEnvelope} for status in (400, 404, 409, 429, 503)}
 
 
-def create_app(service: RequestService, config: GatewaySection) -> FastAPI:
-    """The whole REST API over a service."""
+def create_app(service: RequestService, backlog: Backlog, config: GatewaySection) -> FastAPI:
+    """The whole REST API over a service; `backlog` is for the metrics page."""
     app = FastAPI(title="Lightloom", version="1", docs_url=None, redoc_url=None, responses=ERRORS)
     install(app)
     app.add_middleware(Border, max_body_bytes=config.max_body_bytes)
     _add_images(app, service)
     _add_requests(app, service)
-    _add_operations(app, service)
+    _add_operations(app, service, backlog)
     return app
 
 
@@ -120,7 +121,7 @@ def _add_requests(app: FastAPI, service: RequestService) -> None:
         return {"id": request_id, "spans": [span_json(span) for span in await service.trace(request_id)]}
 
 
-def _add_operations(app: FastAPI, service: RequestService) -> None:
+def _add_operations(app: FastAPI, service: RequestService, backlog: Backlog) -> None:
     @app.get("/v1/models")
     async def list_models() -> dict[str, Any]:
         """Models with limits and replicas."""
@@ -134,7 +135,7 @@ def _add_operations(app: FastAPI, service: RequestService) -> None:
 
     @app.get("/metrics", include_in_schema=False)
     async def metrics() -> Response:
-        return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
+        return Response(generate_latest() + await backlog.exposition(), media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/", include_in_schema=False)
     async def page() -> HTMLResponse:

@@ -108,6 +108,7 @@ class Lifecycle:
                             decode = self._decode_ahead(work, latents)
                         case "usage":
                             work.add("dit", response.usage)
+                            replica.took(response.usage, work.params)
             work.spans.append(make_span("gateway.denoise", self._process, start_ns, time.time_ns()))
             await progress.close()
             await self._hand_over(work, latents, decode)

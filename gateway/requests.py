@@ -15,6 +15,7 @@ from typing import Any, cast
 from gateway.config import GatewaySection
 from gateway.dispatch import Dispatcher
 from gateway.followers import StoredEvent
+from gateway.pace import pixels
 from gateway.replicas import Replicas
 from gateway.state import TERMINAL, State, queue_key
 from gateway.store import Store
@@ -76,9 +77,11 @@ class RequestService:
         if resolved.preview_every:
             self._check_previews(model)
         request_id = _new_id(idempotency_key)
+        message = params_to_proto(resolved)
         fields: dict[str, str | bytes | float] = {
-            "params": params_to_proto(resolved).SerializeToString(),
+            "params": message.SerializeToString(),
             "total": resolved.steps,
+            "pixels": pixels(message),
             "step": 0,
             "deadline": time.time() + self._config.request_timeout_s,
             "traceparent": new_traceparent(traceparent),

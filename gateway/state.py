@@ -30,9 +30,12 @@ log = logging.getLogger(__name__)
 
 PREFIX = "{ll}"
 IDS, LEASES, FENCE, WAKE = f"{PREFIX}:ids", f"{PREFIX}:leases", f"{PREFIX}:fence", f"{PREFIX}:wake"
+PACES = f"{PREFIX}:paces"
 TERMINAL = frozenset({"done", "failed", "cancelled", "expired"})
-SCRIPTS = ("submit", "claim", "beat", "commit", "requeue", "abort", "expired", "follow")
+SCRIPTS = ("submit", "claim", "beat", "commit", "requeue", "abort", "expired", "follow", "backlog")
 READ_EVENTS = 256
+# Requests of a queue that are looked at to know how much work waits in it.
+SAMPLE = 200
 WATCH_TIMEOUT_S = 2.0
 # How long a call waits for a Redis that is away. Who asks is told soon; what a stage has made is worth a longer wait.
 PATIENCE_S = 2.0
@@ -55,6 +58,19 @@ class Claim:
     record: dict[str, bytes]
     queue: str
     left: int
+
+
+@dataclass(frozen=True, slots=True)
+class Queued:
+    """What waits in a queue: requests, their pixels, and pixels times steps."""
+
+    requests: int
+    pixels: float
+    pixel_steps: float
+
+    def units(self, stage: str) -> float:
+        """The work that it is for a stage, as `gateway/pace.py` counts it."""
+        return {"dit": self.pixel_steps, "vae": self.pixels}.get(stage, float(self.requests))
 
 
 class State:
@@ -171,6 +187,17 @@ class State:
     async def expired(self) -> list[str]:
         """Requests whose owner has been silent for longer than its lease."""
         return [request_id.decode() for request_id in await self._run("expired", [LEASES])]
+
+    async def backlog(
+        self, queues: Sequence[str], paces: Mapping[str, float]
+    ) -> tuple[dict[str, float], dict[str, Queued]]:
+        """Notes the paces that this gateway has learnt; returns those of all gateways, and what waits in each queue."""
+        noted, found = await self._run("backlog", [PACES, *queues], SAMPLE, *_flat(paces))
+        waiting = {
+            queue: Queued(int(requests), float(pixels), float(work))
+            for queue, (requests, pixels, work) in zip(queues, found, strict=True)
+        }
+        return {name: float(pace) for name, pace in _record(noted).items()}, waiting
 
     async def get(self, request_id: str) -> dict[str, bytes]:
         """The stored record; empty for an unknown request."""
