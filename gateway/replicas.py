@@ -101,6 +101,7 @@ class Replicas:
     known: dict[tuple[str, str], Replica] = field(default_factory=dict)
     # What the newest replica of a stage said, by stage and model: it holds when all of them are away for a moment.
     _last: dict[tuple[str, str], types_pb2.DescribeResponse] = field(default_factory=dict)
+    _unresolved: set[str] = field(default_factory=set)
 
     def of_stage(self, stage: str) -> list[Replica]:
         """Healthy replicas of a stage, the least busy first."""
@@ -211,8 +212,12 @@ class Replicas:
         try:
             addresses = await addresses_of(target)
         except OSError as error:
-            log.warning("cannot resolve %s: %s", target, error)
+            # A name without replicas does not exist, and may not for hours.
+            if target not in self._unresolved:
+                log.warning("cannot resolve %s: %s", target, error)
+            self._unresolved.add(target)
             return
+        self._unresolved.discard(target)
         for address in addresses:
             if (stage, address) not in self.known:
                 self.known[stage, address] = Replica(stage, address, connect(address))
