@@ -69,13 +69,18 @@ class Kubelet:
         self._volumes = dict(volumes)
         self._templates = dict(pod_templates(objects))
         self._started = 0
+        self._places: dict[str, tuple[str, dict[int, int]]] = {}
+
+    def place(self, workload: str, name: str) -> None:
+        """Gives a pod its address before it runs."""
+        self._places[name] = self._network.join(name, self._templates[workload])
 
     def create(self, workload: str, name: str = "") -> Pod:
         """Another pod of a workload, by default under a name of its own."""
         self._started += 1
         template = self._templates[workload]
         name = name or f"{template['metadata']['labels']['app.kubernetes.io/component']}-{self._started}"
-        address, ports = self._network.join(name, template)
+        address, ports = self._places.pop(name, None) or self._network.join(name, template)
         words = self._network.words(name, self._command(name, address, template))
         log = self._folder / f"{name}.log"
         with log.open("wb") as output:

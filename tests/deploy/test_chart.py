@@ -129,6 +129,7 @@ def test_the_schema_of_values_has_the_keys_of_the_services() -> None:
         ("models.wan.stages.vae.parallel.ulysses_degree", 2, "parallel"),
         ("models.wan.stages.dit.autoscaling.minReplicas", 0, "minReplicas"),
         ("models.wan.limits.max_pixel", 5, "max_pixel"),
+        ("models.a-name-of-32-characters-exactly1", {"model": {"source": "x"}}, "longer than 52 characters"),
         ("models.Wan", {"model": {"source": "x"}}, "Wan"),
         ("gateway.config.redis.url", "redis://:secret@r:6379", "redis"),
         ("redis.existingSecret", "", "name a Secret with the key `url`"),

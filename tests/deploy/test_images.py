@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from importlib import metadata
@@ -62,17 +63,31 @@ def test_images_run_what_the_chart_runs_as_nobody_in_particular() -> None:
         assert {str(port["containerPort"]) for port in main["ports"]} == set(made[image]["EXPOSE"].split())
 
 
-def test_images_hold_the_code_and_no_weights() -> None:
-    """The list of what is let in, file by file."""
+def context() -> list[Path]:
+    """What the Dockerfile can copy."""
     lines = (DEPLOY / "Dockerfile.dockerignore").read_text().splitlines()
-    rules = [line for line in lines if line and not line.startswith("#")]
-    assert rules[0] == "*"
-    kept = [ROOT / rule[1:] for rule in rules if rule.startswith("!")]
-    assert all(path.exists() for path in kept), kept
-    files = [file for path in kept for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file()]
+    assert next(line for line in lines if not line.startswith("#")) == "*"
+    return [ROOT / line[1:] for line in lines if line.startswith("!")]
+
+
+def test_images_hold_the_code_and_no_weights() -> None:
+    files = [file for path in context() for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file()]
     assert not [file for file in files if file.suffix in (".safetensors", ".gguf", ".bin", ".pt")]
-    packages = {path.name for path in kept if path.is_dir()}
-    assert packages == {"gateway", "services", "protos", *STAGES}
+    assert {path.name for path in context() if path.is_dir()} == {"gateway", "services", "protos", *STAGES}
+
+
+def test_what_is_installed_from_the_context_is_whole(tmp_path: Path) -> None:
+    """Its data files too: scripts for Redis, the page, the protos."""
+    for path in context():
+        copy = tmp_path / "context" / path.relative_to(ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(path, copy) if path.is_dir() else shutil.copy(path, copy)
+    options = ("--quiet", "--disable-pip-version-check", "--no-deps", "--target", str(tmp_path / "installed"))
+    subprocess.run([sys.executable, "-m", "pip", "install", *options, str(tmp_path / "context")], check=True)
+    for path in (path for path in context() if path.is_dir()):
+        ours = {file.relative_to(ROOT) for file in path.rglob("*.*") if "__pycache__" not in file.parts}
+        ours = {file for file in ours if file.suffix != ".binpb"}
+        assert not [file for file in ours if not (tmp_path / "installed" / file).is_file()]
 
 
 def installed_with(names: list[str]) -> set[str]:

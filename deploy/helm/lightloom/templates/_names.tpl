@@ -33,7 +33,11 @@ stages:
 {{- range $stage := list "text_encoder" "dit" "vae" }}
 {{- $values := mergeOverwrite (deepCopy (get $.Values.stages $stage)) (deepCopy (dig "stages" $stage dict $model)) }}
 {{- $component := include "lightloom.dashed" $stage }}
-  - {{ dict "model" $name "stage" $stage "component" $component "section" $model.model "limits" ($model.limits | default dict) "values" $values "hosts" ($values.hosts | default 1 | int) "name" (printf "%s-%s-%s" (include "lightloom.name" $) $component $name | trunc 52 | trimSuffix "-") | toJson }}
+{{- $full := printf "%s-%s-%s" (include "lightloom.name" $) $component $name }}
+{{- if gt (len $full) 52 }}
+{{- fail (printf "models.%s: the name %s of its pods is longer than 52 characters: shorten the release's or the model's" $name $full) }}
+{{- end }}
+  - {{ dict "model" $name "stage" $stage "component" $component "section" $model.model "limits" ($model.limits | default dict) "values" $values "hosts" ($values.hosts | default 1 | int) "name" $full | toJson }}
 {{- end }}
 {{- end }}
 {{- end }}
