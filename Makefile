@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PROMPT ?= a large red circle to the left of a small blue star on a yellow background
 
-.PHONY: demo test lint types unit cluster deploy protos clean
+.PHONY: demo test lint types unit cluster protos clean
 
 # A picture from a prompt: installs what is needed, starts the cluster, draws, says what each stage took.
 demo: .venv/runtime
@@ -18,7 +18,7 @@ test: .venv/dev
 lint: .venv/dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
-unit cluster deploy: .venv/dev
+unit cluster: .venv/dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" tests/$@
 
 # Stubs are committed; a test fails when they are stale.
