@@ -1,7 +1,8 @@
 """How throughput grows with denoiser replicas: `python -m benchmarks.scale`.
 
 The engine sleeps 20 ms a step and serves one request after the other (`benchmarks.sleeping_rank`), so it takes no core,
-and everything around it shows: Redis, gateway, fronts, channels. Clients ask again as soon as they have an answer.
+and everything around it shows: Redis, gateway, fronts, channels. Clients ask again as soon as they have an answer. At
+the end, 200 clients at once: which share of what the engines can do is used.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import sys
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -32,6 +33,7 @@ from services.config import environment_with_malloc
 WORK = Work("sleeping", 256, 20, 4.0)
 REPLICAS = (1, 2, 4)
 CLIENTS_A_REPLICA = 4
+CROWD = 200
 GOALS = {"2": 1.9, "4": 3.7}
 
 
@@ -62,14 +64,25 @@ def stage_table(stage: str, port: int) -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True, slots=True)
+class Running:
+    """Addresses of a gateway: `host:port` of gRPC, and the base URL of REST."""
+
+    grpc: str
+    http: str
+
+
 @asynccontextmanager
-async def cluster(folder: Path, replicas: int) -> AsyncIterator[str]:
-    """Redis, a gateway and sleeping stages; yields the gateway's gRPC address once the model is ready."""
+async def cluster(
+    folder: Path, replicas: int, *, stage_module: str = "benchmarks.sleeping_stage"
+) -> AsyncIterator[Running]:
+    """Redis, a gateway and sleeping stages; yields the gateway once the model is ready."""
     ports = {"text_encoder": [free_port()], "vae": [free_port()], "dit": [free_port() for _ in range(replicas)]}
     redis = await asyncio.to_thread(start_redis, folder / "redis")
-    address = f"127.0.0.1:{free_port()}"
+    grpc_port, http_port = free_port(), free_port()
+    running = Running(f"127.0.0.1:{grpc_port}", f"http://127.0.0.1:{http_port}")
     gateway = {
-        "gateway": {"grpc_port": int(address.rpartition(":")[2]), "http_port": free_port()},
+        "gateway": {"grpc_port": grpc_port, "http_port": http_port},
         "redis": {"url": redis.url},
         "store": {"path": str(folder / "artifacts")},
         "stages": {
@@ -81,12 +94,10 @@ async def cluster(folder: Path, replicas: int) -> AsyncIterator[str]:
             for stage, listed in ports.items():
                 for port in listed:
                     table = stage_table(stage, port)
-                    await stack.enter_async_context(
-                        process(folder, table["service"]["name"], "benchmarks.sleeping_stage", table)
-                    )
+                    await stack.enter_async_context(process(folder, table["service"]["name"], stage_module, table))
             await stack.enter_async_context(process(folder, "gateway", "gateway", gateway))
-            await _ready(address, sum(len(listed) for listed in ports.values()))
-            yield address
+            await _ready(running.grpc, sum(len(listed) for listed in ports.values()))
+            yield running
     finally:
         redis.stop()
 
@@ -126,15 +137,20 @@ async def measure(warm_up_s: float, seconds: float) -> dict[str, Any]:
     rates: dict[str, float] = {}
     for replicas in REPLICAS:
         with TemporaryDirectory() as name:
-            async with cluster(Path(name), replicas) as address:
-                rates[str(replicas)] = await rate(address, CLIENTS_A_REPLICA * replicas, warm_up_s, seconds)
+            async with cluster(Path(name), replicas) as running:
+                rates[str(replicas)] = await rate(running.grpc, CLIENTS_A_REPLICA * replicas, warm_up_s, seconds)
         print(f"{replicas} replicas: {rates[str(replicas)]:.2f} requests a second", flush=True)
+    most = REPLICAS[-1]
+    with TemporaryDirectory() as name:
+        async with cluster(Path(name), most) as running:
+            crowd = await rate(running.grpc, CROWD, warm_up_s, seconds)
     alone = rates[str(REPLICAS[0])]
     return {
         "work": {**asdict(WORK), "step_s": STEP_S, "seconds": seconds, "clients_a_replica": CLIENTS_A_REPLICA},
         "goals": GOALS,
         "requests_per_s": rates,
         "ideal_requests_per_s": {str(count): count / (WORK.steps * STEP_S) for count in REPLICAS},
+        "crowd": {"clients": CROWD, "replicas": most, "busy_share": crowd * WORK.steps * STEP_S / most, "goal": 0.95},
         "times_one_replica": {count: value / alone for count, value in rates.items()},
     }
 

@@ -20,7 +20,7 @@ from dit_svc.loading import open_engine
 from protos import dit_pb2, types_pb2
 from services.config import StageConfig
 from services.describe import describe, open_model
-from services.errors import CorruptTensor, InvalidRequest
+from services.errors import CorruptTensor, InvalidRequest, NotReady
 from services.parallel.mesh import Mesh
 from services.rank_process import Call, run
 from services.request import ResolvedParams
@@ -62,6 +62,7 @@ class DitProgram:
         self._config = config
         self._engine, self._features = open_engine(config, mesh)
         self._open: dict[str, Opened] = {}
+        self._leaving = False
 
     def describe(self) -> types_pb2.DescribeResponse:
         """This replica."""
@@ -96,6 +97,8 @@ class DitProgram:
     def _admit_when_whole(self, opened: Opened) -> None:
         if opened.start is None or opened.params is None or opened.missing or opened.admitted_ns:
             return
+        if self._leaving:
+            raise _leaving()
         conditions = {
             name: tensor
             for bundle in opened.bundles[: opened.start.num_bundles]
@@ -194,7 +197,18 @@ class DitProgram:
         return self._engine.metrics() | self._features.metrics()
 
     def drain(self) -> None:
-        """Running requests go on to their end, within the front's drain time."""
+        """Hands every request back: with a checkpoint, or as it came when it has not begun."""
+        self._leaving = True
+        for opened in list(self._open.values()):
+            if opened.admitted_ns:
+                self._engine.request_checkpoint(str(opened.call.id), stop=True)
+            else:
+                self._open.pop(str(opened.call.id))
+                opened.call.fail(_leaving())
+
+
+def _leaving() -> NotReady:
+    return NotReady("the replica is leaving", retry_after_s=1.0)
 
 
 def _preview_fit(start: dit_pb2.DenoiseStart) -> PreviewFit | None:

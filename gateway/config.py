@@ -10,7 +10,10 @@ from services.errors import StartupError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GatewaySection:
-    """Where it listens, and what it allows. Times in seconds; `max_body_bytes` of a REST request."""
+    """Where it listens, and what it allows. Times in seconds; `max_body_bytes` of a REST request.
+
+    `checkpoint_every_s` is the denoising that a fault may cost: requests that take no longer have no checkpoints.
+    """
 
     host: str = "127.0.0.1"
     http_port: int = 8080
@@ -18,6 +21,7 @@ class GatewaySection:
     name: str = ""
     lease_s: float = 10.0
     max_attempts: int = 3
+    checkpoint_every_s: float = 15.0
     max_queued: int = 10_000
     request_timeout_s: float = 3600.0
     keep_s: float = 86_400.0

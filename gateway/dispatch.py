@@ -17,6 +17,8 @@ from services.wire import error_to_proto
 log = logging.getLogger(__name__)
 
 IDLE_S = 0.5
+# What a stopping gateway gives its stages for a last step or a short decode.
+HAND_BACK_S = 5.0
 CLAIMED_STAGES = ("vae", "dit")
 
 
@@ -125,9 +127,11 @@ class Dispatcher:
                     await self._lifecycle.take_away(request_id, lost)
 
     async def stop(self) -> None:
-        """Gives every claim back: another gateway goes on with it."""
+        """Gives every claim back, with a checkpoint where there is time for one: another gateway goes on with it."""
         self._stopping = True
         self._lifecycle.hand_back()
+        if self._running:
+            await asyncio.wait(self._running.values(), timeout=HAND_BACK_S)
         for task in list(self._running.values()):
             task.cancel()
         await asyncio.gather(*self._running.values(), return_exceptions=True)

@@ -32,10 +32,19 @@ from gateway.http_schema import GenerationRequest, ImageRequest
 from gateway.requests import MAX_LIST, RequestService
 from protos import gateway_pb2
 from services.errors import Cancelled, Internal, ServiceError
+from services.media import MIMES, RAW_MIME
 from services.request import GenerationParams, with_seed
 
 PAGE = Path(__file__).parent / "page.html"
 ERRORS: dict[int | str, dict[str, Any]] = {status: {"model": ErrorEnvelope} for status in (400, 404, 409, 429, 503)}
+
+
+EVENTS = "text/event-stream"
+
+
+def _answers(*mimes: str) -> dict[int | str, dict[str, Any]]:
+    """For the OpenAPI page: what a good answer may hold."""
+    return {200: {"content": {mime: {} for mime in mimes}}}
 
 
 def create_app(service: RequestService, backlog: Backlog, config: GatewaySection) -> FastAPI:
@@ -50,7 +59,7 @@ def create_app(service: RequestService, backlog: Backlog, config: GatewaySection
 
 
 def _add_images(app: FastAPI, service: RequestService) -> None:
-    @app.post("/v1/images/generations", response_model=None)
+    @app.post("/v1/images/generations", response_model=None, responses=_answers("application/json", EVENTS))
     async def generate_images(body: ImageRequest, request: Request) -> Response:
         """Makes images and waits for them (OpenAI's call). Leaving aborts."""
         params = body.params(service.model_of(body.model or ""))
@@ -101,7 +110,12 @@ def _add_requests(app: FastAPI, service: RequestService) -> None:
         """Aborts; a request that has ended stays as it is."""
         return {"id": request_id, "object": "request", "state": state_name(await service.abort(request_id))}
 
-    @app.get("/v1/requests/{request_id}/events", response_model=None)
+    @app.get(
+        "/v1/requests/{request_id}/events",
+        response_model=None,
+        response_class=StreamingResponse,
+        responses=_answers(EVENTS),
+    )
     async def request_events(request_id: str, request: Request) -> Response:
         """Server-sent events, resumable by Last-Event-ID through any gateway."""
         events = service.events(request_id, request.headers.get("last-event-id", ""))
@@ -109,7 +123,12 @@ def _add_requests(app: FastAPI, service: RequestService) -> None:
         await service.get(request_id)
         return _sse(_events(events))
 
-    @app.get("/v1/requests/{request_id}/content", response_model=None)
+    @app.get(
+        "/v1/requests/{request_id}/content",
+        response_model=None,
+        response_class=FileResponse,
+        responses=_answers(*MIMES.values(), RAW_MIME),
+    )
     async def request_content(request_id: str) -> Response:
         """What the request made."""
         artifact, path = await service.artifact(request_id)

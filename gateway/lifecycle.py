@@ -11,17 +11,21 @@ import contextlib
 import logging
 import time
 
+from gateway.checkpoints import Checkpoint, Checkpoints, drop_between_stages
 from gateway.config import GatewaySection
 from gateway.replicas import Replica, Replicas
-from gateway.stage_calls import Decode, Latents, denoise
+from gateway.stage_calls import Decode, Feed, Latents, denoise
 from gateway.state import TERMINAL, Claim, State, queue_key
 from gateway.store import Store
 from gateway.work import Progress, Work
-from services.errors import Cancelled, InvalidRequest, NotReady, Overloaded, ServiceError, StageMismatch
+from protos import dit_pb2
+from services.errors import Cancelled, DeviceLost, InvalidRequest, NotReady, Overloaded, ServiceError, StageMismatch
 from services.telemetry import internal_error, make_span, request_context
 from services.wire import error_to_proto
 
 log = logging.getLogger(__name__)
+
+LATENTS = dit_pb2.BundleStart.KIND_LATENTS
 
 
 class Lifecycle:
@@ -33,11 +37,17 @@ class Lifecycle:
         self._store = store
         self._config = config
         self._process = process
+        self._feeds: set[Feed] = set()
         self._stopping = False
 
     def hand_back(self) -> None:
-        """From now on, work that is cancelled goes back to its queue: this gateway stops, the requests live on."""
+        """This gateway stops, its requests live on: denoisers give them back with a checkpoint, soon.
+
+        Work that is cancelled from now on goes back to its queue.
+        """
         self._stopping = True
+        for feed in self._feeds:
+            feed.ask_checkpoint(stop=True)
 
     async def take_away(self, request_id: str, error: bytes) -> None:
         """Gives back a request whose owner went silent, and clears up what that one left."""
@@ -48,7 +58,7 @@ class Lifecycle:
             return
         log.warning("lease of %s expired: it is %s now", request_id, state)
         if state in TERMINAL:
-            self._store.drop_latents(request_id)
+            await drop_between_stages(self._state, self._store, request_id)
         for name in files:
             self._store.drop(name)
 
@@ -62,8 +72,14 @@ class Lifecycle:
             state = record["state"].decode() if record else "expired"
         if state in TERMINAL:
             self._store.drop_latents(work.request_id)
+            self._drop_checkpoints(work)
         if not kept:
             self._store.drop(work.artifact_name)
+
+    def _drop_checkpoints(self, work: Work) -> None:
+        for checkpoint in work.checkpoints:
+            self._store.drop_latents(checkpoint.name)
+        work.checkpoints.clear()
 
     async def run(self, claim: Claim, replica: Replica) -> None:
         """Takes a claim through its stage, and through the VAE too when one is free. Never raises, but on cancel."""
@@ -88,34 +104,77 @@ class Lifecycle:
 
     async def _denoise(self, work: Work, replica: Replica) -> None:
         start_ns = time.time_ns()
-        model, latents = work.params.model, Latents()
+        latents, decode = Latents(), None
+        progress = Progress(self._state, work.claim, self._config.lease_s)
+        checkpoints = Checkpoints(self._state, self._store, work, self._config.checkpoint_every_s, self._config.lease_s)
+        resume = await checkpoints.newest()
+        feed = self._feed(work, resume)
+        try:
+            decode = await self._follow(work, replica, feed, latents, progress, checkpoints)
+            work.spans.append(make_span("gateway.denoise", self._process, start_ns, time.time_ns()))
+            await progress.close()
+            await self._hand_over(work, latents, decode)
+        except InvalidRequest:
+            if resume is None:
+                raise
+            # What is different from the first time is the checkpoint.
+            await checkpoints.forget()
+            raise DeviceLost("the denoiser refused the checkpoint: the request begins anew") from None
+        finally:
+            self._feeds.discard(feed)
+            feed.close()
+            await progress.close()
+            if decode is not None:
+                await decode.close()
+
+    def _feed(self, work: Work, resume: Checkpoint | None) -> Feed:
+        model = work.params.model
         stages = ("text_encoder", "vae") if work.params.inputs else ("text_encoder",)
         encoders = [self._replicas.choose(stage, model) for stage in stages]
         fit = self._replicas.fit(model) if work.params.preview_every else None
-        progress = Progress(self._state, work.claim, self._config.lease_s)
+        feed = Feed(work, encoders, fit, resume)
+        self._feeds.add(feed)
+        if self._stopping:
+            feed.ask_checkpoint(stop=True)
+        return feed
+
+    async def _follow(
+        self,
+        work: Work,
+        replica: Replica,
+        feed: Feed,
+        latents: Latents,
+        progress: Progress,
+        checkpoints: Checkpoints,
+    ) -> Decode | None:
+        """Follows a denoiser until the latents are whole; returns the VAE's call that has begun meanwhile."""
         decode: Decode | None = None
         try:
-            async with contextlib.aclosing(denoise(work, replica, encoders, fit, latents)) as responses:
+            async with contextlib.aclosing(denoise(work, replica, feed, latents)) as responses:
                 async for response in responses:
+                    if isinstance(response, Checkpoint):
+                        await checkpoints.keep(response)
+                        continue
                     match response.WhichOneof("kind"):
                         case "step":
+                            step, total = response.step.step, response.step.total
                             progress.step(response.step)
-                            if decode is None and response.step.step >= response.step.total - 1:
+                            if checkpoints.due(step, total):
+                                feed.ask_checkpoint()
+                            if decode is None and step >= total - 1:
                                 decode = self._decode_ahead(work, latents)
                         case "preview":
                             progress.preview(response.preview)
-                        case "bundle" if decode is None:
+                        case "bundle" if decode is None and response.bundle.kind == LATENTS:
                             decode = self._decode_ahead(work, latents)
                         case "usage":
                             work.add("dit", response.usage)
                             replica.took(response.usage, work.params)
-            work.spans.append(make_span("gateway.denoise", self._process, start_ns, time.time_ns()))
-            await progress.close()
-            await self._hand_over(work, latents, decode)
-        finally:
-            await progress.close()
+        except BaseException:
             if decode is not None:
                 await decode.close()
+            raise
+        return decode
 
     def _decode_ahead(self, work: Work, latents: Latents) -> Decode | None:
         """A VAE call that opens during the last step, if a VAE is free now: it decodes before the latents are kept."""
@@ -133,6 +192,8 @@ class Lifecycle:
         work.spans.clear()
         target, stays_here = ("queued", queue) if decode is None else ("running", "")
         state = await self._state.commit(work.claim, target, "vae", stays_here, fields)
+        if state == target:
+            self._drop_checkpoints(work)
         if decode is not None and state == "running":
             await self._finish(work, decode)
         else:

@@ -14,16 +14,18 @@ from typing import Any
 
 import grpc
 
+from gateway.checkpoints import Checkpoint
 from gateway.replicas import Replica
 from gateway.work import Work
 from protos import dit_pb2, gateway_pb2, text_encoder_pb2, types_pb2, vae_pb2
 from services.client import error_from_rpc
-from services.errors import CorruptTensor, ServiceError
+from services.errors import CorruptTensor, NotReady, ServiceError
 from services.telemetry import internal_error
 from services.tensor_wire import frame_of, is_end
 
 _ENCODE = {"text_encoder": "/lightloom.v1.TextEncoder/Encode", "vae": "/lightloom.v1.Vae/Encode"}
 _DENOISE = "/lightloom.v1.Dit/Denoise"
+_CHECKPOINT = dit_pb2.BundleStart.KIND_CHECKPOINT
 _DECODE = "/lightloom.v1.Vae/Decode"
 # What one request may hold in the gateway's memory, whatever its stages send: many times what the largest video needs.
 MAX_LATENTS_BYTES = 512 * 1024 * 1024
@@ -68,18 +70,16 @@ class Latents:
 
 
 async def denoise(
-    work: Work, replica: Replica, encoders: Sequence[Replica], fit: types_pb2.LatentRgbFit | None, latents: Latents
-) -> AsyncGenerator[dit_pb2.DenoiseResponse]:
-    """Conditions into the denoiser; yields its events, and collects the frames that follow a `bundle` of latents.
-
-    Args:
-        encoders: replicas that make the conditions, in the order in which the denoiser wants them.
-        fit: for previews.
+    work: Work, replica: Replica, feed: Feed, latents: Latents
+) -> AsyncGenerator[dit_pb2.DenoiseResponse | Checkpoint]:
+    """Conditions into the denoiser; yields its events and checkpoints, and collects the frames of its latents.
 
     Raises:
+        NotReady: the replica leaves; if a checkpoint came, it was the last one.
         ServiceError: what a stage failed with.
     """
-    feed = _Feed(work, encoders, fit)
+    checkpoint: Latents | None = None
+    step = 0
     method: Any = replica.channel.stream_stream(_DENOISE)
     with replica.in_use():
         call = method(**work.call_options())
@@ -88,9 +88,17 @@ async def denoise(
             async for message in call:
                 frame = frame_of(message)
                 if frame is None:
-                    yield dit_pb2.DenoiseResponse.FromString(message)
-                else:
+                    response = dit_pb2.DenoiseResponse.FromString(message)
+                    if response.WhichOneof("kind") == "bundle":
+                        step = response.bundle.step
+                        checkpoint = Latents() if response.bundle.kind == _CHECKPOINT else None
+                    yield response
+                elif checkpoint is None:
                     latents.add(message, frame)
+                else:
+                    checkpoint.add(message, frame)
+                    if checkpoint.whole:
+                        yield Checkpoint(step, checkpoint.messages)
         except grpc.aio.AioRpcError as error:
             raise (feed.failure or error_from_rpc(error)) from error
         except asyncio.CancelledError:
@@ -101,20 +109,39 @@ async def denoise(
             call.cancel()
             feeding.cancel()
             await asyncio.gather(feeding, return_exceptions=True)
-            feed.close()
+    if checkpoint is not None and checkpoint.whole:
+        raise NotReady(f"the replica left: it handed the request back after step {step}")
     if not latents.whole:
         raise CorruptTensor("the denoiser's stream ended before its latents were whole")
 
 
-class _Feed:
-    """Fills a denoiser's request stream: start, embeddings, image latents. The encoders' calls begin at once."""
+class Feed:
+    """Fills a denoiser's request stream: start, embeddings, image latents, checkpoint; then what is asked of it.
 
-    def __init__(self, work: Work, encoders: Sequence[Replica], fit: types_pb2.LatentRgbFit | None) -> None:
+    The encoders' calls begin at once.
+
+    Args:
+        encoders: replicas that make the conditions, in the order in which the denoiser wants them.
+        fit: for previews.
+        resume: what the request goes on from.
+    """
+
+    def __init__(
+        self,
+        work: Work,
+        encoders: Sequence[Replica],
+        fit: types_pb2.LatentRgbFit | None,
+        resume: Checkpoint | None,
+    ) -> None:
         self.failure: ServiceError | None = None
         self._work = work
         self._calls = contextlib.ExitStack()
         self._bundles = [self._calls.enter_context(_encoding(work, encoder)) for encoder in encoders]
-        self._start = dit_pb2.DenoiseStart(context=work.context(), params=work.params, num_bundles=len(encoders))
+        self._resume = resume
+        self._asked: asyncio.Queue[dit_pb2.CheckpointRequest] = asyncio.Queue()
+        self._start = dit_pb2.DenoiseStart(
+            context=work.context(), params=work.params, num_bundles=len(encoders), resume=resume is not None
+        )
         del self._start.params.inputs[:]
         if fit is not None:
             self._start.latent_rgb_fit.CopyFrom(fit)
@@ -123,15 +150,23 @@ class _Feed:
         """Ends the encoders' calls, if they have not ended."""
         self._calls.close()
 
+    def ask_checkpoint(self, *, stop: bool = False) -> None:
+        """Asks for a checkpoint after the step in progress; with `stop` the replica lets go of the request then."""
+        self._asked.put_nowait(dit_pb2.CheckpointRequest(stop=stop))
+
     async def run(self, call: Any) -> None:
-        """Writes until all conditions are there; a failure is kept, and ends the denoiser's call."""
+        """Writes until the call ends; a failure is kept, and ends the denoiser's call."""
         try:
             with self._calls:
                 await call.write(dit_pb2.DenoiseRequest(start=self._start).SerializeToString())
                 for frames in self._bundles:
                     async for message in frames:
                         await call.write(message)
-            await call.done_writing()
+            for message in self._resume.messages if self._resume is not None else ():
+                await call.write(message)
+            while True:
+                asked = await self._asked.get()
+                await call.write(dit_pb2.DenoiseRequest(checkpoint=asked).SerializeToString())
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
             # The denoiser's call has ended: who reads from it hears why.
             return

@@ -32,7 +32,7 @@ PREFIX = "{ll}"
 IDS, LEASES, FENCE, WAKE = f"{PREFIX}:ids", f"{PREFIX}:leases", f"{PREFIX}:fence", f"{PREFIX}:wake"
 PACES = f"{PREFIX}:paces"
 TERMINAL = frozenset({"done", "failed", "cancelled", "expired"})
-SCRIPTS = ("submit", "claim", "beat", "commit", "requeue", "abort", "expired", "follow", "backlog")
+SCRIPTS = ("submit", "claim", "beat", "checkpoint", "commit", "requeue", "abort", "expired", "follow", "backlog")
 READ_EVENTS = 256
 # Requests of a queue that are looked at to know how much work waits in it.
 SAMPLE = 200
@@ -144,6 +144,11 @@ class State:
         """Renews the lease, with an event if one is given. Returns the state, or "lost"."""
         event = (kind, payload, step, total) if kind else ()
         return await self._change("beat", claim, (lease_s,), event)
+
+    async def checkpoint(self, claim: Claim, lease_s: float, step: int, checkpoints: str) -> str:
+        """Notes what a request can go on from ("" for nothing). Returns the state, or "lost"."""
+        arguments = (claim.request_id, claim.fence, lease_s, step, checkpoints)
+        return str((await self._run("checkpoint", [_request(claim.request_id), LEASES], *arguments)).decode())
 
     async def commit(self, claim: Claim, state: str, stage: str, queue: str, fields: Fields) -> str:
         """Ends a stage. Returns the state afterwards ("cancelled" when an abort came first), or "lost"."""

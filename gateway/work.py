@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -19,6 +21,21 @@ EVENT_PERIOD_S = 0.2
 MAX_WAITING = {"step": 1, "preview": 4}
 
 
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """A checkpoint in the store: its file among the latents, and what its bytes must hash to."""
+
+    name: str
+    step: int
+    sha256: str
+
+
+def kept_in(record: Mapping[str, bytes]) -> list[Kept]:
+    """The checkpoints that a request's record names, newest first."""
+    text = record.get("checkpoints", b"")
+    return [Kept(**fields) for fields in json.loads(text)] if text else []
+
+
 @dataclass(slots=True)
 class Work:
     """A claim in work, with what its stages reported."""
@@ -27,6 +44,7 @@ class Work:
     params: types_pb2.GenerationParams
     deadline_unix_s: float
     traceparent: str
+    checkpoints: list[Kept] = field(default_factory=list)
     busy_s: dict[str, float] = field(default_factory=dict)
     spans: list[types_pb2.Span] = field(default_factory=list)
 
@@ -39,6 +57,7 @@ class Work:
             params=types_pb2.GenerationParams.FromString(record["params"]),
             deadline_unix_s=float(record["deadline"]),
             traceparent=record["traceparent"].decode(),
+            checkpoints=kept_in(record),
         )
 
     @property

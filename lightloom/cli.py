@@ -45,6 +45,7 @@ def generate(
     size: Annotated[str, typer.Option(help="WIDTHxHEIGHT in pixels; default: the model's own.")] = "",
     steps: Annotated[int | None, typer.Option()] = None,
     guidance: Annotated[float | None, typer.Option()] = None,
+    guidance_2: Annotated[float | None, typer.Option(help="Of the second expert; default: guidance.")] = None,
     seed: Annotated[int | None, typer.Option()] = None,
     frames: Annotated[int | None, typer.Option(help="Frames of a clip.")] = None,
     fps: Annotated[float | None, typer.Option(help="Frames a second of a clip.")] = None,
@@ -57,7 +58,9 @@ def generate(
     """Make a picture (or clip) from a prompt, with a live progress bar."""
     from lightloom.generate import Wish, generate_to_file
 
-    wish = Wish(prompt, model, negative_prompt, size, steps, guidance, seed, frames, tuple(image or ()), fps)
+    wish = Wish(
+        prompt, model, negative_prompt, size, steps, guidance, seed, frames, tuple(image or ()), fps, guidance_2
+    )
     generate_to_file(wish, output, grpc_address(address, run_dir))
 
 

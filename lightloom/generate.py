@@ -30,6 +30,7 @@ class Wish:
     frames: int | None = None
     images: tuple[Path, ...] = ()
     fps: float | None = None
+    guidance_2: float | None = None
 
     def options(self, output: Path) -> dict[str, Any]:
         """As fields of GenerationParams.
@@ -53,6 +54,7 @@ class Wish:
             "height": int(height) if self.size else None,
             "steps": self.steps,
             "guidance": self.guidance,
+            "guidance_2": self.guidance_2,
             "seed": self.seed,
             "num_frames": self.frames,
             "fps": self.fps,

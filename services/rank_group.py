@@ -145,6 +145,7 @@ class RankLife:
         self._calls: dict[int, RankCall] = {}
         self._next_id = 1
         self._heard_s = time.monotonic()
+        self._longest_silence_s = 0.0
         self._over = asyncio.Event()
         self._first_closed: Rank | None = None
         self._alive_s: dict[int, float] = {}
@@ -265,6 +266,8 @@ class RankLife:
             self._rank_ready(rank, frame.payload)
         if rank or frame.kind is Kind.BEAT:
             return
+        if not self._waiting:
+            self._longest_silence_s = max(self._longest_silence_s, time.monotonic() - self._heard_s)
         self._heard_s = time.monotonic()
         call = self._calls.get(frame.call_id)
         if frame.kind is Kind.MESSAGE and call:
@@ -288,7 +291,9 @@ class RankLife:
 
     def _check_silence(self) -> None:
         service = self._config.service
-        limit_s = service.start_timeout_s if self._waiting else service.hang_timeout_s
+        # A step may take long, but not much longer than any before it.
+        hang_s = max(service.hang_timeout_s, 3 * self._longest_silence_s)
+        limit_s = service.start_timeout_s if self._waiting else hang_s
         if not self._ranks[0].channel.paused and time.monotonic() - self._heard_s > limit_s:
             what = "was not ready" if self._waiting else "was silent"
             self.kill(f"the rank {what} for {limit_s:.0f} s and was killed")

@@ -189,6 +189,7 @@ class Rank:
         self._tick_failures = 0
         self._status: dict[str, float] | None = None
         self._status_s = 0.0
+        self._status_calls = 0
         self._writer = threading.Thread(target=self._write, name="channel writer", daemon=True)
         self._writer.start()
         threading.Thread(target=self._read, name="channel reader", daemon=True).start()
@@ -286,11 +287,13 @@ class Rank:
 
     def _report(self, program: RankProgram) -> None:
         now_s = time.monotonic()
-        if self._rank or now_s - self._status_s < STATUS_MIN_S:
+        # What a call held is gone with it: that is told at once, the rest in passing.
+        same_calls = len(self._calls) == self._status_calls
+        if self._rank or same_calls and now_s - self._status_s < STATUS_MIN_S:
             return
         metrics = program.metrics()
         if metrics != self._status or now_s - self._status_s >= STATUS_EVERY_S:
-            self._status, self._status_s = metrics, now_s
+            self._status, self._status_s, self._status_calls = metrics, now_s, len(self._calls)
             self._outbox.put(Frame(Kind.STATUS, PROCESS, json.dumps(metrics).encode()))
 
     def _end(self, fatal: Fatal | None, code: int) -> int:

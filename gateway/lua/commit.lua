@@ -12,6 +12,7 @@ if state == 'cancelling' then target = 'cancelled' end
 redis.call('HSET', KEYS[1], 'state', target, 'updated', now(), unpack(ARGV, 9))
 if target == 'cancelled' then redis.call('HDEL', KEYS[1], 'artifact', 'file') end
 if target == 'running' or target == 'queued' then redis.call('HSET', KEYS[1], 'stage', ARGV[7]) end
+redis.call('HDEL', KEYS[1], 'checkpoints', 'checkpoint_step')
 if target ~= 'running' then redis.call('ZREM', KEYS[2], id) end
 if target == 'queued' then
   redis.call('HSET', KEYS[1], 'queue', ARGV[8], 'attempt', 0)

@@ -19,7 +19,8 @@ elseif tonumber(redis.call('HGET', KEYS[1], 'attempt')) >= tonumber(ARGV[4]) the
   redis.call('HSET', KEYS[1], 'error', ARGV[6])
 end
 -- A new fence shuts out the owner that had it, whatever that one still does.
-redis.call('HSET', KEYS[1], 'state', target, 'updated', now(), 'fence', redis.call('INCR', KEYS[3]), 'step', 0)
+redis.call('HSET', KEYS[1], 'state', target, 'updated', now(), 'fence', redis.call('INCR', KEYS[3]), 'step',
+  redis.call('HGET', KEYS[1], 'checkpoint_step') or 0)
 if target == 'queued' then enqueue(ARGV[1], ARGV[3], redis.call('HGET', KEYS[1], 'queue')) end
 tell(ARGV[1], ARGV[3], 'status', 's', target)
 return target

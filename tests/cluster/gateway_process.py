@@ -21,13 +21,13 @@ ROOT = Path(__file__).resolve().parents[2]
 class GatewayProcess:
     """The process, its log, and a REST client."""
 
-    def __init__(self, folder: Path, redis_url: str, stages: Mapping[str, str]) -> None:
+    def __init__(self, folder: Path, redis_url: str, stages: Mapping[str, str], **settings: float) -> None:
         self.http_port, self.grpc_port = free_port(), free_port()
         self.log = folder / "gateway.log"
         self.store = folder / "store"
         config = folder / "gateway.toml"
         table = {
-            "gateway": {"http_port": self.http_port, "grpc_port": self.grpc_port, "lease_s": 2.0},
+            "gateway": {"http_port": self.http_port, "grpc_port": self.grpc_port, "lease_s": 2.0, **settings},
             "redis": {"url": redis_url},
             "store": {"path": str(self.store)},
             "stages": {stage: f"static:{address}" for stage, address in stages.items()},
@@ -58,9 +58,11 @@ class GatewayProcess:
 
 
 @contextmanager
-def gateway(folder: Path, redis_url: str, stages: Mapping[str, str], ready: int = 200) -> Iterator[GatewayProcess]:
-    """A gateway whose /health has answered `ready`."""
-    running = GatewayProcess(folder, redis_url, stages)
+def gateway(
+    folder: Path, redis_url: str, stages: Mapping[str, str], ready: int = 200, **settings: float
+) -> Iterator[GatewayProcess]:
+    """A gateway whose /health has answered `ready`; with more settings of its own section."""
+    running = GatewayProcess(folder, redis_url, stages, **settings)
     try:
         wait_for(lambda: running.health() == ready, 60)
         yield running

@@ -134,6 +134,8 @@ def test_a_gateway_that_goes_hands_its_requests_over(rest, running_cluster, numb
     for request_id in made:
         assert [event["state"] for event in statuses(rest, request_id)].count("done") == 1
     assert any("queued" in [event["state"] for event in statuses(rest, one)][1:] for one in made), "nobody moved"
+    if number == signal.SIGTERM:
+        assert max(rest.get(f"/v1/requests/{one}").json()["attempt"] for one in made) == 1
     # The launcher starts it again.
     wait_for(lambda: running_cluster.pid("gateway-1") not in (0, pid))
     wait_for(lambda: not running_cluster.leftovers())

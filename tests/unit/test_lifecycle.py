@@ -10,6 +10,7 @@ from typing import Any, cast
 import pytest
 
 from gateway.config import GatewaySection
+from gateway.dispatch import Dispatcher
 from gateway.lifecycle import Lifecycle
 from gateway.replicas import Replicas
 from gateway.requests import RequestService
@@ -53,7 +54,8 @@ class Gateway:
         self.state = State(url, "gateway")
         self.store = Store(folder)
         self.lifecycle = Lifecycle(self.state, NO_REPLICAS, self.store, GatewaySection(), "gateway")
-        self.service = RequestService(self.state, NO_REPLICAS, self.store, GatewaySection())
+        dispatcher = Dispatcher(self.state, NO_REPLICAS, self.lifecycle, GatewaySection())
+        self.service = RequestService(self.state, dispatcher, NO_REPLICAS, self.store, GatewaySection())
 
     async def submit(self, request_id: str) -> None:
         fields: dict[str, Any] = {"params": b"", "deadline": time.time() + 60, "traceparent": ""}
