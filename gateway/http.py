@@ -16,6 +16,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from gateway.access import CallerRequests, Door
+from gateway.backlog import Backlog
 from gateway.config import GatewaySection
 from gateway.http_access import KeyCheck, Requests, requests_of
 from gateway.http_content import CONTENT_ANSWERS, content_response
@@ -50,15 +51,15 @@ def _answers(*mimes: str) -> dict[int | str, dict[str, Any]]:
     return {200: {"content": {mime: {} for mime in mimes}}}
 
 
-def create_app(door: Door, config: GatewaySection) -> FastAPI:
-    """The whole REST API behind a door."""
+def create_app(door: Door, backlog: Backlog, config: GatewaySection) -> FastAPI:
+    """The whole REST API behind a door; `backlog` is for the metrics page."""
     app = FastAPI(title="Lightloom", version="1", docs_url=None, redoc_url=None, responses=ERRORS)
     install(app)
     app.add_middleware(KeyCheck, door=door)
     app.add_middleware(Border, max_body_bytes=config.max_body_bytes)
     _add_images(app)
     _add_requests(app, door.service)
-    _add_operations(app, door.service)
+    _add_operations(app, door.service, backlog)
     return app
 
 
@@ -148,7 +149,7 @@ def _add_requests(app: FastAPI, service: RequestService) -> None:
         return {"id": request_id, "spans": [span_json(span) for span in await requests.trace(request_id)]}
 
 
-def _add_operations(app: FastAPI, service: RequestService) -> None:
+def _add_operations(app: FastAPI, service: RequestService, backlog: Backlog) -> None:
     @app.get("/v1/models")
     async def list_models(requests: Requests) -> dict[str, Any]:
         """Models with limits and replicas."""
@@ -162,7 +163,7 @@ def _add_operations(app: FastAPI, service: RequestService) -> None:
 
     @app.get("/metrics", include_in_schema=False)
     async def metrics() -> Response:
-        return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
+        return Response(generate_latest() + await backlog.exposition(), media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/", include_in_schema=False)
     async def page() -> HTMLResponse:

@@ -197,6 +197,7 @@ class Lifecycle:
                             decode = self._decode_ahead(work, latents)
                         case "usage":
                             work.add("dit", response.usage)
+                            replica.took(response.usage, work.params)
         except BaseException:
             if decode is not None:
                 await decode.close()

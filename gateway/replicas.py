@@ -15,6 +15,7 @@ from typing import Any
 import grpc
 
 from gateway.config import StagesSection
+from gateway.pace import Pace, units
 from gateway.ticket import Offer
 from protos import dit_pb2_grpc, gateway_pb2, text_encoder_pb2_grpc, types_pb2, vae_pb2_grpc
 from services.client import connect, error_from_rpc
@@ -70,6 +71,8 @@ class Replica:
         """Requests that it has from this gateway."""
         return len(self.batches)
 
+    pace: Pace = field(default_factory=Pace)
+
     @property
     def healthy(self) -> bool:
         """Whether it can take requests at all."""
@@ -124,6 +127,13 @@ class Replica:
             self.others = max(0, self.facts.max_in_flight - self.ours)
         self.pause()
 
+    def took(self, usage: types_pb2.StageUsage, params: types_pb2.GenerationParams) -> None:
+        """Learns from a call that ends now, and is still counted."""
+        elapsed_s = sum(span.duration_ns for span in usage.spans) / 1e9
+        # Others may have requests here too; what it says of itself is a moment old.
+        in_flight = max(self.ours, self.facts.in_flight if self.facts is not None else 0)
+        self.pace.learn(elapsed_s, in_flight, units(self.stage, params))
+
     def pause(self) -> None:
         """Leaves it alone for a moment, twice as long as before when that was not long ago."""
         now_s = time.monotonic()
@@ -145,6 +155,7 @@ class Replicas:
     _tls_stamps: tuple[Stamp, ...] = ()
     # What the newest replica of a stage said, by stage and model: it holds when all of them are away for a moment.
     _last: dict[tuple[str, str], types_pb2.DescribeResponse] = field(default_factory=dict)
+    _unresolved: set[str] = field(default_factory=set)
 
     def of_stage(self, stage: str) -> list[Replica]:
         """Healthy replicas of a stage, the least busy first."""
@@ -173,6 +184,18 @@ class Replicas:
         if facts is None:
             raise self._absent(stage, model)
         return facts.component_id
+
+    def components(self) -> dict[tuple[str, str], str]:
+        """The component id of every stage and model; the last known one of those that are away."""
+        return {place: facts.component_id for place, facts in self._last.items()}
+
+    def paces(self) -> dict[tuple[str, str], float]:
+        """Seconds for a unit of work, by stage and component: the mean over replicas that have worked."""
+        found: dict[tuple[str, str], list[float]] = {}
+        for replica in self.known.values():
+            if replica.facts is not None and replica.pace.unit_s is not None:
+                found.setdefault((replica.stage, replica.facts.component_id), []).append(replica.pace.unit_s)
+        return {component: sum(paces) / len(paces) for component, paces in found.items()}
 
     def limits(self, model: str) -> Limits:
         """What a model allows, as its DiT replicas say.
@@ -258,8 +281,12 @@ class Replicas:
         try:
             addresses = await addresses_of(target)
         except OSError as error:
-            log.warning("cannot resolve %s: %s", target, error)
+            # A name without replicas does not exist, and may not for hours.
+            if target not in self._unresolved:
+                log.warning("cannot resolve %s: %s", target, error)
+            self._unresolved.add(target)
             return
+        self._unresolved.discard(target)
         for address in addresses:
             if (stage, address) not in self.known:
                 try:
@@ -305,7 +332,8 @@ async def addresses_of(target: str) -> list[str]:
     if kind == "dns":
         host, _, port = rest.removeprefix("///").rpartition(":")
         found = await asyncio.get_running_loop().getaddrinfo(host, int(port), type=socket.SOCK_STREAM)
-        return sorted({f"{info[4][0]}:{port}" for info in found})
+        hosts = {str(info[4][0]) for info in found}
+        return sorted(f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host in hosts)
     return []
 
 

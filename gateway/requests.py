@@ -17,6 +17,7 @@ from gateway.dispatch import Dispatcher
 from gateway.followers import StoredEvent
 from gateway.keys import ApiKey
 from gateway.links import Links, content_path
+from gateway.pace import pixels
 from gateway.quotas import Quotas
 from gateway.quotas import cost_of as charge_of
 from gateway.replicas import Replicas
@@ -119,10 +120,12 @@ class RequestService:
             return request_id
         cost = charge_of(resolved)
         await self._quotas.take(key, cost)
+        message = params_to_proto(resolved)
         fields: dict[str, str | bytes | float] = {
-            "params": params_to_proto(resolved).SerializeToString(),
+            "params": message.SerializeToString(),
             "body": body,
             "total": resolved.steps,
+            "pixels": pixels(message),
             "step": 0,
             "traceparent": new_traceparent(traceparent),
         }

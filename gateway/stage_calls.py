@@ -197,7 +197,10 @@ async def _frames(work: Work, replica: Replica, call: Any) -> AsyncIterator[byte
             if frame_of(message) is not None:
                 yield message
             else:
-                work.add(replica.stage, text_encoder_pb2.EncodeResponse.FromString(message).usage)
+                usage = text_encoder_pb2.EncodeResponse.FromString(message).usage
+                work.add(replica.stage, usage)
+                if replica.stage == "text_encoder":
+                    replica.took(usage, work.params)
     except grpc.aio.AioRpcError as failure:
         raise _failed(replica, failure) from failure
 
@@ -249,6 +252,7 @@ class Decode:
             try:
                 async for message in self._call:
                     self._take(vae_pb2.DecodeResponse.FromString(message))
+                replica.took(self._usage, self._work.params)
             except grpc.aio.AioRpcError as failure:
                 raise _failed(replica, failure) from failure
             finally:

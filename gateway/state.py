@@ -33,9 +33,11 @@ log = logging.getLogger(__name__)
 
 PREFIX = "{ll}"
 IDS, LEASES, FENCE, WAKE, DUE = (f"{PREFIX}:{name}" for name in ("ids", "leases", "fence", "wake", "due"))
-LINK_KEY = f"{PREFIX}:link-key"
+LINK_KEY, PACES = f"{PREFIX}:link-key", f"{PREFIX}:paces"
 TERMINAL = frozenset({"done", "failed", "cancelled", "expired"})
 READ_EVENTS = 256
+# Requests of a queue that are looked at to know how much work waits in it.
+SAMPLE = 200
 WATCH_TIMEOUT_S = 2.0
 # What a stage has made is worth a longer wait for Redis than PATIENCE_S.
 RESULT_PATIENCE_S = 30.0
@@ -70,6 +72,19 @@ class Holding:
     state: str
     fence: str
     file: str
+
+
+@dataclass(frozen=True, slots=True)
+class Queued:
+    """What waits in a queue: requests, their pixels, and pixels times steps."""
+
+    requests: int
+    pixels: float
+    pixel_steps: float
+
+    def units(self, stage: str) -> float:
+        """The work that it is for a stage, as `gateway/pace.py` counts it."""
+        return {"dit": self.pixel_steps, "vae": self.pixels}.get(stage, float(self.requests))
 
 
 class State:
@@ -220,6 +235,17 @@ class State:
     async def expired(self) -> list[str]:
         """Requests whose owner has been silent for longer than its lease."""
         return [request_id.decode() for request_id in await self._scripts.run("expired", [LEASES])]
+
+    async def backlog(
+        self, queues: Sequence[str], paces: Mapping[str, float]
+    ) -> tuple[dict[str, float], dict[str, Queued]]:
+        """Notes the paces that this gateway has learnt; returns those of all gateways, and what waits in each queue."""
+        noted, found = await self._scripts.run("backlog", [PACES, *queues], SAMPLE, *_flat(paces))
+        waiting = {
+            queue: Queued(int(requests), float(pixels), float(work))
+            for queue, (requests, pixels, work) in zip(queues, found, strict=True)
+        }
+        return {name: float(pace) for name, pace in record_of(noted).items()}, waiting
 
     async def get(self, request_id: str) -> dict[str, bytes]:
         """The stored record; empty for an unknown request."""

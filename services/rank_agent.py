@@ -39,13 +39,19 @@ def serve_agent(rank_module: str) -> None:
     parser = argparse.ArgumentParser(description="Lends this host's devices to a group led from another host")
     parser.add_argument("--listen", required=True, help="HOST:PORT")
     parser.add_argument("--token-file", type=Path, help="file with the secret that fronts must know")
+    parser.add_argument(
+        "--drain-timeout-s",
+        type=float,
+        default=0.0,
+        help="how long ranks may go on after SIGTERM: their front may drain",
+    )
     arguments = parser.parse_args()
     setup("agent")
     host, _, port = arguments.listen.rpartition(":")
     token = arguments.token_file.read_text().strip() if arguments.token_file else ""
     if not token and host not in ("127.0.0.1", "::1", "localhost"):
         raise StartupError(f"--listen {arguments.listen} is open to other hosts: give --token-file")
-    asyncio.run(_serve(_listener(host, int(port)), rank_module, token))
+    asyncio.run(_serve(_listener(host, int(port)), rank_module, token, arguments.drain_timeout_s))
 
 
 def _listener(host: str, port: int) -> socket.socket:
@@ -55,7 +61,7 @@ def _listener(host: str, port: int) -> socket.socket:
         raise StartupError(f"the agent cannot listen on {host}:{port}: {error.strerror}") from error
 
 
-async def _serve(listener: socket.socket, rank_module: str, token: str) -> None:
+async def _serve(listener: socket.socket, rank_module: str, token: str, drain_timeout_s: float) -> None:
     loop = asyncio.get_running_loop()
     listener.setblocking(False)
     stop = stop_event()
@@ -81,6 +87,9 @@ async def _serve(listener: socket.socket, rank_module: str, token: str) -> None:
         task = asyncio.create_task(_lend(connection, rank_module, token))
         work.add(task)
         task.add_done_callback(work.discard)
+    listener.close()
+    if work:
+        await asyncio.wait(work, timeout=drain_timeout_s)
     for task in work:
         task.cancel()
     await asyncio.gather(*work, return_exceptions=True)

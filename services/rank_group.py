@@ -122,10 +122,15 @@ class RankCall:
 
 @dataclass(frozen=True, slots=True)
 class Death:
-    """Why a life ended. `startup`: config or weights are at fault, so another start would end the same way."""
+    """Why a life ended.
+
+    `startup`: config or weights are at fault, so another start would end the same way. `away`: another host of the
+    group does not answer, and may come up later than this one.
+    """
 
     message: str
     startup: bool = False
+    away: bool = False
 
 
 class RankLife:
@@ -146,6 +151,7 @@ class RankLife:
         self._alive_s: dict[int, float] = {}
         self._reason = ""
         self._fatal: Fatal | None = None
+        self._away = False
         self.description: types_pb2.DescribeResponse | None = None
         self.metrics: dict[str, float] = {}
 
@@ -170,6 +176,7 @@ class RankLife:
                 try:
                     spawned = await RemoteRank.spawn(self._config, agent, place, heard, partial(self._closed, rank))
                 except OSError as error:
+                    self._away = True
                     self.kill(f"the agent at {agent} does not answer: {error.strerror or 'in time'}")
                     return
             self._ranks.append(spawned)
@@ -249,7 +256,7 @@ class RankLife:
         message = self._reason or (self._fatal.message if self._fatal else f"{which} died ({ending})")
         for call in list(self._calls.values()):
             call.end(DeviceLost("the rank process died with the request in work; it can run again", retry_after_s=1.0))
-        return Death(message, startup=self._fatal is not None and self._fatal.startup)
+        return Death(message, startup=self._fatal is not None and self._fatal.startup, away=self._away)
 
     def _on_frame(self, rank: int, frame: Frame) -> None:
         self._alive_s[rank] = time.monotonic()
@@ -337,19 +344,21 @@ class RankGroup:
         """Runs one life after the other until `stop`.
 
         Raises:
-            StartupError: the first start shows that config or weights are at fault, or fails three times.
+            StartupError: the first start shows that config or weights are at fault, or fails three times, or another
+                host does not answer within the time for a start.
         """
-        backoff_s, starts = FIRST_BACKOFF_S, 0
+        backoff_s, starts, first_s = FIRST_BACKOFF_S, 0, time.monotonic()
         while not self._stopping.is_set():
             born_s = time.monotonic()
             self._life = RankLife(self._config, self._ready)
             await self._life.start(self._module)
             death = await self._life.watch()
             self._changed()
-            starts += 1
+            starts += not death.away
             if self._stopping.is_set():
                 return
-            if not self._was_ready and (death.startup or starts >= MAX_FIRST_STARTS):
+            late = time.monotonic() - first_s > self._config.service.start_timeout_s
+            if not self._was_ready and (death.startup or starts >= MAX_FIRST_STARTS or death.away and late):
                 raise StartupError(death.message)
             backoff_s = FIRST_BACKOFF_S if time.monotonic() - born_s > SOUND_LIFE_S else backoff_s
             _log.error("rank lost: %s", death.message, extra={"restart_in_s": backoff_s})

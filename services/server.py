@@ -29,6 +29,7 @@ from services.wire import MAX_ERROR_CHARS, error_to_proto
 
 T = TypeVar("T")
 STARTUP_ERROR_CODE = 2
+LIVE = "live"
 # gRPC ended the call by itself (a message over its own cap): nobody is left to answer.
 _CALL_OVER = "gRPC ended the call"
 SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
@@ -127,7 +128,11 @@ def bind(server: grpc.aio.Server, host: str, port: int, certificates: ServerCert
 
 
 class Health:
-    """The standard health service over a server's own services, and reflection beside it."""
+    """The standard health service over a server's own services, and reflection beside it.
+
+    A service named LIVE is SERVING for as long as the process answers at all, weights or no weights: who restarts a
+    process that hangs asks for that one.
+    """
 
     def __init__(self, server: grpc.aio.Server, services: Sequence[str]) -> None:
         self._services = ("", *services)
@@ -146,6 +151,7 @@ class Health:
         status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
         for service in self._services:
             await self._servicer.set(service, status)
+        await self._servicer.set(LIVE, health_pb2.HealthCheckResponse.SERVING)
 
 
 async def abort_with(context: grpc.aio.ServicerContext[Any, Any], error: ServiceError) -> NoReturn:

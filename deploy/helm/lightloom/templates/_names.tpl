@@ -1,0 +1,43 @@
+{{- define "lightloom.name" -}}
+{{- if contains .Chart.Name .Release.Name }}{{ .Release.Name }}{{ else }}{{ .Release.Name }}-{{ .Chart.Name }}{{ end }}
+{{- end }}
+
+{{/* A stage as it stands in names: text-encoder. */}}
+{{- define "lightloom.dashed" -}}{{ . | replace "_" "-" }}{{- end }}
+
+{{/* What selects the pods of a component: dict root, component, model (may be ""). */}}
+{{- define "lightloom.selector" -}}
+app.kubernetes.io/name: {{ .root.Chart.Name }}
+app.kubernetes.io/instance: {{ .root.Release.Name }}
+app.kubernetes.io/component: {{ .component }}
+{{- with .model }}
+lightloom/model: {{ . }}
+{{- end }}
+{{- end }}
+
+{{- define "lightloom.labels" -}}
+{{ include "lightloom.selector" . }}
+app.kubernetes.io/version: {{ .root.Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .root.Release.Service }}
+helm.sh/chart: {{ .root.Chart.Name }}-{{ .root.Chart.Version }}
+{{- end }}
+
+{{- define "lightloom.image" -}}
+{{ .root.Values.image.repository }}/{{ .component }}:{{ .root.Values.image.tag | default .root.Chart.AppVersion }}
+{{- end }}
+
+{{/* Every stage of every model, its values over the stage's defaults: the YAML of a list under `stages`. */}}
+{{- define "lightloom.stages" -}}
+stages:
+{{- range $name, $model := .Values.models }}
+{{- range $stage := list "text_encoder" "dit" "vae" }}
+{{- $values := mergeOverwrite (deepCopy (get $.Values.stages $stage)) (deepCopy (dig "stages" $stage dict $model)) }}
+{{- $component := include "lightloom.dashed" $stage }}
+{{- $full := printf "%s-%s-%s" (include "lightloom.name" $) $component $name }}
+{{- if gt (len $full) 52 }}
+{{- fail (printf "models.%s: the name %s of its pods is longer than 52 characters: shorten the release's or the model's" $name $full) }}
+{{- end }}
+  - {{ dict "model" $name "stage" $stage "component" $component "section" $model.model "limits" ($model.limits | default dict) "values" $values "hosts" ($values.hosts | default 1 | int) "name" $full | toJson }}
+{{- end }}
+{{- end }}
+{{- end }}

@@ -1,0 +1,111 @@
+"""What waits for each stage, in requests and in seconds of one replica's work: what an autoscaler needs to know.
+
+All gateways say the same, because the queues are in Redis: take the maximum over them, never the sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from gateway.replicas import Replicas
+from gateway.state import Queued, State, queue_key
+from services.errors import StateStoreDown
+
+LABELS = ("stage", "model", "component")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A stage of a model now. `queued` is None while Redis does not answer, `unit_s` while nobody has worked yet."""
+
+    stage: str
+    model: str
+    component: str
+    replicas: int
+    running: int
+    queued: Queued | None
+    unit_s: float | None
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Values of LABELS."""
+        return self.stage, self.model, self.component
+
+    @property
+    def queued_s(self) -> float | None:
+        """Seconds of one replica's work that wait; None while they cannot be known."""
+        if self.queued is None:
+            return None
+        if not self.queued.requests:
+            return 0.0
+        return None if self.unit_s is None else self.unit_s * self.queued.units(self.stage)
+
+
+class Backlog:
+    """Reads the queues when it is asked."""
+
+    def __init__(self, state: State, replicas: Replicas) -> None:
+        self._state = state
+        self._replicas = replicas
+
+    async def exposition(self) -> bytes:
+        """The rows as Prometheus text. What cannot be known now is left out: it must not look like an empty queue."""
+        registry = CollectorRegistry()
+        registry.register(_Families(await self.rows()))
+        return generate_latest(registry)
+
+    async def rows(self) -> list[Row]:
+        """A row for every stage of every model that has had a replica since this gateway started."""
+        components = self._replicas.components()
+        keys = {place: self._queue(*place, components) for place in components}
+        learnt = {f"{stage}:{component}": pace for (stage, component), pace in self._replicas.paces().items()}
+        queues = sorted({key for key in keys.values() if key})
+        try:
+            paces, found = await self._state.backlog(queues, learnt)
+        except StateStoreDown:
+            paces, found = learnt, {}
+        rows = []
+        for (stage, model), component in components.items():
+            here = [replica for replica in self._replicas.of_stage(stage) if replica.serves(model)]
+            running = sum(replica.facts.in_flight for replica in here if replica.facts is not None)
+            queued, unit_s = found.get(keys[stage, model]), paces.get(f"{stage}:{component}")
+            rows.append(Row(stage, model, component, len(here), running, queued, unit_s))
+        return rows
+
+    @staticmethod
+    def _queue(stage: str, model: str, components: dict[tuple[str, str], str]) -> str:
+        """Where requests wait that need the stage: those that wait for a denoiser need a text encoder as well."""
+        waits_for = "dit" if stage == "text_encoder" else stage
+        component = components.get((waits_for, model))
+        return queue_key(waits_for, component) if component else ""
+
+
+class _Families(Collector):
+    def __init__(self, rows: list[Row]) -> None:
+        self._rows = rows
+
+    def collect(self) -> Iterator[Metric]:
+        yield from families(self._rows)
+
+
+def families(rows: list[Row]) -> Iterator[GaugeMetricFamily]:
+    """The rows as Prometheus has them."""
+    replicas = GaugeMetricFamily("lightloom_replicas", "Replicas that take requests", labels=LABELS)
+    running = GaugeMetricFamily("lightloom_running_requests", "Requests in the stage's replicas", labels=LABELS)
+    queued = GaugeMetricFamily("lightloom_queued_requests", "Requests that wait and need the stage", labels=LABELS)
+    seconds = GaugeMetricFamily(
+        "lightloom_queued_seconds", "Seconds of one replica's work that wait for the stage", labels=LABELS
+    )
+    for row in rows:
+        replicas.add_metric(row.labels, row.replicas)
+        running.add_metric(row.labels, row.running)
+        if row.queued is not None:
+            queued.add_metric(row.labels, row.queued.requests)
+        if row.queued_s is not None:
+            seconds.add_metric(row.labels, row.queued_s)
+    yield from (replicas, running, queued, seconds)

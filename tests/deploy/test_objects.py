@@ -1,0 +1,233 @@
+"""What the chart makes, each object with the others: names, ports, selectors, policies, times, secrets."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from prometheus_client.core import Metric
+
+from gateway.backlog import families
+from gateway.config import GatewaySection
+from services.server import LIVE
+from tests.deploy.chart import (
+    NAMESPACE,
+    STAGES,
+    VALUES,
+    Object,
+    by_name,
+    configs,
+    container,
+    of_kind,
+    pod_templates,
+    render,
+    selects,
+    started_with,
+)
+
+
+def test_containers_are_confined_and_bounded(objects: list[Object]) -> None:
+    for name, pod in pod_templates(objects):
+        main, security = container(pod), pod["spec"]["securityContext"]
+        assert security["runAsNonRoot"] and security["seccompProfile"] == {"type": "RuntimeDefault"}, name
+        assert pod["spec"]["automountServiceAccountToken"] is False, name
+        confined = {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        }
+        assert main["securityContext"] == confined, name
+        assert main["resources"]["limits"]["memory"] and main["resources"]["requests"]["cpu"], name
+        _, _, tag = main["image"].rpartition("/")[2].partition(":")
+        assert tag and tag != "latest", name
+
+
+def test_pods_start_and_stop_in_their_own_time(objects: list[Object], tmp_path: Path) -> None:
+    for name, pod in pod_templates(objects):
+        main = container(pod)
+        module = main["command"][-1]
+        if module not in (*STAGES, "gateway"):
+            continue
+        config = started_with(objects, pod, tmp_path)
+        section = config.gateway if module == "gateway" else config.service
+        port = section.grpc_port if module == "gateway" else section.port
+        service = f"lightloom.v1.{STAGES.get(module, 'Gateway')}"
+        startup = main["startupProbe"]
+        assert startup["grpc"] == main["readinessProbe"]["grpc"] == {"port": port, "service": service}, name
+        assert main["livenessProbe"]["grpc"] == {"port": port, "service": LIVE}, name
+        pause_s, grace_s = (
+            main["lifecycle"]["preStop"]["sleep"]["seconds"],
+            pod["spec"]["terminationGracePeriodSeconds"],
+        )
+        if module != "gateway":
+            assert startup["failureThreshold"] * startup["periodSeconds"] > section.start_timeout_s, name
+            assert grace_s > pause_s + section.drain_timeout_s, name
+        assert grace_s > pause_s, name
+        assert {port, getattr(section, "http_port", None) or section.metrics_port} == {
+            entry["containerPort"] for entry in main["ports"]
+        }, name
+
+
+def test_ranks_of_a_group_outlive_the_drain_of_their_leader(everything: list[Object], tmp_path: Path) -> None:
+    pods = dict(pod_templates(everything))
+    leader, worker = pods["pix-lightloom-dit-wan"], pods["pix-lightloom-dit-wan-worker"]
+    config = started_with(everything, leader, tmp_path)
+    words = container(worker)["args"]
+    assert float(words[words.index("--drain-timeout-s") + 1]) == config.service.drain_timeout_s
+    assert worker["spec"]["terminationGracePeriodSeconds"] == leader["spec"]["terminationGracePeriodSeconds"]
+    # Each worker by the name that LeaderWorkerSet gives it, at the port where its agent listens.
+    assert config.parallel.hosts == tuple(f"10.0.0.7-{index}.pix-lightloom-dit-wan:50100" for index in (1, 2))
+    assert words[words.index("--listen") + 1] == "0.0.0.0:50100"
+    assert config.parallel.agent_token_file == words[words.index("--token-file") + 1]
+
+
+def test_gateways_find_all_stages_by_names_that_exist(objects: list[Object], tmp_path: Path) -> None:
+    pods = dict(pod_templates(objects))
+    services = by_name(objects, "Service")
+    stages = started_with(objects, pods["pix-lightloom-gateway"], tmp_path).stages
+    for stage in ("text_encoder", "dit", "vae"):
+        name, _, port = getattr(stages, stage).removeprefix("dns:///").partition(":")
+        assert services[name]["spec"]["clusterIP"] == "None"
+        # DNS leads to the pod's own port.
+        [behind] = {
+            entry["containerPort"]
+            for pod in pods.values()
+            if selects({"matchLabels": services[name]["spec"]["selector"]}, pod["metadata"]["labels"])
+            for entry in container(pod)["ports"]
+            if entry["name"] == "grpc"
+        } or {int(port)}
+        assert int(port) == behind
+
+
+def test_services_and_budgets_select_pods_that_have_their_ports(objects: list[Object]) -> None:
+    pods = [pod for _, pod in pod_templates(objects)]
+    stages = {pod["metadata"]["labels"]["app.kubernetes.io/component"] for pod in pods}
+    for service in of_kind(objects, "Service"):
+        selected = [
+            pod for pod in pods if selects({"matchLabels": service["spec"]["selector"]}, pod["metadata"]["labels"])
+        ]
+        assert bool(selected) == (service["metadata"]["labels"]["app.kubernetes.io/component"] in stages)
+        for pod in selected:
+            names = {entry["name"] for entry in container(pod)["ports"]}
+            assert {port["targetPort"] for port in service["spec"]["ports"]} <= names, service["metadata"]["name"]
+    for budget in of_kind(objects, "PodDisruptionBudget"):
+        assert any(selects(budget["spec"]["selector"], pod["metadata"]["labels"]) for pod in pods)
+    for monitor in of_kind(objects, "ServiceMonitor"):
+        [service] = [
+            item
+            for item in of_kind(objects, "Service")
+            if selects(monitor["spec"]["selector"], item["metadata"]["labels"])
+        ]
+        assert monitor["spec"]["endpoints"][0]["port"] in {port["name"] for port in service["spec"]["ports"]}
+
+
+def test_selectors_of_workloads_take_their_own_pods_only(objects: list[Object]) -> None:
+    pods = list(pod_templates(objects))
+    for item in of_kind(objects, "Deployment", "StatefulSet"):
+        taken = [name for name, pod in pods if selects(item["spec"]["selector"], pod["metadata"]["labels"])]
+        assert taken == [item["metadata"]["name"]]
+
+
+def test_volumes_name_what_exists_and_secrets_stay_secret(objects: list[Object]) -> None:
+    assert not of_kind(objects, "Secret"), "secrets are the user's, never the chart's"
+    maps, claims = by_name(objects, "ConfigMap"), by_name(objects, "PersistentVolumeClaim")
+    for name, pod in pod_templates(objects):
+        volumes = {volume["name"]: volume for volume in pod["spec"]["volumes"]}
+        own = {"data"} if name.endswith("-redis") else set()
+        assert {mount["name"] for mount in container(pod)["volumeMounts"]} == set(volumes) | own, name
+        for volume in volumes.values():
+            assert volume.get("configMap", {"name": None})["name"] in (None, *maps), name
+            assert volume.get("persistentVolumeClaim", {"claimName": "models"})["claimName"] in (
+                *claims,
+                "models",
+                "shared-artifacts",
+            )
+            # Readable by the group that the process runs in, by nobody else.
+            assert volume.get("secret", {"defaultMode": 0o440})["defaultMode"] == 0o440, name
+        assert not any(
+            "valueFrom" in entry and "secretKeyRef" in entry["valueFrom"] for entry in container(pod).get("env", [])
+        )
+    for name, table in configs(objects).items():
+        assert "url" not in table.get("redis", {}), name
+        assert not {"password", "token", "secret"} & set(json.dumps(table).replace('"', " ").split()), name
+
+
+def test_autoscaled_stages_have_a_target_without_replicas_and_figures_that_gateways_have(
+    everything: list[Object],
+) -> None:
+    exported: dict[str, Metric] = {family.name: family for family in families([])}
+    assert len(of_kind(everything, "ScaledObject")) == 3
+    for item in of_kind(everything, "ScaledObject"):
+        target = item["spec"]["scaleTargetRef"]
+        found = by_name(everything, target["kind"])[target["name"]]
+        assert found["apiVersion"] == target["apiVersion"]
+        assert "replicas" not in found["spec"], "helm upgrade would undo what the autoscaler did"
+        for trigger in item["spec"]["triggers"]:
+            query = trigger["metadata"]["query"]
+            metric, _, labels = query.removeprefix("max(").removesuffix("})").partition("{")
+            assert metric in exported
+            chosen = dict(pair.split("=") for pair in labels.replace('"', "").split(","))
+            assert chosen.pop("namespace") == NAMESPACE
+            assert set(chosen) <= set(exported[metric]._labelnames)
+            assert chosen["model"] == "wan"
+            assert trigger["metadata"]["ignoreNullValues"] == "false"
+
+
+def allowed(objects: list[Object], source: Object, target: Object, port: int) -> bool:
+    """Whether the policies let one pod of the release call another at a port."""
+    policies = of_kind(objects, "NetworkPolicy")
+    leaves, enters = source["metadata"]["labels"], target["metadata"]["labels"]
+    names = {entry["name"]: entry["containerPort"] for entry in container(target)["ports"]}
+    return all(
+        any(
+            any(_peer(peer, other) for peer in rule.get(side, [{}]))
+            and any(names.get(entry["port"], entry["port"]) == port for entry in rule.get("ports", [{"port": port}]))
+            for policy in policies
+            if selects(policy["spec"]["podSelector"], own)
+            for rule in policy["spec"].get(direction, [])
+        )
+        for direction, side, own, other in (("egress", "to", leaves, enters), ("ingress", "from", enters, leaves))
+    )
+
+
+def _peer(peer: Object, labels: dict[str, str]) -> bool:
+    if "ipBlock" in peer or "namespaceSelector" in peer:
+        return False
+    return selects(peer.get("podSelector", {}), labels)
+
+
+def test_policies_let_through_what_the_cluster_says_to_itself_and_nothing_else(everything: list[Object]) -> None:
+    pods = {name.removeprefix("pix-lightloom-"): pod for name, pod in pod_templates(everything)}
+    needed = {
+        ("gateway", "text-encoder-wan", 50051),
+        ("gateway", "dit-wan", 50051),
+        ("gateway", "vae-wan", 50051),
+        ("gateway", "redis", 6379),
+    }
+    # A group's ranks reach each other at every port.
+    group = [(one, other) for one in ("dit-wan", "dit-wan-worker") for other in ("dit-wan", "dit-wan-worker")]
+    for source in pods:
+        for target in pods:
+            for port in (50051, 50050, 8080, 9090, 6379, 50100, 41000):
+                wanted = (source, target, port) in needed or (source, target) in group
+                # Clients of the gateway are all pods of the namespace, but those of the release have no way out to it.
+                assert allowed(everything, pods[source], pods[target], port) == wanted, (source, target, port)
+
+
+def test_each_stage_has_replicas_of_its_own() -> None:
+    objects = render(next(path for path in VALUES if path.stem == "two_models"))
+    replicas = {name: item["spec"].get("replicas") for name, item in by_name(objects, "Deployment").items()}
+    assert replicas == {
+        "pix-lightloom-gateway": 2,
+        "pix-lightloom-text-encoder-qwen-image": 1,
+        "pix-lightloom-dit-qwen-image": 3,
+        "pix-lightloom-vae-qwen-image": 2,
+        "pix-lightloom-text-encoder-flux-dev": 1,
+        "pix-lightloom-dit-flux-dev": None,
+        "pix-lightloom-vae-flux-dev": 2,
+    }
+
+
+def test_gateway_settings_reach_the_gateway(everything: list[Object], tmp_path: Path) -> None:
+    config = started_with(everything, dict(pod_templates(everything))["pix-lightloom-gateway"], tmp_path)
+    assert config.gateway == GatewaySection(host="0.0.0.0", lease_s=5.0, max_queued=500)

@@ -1,0 +1,122 @@
+"""What waits, as an autoscaler reads it: on a real Redis, with replicas that are only said to be there."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from gateway.backlog import Backlog
+from gateway.config import StagesSection
+from gateway.pace import Pace
+from gateway.replicas import Replica, Replicas
+from gateway.state import State, queue_key
+from lightloom.redis_server import start_redis
+from protos import types_pb2
+
+PIXELS, STEPS = 64 * 64, 10
+PARAMS = types_pb2.GenerationParams(width=64, height=64, steps=STEPS)
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    server = start_redis(Path(tmp_path_factory.mktemp("redis")))
+    yield server.url
+    server.stop()
+
+
+@pytest.fixture
+async def state(url: str) -> AsyncIterator[State]:
+    state = State(url, "gateway")
+    await state._redis.flushall()
+    yield state
+    await state.close()
+
+
+def cluster(**running: int) -> Replicas:
+    """A replica of each stage of model m, with so many requests."""
+    replicas = Replicas(StagesSection(), lambda: None)
+    for stage in ("text_encoder", "dit", "vae"):
+        facts = types_pb2.DescribeResponse(models=["m"], component_id=stage[0], in_flight=running.get(stage, 0))
+        replicas.known[stage, "a"] = Replica(stage, "a", cast(Any, None), facts)
+        replicas._last[stage, "m"] = facts
+    return replicas
+
+
+def usage(seconds: float) -> types_pb2.StageUsage:
+    return types_pb2.StageUsage(spans=[types_pb2.Span(duration_ns=int(seconds * 1e9))])
+
+
+async def queue(state: State, stage: str, count: int) -> None:
+    for index in range(count):
+        fields: dict[str, Any] = {"pixels": PIXELS, "total": STEPS}
+        key = queue_key(stage, stage[0])
+        await state.submit(f"{stage}{index}", key, priority=0, max_queued=9999, keep_s=60, fields=fields)
+
+
+async def figures(backlog: Backlog) -> dict[tuple[str, str], float]:
+    """By name without its prefix, and stage."""
+    text = (await backlog.exposition()).decode()
+    return {
+        (sample.name.removeprefix("lightloom_"), sample.labels["stage"]): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+async def test_seconds_are_what_replicas_took_for_the_work_that_waits(state: State) -> None:
+    replicas = cluster(dit=4)
+    await queue(state, "dit", 6)
+    await queue(state, "vae", 2)
+    before = await figures(Backlog(state, replicas))
+    assert before["queued_requests", "dit"] == before["queued_requests", "text_encoder"] == 6
+    assert ("queued_seconds", "dit") not in before, "nobody has worked yet, and that must not look like an empty queue"
+    # Four at a time in 8 seconds are 2 seconds each.
+    replicas.known["dit", "a"].took(usage(8.0), PARAMS)
+    replicas.known["text_encoder", "a"].took(usage(0.5), PARAMS)
+    # Twice as large: the two that wait take half of it each.
+    replicas.known["vae", "a"].took(usage(3.0), types_pb2.GenerationParams(width=128, height=64, steps=1))
+    now = await figures(Backlog(state, replicas))
+    assert now["queued_seconds", "dit"] == pytest.approx(12.0)
+    assert now["queued_seconds", "text_encoder"] == pytest.approx(3.0)
+    assert now["queued_seconds", "vae"] == pytest.approx(3.0)
+    assert (now["running_requests", "dit"], now["replicas", "dit"]) == (4, 1)
+
+
+async def test_a_new_gateway_knows_what_others_learnt_and_replicas_that_left(state: State) -> None:
+    replicas = cluster()
+    replicas.known["dit", "a"].took(usage(2.0), PARAMS)
+    await Backlog(state, replicas).rows()
+    await queue(state, "dit", 3)
+    other = cluster()
+    other.known.clear()
+    now = await figures(Backlog(state, other))
+    assert now["queued_seconds", "dit"] == pytest.approx(6.0)
+    assert now["replicas", "dit"] == 0
+
+
+async def test_a_long_queue_counts_whole(state: State) -> None:
+    replicas = cluster()
+    replicas.known["dit", "a"].took(usage(2.0), PARAMS)
+    await queue(state, "dit", 450)
+    assert (await figures(Backlog(state, replicas)))["queued_seconds", "dit"] == pytest.approx(900.0)
+
+
+async def test_without_redis_queues_are_unknown_and_not_empty() -> None:
+    now = await figures(Backlog(State("redis://127.0.0.1:1/0", "gateway"), cluster(vae=2)))
+    assert now["running_requests", "vae"] == 2
+    assert not [name for name, _ in now if name.startswith("queued")]
+
+
+def test_a_pace_follows_what_is_new() -> None:
+    pace = Pace()
+    pace.learn(1.0, 1, 0.0)
+    assert pace.unit_s is None
+    pace.learn(10.0, 2, 5.0)
+    assert pace.unit_s == pytest.approx(1.0)
+    for _ in range(40):
+        pace.learn(6.0, 0, 2.0)
+    assert pace.unit_s == pytest.approx(3.0, rel=1e-3)
