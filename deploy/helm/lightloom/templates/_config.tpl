@@ -23,7 +23,15 @@
 {{- range $stage := list "text_encoder" "dit" "vae" }}
 {{- $_ := set $stages $stage (printf "dns:///%s-%s:50051" $name (include "lightloom.dashed" $stage)) }}
 {{- end }}
-{{- $own := dict "gateway" (dict "host" "0.0.0.0" "http_port" 8080 "grpc_port" 50050) "redis" (dict "url_file" "/etc/lightloom-redis/url") "store" (dict "path" "/artifacts") "stages" $stages }}
+{{- $access := dict }}
+{{- if .Values.gateway.keysSecret }}
+{{- $_ := set $access "keys_file" "/etc/lightloom-keys/keys.jsonl" }}
+{{- else if .Values.gateway.allowAnonymous }}
+{{- $_ := set $access "allow_anonymous" true }}
+{{- else }}
+{{- fail "gateway.keysSecret: name a Secret with the key `keys.jsonl` (made by `lightloom key create`), or set gateway.allowAnonymous: true if all who reach the Service may use it" }}
+{{- end }}
+{{- $own := dict "access" $access "gateway" (dict "host" "0.0.0.0" "http_port" 8080 "grpc_port" 50050) "redis" (dict "url_file" "/etc/lightloom-redis/url") "store" (dict "path" "/artifacts") "stages" $stages }}
 {{- include "lightloom.toml" (dict "section" list "table" (mergeOverwrite (deepCopy .Values.gateway.config) $own)) | trim }}
 {{- end }}
 
