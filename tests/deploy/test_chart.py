@@ -109,7 +109,7 @@ def test_the_schema_of_values_has_the_keys_of_the_services() -> None:
     """What the chart itself sets is left out."""
     definitions = values_schema()["$defs"]
     known = {
-        "service": (ServiceSection, {"host", "port", "metrics_port", "name"}),
+        "service": (ServiceSection, {"host", "port", "metrics_port", "health_port", "name"}),
         "model": (ModelSection, {"name"}),
         "engine": (EngineSection, set()),
         "parallel": (ParallelSection, {"hosts", "leader_address", "agent_token_file"}),
