@@ -108,7 +108,7 @@ def test_each_stage_scales_out_and_in_alone_and_no_request_is_lost(kubelet: Kube
     listed = rest.get("/v1/requests", params={"limit": 1000}).json()["data"]
     assert {request["state"] for request in listed} == {"done"}
     assert len(listed) == load.pictures
-    # A stage that leaves ends what it has begun.
+    # What a stage that leaves hands back is no failed attempt.
     assert max(request["attempt"] for request in listed) == 1
     assert all(pod.probe("livenessProbe") and pod.figure("lightloom_in_flight") == 0 for pod in running.values())
     # What an autoscaler sees now: each stage has one replica again, and its pace is known.
