@@ -219,7 +219,7 @@ async def test_a_folder_that_is_away_is_waited_for(tmp_path) -> None:
     refusal = store.writes.refusal
     assert isinstance(refusal, ArtifactStoreDown) and refusal.retry_after_s > 0
     with pytest.raises(ArtifactStoreDown):
-        await store.put("b.1", b"x", gateway_pb2.Artifact(), time.time() + 0.1)
+        await store.put("b.1", b"x", gateway_pb2.Artifact(), time.monotonic() + 0.1)
     leaving.cancel()
     assert not writing.done()
     (tmp_path / "elsewhere").rename(place.root)
@@ -243,7 +243,7 @@ async def test_of_a_write_that_fails_in_its_second_part_nothing_stays(tmp_path) 
     # The manifest cannot take its name.
     (place.root / f"artifacts/{NAME}.json").mkdir()
     with pytest.raises(ArtifactStoreDown):
-        await store.put(NAME, b"x", gateway_pb2.Artifact(), time.time())
+        await store.put(NAME, b"x", gateway_pb2.Artifact(), time.monotonic())
     assert place.names() == []
 
 
@@ -252,7 +252,7 @@ async def test_s3_that_denies_or_is_away_is_told_without_secrets(s3, bucket, tmp
     s3.deny(True)
     try:
         with pytest.raises(ArtifactStoreDown, match="denies access"):
-            await bucket.store.put("b.1", b"x", gateway_pb2.Artifact(), time.time())
+            await bucket.store.put("b.1", b"x", gateway_pb2.Artifact(), time.monotonic())
         with pytest.raises(ArtifactStoreDown, match="denies access"):
             await read(bucket, artifact)
         with pytest.raises(StartupError, match="denies access") as refused:

@@ -7,7 +7,6 @@ import os
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry
@@ -17,6 +16,7 @@ from gateway.objects import KINDS
 from gateway.state import Claim, State, queue_key
 from gateway.store import artifact_name, open_store
 from gateway.sweep import Sweep
+from gateway.ticket import Ticket
 from lightloom.redis_server import start_redis
 from protos import gateway_pb2
 from services.errors import StartupError, StateStoreDown
@@ -85,8 +85,7 @@ def swept(tmp_path: Path, state: State) -> Swept:
 
 
 async def submitted(state: State, request_id: str) -> Claim:
-    fields: dict[str, Any] = {"params": b"", "deadline": time.time() + 60, "traceparent": ""}
-    await state.submit(request_id, QUEUE, priority=0, max_queued=9, keep_s=60, fields=fields)
+    await state.submit(request_id, QUEUE, Ticket(), {"params": b"", "traceparent": ""})
     claim = await state.claim((QUEUE,), 60.0)
     assert claim is not None and claim.request_id == request_id
     return claim
@@ -159,6 +158,17 @@ async def test_two_sweep_at_once(swept, state) -> None:
     swept.age(2 * KEEP_S)
     other = Swept(swept.root, state)
     await asyncio.gather(swept.sweep(), other.sweep())
+    assert await swept.sweep() == set()
+
+
+async def test_a_checkpoint_is_its_requests(swept) -> None:
+    kept = {"latents/a.3.7"}
+    claim = await submitted(swept.state, "a")
+    await swept.put_latents("a.3.7")
+    swept.age(2 * AGE_S)
+    assert await swept.sweep() == kept
+    await swept.state.commit(claim, "failed", "", "", {})
+    swept.age(2 * AGE_S)
     assert await swept.sweep() == set()
 
 
