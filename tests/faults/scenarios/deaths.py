@@ -59,11 +59,11 @@ def _written_since(run: Run, since_s: float) -> list[str]:
     return []
 
 
-async def frozen_gateway(run: Run, requests: int, leases: float = 3.0) -> History:
-    """F4: a gateway stands still for several leases, and then goes on as if nothing had happened."""
+async def frozen_gateway(run: Run, requests: int, owned_at_least: int = 2, leases: float = 3.0) -> History:
+    """F4: a gateway that has so many requests stands still for several leases, and then goes on as if nothing was."""
     zombie = run.cluster.of("gateway")[0]
     tasks = run.start(run.recipes(LONG, requests))
-    owned = await _owned(run, zombie.name, 2)
+    owned = await _owned(run, zombie.name, owned_at_least)
     zombie.freeze()
     since_s = time.time()
     await asyncio.sleep(leases * run.cluster.lease_s)
