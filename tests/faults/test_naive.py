@@ -26,5 +26,5 @@ async def test_a_design_without_fences_is_found_out(tmp_path, monkeypatch, desig
     monkeypatch.delenv("REDIS_URL", raising=False)
     with FaultCluster(tmp_path, REPLICAS, max_in_flight=64, modules=NAIVE[design]) as cluster:
         async with Run(cluster, "naive", 1) as run:
-            history = await frozen_gateway(run, requests=16, owned_at_least=6)
+            history = await frozen_gateway(run, requests=16, owned_at_least=6, gateway=0)
     assert {violation.invariant for violation in check(history)} & FOUND[design]
