@@ -11,7 +11,7 @@ from tests.faults.cluster import FaultCluster
 from tests.faults.run import Run
 from tests.faults.scenarios.deaths import frozen_gateway
 
-# One denoiser: the zombie's calls and those of the new owner meet there.
+# One denoiser with room: the calls of the zombie and of the new owner meet there.
 REPLICAS = {"text_encoder": 1, "dit": 1, "vae": 1}
 NAIVE = {
     "commit": {f"gateway-{index}": "tests.faults.naive_gateway" for index in range(2)},
@@ -24,7 +24,7 @@ FOUND = {"commit": {"I1", "I2", "I4"}, "front": {"I3"}}
 async def test_a_design_without_fences_is_found_out(tmp_path, monkeypatch, design):
     monkeypatch.chdir(Path(__file__).parents[2])
     monkeypatch.delenv("REDIS_URL", raising=False)
-    with FaultCluster(tmp_path, REPLICAS, max_in_flight=16, modules=NAIVE[design]) as cluster:
+    with FaultCluster(tmp_path, REPLICAS, max_in_flight=64, modules=NAIVE[design]) as cluster:
         async with Run(cluster, "naive", 1) as run:
-            history = await frozen_gateway(run, requests=16)
+            history = await frozen_gateway(run, requests=16, owned_at_least=6, gateway=0)
     assert {violation.invariant for violation in check(history)} & FOUND[design]

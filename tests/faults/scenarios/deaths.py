@@ -15,6 +15,7 @@ from tests.faults.measures import adopted_s, extra_steps, requeued_s
 from tests.faults.rank import POISON
 from tests.faults.run import LONG, SHORT, Run
 
+FROZEN_LEASES = 3.0
 BETWEEN_KILLS_S = (0.5, 1.5)
 
 
@@ -59,14 +60,14 @@ def _written_since(run: Run, since_s: float) -> list[str]:
     return []
 
 
-async def frozen_gateway(run: Run, requests: int, leases: float = 3.0) -> History:
-    """F4: a gateway stands still for several leases, and then goes on as if nothing had happened."""
+async def frozen_gateway(run: Run, requests: int, owned_at_least: int = 2, gateway: int | None = None) -> History:
+    """F4: a gateway that has so many requests stands still for several leases, and then goes on as if nothing was."""
     zombie = run.cluster.of("gateway")[0]
-    tasks = run.start(run.recipes(LONG, requests))
-    owned = await _owned(run, zombie.name, 2)
+    tasks = run.start(run.recipes(LONG, requests), gateway=gateway)
+    owned = await _owned(run, zombie.name, owned_at_least)
     zombie.freeze()
     since_s = time.time()
-    await asyncio.sleep(leases * run.cluster.lease_s)
+    await asyncio.sleep(FROZEN_LEASES * run.cluster.lease_s)
     zombie.thaw()
     await asyncio.gather(*tasks)
     history = await run.finish()
