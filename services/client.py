@@ -101,13 +101,12 @@ def connect(address: str, *, tls: TlsSection | None = None, keepalive_s: float =
     Raises:
         StartupError: a certificate of `tls` cannot be used.
     """
-    # Of two options with one name, gRPC takes the last.
-    options: tuple[tuple[str, int | str], ...] = (*CHANNEL_OPTIONS, *keepalive_options(keepalive_s))
+    merged: dict[str, int | str] = {**dict(CHANNEL_OPTIONS), **dict(keepalive_options(keepalive_s))}
     if tls is None or not tls.on:
-        return grpc.aio.insecure_channel(address, options=options)
+        return grpc.aio.insecure_channel(address, options=tuple(merged.items()))
     if tls.server_name:
-        options += (("grpc.ssl_target_name_override", tls.server_name),)
-    return grpc.aio.secure_channel(address, channel_credentials(tls), options=options)
+        merged["grpc.ssl_target_name_override"] = tls.server_name
+    return grpc.aio.secure_channel(address, channel_credentials(tls), options=tuple(merged.items()))
 
 
 def remaining(deadline_unix_s: float) -> float:
