@@ -192,9 +192,12 @@ def _encoding(work: Work, replica: Replica) -> Iterator[AsyncIterator[bytes]]:
 
 
 async def _frames(work: Work, replica: Replica, call: Any) -> AsyncIterator[bytes]:
+    whole = False
     try:
         async for message in call:
-            if frame_of(message) is not None:
+            frame = frame_of(message)
+            if frame is not None:
+                whole = is_end(frame)
                 yield message
             else:
                 usage = text_encoder_pb2.EncodeResponse.FromString(message).usage
@@ -203,6 +206,9 @@ async def _frames(work: Work, replica: Replica, call: Any) -> AsyncIterator[byte
                     replica.took(usage, work.params)
     except grpc.aio.AioRpcError as failure:
         raise _failed(replica, failure) from failure
+    if not whole:
+        # The denoiser would wait for the rest for ever: its stream stays open, for what is asked of it later.
+        raise CorruptTensor(f"the {replica.stage}'s stream ended before the conditions were whole")
 
 
 class Decode:
