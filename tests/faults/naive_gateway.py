@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gateway.__main__ as real
+from gateway.config import RedisSection
 from gateway.state import State
 from services.server import ensure_malloc, run_service
 
@@ -12,13 +13,13 @@ REFUSAL = "return {'lost'"
 class NaiveState(State):
     """Its commits are plain writes."""
 
-    def __init__(self, url: str, owner: str) -> None:
-        super().__init__(url, owner)
-        lines = str(self._scripts["commit"].script).splitlines(keepends=True)
+    def __init__(self, redis: RedisSection, owner: str) -> None:
+        super().__init__(redis, owner)
+        lines = str(self._scripts.by_name["commit"].script).splitlines(keepends=True)
         kept = [line for line in lines if REFUSAL not in line]
         if len(kept) == len(lines):
             raise AssertionError("the commit script refuses nothing that could be taken out")
-        self._scripts["commit"] = self._redis.register_script("".join(kept))
+        self._scripts.by_name["commit"] = self._scripts.redis.register_script("".join(kept))
 
 
 if __name__ == "__main__":
