@@ -365,6 +365,7 @@ class State:
                     on_queue()
                     await self._hear_all(channel)
             except (RedisError, OSError, StateStoreDown) as error:
+                _heed_cancel()
                 self.connected = False
                 log.warning("Redis cannot be listened to: %s", error)
                 await asyncio.sleep(0.5)
@@ -378,6 +379,7 @@ class State:
         spoken = False
         while True:
             message = await channel.get_message(timeout=SILENCE_S)
+            _heed_cancel()
             if message is not None:
                 self._hear(message["data"].decode())
             elif spoken:
@@ -415,6 +417,17 @@ class State:
         if len(entries) == READ_EVENTS:
             self._followers.wake(claim.request_id)
         return str(state.decode())
+
+
+def _heed_cancel() -> None:
+    """A cancel that meets an answer, or the end of a connection, can be lost in the library; its count stays.
+
+    Raises:
+        CancelledError: the task has been cancelled.
+    """
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError
 
 
 def queue_key(stage: str, component_id: str) -> str:

@@ -10,10 +10,11 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from gateway.backlog import Backlog
-from gateway.config import StagesSection
+from gateway.config import RedisSection, StagesSection
 from gateway.pace import Pace
 from gateway.replicas import Replica, Replicas
 from gateway.state import State, queue_key
+from gateway.ticket import Ticket
 from lightloom.redis_server import start_redis
 from protos import types_pb2
 
@@ -30,8 +31,8 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture
 async def state(url: str) -> AsyncIterator[State]:
-    state = State(url, "gateway")
-    await state._redis.flushall()
+    state = State(RedisSection(url=url), "gateway")
+    await state._scripts.redis.flushall()
     yield state
     await state.close()
 
@@ -54,7 +55,7 @@ async def queue(state: State, stage: str, count: int) -> None:
     for index in range(count):
         fields: dict[str, Any] = {"pixels": PIXELS, "total": STEPS}
         key = queue_key(stage, stage[0])
-        await state.submit(f"{stage}{index}", key, priority=0, max_queued=9999, keep_s=60, fields=fields)
+        await state.submit(f"{stage}{index}", key, Ticket(), fields)
 
 
 async def figures(backlog: Backlog) -> dict[tuple[str, str], float]:
@@ -106,7 +107,7 @@ async def test_a_long_queue_counts_whole(state: State) -> None:
 
 
 async def test_without_redis_queues_are_unknown_and_not_empty() -> None:
-    now = await figures(Backlog(State("redis://127.0.0.1:1/0", "gateway"), cluster(vae=2)))
+    now = await figures(Backlog(State(RedisSection(url="redis://127.0.0.1:1/0"), "gateway"), cluster(vae=2)))
     assert now["running_requests", "vae"] == 2
     assert not [name for name, _ in now if name.startswith("queued")]
 
