@@ -56,6 +56,23 @@ class Job:
     started: float = field(default_factory=time.perf_counter)
 
 
+def description(config: StageConfig, family: str) -> types_pb2.DescribeResponse:
+    """What a stage without a model says of itself: one component for each stage, whatever the replica."""
+    stage = config.model.preset
+    return types_pb2.DescribeResponse(
+        protocol_version=1,
+        stage=STAGES[stage],
+        component_id=f"{stage}-{family}",
+        family=family,
+        variants=["t2i"],
+        models=[config.model.name],
+        limits=LIMITS,
+        device="none",
+        dtype="float32",
+        world_size=1,
+    )
+
+
 class SleepingProgram:
     """A RankProgram without a model."""
 
@@ -66,19 +83,7 @@ class SleepingProgram:
 
     def describe(self) -> types_pb2.DescribeResponse:
         """One component for each stage, whatever the replica."""
-        stage = self._config.model.preset
-        return types_pb2.DescribeResponse(
-            protocol_version=1,
-            stage=STAGES[stage],
-            component_id=f"{stage}-sleeping",
-            family="sleeping",
-            variants=["t2i"],
-            models=[self._config.model.name],
-            limits=LIMITS,
-            device="none",
-            dtype="float32",
-            world_size=1,
-        )
+        return description(self._config, "sleeping")
 
     def opened(self, call: Call) -> None:
         """A new call."""

@@ -98,8 +98,7 @@ class Checkpoints:
             self._work.checkpoints[:] = before
             await self._store.drop_latents(name)
             return
-        for old in before[KEPT - 1 :]:
-            await self._store.drop_latents(old.name)
+        await self._store.drop_latents(*(old.name for old in before[KEPT - 1 :]))
 
     async def forget(self) -> None:
         """The denoiser cannot go on from them: the next attempt begins anew.
@@ -109,8 +108,7 @@ class Checkpoints:
         """
         dropped, self._work.checkpoints[:] = list(self._work.checkpoints), []
         await self._note()
-        for old in dropped:
-            await self._store.drop_latents(old.name)
+        await self._store.drop_latents(*(old.name for old in dropped))
 
     async def _note(self) -> str:
         kept = self._work.checkpoints

@@ -71,13 +71,12 @@ class Lifecycle:
         if state == "lost":
             return
         log.warning("lease of %s expired: it is %s now", request_id, state)
-        if state in TERMINAL:
-            await self.forget(request_id)
         if files:
             await self._store.drop(*files)
-        # It may have died between writing one and noting it.
         noted = {kept.name for kept in kept_in(await self._state.get(request_id))}
-        await self._store.drop_latents(*(set(checkpoints) - noted))
+        # It may have died between writing one and noting it.
+        useless = {request_id, *checkpoints} | noted if state in TERMINAL else set(checkpoints) - noted
+        await self._store.drop_latents(*useless)
 
     async def _listed(self, names: Awaitable[list[str]]) -> list[str]:
         try:

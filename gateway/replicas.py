@@ -64,14 +64,13 @@ class Replica:
     others: int = 0
     silent_because: str = ""
     paused_until_s: float = 0.0
+    pace: Pace = field(default_factory=Pace)
     _back_off_s: float = BACK_OFF_S
 
     @property
     def ours(self) -> int:
         """Requests that it has from this gateway."""
         return len(self.batches)
-
-    pace: Pace = field(default_factory=Pace)
 
     @property
     def healthy(self) -> bool:

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from benchmarks.sleeping_rank import LIMITS, STAGES, STEP_S
+from benchmarks.sleeping_rank import STEP_S, description
 from protos import dit_pb2, text_encoder_pb2, types_pb2, vae_pb2
 from services.config import StageConfig
 from services.errors import NotReady
@@ -55,8 +55,8 @@ class RecordingProgram:
     """A RankProgram without a model: one job after the other."""
 
     def __init__(self, config: StageConfig) -> None:
+        self._config = config
         self._stage = config.model.preset
-        self._model = config.model.name
         self._name = config.service.name
         self._records = Recorder(Path(config.model.source) / f"{self._name}-{os.getpid()}.jsonl")
         self._waiting: dict[int, Job] = {}
@@ -65,18 +65,7 @@ class RecordingProgram:
 
     def describe(self) -> types_pb2.DescribeResponse:
         """One component for each stage, whatever the replica."""
-        return types_pb2.DescribeResponse(
-            protocol_version=1,
-            stage=STAGES[self._stage],
-            component_id=f"{self._stage}-recording",
-            family="recording",
-            variants=["t2i"],
-            models=[self._model],
-            limits=LIMITS,
-            device="none",
-            dtype="float32",
-            world_size=1,
-        )
+        return description(self._config, "recording")
 
     def opened(self, call: Call) -> None:
         """A new call."""

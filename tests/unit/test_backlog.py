@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
-from pathlib import Path
+from collections.abc import AsyncIterator
 from typing import Any, cast
 
 import pytest
@@ -15,18 +14,10 @@ from gateway.pace import Pace
 from gateway.replicas import Replica, Replicas
 from gateway.state import State, queue_key
 from gateway.ticket import Ticket
-from lightloom.redis_server import start_redis
 from protos import types_pb2
 
 PIXELS, STEPS = 64 * 64, 10
 PARAMS = types_pb2.GenerationParams(width=64, height=64, steps=STEPS)
-
-
-@pytest.fixture(scope="module")
-def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    server = start_redis(Path(tmp_path_factory.mktemp("redis")))
-    yield server.url
-    server.stop()
 
 
 @pytest.fixture

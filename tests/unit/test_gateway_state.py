@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterator
-from pathlib import Path
+from collections.abc import AsyncIterator
 
 import pytest
 
@@ -13,19 +12,11 @@ from gateway.config import RedisSection
 from gateway.followers import StoredEvent
 from gateway.state import READ_EVENTS, TOO_LATE, Claim, State, queue_key
 from gateway.ticket import Ticket
-from lightloom.redis_server import start_redis
 from services.errors import Overloaded, StateStoreDown, UnknownRequest
 
 DIT, VAE = queue_key("dit", "d"), queue_key("vae", "v")
 LEASE_S = 10.0
 FIELDS = {"params": b"p", "step": 0}
-
-
-@pytest.fixture(scope="module")
-def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    server = start_redis(Path(tmp_path_factory.mktemp("redis")))
-    yield server.url
-    server.stop()
 
 
 class Gateway:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,19 +20,11 @@ from gateway.state import State, queue_key
 from gateway.store import Store
 from gateway.ticket import Ticket
 from gateway.work import Work
-from lightloom.redis_server import start_redis
 from protos import gateway_pb2, types_pb2
 
 LATER = float("inf")
 QUEUE = queue_key("dit", "d")
 REPLICAS = Replicas(StagesSection(), lambda: None)
-
-
-@pytest.fixture(scope="module")
-def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    server = start_redis(Path(tmp_path_factory.mktemp("redis")))
-    yield server.url
-    server.stop()
 
 
 class Decoded:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator
-from pathlib import Path
 from urllib.parse import parse_qsl, urlsplit
 
 import pytest
@@ -17,13 +16,6 @@ from services.errors import LinkExpired, LinkRefused, StartupError, StateStoreDo
 from tests.cluster.stage_process import free_port
 
 PATH = content_path("r")
-
-
-@pytest.fixture(scope="module")
-def url(tmp_path_factory):
-    server = start_redis(Path(tmp_path_factory.mktemp("redis")))
-    yield server.url
-    server.stop()
 
 
 @pytest.fixture

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import pytest
 import redis
@@ -29,7 +27,6 @@ from gateway.config import RedisSection
 from gateway.scripts import NAMES, source
 from gateway.state import LEASES, Claim, State, queue_key
 from gateway.ticket import Offer, Ticket
-from lightloom.redis_server import start_redis
 from services.errors import Overloaded
 
 DIT, VAE = queue_key("dit", "d"), queue_key("vae", "v")
@@ -378,13 +375,6 @@ class Machine(RuleBasedStateMachine):
         assert set(leases) == {i for i, r in model.requests.items() if r.lease is not None}
         assert slots == {i for i, r in model.requests.items() if r.has_slot}
         assert not [key for key in keys if not model.line(DIT if key.startswith(DIT) else VAE)]
-
-
-@pytest.fixture(scope="module")
-def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    server = start_redis(Path(tmp_path_factory.mktemp("redis")))
-    yield server.url
-    server.stop()
 
 
 def test_the_scripts_do_what_the_model_does(url: str) -> None:

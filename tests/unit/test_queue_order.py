@@ -5,28 +5,19 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Sequence
-from pathlib import Path
+from collections.abc import AsyncIterator, Sequence
 
 import pytest
 
 from gateway.config import RedisSection
 from gateway.state import Claim, State, queue_key
 from gateway.ticket import Offer, Ticket
-from lightloom.redis_server import start_redis
 from protos import types_pb2
 from services.errors import Overloaded
 
 QUEUE = queue_key("dit", "d")
 WEIGHTS = {"flood": 1.0, "small": 1.0, "heavy": 2.0}
 CLASSES = (-1, 0, 1)
-
-
-@pytest.fixture(scope="module")
-def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    server = start_redis(Path(tmp_path_factory.mktemp("redis")))
-    yield server.url
-    server.stop()
 
 
 class Queue:

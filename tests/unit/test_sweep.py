@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -26,13 +26,6 @@ from tests.cluster.stage_process import free_port
 QUEUE = queue_key("dit", "d")
 AGE_S, KEEP_S = 600.0, 86_400.0
 LATER = float("inf")
-
-
-@pytest.fixture(scope="module")
-def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    server = start_redis(Path(tmp_path_factory.mktemp("redis")))
-    yield server.url
-    server.stop()
 
 
 @pytest.fixture
