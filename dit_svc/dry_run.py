@@ -266,7 +266,9 @@ class LiveBytes(TorchDispatchMode):
         self._now -= size
 
 
-def _attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, _mask: torch.Tensor | None) -> torch.Tensor:
+def _attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, _filling: torch.Tensor | None
+) -> torch.Tensor:
     """Shapes and costs of a fused kernel: the meta device would take attention apart into its products."""
     heads_first = (tensor.transpose(1, 2) for tensor in (query, key, value))
     mixed: torch.Tensor = torch.ops.aten._scaled_dot_product_flash_attention(*heads_first)[0]

@@ -22,8 +22,11 @@ from services.parallel.pipeline import PipelineRank
 from services.parallel.sequence import SequenceParallel
 from services.parallel.tensor_sequence import TensorSequence
 
-# Below this many tokens a row, a forward is bound by overheads, and branches gain from sharing it.
-ROWS_BELOW_TOKENS = 2048
+# Up to this many tokens a row, branches gain from sharing a forward: weights are read once, and collectives are fewer.
+# Beyond, attention outweighs that, and a second row's activations cost memory.
+ROWS_UP_TO_TOKENS = 8192
+# Behind a pipeline, branches apart are what fills it; they share where a forward is bound by overheads.
+ROWS_IN_PIPELINE_UP_TO_TOKENS = 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +100,8 @@ class Forward:
 
     def _rows_together(self, state: DenoiseState) -> bool:
         if self._branches == "auto":
-            return self._part.token_count(self._model, state.params) < ROWS_BELOW_TOKENS
+            most = ROWS_IN_PIPELINE_UP_TO_TOKENS if self._pipeline else ROWS_UP_TO_TOKENS
+            return self._part.token_count(self._model, state.params) <= most
         return self._branches == "rows"
 
     def beat(self, entering: Pass | None) -> list[Predicted]:

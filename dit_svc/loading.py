@@ -18,7 +18,7 @@ from services.request import GenerationParams, Limits, ResolvedParams, resolve
 WARMUP_SIDE_PX = 208
 WARMUP_TEXT_TOKENS = 23
 # With guidance a request brings two rows, without it one: batches of several rows and of one are different graphs,
-# and only the former have a text mask.
+# and only the former have texts of unequal length.
 WARMUP_GUIDANCES = (4.0, 1.0)
 
 

@@ -111,7 +111,7 @@ class ModelPlan:
         region: what tensor parallelism needs to spread norms as well.
         joint: the token fields that make the attended sequence, in its order.
         flow: the fields that blocks change, which travel from one pipeline rank to the next.
-        has_text_mask: text is masked, so prompts of different length share a batch exactly.
+        fills_text: texts are filled up and attention passes filling over: prompts of any length share a batch.
         high_precision: names of modules that keep their dtype under quantisation.
         cache_signal: name of the Streams field, or "modulated" for the modulated input of block 0.
     """
@@ -132,7 +132,7 @@ class ModelPlan:
     region: SequenceRegion = SequenceRegion()
     joint: tuple[str, ...] = ("hidden",)
     flow: tuple[str, ...] = ("hidden",)
-    has_text_mask: bool = False
+    fills_text: bool = False
     high_precision: tuple[str, ...] = ()
     cache_signal: str = "hidden"
 

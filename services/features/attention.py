@@ -10,13 +10,12 @@ from dataclasses import dataclass
 
 import torch
 
-from services.attention import Kernel, cudnn, sdpa
+from services.attention import KERNELS
 from services.family import DitModel, DitPart, ModelPlan
 from services.features import Applied
 
 NAME = "attention"
 EXACT = True
-BACKENDS: dict[str, Kernel] = {"cudnn": cudnn, "sdpa": sdpa}
 HOPPER = (9, 0)
 
 
@@ -41,10 +40,10 @@ def apply(model: DitModel, part: DitPart, config: Config) -> Applied:
     chosen = config.backend
     if chosen == "auto":
         chosen = "cudnn" if _hopper(model.device) else "sdpa"
-    if chosen not in BACKENDS:
-        raise ValueError(f"features.attention.backend {chosen!r} is unknown: use auto, {', '.join(BACKENDS)}")
+    if chosen not in KERNELS:
+        raise ValueError(f"features.attention.backend {chosen!r} is unknown: use auto, {', '.join(KERNELS)}")
     for attend in model.attention.values():
-        attend.kernel = BACKENDS[chosen]
+        attend.kernel = KERNELS[chosen]
     return Applied(json.dumps({"backend": chosen}))
 
 

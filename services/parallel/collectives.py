@@ -1,7 +1,8 @@
 """Collectives as operators that a compiled graph carries without a break, with a count of the bytes that a rank sends.
 
 A group is named by its process group's name, since operators take plain values only. On an axis of one rank nothing
-is called. Bytes are what the algorithm of the fewest bytes sends from one rank. On the meta device nothing is sent, but
+is called. Ranks whose GPUs see each other read each other's memory (`peer_memory.py`); all others use the process
+group. Bytes are what the algorithm of the fewest bytes sends from one rank. On the meta device nothing is sent, but
 counted all the same: that is how a dry run (`dit_svc/dry_run.py`) knows what a layout costs.
 """
 
@@ -13,6 +14,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from services.parallel.peer_memory import PeerMemory
+
+# How many ranks at most sum by reading every peer's whole tensor: with more, rings send less.
+READ_TO_SUM_UP_TO = 2
+# The groups that have it, by name: operators take plain values only.
+peer_memory: dict[str, PeerMemory] = {}
 
 # What this rank has sent, by kind of collective: bytes, and calls. Figures for metrics, tests and dry runs.
 sent_bytes: Counter[str] = Counter()
@@ -41,10 +49,12 @@ def plan_sent(kind: str, tensor: torch.Tensor, share: float) -> None:
 @torch.library.custom_op("lightloom::all_to_all", mutates_args=())
 def all_to_all(tensor: torch.Tensor, group: str) -> torch.Tensor:
     """Piece i of dimension 0 goes to rank i; what comes back is piece i from rank i. [n, ...] to [n, ...]."""
+    count_sent("all_to_all", tensor, 1 - 1 / tensor.shape[0])
+    if (peers := peer_memory.get(group)) is not None:
+        return peers.all_to_all(tensor)
     tensor = tensor.contiguous()
     received = torch.empty_like(tensor)
     dist.all_to_all_single(received, tensor, group=group_of(group))
-    count_sent("all_to_all", tensor, 1 - 1 / tensor.shape[0])
     return received
 
 
@@ -57,9 +67,11 @@ def _(tensor: torch.Tensor, group: str) -> torch.Tensor:
 @torch.library.custom_op("lightloom::all_reduce", mutates_args=())
 def all_reduce(tensor: torch.Tensor, group: str, size: int) -> torch.Tensor:
     """The sum over the group's `size` ranks."""
+    count_sent("all_reduce", tensor, 2 * (1 - 1 / size))
+    if size <= READ_TO_SUM_UP_TO and (peers := peer_memory.get(group)) is not None:
+        return peers.all_reduce(tensor, size)
     total = tensor.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(total, group=group_of(group))
-    count_sent("all_reduce", tensor, 2 * (1 - 1 / size))
     return total
 
 
@@ -72,9 +84,11 @@ def _(tensor: torch.Tensor, group: str, size: int) -> torch.Tensor:
 @torch.library.custom_op("lightloom::all_gather", mutates_args=())
 def all_gather(tensor: torch.Tensor, group: str, size: int) -> torch.Tensor:
     """Everybody's tensor, stacked by rank: [...] to [size, ...]."""
+    count_sent("all_gather", tensor, size - 1)
+    if (peers := peer_memory.get(group)) is not None:
+        return peers.all_gather(tensor, size)
     gathered = tensor.new_empty((size, *tensor.shape))
     dist.all_gather_into_tensor(gathered.flatten(0, 1), tensor.contiguous(), group=group_of(group))
-    count_sent("all_gather", tensor, size - 1)
     return gathered
 
 
@@ -87,10 +101,12 @@ def _(tensor: torch.Tensor, group: str, size: int) -> torch.Tensor:
 @torch.library.custom_op("lightloom::reduce_scatter", mutates_args=())
 def reduce_scatter(tensor: torch.Tensor, group: str) -> torch.Tensor:
     """Piece i of dimension 0, summed over the group, for rank i: [n, ...] to [...]."""
+    count_sent("reduce_scatter", tensor, 1 - 1 / tensor.shape[0])
+    if (peers := peer_memory.get(group)) is not None:
+        return peers.reduce_scatter(tensor)
     tensor = tensor.contiguous()
     mine = torch.empty_like(tensor[0])
     dist.reduce_scatter_tensor(mine, tensor.flatten(0, 1), group=group_of(group))
-    count_sent("reduce_scatter", tensor, 1 - 1 / tensor.shape[0])
     return mine
 
 

@@ -9,7 +9,9 @@ from datetime import timedelta
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from services.parallel.collectives import peer_memory
 from services.parallel.degrees import AXES, Degrees
+from services.parallel.peer_memory import connect
 
 # Longer than any pause between two ticks: an idle group beats once a second.
 TIMEOUT = timedelta(minutes=5)
@@ -78,6 +80,8 @@ class Mesh:
             # Every rank makes every group, in the same order: that is the library's rule.
             group = self._group(ranks)
             if self.rank in ranks:
+                if group is not None and self.device_type == "cuda" and (peers := connect(group)) is not None:
+                    peer_memory[group.group_name] = peers
                 name = group.group_name if group else "planned"
                 mine = Axis(name, size, ranks.index(self.rank), group, tuple(ranks))
         assert mine is not None

@@ -1,15 +1,19 @@
 """Ring attention (arXiv 2310.01889): keys and values travel round the ranks, partial results merge by log-sum-exp.
 
-While a piece is attended to, the next one is on its way. It is one operator, so a compiled graph carries it without a
+While a piece is attended to, the next one is on its way: read from its owner where the GPUs see each other's memory,
+passed on round the ring elsewhere. It is one operator, so a compiled graph carries it without a
 break. Shapes: B rows, L tokens of a piece, n ranks, H heads, D width of a head.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.distributed as dist
 
-from services.parallel.collectives import count_sent, group_of
+from services.parallel.collectives import count_sent, group_of, peer_memory
+from services.parallel.peer_memory import PeerMemory
 
 Partial = tuple[torch.Tensor, torch.Tensor]
 
@@ -30,18 +34,14 @@ def ring_attention(
         masks: [n, B, L], which keys of each rank's piece count; None where all do.
         kernel: name of a kernel of `services/attention.py`; where it has no partial form PyTorch's own is taken.
     """
-    ranks = group_of(group)
-    rank = ranks.rank()
-    piece = torch.stack((key, value))
+    piece, peers = torch.stack((key, value)), peer_memory.get(group)
+    count_sent("ring", piece, size - 1)
     merged: Partial | None = None
-    for turn in range(size):
-        incoming, works = _pass_on(piece, ranks) if turn < size - 1 else (piece, [])
-        owner = (rank - turn) % size
+    for owner, keys_values in (
+        _passed_on(piece, group_of(group)) if peers is None else _read(piece, peers, group_of(group))
+    ):
         mask = None if masks is None else masks[owner]
-        merged = _merge(merged, partial_attention(query, piece[0], piece[1], mask, kernel))
-        for work in works:
-            work.wait()
-        piece = incoming
+        merged = _merge(merged, partial_attention(query, keys_values[0], keys_values[1], mask, kernel))
     assert merged is not None
     return merged[0].to(query.dtype).transpose(1, 2).contiguous()
 
@@ -57,8 +57,7 @@ def _(
     kernel: str,
 ) -> torch.Tensor:
     if query.device.type == "meta":  # a dry run
-        for _turn in range(size - 1):
-            count_sent("ring", torch.stack((key, value)))
+        count_sent("ring", torch.stack((key, value)), size - 1)
     return torch.empty_like(query, memory_format=torch.contiguous_format)
 
 
@@ -107,12 +106,38 @@ def _merge(left: Partial | None, right: Partial) -> Partial:
     return left[0] * weights[0] + right[0] * weights[1], lse
 
 
+def _passed_on(piece: torch.Tensor, ranks: dist.ProcessGroup) -> Iterator[tuple[int, torch.Tensor]]:
+    """Owners and pieces, one's own first, each passed on while the caller works on it."""
+    rank, size = ranks.rank(), ranks.size()
+    for turn in range(size):
+        incoming, works = _pass_on(piece, ranks) if turn < size - 1 else (piece, [])
+        yield (rank - turn) % size, piece
+        for work in works:
+            work.wait()
+        piece = incoming
+
+
+def _read(piece: torch.Tensor, peers: PeerMemory, ranks: dist.ProcessGroup) -> Iterator[tuple[int, torch.Tensor]]:
+    """The same out of the owners' memory; the next piece is copied aside while the caller works on this one."""
+    rank, size = ranks.rank(), ranks.size()
+    shown = peers.show(piece, size)
+    now, aside = torch.cuda.current_stream(), torch.cuda.Stream()
+    for turn in range(size):
+        incoming = torch.empty_like(piece)
+        aside.wait_stream(now)
+        if turn < size - 1:
+            with torch.cuda.stream(aside):
+                incoming.copy_(shown[(rank - turn - 1) % size])
+        yield (rank - turn) % size, piece
+        now.wait_stream(aside)
+        piece = incoming
+
+
 def _pass_on(piece: torch.Tensor, ranks: dist.ProcessGroup) -> tuple[torch.Tensor, list[dist.Work]]:
     """Starts sending a piece to the next rank and receiving the previous one's."""
     incoming = torch.empty_like(piece)
     size, rank = ranks.size(), ranks.rank()
     following, previous = (dist.get_global_rank(ranks, (rank + shift) % size) for shift in (1, -1))
-    count_sent("ring", piece)
     works = dist.batch_isend_irecv(
         [
             dist.P2POp(dist.isend, piece, following, group=ranks),

@@ -64,26 +64,24 @@ class SequenceParallel:
         return gathered.transpose(0, 1).flatten(1, 2)[:, :tokens]
 
     def attend(
-        self, kernel: Kernel, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+        self, kernel: Kernel, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, filling: torch.Tensor | None
     ) -> torch.Tensor:
-        """[B, L, H, D] of this rank's tokens; `mask` [B, K] is over the whole sequence in its own order."""
+        """[B, L, H, D] of this rank's tokens; `filling` [B] is in front of the whole sequence in its own order."""
         if self._ulysses.size == 1:
-            return self._across_ring(kernel, query, key, value, mask)
+            return self._across_ring(kernel, query, key, value)
         heads = query.shape[2]
         query, key, value = _scatter_heads(query, key, value, self._ulysses)
         if self._ring.size > 1:
-            mixed = self._across_ring(kernel, query, key, value, mask)
+            mixed = self._across_ring(kernel, query, key, value)
         elif self._places.tokens is None or self._places.back is None:
             mixed = kernel(query, key, value, None)
         else:
             tokens = self._places.tokens
             query, key, value = (tensor.index_select(1, tokens) for tensor in (query, key, value))
-            mixed = kernel(query, key, value, mask).index_select(1, self._places.back)
+            mixed = kernel(query, key, value, filling).index_select(1, self._places.back)
         return _gather_heads(mixed, self._ulysses)[:, :, :heads]
 
-    def _across_ring(
-        self, kernel: Kernel, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, _mask: torch.Tensor | None
-    ) -> torch.Tensor:
+    def _across_ring(self, kernel: Kernel, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         ring, masks = self._ring, self._places.masks
         mixed: torch.Tensor = ring_attention(query, key, value, masks, ring.name, ring.size, kernel.__name__)
         return mixed
@@ -91,14 +89,14 @@ class SequenceParallel:
     def _find_places(self, streams: Any) -> Places:
         """Joined pieces stand rank by rank, in each the fields of the joint sequence one after the other."""
         lengths = [getattr(streams, field).shape[1] for field in self._plan.joint]
-        mask = getattr(streams, "mask", None)
-        if mask is None and all(length % self._whole.size == 0 for length in lengths):
+        filling = getattr(streams, "filling", None)
+        if filling is None and all(length % self._whole.size == 0 for length in lengths):
             return Places()
         order = joined_order(lengths, self._whole.size)
         if self._ring.size == 1:
             tokens, back = real_tokens(order, sum(lengths))
             return Places(tokens.to(streams.hidden.device), back.to(streams.hidden.device))
-        return Places(masks=_ring_masks(order, mask, streams.hidden, self._ring.size))
+        return Places(masks=_ring_masks(order, filling, streams.hidden, self._ring.size))
 
 
 def own_piece(tensor: torch.Tensor, dim: int, axis: Axis) -> torch.Tensor:
@@ -134,12 +132,10 @@ def real_tokens(order: torch.Tensor, total: int) -> tuple[torch.Tensor, torch.Te
     return tokens, order.clamp(min=0)
 
 
-def _ring_masks(order: torch.Tensor, mask: torch.Tensor | None, hidden: torch.Tensor, ring: int) -> torch.Tensor:
-    counts: torch.Tensor = (order >= 0).to(hidden.device).expand(hidden.shape[0], -1)
-    if mask is not None:
-        counts = counts & mask[:, order.clamp(min=0).to(hidden.device)]
-    by_rank: torch.Tensor = counts.unflatten(1, (ring, -1))
-    return by_rank.transpose(0, 1).contiguous()
+def _ring_masks(order: torch.Tensor, filling: torch.Tensor | None, hidden: torch.Tensor, ring: int) -> torch.Tensor:
+    first = order.new_zeros(hidden.shape[0], 1) if filling is None else filling[:, None]
+    by_rank: torch.Tensor = (order >= first).unflatten(1, (ring, -1))
+    return by_rank.transpose(0, 1).contiguous().to(hidden.device)
 
 
 def _scatter_heads(

@@ -48,7 +48,7 @@ PLAN = ModelPlan(
     ),
     joint=("text", "hidden"),
     flow=("hidden", "text"),
-    has_text_mask=False,
+    fills_text=False,
     high_precision=("time_text_embed", "norm_out", "proj_out"),
     cache_signal="modulated",
 )

@@ -33,9 +33,10 @@ class JointAttention:
         """Image [B, S, H D] and text [B, T, H D] after attention and their output projections.
 
         Args:
-            encoder_hidden_states_mask: [B, T + S], text first; None where every token counts.
+            encoder_hidden_states_mask: [B] tokens of filling in front of each row's text, on the CPU; None where every
+                token counts. The library's mask would be [B, T].
             attention_mask: the library's base class passes it; the blocks never set it.
-            image_rotary_emb: factors of image [S, D / 2, 2] and text [T, D / 2, 2]: cosine, sine.
+            image_rotary_emb: factors of image [1, S, D / 2, 2] and text [1 or B, T, D / 2, 2]: cosine, sine.
         """
         assert image_rotary_emb is not None
         width = attn.inner_dim // attn.heads
@@ -57,8 +58,8 @@ class JointAttention:
 
 
 def rotary_factors(factors: torch.Tensor) -> torch.Tensor:
-    """Unit complex numbers [S, D / 2] as [S, D / 2, 2]."""
-    return torch.view_as_real(factors)
+    """Unit complex numbers [S, D / 2] as [1, S, D / 2, 2]."""
+    return torch.view_as_real(factors)[None]
 
 
 def _heads(projected: torch.Tensor, width: int, norm: Any = None, factors: torch.Tensor | None = None) -> torch.Tensor:
@@ -70,7 +71,7 @@ def _heads(projected: torch.Tensor, width: int, norm: Any = None, factors: torch
 
 
 def _rotate(heads: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
-    cosine, sine = factors[:, None].unbind(-1)
+    cosine, sine = factors[:, :, None].unbind(-1)
     real, imaginary = heads.float().unflatten(-1, (-1, 2)).unbind(-1)
     rotated = torch.stack((real * cosine - imaginary * sine, real * sine + imaginary * cosine), dim=-1)
     return rotated.flatten(-2).type_as(heads)

@@ -21,7 +21,7 @@ Grid = tuple[int, int, int]  # frames, rows, columns of patches
 
 HIDDEN, TEXT = ("hidden",), ("text",)
 
-# Joint attention under a text mask: prompts of any length share a batch.
+# Joint attention that passes filling over: prompts of any length share a batch.
 PLAN = ModelPlan(
     block_classes=(QwenImageTransformerBlock,),
     column=("*.attn.to_q", "*.attn.to_k", "*.attn.to_v", "*.attn.add_[qkv]_proj", "*.net.0.proj"),
@@ -29,7 +29,7 @@ PLAN = ModelPlan(
     gathered=("*_mod.1", "img_in", "txt_in", "time_text_embed.*", "norm_out.linear", "proj_out"),
     attention=(JOINT,),
     spread=(JOINT,),
-    sequence=(Tokens("hidden"), Tokens("text"), Tokens("rotary", dim=0)),
+    sequence=(Tokens("hidden"), Tokens("text"), Tokens("rotary")),
     region=SequenceRegion(
         fields=(Tokens("hidden"), Tokens("text")),
         gathers={
@@ -46,7 +46,7 @@ PLAN = ModelPlan(
     ),
     joint=("text", "hidden"),
     flow=("hidden", "text"),
-    has_text_mask=True,
+    fills_text=True,
     high_precision=("time_text_embed", "norm_out", "proj_out"),
     cache_signal="modulated",
 )
@@ -58,7 +58,7 @@ class Batch:
 
     Attributes:
         latents: [B, S, 4 C], the picture's own tokens first, then those of input pictures.
-        mask: [B, T]; None where all texts have one length, so that nothing is padded.
+        filling: [B] zeros in front of each row's text, on the CPU; None where all texts have one length.
         grids: of the picture, then of input pictures.
         num_image_tokens: the picture's own.
     """
@@ -66,7 +66,7 @@ class Batch:
     latents: torch.Tensor
     timestep: torch.Tensor
     text: torch.Tensor
-    mask: torch.Tensor | None
+    filling: torch.Tensor | None
     grids: tuple[Grid, ...]
     num_image_tokens: int
 
@@ -78,13 +78,13 @@ class QwenStreams:
     Attributes:
         hidden: image tokens [B, S, D].
         text: [B, T, D].
-        mask: [B, T + S] of the tokens that count, text first; None where all do.
-        rotary: factors [S, D / 2, 2] of the image and [T, D / 2, 2] of the text.
+        filling: as in `Batch`: text comes first in joint attention.
+        rotary: factors [1, S, D / 2, 2] of the image and [1 or B, T, D / 2, 2] of the text.
     """
 
     hidden: torch.Tensor
     text: torch.Tensor
-    mask: torch.Tensor | None
+    filling: torch.Tensor | None
     temb: torch.Tensor
     rotary: tuple[torch.Tensor, torch.Tensor]
     num_image_tokens: int
@@ -100,11 +100,19 @@ def embed(module: nn.Module, batch: Batch) -> QwenStreams:
     return QwenStreams(
         hidden=hidden,
         text=text,
-        mask=None if batch.mask is None else nn.functional.pad(batch.mask, (0, hidden.shape[1]), value=True),
+        filling=batch.filling,
         temb=model.time_text_embed(timestep, hidden),
-        rotary=(rotary_factors(image), rotary_factors(words)),
+        rotary=(rotary_factors(image), _behind_filling(rotary_factors(words), batch.filling)),
         num_image_tokens=batch.num_image_tokens,
     )
+
+
+def _behind_filling(words: torch.Tensor, filling: torch.Tensor | None) -> torch.Tensor:
+    """Factors [1, T, ...] of positions 0, 1, ... for texts that begin behind filling: [B, T, ...]."""
+    if filling is None:
+        return words
+    places = (torch.arange(words.shape[1]) - filling[:, None]).clamp(min=0)
+    return words[0, places.to(words.device)]
 
 
 def blocks(module: nn.Module) -> Sequence[Block]:
@@ -119,11 +127,11 @@ def _block(name: str, block: Any) -> Block:
         text, hidden = block.forward(
             hidden_states=streams.hidden,
             encoder_hidden_states=streams.text,
-            encoder_hidden_states_mask=streams.mask,
+            encoder_hidden_states_mask=streams.filling,
             temb=streams.temb,
             image_rotary_emb=streams.rotary,
         )
-        return QwenStreams(hidden, text, streams.mask, streams.temb, streams.rotary, streams.num_image_tokens)
+        return QwenStreams(hidden, text, streams.filling, streams.temb, streams.rotary, streams.num_image_tokens)
 
     return Block(name, block, run)
 

@@ -113,22 +113,18 @@ def branches(_model: DitModel, state: DenoiseState) -> tuple[str, ...]:
 
 
 def batch_key(model: DitModel, state: DenoiseState) -> tuple[Any, ...]:
-    """Only the pictures' shapes: text length is masked, steps are free."""
+    """Only the pictures' shapes: texts are filled up, steps are free."""
     return _grids(model, state)
 
 
 def collate(model: DitModel, rows: Sequence[Row]) -> Batch:
-    """Rows to one batch; text is padded with zeros under a mask."""
+    """Rows to one batch; shorter texts get zeros in front, which attention passes over."""
     first = rows[0].state
     texts = [row.state.conditioning[row.branch]["text"] for row in rows]
-    mask = None
-    if len(rows) > 1:
-        lengths = torch.tensor([text.shape[1] for text in texts])
-        longest = int(lengths.max())
-        if int(lengths.min()) < longest:
-            # Without padding there is no mask: the fastest kernels take none.
-            mask = (torch.arange(longest) < lengths[:, None]).to(model.device)
-            texts = [nn.functional.pad(text, (0, 0, 0, longest - text.shape[1])) for text in texts]
+    longest = max(text.shape[1] for text in texts)
+    missing = [longest - text.shape[1] for text in texts]
+    if any(missing):
+        texts = [nn.functional.pad(text, (0, 0, zeros, 0)) for text, zeros in zip(texts, missing, strict=True)]
     # The stock pipeline rounds the timestep to the latents' dtype before it divides.
     steps = torch.stack([row.state.timesteps[row.state.step] for row in rows])
     latents = torch.cat([row.state.latents for row in rows])
@@ -138,7 +134,7 @@ def collate(model: DitModel, rows: Sequence[Row]) -> Batch:
         latents=latents,
         timestep=steps.to(model.device).to(first.latents.dtype) / 1000,
         text=torch.cat(texts),
-        mask=mask,
+        filling=torch.tensor(missing) if any(missing) else None,
         grids=_grids(model, first),
         num_image_tokens=first.latents.shape[1],
     )

@@ -46,7 +46,7 @@ PLAN = ModelPlan(
         gathers={"blocks.*.attn[12]": {"hidden_states": HIDDEN}, "blocks.*.ffn": {"hidden_states": HIDDEN}},
         scatters={"blocks.*.attn[12].to_out.0": HIDDEN, "blocks.*.ffn.net.2": HIDDEN},
     ),
-    has_text_mask=False,
+    fills_text=False,
     high_precision=("patch_embedding", "condition_embedder", "norm_out", "proj_out"),
     cache_signal="temb",
 )

@@ -1,0 +1,109 @@
+"""Collectives by reading peers' memory, with threads for ranks and plain memory for windows."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from services.parallel.peer_memory import STEP_BYTES, PeerMemory
+
+
+class Host:
+    """Windows of ranks that are threads. Copies take their time, so that a rank that runs ahead would be seen."""
+
+    def __init__(self, ranks: int) -> None:
+        self.ranks = ranks
+        self.made: dict[tuple[int, int], torch.Tensor] = {}
+        self.barrier = threading.Barrier(ranks, timeout=20)
+
+    def maker(self, rank: int):
+        count = iter(range(100))
+
+        def make(size: int) -> Window:
+            number = next(count)
+            self.made[number, rank] = torch.zeros(size, dtype=torch.uint8)
+            self.barrier.wait()
+            return Window(self, number)
+
+        return make
+
+
+class Window:
+    def __init__(self, host: Host, number: int) -> None:
+        self._host, self._number = host, number
+
+    def of(self, rank: int, like: torch.Tensor) -> torch.Tensor:
+        time.sleep(random.random() / 500)
+        memory = self._host.made[self._number, rank]
+        return memory[: like.numel() * like.element_size()].view(like.dtype).view(like.shape)
+
+    def meet(self) -> None:
+        self._host.barrier.wait()
+
+
+def everywhere(ranks: int, work):
+    host = Host(ranks)
+    with ThreadPoolExecutor(ranks) as pool:
+        running = [pool.submit(work, rank, PeerMemory(host.maker(rank), rank, lambda: None)) for rank in range(ranks)]
+        return host, [each.result() for each in running]
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_collectives_give_what_they_say(ranks) -> None:
+    brought = torch.randn(ranks, ranks, 5, 7)
+
+    def work(rank, peers):
+        mine = brought[rank]
+        return (
+            peers.all_to_all(mine),
+            peers.all_gather(mine, ranks),
+            peers.all_reduce(mine, ranks),
+            peers.reduce_scatter(mine),
+        )
+
+    _, results = everywhere(ranks, work)
+    for rank, (exchanged, gathered, total, piece) in enumerate(results):
+        assert torch.equal(exchanged, brought[:, rank])
+        assert torch.equal(gathered, brought)
+        torch.testing.assert_close(total, brought.sum(0))
+        assert torch.equal(total, results[0][2])
+        torch.testing.assert_close(piece, brought[:, rank].sum(0))
+
+
+def test_a_rank_that_runs_ahead_overwrites_nothing(ranks=3) -> None:
+    def work(rank, peers):
+        return [peers.all_to_all(torch.full((ranks, 1000), float(turn * ranks + rank))) for turn in range(40)]
+
+    _, results = everywhere(ranks, work)
+    for received in results:
+        for turn, pieces in enumerate(received):
+            assert pieces[:, 0].tolist() == [turn * ranks + rank for rank in range(ranks)]
+
+
+def test_windows_grow_with_what_is_shown_and_never_shrink() -> None:
+    sizes = [8, 4 * STEP_BYTES, 8, 2 * STEP_BYTES]
+
+    def work(rank, peers):
+        return [peers.all_gather(torch.full((size,), rank, dtype=torch.uint8), 2)[:, -1].tolist() for size in sizes]
+
+    host, results = everywhere(2, work)
+    assert results == [[[0, 1]] * 4] * 2
+    assert sorted({memory.numel() for memory in host.made.values()}) == [STEP_BYTES, 4 * STEP_BYTES]
+    assert len(host.made) == 2 * 2 * 2  # sizes, windows, ranks
+
+
+def test_strided_tensors_are_shown_as_they_read() -> None:
+    brought = torch.arange(24.0).view(2, 3, 4)
+
+    def work(rank, peers):
+        return peers.all_to_all((brought + 100 * rank).movedim(2, 0)[:2])
+
+    _, results = everywhere(2, work)
+    expected = brought.movedim(2, 0)
+    for rank, received in enumerate(results):
+        assert torch.equal(received, torch.stack([expected[rank], expected[rank] + 100]))
