@@ -7,7 +7,7 @@ is one piece of memory. Shapes: B rows, Q queries, K keys, H heads, D width of a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -46,7 +46,7 @@ def real_keys(filling: torch.Tensor, keys: int) -> torch.Tensor:
 def by_row(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, filling: torch.Tensor, kernel: str
 ) -> torch.Tensor:
-    """Each row's real tokens among themselves, by a kernel that takes no mask; what filling would see is 0.
+    """Each row's tokens among its real ones, by a kernel that takes no mask.
 
     Kernels with a mask are far slower on GPUs, and the fastest has none.
     """
@@ -61,15 +61,18 @@ def attention_by_row(
     """See `by_row`: one operator, since compiled code must not know how many rows there are."""
     mixed = torch.empty_like(query, memory_format=torch.contiguous_format)
     for row, first in enumerate(filling.tolist()):
-        real = (slice(row, row + 1), slice(first, None))
-        mixed[row, :first] = 0
-        mixed[real] = KERNELS[kernel](query[real], key[real], value[real], None)
+        own, real = slice(row, row + 1), slice(first, None)
+        mixed[own] = KERNELS[kernel](query[own], key[own, real], value[own, real], None)
     return mixed
 
 
 @attention_by_row.register_fake
 def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, filling: torch.Tensor, kernel: str) -> torch.Tensor:
     return torch.empty_like(query, memory_format=torch.contiguous_format)
+
+
+# Tensors [B, L, H, D] that make one sequence, in its order.
+Streams = Sequence[torch.Tensor]
 
 
 class Attend:
@@ -82,12 +85,23 @@ class Attend:
 
     def __init__(self) -> None:
         self.kernel: Kernel = sdpa
-        self.across: Callable[..., torch.Tensor] | None = None
+        self.across: Callable[..., tuple[torch.Tensor, ...]] | None = None
 
     def __call__(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, filling: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Mixed values [B, Q, H, D]; `filling` as a `Kernel` takes it."""
+        self, queries: Streams, keys: Streams, values: Streams, filling: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, ...]:
+        """Mixed values [B, L, H, D] of each stream of queries; `filling` as a `Kernel` takes it."""
         if self.across is not None:
-            return self.across(self.kernel, query, key, value, filling)
-        return self.kernel(query, key, value, filling)
+            return self.across(self.kernel, queries, keys, values, filling)
+        return taken_apart(self.kernel(joined(queries), joined(keys), joined(values), filling), queries)
+
+
+def joined(streams: Streams) -> torch.Tensor:
+    """The sequence that streams make."""
+    return streams[0] if len(streams) == 1 else torch.cat(tuple(streams), dim=1)
+
+
+def taken_apart(sequence: torch.Tensor, streams: Streams) -> tuple[torch.Tensor, ...]:
+    """A sequence in streams again, each of the length that it has in `streams`."""
+    parts = sequence.split([stream.shape[1] for stream in streams], dim=1)
+    return tuple(part.contiguous() for part in parts)

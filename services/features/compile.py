@@ -2,7 +2,8 @@
 
 The class's forward is compiled once with dynamic shapes and bound to every block of the class, so all blocks share
 two graphs: batch 1, and batch 2 or more. Both are made in the warm-up, which has to bring both. From then on a shape
-that no graph fits runs eagerly, is counted, and no request waits for a compiler.
+that no graph fits runs eagerly, is counted, and no request waits for a compiler. On GPUs the GELU of feed-forwards
+becomes part of the linear before it.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 
 from services.family import DitModel, DitPart, ModelPlan
 from services.features import Applied
+from services.linear_gelu import fuse_gelu
 from services.parallel.partition import Absent
 
 NAME = "compile"
@@ -65,6 +67,8 @@ def apply(model: DitModel, part: DitPart, config: Config) -> Applied:
         for block in part.blocks(module):
             if isinstance(block.module, Absent):
                 continue
+            if model.device.type == "cuda":
+                fuse_gelu(block.module)
             block.module.forward = MethodType(compiled[type(block.module)], block.module)
 
     def seal() -> None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,8 +29,8 @@ STEP_BYTES = 32 * 2**20
 class Window(Protocol):
     """Memory of one size on every rank, which all of them can read."""
 
-    def of(self, rank: int, like: torch.Tensor) -> torch.Tensor:
-        """A rank's memory in the shape and dtype of `like`."""
+    def of(self, rank: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """A rank's memory from its start on."""
 
     def meet(self) -> None:
         """What this rank does next comes after all that the others did before."""
@@ -51,9 +52,9 @@ class CudaWindow:
         self._memory: torch.Tensor = library.empty(size, dtype=torch.uint8, device=device)
         self._handle = library.rendezvous(self._memory, group)
 
-    def of(self, rank: int, like: torch.Tensor) -> torch.Tensor:
+    def of(self, rank: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """See `Window`."""
-        view: torch.Tensor = self._handle.get_buffer(rank, like.shape, like.dtype)
+        view: torch.Tensor = self._handle.get_buffer(rank, shape, dtype)
         return view
 
     def meet(self) -> None:
@@ -66,26 +67,32 @@ class PeerMemory:
 
     Args:
         make: a window of so many bytes, on all ranks at once.
-        wait: for all work of this rank's device.
+        device: this rank's; on the CPU, which has no streams, copies aside are made at once.
+
+    Attributes:
+        rank: this one's place in the group.
     """
 
-    def __init__(self, make: Callable[[int], Window], rank: int, wait: Callable[[], None]) -> None:
-        self._make, self._rank, self._wait = make, rank, wait
-        self._windows: list[Window] = []
-        self._bytes = 0
-        self._turn = 1 - self._turn
+    def __init__(self, make: Callable[[int], Window], rank: int, device: torch.device) -> None:
+        self._make, self.rank = make, rank
+        self._aside = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._shown: list[Window] = []
+        self._shown_bytes = 0
+        self._turn = 0
+        self._window: Window | None = None
+        self._window_bytes = 0
 
     def show(self, tensor: torch.Tensor, ranks: int) -> list[torch.Tensor]:
         """Everybody's tensor, by rank. What comes back may be read until the next `show` but one."""
-        window = self._window(tensor.numel() * tensor.element_size())
-        window.of(self._rank, tensor).copy_(tensor)
+        window = self._next_shown(tensor.numel() * tensor.element_size())
+        window.of(self.rank, tensor.shape, tensor.dtype).copy_(tensor)
         window.meet()
-        return [window.of(rank, tensor) for rank in range(ranks)]
+        return [window.of(rank, tensor.shape, tensor.dtype) for rank in range(ranks)]
 
     def all_to_all(self, tensor: torch.Tensor) -> torch.Tensor:
         """Piece i of dimension 0 goes to rank i: [n, ...] to [n, ...]."""
         shown = self.show(tensor, tensor.shape[0])
-        return torch.stack([pieces[self._rank] for pieces in shown])
+        return torch.stack([pieces[self.rank] for pieces in shown])
 
     def all_gather(self, tensor: torch.Tensor, ranks: int) -> torch.Tensor:
         """Everybody's tensor: [...] to [n, ...]."""
@@ -97,19 +104,48 @@ class PeerMemory:
 
     def reduce_scatter(self, tensor: torch.Tensor) -> torch.Tensor:
         """Piece i of dimension 0, summed, for rank i: [n, ...] to [...]."""
-        return _sum([pieces[self._rank] for pieces in self.show(tensor, tensor.shape[0])])
+        return _sum([pieces[self.rank] for pieces in self.show(tensor, tensor.shape[0])])
 
-    def _window(self, size: int) -> Window:
-        if size > self._bytes:
-            # Nobody may still read from windows that go.
-            if self._windows:
-                self._windows[self._turn].meet()
-            self._wait()
-            self._bytes = -(-size // STEP_BYTES) * STEP_BYTES
-            self._windows = []
-            self._windows = [self._make(self._bytes) for _ in range(2)]
+    def window(self, size: int) -> Window:
+        """One window of at least so many bytes, the same at every call, for callers that know when it is free."""
+        if self._window is None or size > self._window_bytes:
+            self._leave(self._window)
+            self._window = None
+            self._window_bytes = _rounded(size)
+            self._window = self._make(self._window_bytes)
+        return self._window
+
+    def aside(self) -> AbstractContextManager[Any]:
+        """Work that goes on beside what follows; it begins after what came before."""
+        if self._aside is None:
+            return nullcontext()
+        self._aside.wait_stream(torch.cuda.current_stream())
+        return torch.cuda.stream(self._aside)
+
+    def mark(self) -> torch.Event | None:
+        """The present end of all work aside, for `wait`."""
+        return None if self._aside is None else self._aside.record_event()
+
+    def wait(self, mark: torch.Event | None) -> None:
+        """What follows comes after that work; the host does not wait."""
+        if mark is not None:
+            torch.cuda.current_stream().wait_event(mark)
+
+    def _next_shown(self, size: int) -> Window:
+        if size > self._shown_bytes:
+            self._leave(self._shown[self._turn] if self._shown else None)
+            self._shown = []
+            self._shown_bytes = _rounded(size)
+            self._shown = [self._make(self._shown_bytes) for _ in range(2)]
         self._turn = 1 - self._turn
-        return self._windows[self._turn]
+        return self._shown[self._turn]
+
+    def _leave(self, window: Window | None) -> None:
+        """Until nobody uses a window that goes."""
+        if window is not None:
+            window.meet()
+        if self._aside is not None:
+            torch.cuda.synchronize()
 
 
 def connect(group: dist.ProcessGroup) -> PeerMemory | None:
@@ -130,7 +166,11 @@ def connect(group: dist.ProcessGroup) -> PeerMemory | None:
         logger.warning("the GPUs do not read each other's memory, NCCL carries everything: %s", error)
         sees.zero_()
     dist.all_reduce(sees, op=dist.ReduceOp.MIN, group=group)
-    return PeerMemory(make, group.rank(), torch.cuda.synchronize) if sees.item() else None
+    return PeerMemory(make, group.rank(), torch.device("cuda", torch.cuda.current_device())) if sees.item() else None
+
+
+def _rounded(size: int) -> int:
+    return -(-size // STEP_BYTES) * STEP_BYTES
 
 
 def _sum(parts: list[torch.Tensor]) -> torch.Tensor:

@@ -2,25 +2,27 @@
 
 Ulysses (arXiv 2309.14509): one all-to-all turns pieces of the sequence with all heads into the whole sequence with a
 piece of the heads, and one turns it back. Queries, keys and values travel packed in one. Heads that do not divide are
-filled up with zeros; so are sequences, whose filling is taken out before attention. Ring (arXiv 2310.01889) is in
-`ring.py`. Shapes: B rows, L tokens of a piece, n ranks, H heads, D width of a head.
+filled up with zeros; so are sequences, whose filling is taken out before attention. Ranks that write into each other's
+memory do it all in one operator (`ulysses.py`). Ring (arXiv 2310.01889) is in `ring.py`. Shapes: B rows, L tokens of a
+piece, n ranks, H heads, D width of a head.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from services.attention import Kernel
+from services.attention import Kernel, Streams, joined, taken_apart
 from services.family import ModelPlan
-from services.parallel.collectives import all_gather, all_to_all
+from services.parallel.collectives import all_gather, all_to_all, peer_memory
 from services.parallel.mesh import Axis, Mesh
 from services.parallel.ring import ring_attention
+from services.parallel.ulysses import ulysses_attention
 
 
 @dataclass(slots=True)
@@ -31,12 +33,14 @@ class Places:
         tokens: [K] positions of real tokens among all joined pieces, in the sequence's own order; None where the
             pieces have no filling and order does not matter.
         back: [n L] for each joined place its index into `tokens`; filling takes any.
+        lengths: [F] tokens of each joint field, on the CPU.
         masks: for ring attention, which keys of each rank's piece count, [n, B, L]; None where all do.
     """
 
     tokens: torch.Tensor | None = None
     back: torch.Tensor | None = None
     masks: torch.Tensor | None = None
+    lengths: torch.Tensor = field(default_factory=lambda: torch.empty(0))
 
 
 class SequenceParallel:
@@ -48,6 +52,8 @@ class SequenceParallel:
         self._ulysses: Axis = mesh["ulysses"]
         self._ring: Axis = mesh["ring"]
         self._places = Places()
+        # Ranks that write into each other's memory exchange heads inside one operator.
+        self._at_once = self._ring.size == 1 and self._ulysses.name in peer_memory
 
     def cut(self, streams: Any) -> Any:
         """This rank's piece of every field that the plan says holds tokens."""
@@ -64,9 +70,18 @@ class SequenceParallel:
         return gathered.transpose(0, 1).flatten(1, 2)[:, :tokens]
 
     def attend(
+        self, kernel: Kernel, queries: Streams, keys: Streams, values: Streams, filling: torch.Tensor | None
+    ) -> tuple[torch.Tensor, ...]:
+        """[B, L, H, D] of this rank's tokens; `filling` [B] is in front of the whole sequence in its own order."""
+        if self._at_once:
+            axis, lengths = self._ulysses, self._places.lengths
+            streams = [*queries, *keys, *values]
+            return tuple(ulysses_attention(streams, lengths, filling, axis.name, axis.size, kernel.__name__))
+        return taken_apart(self._attend(kernel, joined(queries), joined(keys), joined(values), filling), queries)
+
+    def _attend(
         self, kernel: Kernel, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, filling: torch.Tensor | None
     ) -> torch.Tensor:
-        """[B, L, H, D] of this rank's tokens; `filling` [B] is in front of the whole sequence in its own order."""
         if self._ulysses.size == 1:
             return self._across_ring(kernel, query, key, value)
         heads = query.shape[2]
@@ -91,11 +106,12 @@ class SequenceParallel:
         lengths = [getattr(streams, field).shape[1] for field in self._plan.joint]
         filling = getattr(streams, "filling", None)
         if filling is None and all(length % self._whole.size == 0 for length in lengths):
-            return Places()
+            return Places(lengths=torch.tensor(lengths))
         order = joined_order(lengths, self._whole.size)
         if self._ring.size == 1:
             tokens, back = real_tokens(order, sum(lengths))
-            return Places(tokens.to(streams.hidden.device), back.to(streams.hidden.device))
+            device = streams.hidden.device
+            return Places(tokens.to(device), back.to(device), lengths=torch.tensor(lengths))
         return Places(masks=_ring_masks(order, filling, streams.hidden, self._ring.size))
 
 

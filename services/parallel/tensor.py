@@ -49,12 +49,12 @@ class ColumnLinear(nn.Module):
     def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, axis: Axis, gather: bool) -> None:
         super().__init__()
         self.weight, self.bias = weight, bias
-        self._group, self._size, self._gather = axis.name, axis.size, gather
+        self._group, self._size, self.gathers = axis.name, axis.size, gather
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """See the class."""
         mine = F.linear(features, self.weight, self.bias)
-        if not self._gather:
+        if not self.gathers:
             return mine
         whole: torch.Tensor = all_gather(mine, self._group, self._size)
         return whole.movedim(0, -2).flatten(-2)

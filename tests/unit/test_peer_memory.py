@@ -1,4 +1,4 @@
-"""Collectives by reading peers' memory, with threads for ranks and plain memory for windows."""
+"""Collectives and Ulysses attention by way of peers' memory, with threads for ranks and plain memory for windows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
+from services.attention import sdpa
+from services.parallel.mesh import Axis
 from services.parallel.peer_memory import STEP_BYTES, PeerMemory
+from services.parallel.sequence import own_piece
+from services.parallel.ulysses import Exchange
 
 
 class Host:
@@ -37,10 +41,10 @@ class Window:
     def __init__(self, host: Host, number: int) -> None:
         self._host, self._number = host, number
 
-    def of(self, rank: int, like: torch.Tensor) -> torch.Tensor:
+    def of(self, rank: int, shape, dtype: torch.dtype) -> torch.Tensor:
         time.sleep(random.random() / 500)
         memory = self._host.made[self._number, rank]
-        return memory[: like.numel() * like.element_size()].view(like.dtype).view(like.shape)
+        return memory[: torch.Size(shape).numel() * dtype.itemsize].view(dtype).view(shape)
 
     def meet(self) -> None:
         self._host.barrier.wait()
@@ -49,7 +53,9 @@ class Window:
 def everywhere(ranks: int, work):
     host = Host(ranks)
     with ThreadPoolExecutor(ranks) as pool:
-        running = [pool.submit(work, rank, PeerMemory(host.maker(rank), rank, lambda: None)) for rank in range(ranks)]
+        running = [
+            pool.submit(work, rank, PeerMemory(host.maker(rank), rank, torch.device("cpu"))) for rank in range(ranks)
+        ]
         return host, [each.result() for each in running]
 
 
@@ -107,3 +113,34 @@ def test_strided_tensors_are_shown_as_they_read() -> None:
     expected = brought.movedim(2, 0)
     for rank, received in enumerate(results):
         assert torch.equal(received, torch.stack([expected[rank], expected[rank] + 100]))
+
+
+def pieces_of(fields, ranks: int, rank: int, joined: bool):
+    axis = Axis("", ranks, rank, None, ())
+    pieces = [own_piece(field, 1, axis) for field in fields]
+    return [torch.cat(pieces, dim=1)] if joined else pieces
+
+
+@pytest.mark.parametrize("joined", [True, False])
+@pytest.mark.parametrize(
+    "ranks, heads, lengths, filling",
+    [(2, 4, (6, 10), None), (2, 3, (5, 9), [0, 2]), (3, 4, (2, 7, 1), [3, 0]), (3, 2, (4,), None)],
+)
+def test_ulysses_is_attention_over_the_whole_sequence(ranks, heads, lengths, filling, joined) -> None:
+    torch.manual_seed(0)
+    whole = [[torch.randn(2, length, heads, 8) for length in lengths] for _ in range(3)]
+    fill = None if filling is None else torch.tensor(filling)
+    expected = sdpa(*(torch.cat(fields, dim=1) for fields in whole), fill).split(list(lengths), dim=1)
+
+    def work(rank, peers):
+        streams = [piece for fields in whole for piece in pieces_of(fields, ranks, rank, joined)]
+        results = []
+        for _ in range(3):
+            results.append(Exchange(peers, ranks, lengths, streams[0]).attend(streams, filling, "sdpa"))
+        return results
+
+    _, results = everywhere(ranks, work)
+    for rank, calls in enumerate(results):
+        for outputs in calls:
+            for output, want in zip(outputs, pieces_of(expected, ranks, rank, joined), strict=True):
+                torch.testing.assert_close(output, want)

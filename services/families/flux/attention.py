@@ -44,14 +44,15 @@ class JointAttention:
         width = attn.head_dim
         own = (attn.to_q, attn.to_k, attn.to_v, attn.norm_q, attn.norm_k)
         if encoder_hidden_states is None:
-            return self._attend(*_heads(hidden_states, width, torch.cat((words, places)), *own)).flatten(2)
+            query, key, value = _heads(hidden_states, width, torch.cat((words, places)), *own)
+            (mixed,) = self._attend((query,), (key,), (value,))
+            return mixed.flatten(2)
         added = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj, attn.norm_added_q, attn.norm_added_k)
         text = _heads(encoder_hidden_states, width, words, *added)
         image = _heads(hidden_states, width, places, *own)
-        query, key, value = (torch.cat(pair, dim=1) for pair in zip(text, image, strict=True))
-        mixed = self._attend(query, key, value).flatten(2)
-        tokens = encoder_hidden_states.shape[1]
-        return attn.to_out[0](mixed[:, tokens:].contiguous()), attn.to_add_out(mixed[:, :tokens].contiguous())
+        queries, keys, values = zip(text, image, strict=True)
+        mixed_text, mixed = self._attend(queries, keys, values)
+        return attn.to_out[0](mixed.flatten(2)), attn.to_add_out(mixed_text.flatten(2))
 
 
 def rotary_factors(cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:

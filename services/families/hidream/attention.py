@@ -49,8 +49,8 @@ class JointAttention:
             key = torch.cat([key, text_key], dim=1)
             value = torch.cat([value, text_value], dim=1)
         query, key = _rotate(query, image_rotary_emb), _rotate(key, image_rotary_emb)
-        mixed = self._attend(query, key, value).flatten(2)
-        tokens = hidden_states.shape[1]
+        (mixed,) = self._attend((query,), (key,), (value,))
+        mixed, tokens = mixed.flatten(2), hidden_states.shape[1]
         out: torch.Tensor = attn.to_out(mixed[:, :tokens])
         return out if encoder_hidden_states is None else (out, attn.to_out_t(mixed[:, tokens:]))
 

@@ -47,14 +47,10 @@ class JointAttention:
         text_query = _heads(attn.add_q_proj(encoder_hidden_states), width, attn.norm_added_q, text)
         text_key = _heads(attn.add_k_proj(encoder_hidden_states), width, attn.norm_added_k, text)
         text_value = _heads(attn.add_v_proj(encoder_hidden_states), width)
-        mixed = self._attend(
-            torch.cat([text_query, query], dim=1),
-            torch.cat([text_key, key], dim=1),
-            torch.cat([text_value, value], dim=1),
-            encoder_hidden_states_mask,
-        ).flatten(2)
-        tokens = encoder_hidden_states.shape[1]
-        return attn.to_out[0](mixed[:, tokens:].contiguous()), attn.to_add_out(mixed[:, :tokens].contiguous())
+        mixed_text, mixed = self._attend(
+            (text_query, query), (text_key, key), (text_value, value), encoder_hidden_states_mask
+        )
+        return attn.to_out[0](mixed.flatten(2)), attn.to_add_out(mixed_text.flatten(2))
 
 
 def rotary_factors(factors: torch.Tensor) -> torch.Tensor:

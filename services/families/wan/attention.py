@@ -42,8 +42,9 @@ class WanProcessor:
         value = attn.to_v(source).unflatten(-1, (-1, width))
         if rotary_emb is not None:
             query, key = _rotate(query, *rotary_emb), _rotate(key, *rotary_emb)
-        mixed: torch.Tensor = attn.to_out[0](self._attend(query, key, value).flatten(2).type_as(query))
-        return mixed
+        (mixed,) = self._attend((query,), (key,), (value,))
+        projected: torch.Tensor = attn.to_out[0](mixed.flatten(2).type_as(query))
+        return projected
 
 
 def _rotate(heads: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:

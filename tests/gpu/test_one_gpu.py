@@ -1,0 +1,57 @@
+"""Kernels and compiled blocks on a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from services.attention import KERNELS, by_row, sdpa
+from services.families import load_family
+from services.linear_gelu import fuse_gelu, linear_gelu
+from tests.gpu.work import config_of, denoise
+
+pytestmark = pytest.mark.gpu
+
+
+def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    return ((ours.double() - theirs.double()).abs().max() / theirs.double().abs().max()).item()
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_linear_with_its_gelu_is_both(rows) -> None:
+    features, weight = torch.randn(rows, 100, 256).cuda().bfloat16(), torch.randn(512, 256).cuda().bfloat16()
+    bias = torch.randn(512).cuda().bfloat16()
+    exact = F.gelu(F.linear(features.double(), weight.double(), bias.double()), approximate="tanh")
+    assert relative(linear_gelu(features, weight, bias), exact) < 4e-3
+
+
+@pytest.mark.parametrize("kernel", list(KERNELS))
+def test_rows_of_unequal_length(kernel) -> None:
+    query, key, value = (torch.randn(3, 70, 4, 64) for _ in range(3))
+    filling = torch.tensor([0, 7, 30])
+    expected = sdpa(query, key, value, filling)
+    ours = by_row(*(tensor.cuda().bfloat16() for tensor in (query, key, value)), filling, kernel)
+    assert relative(ours.cpu(), expected) < 2e-2
+
+
+@pytest.mark.parametrize("family, variant", [("qwen_image", "t2i"), ("flux", "dev"), ("wan", "t2v")])
+def test_compiled_blocks_never_recompile_and_give_what_eager_ones_give(family, variant, tmp_path) -> None:
+    load_family(family).tiny(tmp_path, variant, 0)
+    with torch.inference_mode():
+        eager, _ = denoise(config_of(tmp_path, "float32", {}, {}), None, 12)
+        compiled, figures = denoise(
+            config_of(tmp_path, "float32", {}, {"attention": {"backend": "sdpa"}, "compile": {}}), None, 12
+        )
+    assert figures["dit_recompiles_total"] == 0
+    assert eager.keys() == compiled.keys()
+    for name, latents in eager.items():
+        assert relative(compiled[name], latents) < 1e-2, name
+
+
+def test_gelu_is_fused_where_it_can_be(tmp_path) -> None:
+    from diffusers.models.attention import FeedForward
+
+    assert fuse_gelu(FeedForward(32, activation_fn="gelu-approximate")) == 1
+    assert fuse_gelu(FeedForward(32, activation_fn="gelu")) == 0
+    assert fuse_gelu(FeedForward(32, activation_fn="gelu-approximate", bias=False)) == 0

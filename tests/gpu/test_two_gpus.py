@@ -1,0 +1,37 @@
+"""One model over two GPUs gives what one GPU gives."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from services.families import load_family
+from tests.gpu.work import config_of, denoise, denoise_on
+
+pytestmark = pytest.mark.gpu
+
+LAYOUTS = {
+    "ulysses": {"ulysses_degree": 2},
+    "ring": {"ring_degree": 2},
+    "cfg": {"cfg_parallel_size": 2},
+    "tensor": {"tensor_parallel_size": 2},
+    "tensor-sequence": {"tensor_parallel_size": 2, "tensor_sequence_parallel": True},
+    "pipeline": {"pipeline_parallel_size": 2},
+    "hsdp-ulysses": {"hsdp_shard_size": 2, "ulysses_degree": 2},
+}
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+def test_layouts(layout, compiled, tmp_path) -> None:
+    load_family("qwen_image").tiny(tmp_path, "t2i", 0)
+    features = {"attention": {"backend": "sdpa"}} | ({"compile": {}} if compiled else {})
+    torch.backends.cuda.matmul.allow_tf32 = False
+    with torch.inference_mode():
+        alone, _ = denoise(config_of(tmp_path, "float32", {}, {}), None, 8)
+    for latents, figures in denoise_on(2, config_of(tmp_path, "float32", LAYOUTS[layout], features), 8, tmp_path):
+        assert latents.keys() == alone.keys()
+        assert figures.get("dit_recompiles_total", 0) == 0
+        for name, expected in alone.items():
+            apart = (latents[name] - expected).abs().max() / expected.abs().max()
+            assert apart < 1e-2, (name, apart)

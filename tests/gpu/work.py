@@ -1,0 +1,75 @@
+"""What a rank does on a GPU: a tiny model's denoiser, with and without other ranks."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+
+from dit_svc.engine import DenoiseJob, Finished
+from dit_svc.loading import open_engine
+from services.config import EngineSection, ModelSection, ParallelSection, ServiceSection, StageConfig
+from services.describe import limits_of, open_model
+from services.families import load_family
+from services.parallel.degrees import Degrees
+from services.parallel.mesh import Mesh
+from services.request import GenerationParams, resolve
+
+SIDES_PX = (64, 112, 208)
+
+
+def config_of(folder: Path, dtype: str, parallel: dict[str, Any], features: dict[str, Any]) -> StageConfig:
+    return StageConfig(
+        service=ServiceSection(port=0),
+        model=ModelSection(name="m", source=str(folder), device="cuda", dtype=dtype),
+        parallel=ParallelSection(**parallel),
+        engine=EngineSection(warmup="compile" in features),
+        features=features,
+    )
+
+
+def denoise(config: StageConfig, mesh: Mesh | None, requests: int) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    """Random requests, each admitted a tick after the one before; final latents and the features' figures."""
+    engine, features = open_engine(config, mesh)
+    source = open_model(config.model)
+    part, limits = load_family(source.family).dit, limits_of(config, source)
+    randomness, waiting, latents = random.Random(3), [], {}
+    for index in range(requests):
+        wish = GenerationParams(
+            model="m",
+            prompt="x",
+            width=randomness.choice(SIDES_PX),
+            height=randomness.choice(SIDES_PX),
+            steps=3,
+            guidance=randomness.choice([1.0, 4.0]),
+            num_frames=min(limits.max_frames, 2 * limits.frame_multiple + 1),
+        )
+        params = resolve(wish, limits, seed=index)
+        torch.manual_seed(index)
+        conditions = part.example_conditions(engine.model, params, randomness.randint(3, 60))
+        waiting.append(DenoiseJob(f"r{index}", params, conditions))
+    while waiting or engine.busy:
+        if waiting:
+            engine.admit(waiting.pop(0))
+        latents |= {e.request_id: e.tensors["latents"] for e in engine.tick() if isinstance(e, Finished)}
+    return latents, features.metrics()
+
+
+def run_rank(rank: int, world: int, rendezvous: str, config: StageConfig, requests: int, out: str) -> None:
+    torch.cuda.set_device(rank)
+    dist.init_process_group("cpu:gloo,cuda:nccl", rendezvous, rank=rank, world_size=world)
+    with torch.inference_mode():
+        latents, figures = denoise(config, Mesh(Degrees.of(config.parallel), rank, "cuda"), requests)
+    torch.save((latents, figures), f"{out}.{rank}")
+    dist.destroy_process_group()
+
+
+def denoise_on(world: int, config: StageConfig, requests: int, folder: Path) -> list[Any]:
+    """What every rank makes of it."""
+    arguments = (world, f"file://{folder}/rendezvous", config, requests, f"{folder}/out")
+    multiprocessing.spawn(run_rank, arguments, nprocs=world, join=True)
+    return [torch.load(f"{folder}/out.{rank}") for rank in range(world)]
