@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # (queries [B, Q, H, D], keys and values [B, K, H, D], filling [B] or None for "all keys count") -> [B, Q, H, D].
 # `filling` counts the tokens in front of each row's first real one. It lies on the CPU: nobody waits for the device.
@@ -31,8 +30,10 @@ def cudnn(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, filling: 
     """cuDNN's kernel."""
     if filling is not None:
         return by_row(query, key, value, filling, "cudnn")
-    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        return sdpa(query, key, value, None)
+    # The operator itself: choosing it by a context costs the host more than the launch.
+    heads_first = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    mixed: torch.Tensor = torch.ops.aten._scaled_dot_product_cudnn_attention(*heads_first, None, False)[0]
+    return mixed.transpose(1, 2)
 
 
 KERNELS: dict[str, Kernel] = {"sdpa": sdpa, "cudnn": cudnn}

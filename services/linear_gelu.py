@@ -22,7 +22,7 @@ def linear_gelu(features: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
     # On a CPU this call takes the other form of GELU.
     assert features.is_cuda
     activated: torch.Tensor = torch._addmm_activation(bias, features.flatten(0, -2), weight.t(), use_gelu=True)
-    return activated.unflatten(0, features.shape[:-1])
+    return activated.view(*features.shape[:-1], -1)
 
 
 @linear_gelu.register_fake

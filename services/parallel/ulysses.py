@@ -9,16 +9,18 @@ H heads, h of them a rank's, D width of a head.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from services.attention import KERNELS
 from services.parallel.collectives import count_sent, peer_memory
 from services.parallel.peer_memory import PeerMemory, Window
+
+# 16, 8, 4, 2 and 1 bytes.
+WORDS = (torch.complex128, torch.int64, torch.int32, torch.int16, torch.int8)
 
 
 @torch.library.custom_op("lightloom::ulysses_attention", mutates_args=())
@@ -79,116 +81,137 @@ def slots_of(lengths: Sequence[int], ranks: int, rank: int) -> list[Slot]:
 
 
 class Exchange:
-    """One call.
+    """One call. It moves numbers in words as wide as they allow: copies then take fewer and larger steps.
 
     Args:
+        lengths: tokens of the whole fields.
         like: any of this rank's queries.
     """
 
     def __init__(self, peers: PeerMemory, ranks: int, lengths: Sequence[int], like: torch.Tensor) -> None:
         self._peers, self._rank, self._ranks = peers, peers.rank, ranks
-        self._rows, _, self._heads, self._width = like.shape
+        self._dtype, self._word = like.dtype, _word(like.shape[-1] * like.element_size())
+        self._rows, _, heads, width = like.shape
+        self._width = width * like.element_size() // self._word.itemsize
         self._slots = [slots_of(lengths, ranks, rank) for rank in range(ranks)]
         self._total = sum(lengths)
         self._length = sum(slot.length for slot in self._slots[0])
-        share = -(-self._heads // ranks)
-        starts = [min(share * rank, self._heads) for rank in range(ranks + 1)]
-        self._own_heads = [slice(start, end) for start, end in zip(starts, starts[1:], strict=False)]
-        # A window holds for every row what is attended to, then what comes back from every rank.
-        self._row_in, self._row_out = 3 * self._total * share * self._width, ranks * self._length * share * self._width
-        numbers = self._rows * (self._row_in + self._row_out)
-        self._window: Window = peers.window(numbers * like.element_size())
-        self._flat = [self._window.of(rank, (numbers,), like.dtype) for rank in range(ranks)]
+        share = -(-heads // ranks)
+        starts = [min(share * rank, heads) for rank in range(ranks + 1)]
+        self._heads = [slice(start, end) for start, end in zip(starts, starts[1:], strict=False)]
+        # A window holds what is attended to, then what comes back from every rank.
+        self._attended_words = 3 * self._rows * self._total * share * self._width
+        self._returned_words = self._rows * self._length * share * self._width
+        words = self._attended_words + ranks * self._returned_words
+        self._window: Window = peers.window(words * self._word.itemsize)
+        self._memory = [self._window.of(rank, (words,), self._word) for rank in range(ranks)]
 
     def attend(self, streams: Sequence[torch.Tensor], filling: Sequence[int] | None, kernel: str) -> list[torch.Tensor]:
         """See `ulysses_attention`."""
-        pieces = [slot.length for slot in self._slots[self._rank]]
+        lengths = [slot.length for slot in self._slots[self._rank]]
         count = len(streams) // 3
-        kinds = [fields_of(streams[first : first + count], pieces) for first in (0, count, 2 * count)]
-        triples = list(zip(*kinds, strict=True))
-        there = [self._scatter(row, triples) for row in range(self._rows)]
+        outputs = [torch.empty_like(query, memory_format=torch.contiguous_format) for query in streams[:count]]
+        words = [stream.view(self._word) for stream in (*streams, *outputs)]
+        kinds = [fields_of(words[first : first + count], lengths) for first in range(0, 4 * count, count)]
+        *sent, taken = kinds
+        triples = list(zip(*sent, strict=True))
+        there = self._scatter(triples)
+        self._keep(triples)
         back = []
         for row, arrived in enumerate(there):
             self._peers.wait(arrived)
             self._window.meet()
-            back.append(self._give_back(row, self._mix(row, filling[row] if filling else 0, kernel)))
-        outputs = [torch.empty_like(query, memory_format=torch.contiguous_format) for query in streams[:count]]
+            mixed = self._mix(row, filling[row] if filling else 0, kernel)
+            back.append(self._give_back(row, mixed))
+            for slot, output in zip(self._slots[self._rank], taken, strict=True):
+                output[row, : slot.real, self._heads[self._rank]] = mixed[slot.whole : slot.whole + slot.real]
         for arrived in back:
             self._peers.wait(arrived)
         self._window.meet()
-        self._collect(fields_of(outputs, pieces))
+        self._collect(taken)
         return outputs
 
-    def _scatter(self, row: int, triples: Sequence[tuple[torch.Tensor, ...]]) -> Any:
-        """A row's queries, keys and values to the ranks of their heads."""
+    def _scatter(self, triples: Sequence[tuple[torch.Tensor, ...]]) -> list[torch.Event | None]:
+        """The others' heads to them, row by row; returns when each row will be there."""
         slots = self._slots[self._rank]
-        for rank, heads in enumerate(self._own_heads):
-            target = self._attended(rank, row)
+        packed: dict[int, torch.Tensor] = {}
+        for rank, heads in enumerate(self._heads):
             if rank == self._rank:
-                for slot, triple in zip(slots, triples, strict=True):
-                    own = [tensor[row, : slot.real, heads] for tensor in triple]
-                    torch.stack(own, out=target[:, slot.whole : slot.whole + slot.real])
                 continue
-            packed = target.new_empty((3, self._length, *target.shape[2:]))
+            shape = (self._rows, self._length, 3, heads.stop - heads.start, self._width)
+            packed[rank] = triples[0][0].new_empty(shape)
             for slot, triple in zip(slots, triples, strict=True):
-                sent = [tensor[row, :, heads] for tensor in triple]
-                torch.stack(sent, out=packed[:, slot.piece : slot.piece + slot.length])
-            count_sent("all_to_all", packed)
-            with self._aside():
-                for slot in slots:
-                    # One by one they are contiguous, so that copy engines take them and no multiprocessor does.
-                    for part in range(3):
-                        mine = packed[part, slot.piece : slot.piece + slot.real]
-                        target[part, slot.whole : slot.whole + slot.real].copy_(mine)
-        return self._peers.mark()
+                part = packed[rank][:, slot.piece : slot.piece + slot.length]
+                torch.stack([tensor[:, :, heads] for tensor in triple], dim=2, out=part)
+            count_sent("all_to_all", packed[rank])
+        there = []
+        with self._peers.aside():
+            for row in range(self._rows):
+                for rank, pieces in packed.items():
+                    target = self._attended(rank)[row]
+                    for slot in slots:
+                        # Contiguous on both sides: copy engines take it, and no multiprocessor.
+                        mine = pieces[row, slot.piece : slot.piece + slot.real]
+                        target[slot.whole : slot.whole + slot.real].copy_(mine)
+                there.append(self._peers.mark())
+        return there
+
+    def _keep(self, triples: Sequence[tuple[torch.Tensor, ...]]) -> None:
+        """This rank's own heads of its own tokens."""
+        heads, target = self._heads[self._rank], self._attended(self._rank)
+        for slot, triple in zip(self._slots[self._rank], triples, strict=True):
+            own = [tensor[:, : slot.real, heads] for tensor in triple]
+            torch.stack(own, dim=2, out=target[:, slot.whole : slot.whole + slot.real])
 
     def _mix(self, row: int, filling: int, kernel: str) -> torch.Tensor:
         """Attention over the whole sequence with this rank's heads, [S, h, D]."""
-        query, key, value = self._attended(self._rank, row)[:, None]
-        mixed: torch.Tensor = query
-        if query.shape[2]:
-            mixed = KERNELS[kernel](query, key[:, filling:], value[:, filling:], None)
-        return mixed[0].contiguous()
+        attended = self._attended(self._rank)[row : row + 1]
+        if not attended.shape[3]:
+            return attended[0, :, 0]
+        query, key, value = attended.view(self._dtype).unbind(2)
+        mixed = KERNELS[kernel](query, key[:, filling:], value[:, filling:], None)
+        return mixed[0].contiguous().view(self._word)
 
-    def _give_back(self, row: int, mixed: torch.Tensor) -> Any:
-        """Every rank's tokens of a row to that rank."""
-        for rank, slots in enumerate(self._slots):
-            target = self._returned(rank, row, self._rank)
-            if rank != self._rank:
+    def _give_back(self, row: int, mixed: torch.Tensor) -> torch.Event | None:
+        """The others' tokens of a row to them; returns when they will be there."""
+        with self._peers.aside():
+            for rank, slots in enumerate(self._slots):
+                if rank == self._rank:
+                    continue
+                target = self._returned(rank, self._rank)[row]
                 count_sent("all_to_all", target)
-            with self._aside() if rank != self._rank else nullcontext():
                 for slot in slots:
                     tokens = mixed[slot.whole : slot.whole + slot.real]
                     target[slot.piece : slot.piece + slot.real].copy_(tokens)
-        return self._peers.mark()
+            return self._peers.mark()
 
     def _collect(self, outputs: Sequence[torch.Tensor]) -> None:
-        """What all ranks gave back, into fields [B, l, H, D]; filling is 0."""
+        """What the others gave back, into fields [B, l, H, D]; filling is 0."""
         for slot, output in zip(self._slots[self._rank], outputs, strict=True):
-            output[:, slot.real :] = 0
-            for rank, heads in enumerate(self._own_heads):
-                for row in range(self._rows):
-                    mixed = self._returned(self._rank, row, rank)
-                    output[row, : slot.real, heads] = mixed[slot.piece : slot.piece + slot.real]
+            if slot.real < slot.length:
+                output[:, slot.real :] = 0
+            for rank, heads in enumerate(self._heads):
+                if rank != self._rank:
+                    mixed = self._returned(self._rank, rank)
+                    output[:, : slot.real, heads] = mixed[:, slot.piece : slot.piece + slot.real]
 
-    def _attended(self, rank: int, row: int) -> torch.Tensor:
-        """Where a rank attends to a row: [3, S, h, D] of its heads."""
-        heads = self._own_heads[rank]
-        shape = (3, self._total, heads.stop - heads.start, self._width)
-        return self._view(rank, row * self._row_in, shape)
+    def _attended(self, rank: int) -> torch.Tensor:
+        """Where a rank attends: queries, keys and values of its heads, [B, S, 3, h, D]."""
+        heads = self._heads[rank]
+        return self._view(rank, 0, (self._rows, self._total, 3, heads.stop - heads.start, self._width))
 
-    def _returned(self, rank: int, row: int, of: int) -> torch.Tensor:
-        """Where a rank takes back a row's values of rank `of`'s heads: [L, h, D]."""
-        heads = self._own_heads[of]
-        first = self._rows * self._row_in + row * self._row_out + of * (self._row_out // self._ranks)
-        return self._view(rank, first, (self._length, heads.stop - heads.start, self._width))
+    def _returned(self, rank: int, of: int) -> torch.Tensor:
+        """Where a rank takes back what rank `of` mixed with its heads: [B, L, h, D]."""
+        heads, first = self._heads[of], self._attended_words + of * self._returned_words
+        return self._view(rank, first, (self._rows, self._length, heads.stop - heads.start, self._width))
 
     def _view(self, rank: int, first: int, shape: tuple[int, ...]) -> torch.Tensor:
-        count = torch.Size(shape).numel()
-        return self._flat[rank][first : first + count].view(shape)
+        return self._memory[rank][first : first + math.prod(shape)].view(shape)
 
-    def _aside(self) -> AbstractContextManager[Any]:
-        return self._peers.aside()
+
+def _word(size: int) -> torch.dtype:
+    """The widest type of which `size` bytes are a multiple."""
+    return next(word for word in WORDS if size % word.itemsize == 0)
 
 
 def fields_of(streams: Sequence[torch.Tensor], pieces: Sequence[int]) -> list[torch.Tensor]:
