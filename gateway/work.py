@@ -80,7 +80,10 @@ class Work:
     def context(self) -> types_pb2.RequestContext:
         """For a stage's first message."""
         attempt = int(self.claim.record.get("attempt", b"1"))
-        return types_pb2.RequestContext(request_id=self.request_id, fence=self.claim.fence, attempt=attempt)
+        alone = "alone" in self.claim.record
+        return types_pb2.RequestContext(
+            request_id=self.request_id, fence=self.claim.fence, attempt=attempt, alone=alone
+        )
 
     def call_options(self) -> dict[str, Any]:
         """Deadline and trace context of a stage call."""

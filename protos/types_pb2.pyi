@@ -190,14 +190,16 @@ class GenerationParams(_message.Message):
     def __init__(self, model: _Optional[str] = ..., prompt: _Optional[str] = ..., negative_prompt: _Optional[str] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., num_frames: _Optional[int] = ..., fps: _Optional[float] = ..., steps: _Optional[int] = ..., guidance: _Optional[float] = ..., guidance_2: _Optional[float] = ..., seed: _Optional[int] = ..., output_format: _Optional[_Union[OutputFormat, str]] = ..., quality: _Optional[int] = ..., preview_every: _Optional[int] = ..., inputs: _Optional[_Iterable[_Union[Media, _Mapping]]] = ...) -> None: ...
 
 class RequestContext(_message.Message):
-    __slots__ = ("request_id", "fence", "attempt")
+    __slots__ = ("request_id", "fence", "attempt", "alone")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     FENCE_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    ALONE_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     fence: int
     attempt: int
-    def __init__(self, request_id: _Optional[str] = ..., fence: _Optional[int] = ..., attempt: _Optional[int] = ...) -> None: ...
+    alone: bool
+    def __init__(self, request_id: _Optional[str] = ..., fence: _Optional[int] = ..., attempt: _Optional[int] = ..., alone: _Optional[bool] = ...) -> None: ...
 
 class Span(_message.Message):
     __slots__ = ("name", "process", "start_unix_ns", "duration_ns", "attributes")

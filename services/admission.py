@@ -1,10 +1,11 @@
-"""Who may call a stage now: slots, fences, and one call at a time for each request and method."""
+"""Who may call a stage now: slots, fences, one call at a time for each request and method, and who runs alone."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-from collections import OrderedDict
-from collections.abc import Iterator
+from collections import OrderedDict, deque
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 
 from protos import types_pb2
@@ -23,6 +24,18 @@ class _Running:
     call: RankCall
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Visit:
+    """A call that is in work, or waits for that."""
+
+    request_id: str
+    alone: bool
+
+    def bears(self, other: _Visit) -> bool:
+        """Whether both may run beside each other. Calls of one request may: it can have more than one at a stage."""
+        return self.request_id == other.request_id or not (self.alone or other.alone)
+
+
 class Admission:
     """Who may call now: not too many at once, and never an owner that has lost its lease."""
 
@@ -30,6 +43,9 @@ class Admission:
         self._max_in_flight = max_in_flight
         self._fences: OrderedDict[str, int] = OrderedDict()
         self._running: dict[tuple[str, str], _Running] = {}
+        self._inside: set[_Visit] = set()
+        self._waiting: deque[_Visit] = deque()
+        self._moved = asyncio.Event()
         self.in_flight = 0
 
     @contextlib.contextmanager
@@ -47,12 +63,34 @@ class Admission:
         finally:
             self.in_flight -= 1
 
-    def check_fence(self, context: types_pb2.RequestContext) -> None:
-        """Remembers the highest fence of the newest requests.
+    @contextlib.asynccontextmanager
+    async def place(self, context: types_pb2.RequestContext) -> AsyncIterator[None]:
+        """A place beside the calls that run. Who wants to be alone waits until they have ended, and who comes after it
+        waits for its end: its worker may die of it.
+        """
+        mine = _Visit(context.request_id, context.alone)
+        self._waiting.append(mine)
+        try:
+            while self._waiting[0] is not mine or not all(mine.bears(other) for other in self._inside):
+                self._moved.clear()
+                await self._moved.wait()
+        finally:
+            self._waiting.remove(mine)
+            self._moved.set()
+        self._inside.add(mine)
+        try:
+            yield
+        finally:
+            self._inside.remove(mine)
+            self._moved.set()
+
+    def take_over(self, method: str, context: types_pb2.RequestContext) -> None:
+        """Ends an older call of the same request, whose owner is gone or has lost its lease.
 
         Raises:
             StaleFence: a newer owner has called before.
         """
+        # Of the newest requests: a fence is not remembered for ever.
         highest = max(self._fences.pop(context.request_id, 0), context.fence)
         self._fences[context.request_id] = highest
         if len(self._fences) > MAX_FENCES:
@@ -61,6 +99,9 @@ class Admission:
             raise StaleFence(
                 f"fence {context.fence} is stale: the request's owner has {highest}", request_id=context.request_id
             )
+        older = self._running.pop((method, context.request_id), None)
+        if older is not None:
+            older.call.cancel(StaleFence(f"a call with fence {context.fence} took over from fence {older.fence}"))
 
     @contextlib.contextmanager
     def running(self, method: str, context: types_pb2.RequestContext, call: RankCall) -> Iterator[None]:
@@ -72,9 +113,3 @@ class Admission:
         finally:
             if self._running.get(key) is mine:
                 del self._running[key]
-
-    def supersede(self, method: str, context: types_pb2.RequestContext) -> None:
-        """Ends an older call of the same request, whose owner is gone or has lost its lease."""
-        older = self._running.pop((method, context.request_id), None)
-        if older is not None:
-            older.call.cancel(StaleFence(f"a call with fence {context.fence} took over from fence {older.fence}"))

@@ -276,16 +276,32 @@ class Front:
             _log.info("call ended", extra={"method": method.name, "outcome": outcome, "seconds": round(seconds, 4)})
 
     async def _relay(self, method: Method, requests: AsyncIterator[bytes], context: Context) -> None:
-        if self.draining:
-            raise NotReady("the replica is leaving", retry_after_s=RETRY_AFTER_S)
-        self._known()
+        self._check_open()
         first = await anext(requests, None)
         if first is None:
             raise InvalidRequest("the call ended before its first message")
         _check_size(first)
         request = method.context_of(first)
-        self._admission.check_fence(request)
-        self._admission.supersede(method.name, request)
+        self._admission.take_over(method.name, request)
+        async with self._admission.place(request):
+            # It may have waited, and much may have changed.
+            self._check_open()
+            self._admission.take_over(method.name, request)
+            await self._run(method, first, request, requests, context)
+
+    def _check_open(self) -> None:
+        if self.draining:
+            raise NotReady("the replica is leaving", retry_after_s=RETRY_AFTER_S)
+        self._known()
+
+    async def _run(
+        self,
+        method: Method,
+        first: bytes,
+        request: types_pb2.RequestContext,
+        requests: AsyncIterator[bytes],
+        context: Context,
+    ) -> None:
         traceparent = _traceparent(context)
         telemetry.request_id_var.set(request.request_id)
         telemetry.traceparent_var.set(traceparent)

@@ -13,7 +13,8 @@ free(id)
 redis.call('HSET', KEYS[1], 'state', target, 'updated', now(), unpack(ARGV, 9))
 if target == 'cancelled' then redis.call('HDEL', KEYS[1], 'artifact', 'file') end
 if target == 'running' or target == 'queued' then redis.call('HSET', KEYS[1], 'stage', ARGV[7]) end
-redis.call('HDEL', KEYS[1], 'checkpoints', 'checkpoint_step')
+-- The next stage's replica is another one: there it has done no harm yet.
+redis.call('HDEL', KEYS[1], 'checkpoints', 'checkpoint_step', 'alone')
 if target ~= 'running' then redis.call('ZREM', KEYS[2], id) end
 if target == 'queued' then
   redis.call('HSET', KEYS[1], 'queue', ARGV[8], 'attempt', 0)

@@ -12,15 +12,18 @@ local function tell(id, sender, kind, ...)
   redis.call('PUBLISH', '{ll}:wake', 'e:' .. sender .. ':' .. id)
 end
 
--- Whether a replica, named by the set of the requests that it has from all gateways, takes one more.
+-- Whether a replica, named by the set of the requests that it has from all gateways, takes one more: not beside one
+-- that runs alone. That one may come while others are still there; the replica lets it begin when they have left.
 local function has_slot(slots, most)
-  return slots == '' or redis.call('SCARD', slots) < tonumber(most)
+  return slots == '' or (redis.call('SCARD', slots) < tonumber(most) and redis.call('EXISTS', slots .. ':alone') == 0)
 end
 
 -- Ends a request's hold on its replica. Whatever ends a claim does it, so slots live as long as leases.
 local function free(id)
-  local slots = redis.call('HGET', '{ll}:req:' .. id, 'slots')
-  if slots and slots ~= '' then redis.call('SREM', slots, id) end
+  local slots, alone = unpack(redis.call('HMGET', '{ll}:req:' .. id, 'slots', 'alone'))
+  if not slots or slots == '' then return end
+  redis.call('SREM', slots, id)
+  if alone then redis.call('SREM', slots .. ':alone', id) end
 end
 
 -- Gives a request to an owner, with a lease, a new fence, and a slot of its replica; returns the fence.
@@ -30,7 +33,10 @@ local function take(id, owner, lease_s, slots)
   -- A queued request was last updated when it came into its queue.
   redis.call('HINCRBYFLOAT', key, 'queued_s', tonumber(time) - tonumber(redis.call('HGET', key, 'updated')))
   redis.call('HSET', key, 'state', 'running', 'fence', fence, 'owner', owner, 'updated', time, 'slots', slots)
-  if slots ~= '' then redis.call('SADD', slots, id) end
+  if slots ~= '' then
+    redis.call('SADD', slots, id)
+    if redis.call('HEXISTS', key, 'alone') == 1 then redis.call('SADD', slots .. ':alone', id) end
+  end
   redis.call('HINCRBY', key, 'attempt', 1)
   redis.call('ZADD', '{ll}:leases', tonumber(time) + tonumber(lease_s), id)
   tell(id, owner, 'status', 's', 'running')

@@ -1,5 +1,6 @@
 -- KEYS: request, leases, fence. ARGV: id, fence ('' for the reaper), sender, max_attempts, counts (1 or 0), error.
--- Gives a running request back to its queue; one that has used up its attempts fails with the error.
+-- Gives a running request back to its queue. The last attempt is made alone on its replica, and only one that was made
+-- alone ends in failure, with the error: before, what its workers died of may have been another's doing.
 -- Returns the new state, or 'lost'.
 if ARGV[2] == '' then
   -- Since a reaper listed it, the owner may have renewed its lease, or another reaper and a new owner may have been here.
@@ -13,11 +14,13 @@ redis.call('ZREM', KEYS[2], ARGV[1])
 if state ~= 'running' and state ~= 'cancelling' then return 'lost' end
 free(ARGV[1])
 local target = 'queued'
-if ARGV[5] == '0' then redis.call('HINCRBY', KEYS[1], 'attempt', -1) end
+local attempts, most = redis.call('HINCRBY', KEYS[1], 'attempt', ARGV[5] == '0' and -1 or 0), tonumber(ARGV[4])
 if state == 'cancelling' then target = 'cancelled'
-elseif tonumber(redis.call('HGET', KEYS[1], 'attempt')) >= tonumber(ARGV[4]) then
+elseif attempts >= most and redis.call('HEXISTS', KEYS[1], 'alone') == 1 then
   target = 'failed'
   redis.call('HSET', KEYS[1], 'error', ARGV[6])
+elseif attempts >= math.max(most - 1, 1) then
+  redis.call('HSET', KEYS[1], 'alone', 1)
 end
 -- A new fence shuts out the owner that had it, whatever that one still does.
 redis.call('HSET', KEYS[1], 'state', target, 'updated', now(), 'fence', redis.call('INCR', KEYS[3]), 'step',

@@ -14,12 +14,25 @@ REPLICAS = {"text_encoder": 1, "dit": 3, "vae": 1}
 
 
 @pytest.fixture(scope="module")
-def fault_cluster(tmp_path_factory):
+def here():
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(Path(__file__).parents[2])
         patch.delenv("REDIS_URL", raising=False)
-        with FaultCluster(tmp_path_factory.mktemp("faults"), REPLICAS) as cluster:
-            yield cluster
+        yield
+
+
+@pytest.fixture(scope="module")
+def fault_cluster(here, tmp_path_factory):
+    with FaultCluster(tmp_path_factory.mktemp("faults"), REPLICAS) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def poisoned_cluster(here, tmp_path):
+    """One denoiser, which has all requests at once, and the usual number of attempts."""
+    replicas = {"text_encoder": 1, "dit": 1, "vae": 1}
+    with FaultCluster(tmp_path, replicas, gateway={"max_attempts": 3}, max_in_flight=8) as cluster:
+        yield cluster
 
 
 @pytest.fixture(scope="module")

@@ -11,11 +11,8 @@ from tests.faults import stage
 class NaiveAdmission(Admission):
     """Lets every owner in, also beside another one."""
 
-    def check_fence(self, context: types_pb2.RequestContext) -> None:
-        """Takes them all."""
-
-    def supersede(self, method: str, context: types_pb2.RequestContext) -> None:
-        """Ends none."""
+    def take_over(self, method: str, context: types_pb2.RequestContext) -> None:
+        """Takes them all, and ends none."""
 
 
 if __name__ == "__main__":

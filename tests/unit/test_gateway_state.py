@@ -11,7 +11,7 @@ import pytest
 from gateway.config import RedisSection
 from gateway.followers import StoredEvent
 from gateway.state import READ_EVENTS, TOO_LATE, Claim, State, queue_key
-from gateway.ticket import Ticket
+from gateway.ticket import Offer, Ticket
 from services.errors import Overloaded, StateStoreDown, UnknownRequest
 
 DIT, VAE = queue_key("dit", "d"), queue_key("vae", "v")
@@ -203,6 +203,27 @@ async def test_attempts_are_counted_and_end(two) -> None:
         claim = await own.claim()
         assert await own.state.requeue("r", claim.fence, 3, True, b"broken") == outcome
     assert (await own.state.get("r"))["error"] == b"broken"
+
+
+async def test_the_last_attempt_is_made_alone(two) -> None:
+    own, other = two
+    offers = {DIT: Offer("replica", 8)}
+    await own.submit("suspect")
+    for _ in range(2):
+        claim = await own.state.claim((DIT,), LEASE_S, offers)
+        assert "alone" not in claim.record
+        assert await own.state.requeue("suspect", claim.fence, 3, True, b"broken") == "queued"
+    claim = await own.state.claim((DIT,), LEASE_S, offers)
+    assert claim.record["alone"] == b"1"
+    await own.submit("next")
+    assert await other.state.claim((DIT,), LEASE_S, offers) is None and offers[DIT].full
+    # At its next stage it shares again, so what is lost there may be another's doing once more.
+    assert await own.state.commit(claim, "running", "vae", "", {}) == "running"
+    assert (await other.state.claim((DIT,), LEASE_S, offers)).request_id == "next"
+    assert await own.state.requeue("suspect", claim.fence, 3, True, b"broken") == "queued"
+    again = await own.state.claim((DIT,), LEASE_S, offers)
+    assert (again.request_id, again.record["alone"]) == ("suspect", b"1")
+    assert await own.state.requeue("suspect", again.fence, 3, True, b"broken") == "failed"
 
 
 async def test_an_abort_reaches_the_owner_and_wins_over_a_result(two) -> None:

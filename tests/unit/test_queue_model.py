@@ -31,7 +31,7 @@ from services.errors import Overloaded
 
 DIT, VAE = queue_key("dit", "d"), queue_key("vae", "v")
 CLOCK = "{ll}:test:clock"
-WINDOW, MOST_PASSED, MAX_ATTEMPTS, LEASE_S, AGE_S = 4, 2, 3, 4.0, 5.0
+WINDOW, MOST_PASSED, MAX_ATTEMPTS, LEASE_S, AGE_S = 4, 2, 2, 4.0, 5.0
 MAX_QUEUED, MAX_QUEUED_TENANT, SLOTS = 8, 5, 4
 
 
@@ -62,6 +62,7 @@ class Request:
     attempt: int = 0
     passed: int = 0
     has_slot: bool = False
+    alone: bool = False
 
     @property
     def flow(self) -> tuple[int, str]:
@@ -118,7 +119,8 @@ class Model:
         r.has_slot = True
 
     def full(self) -> bool:
-        return sum(r.has_slot for r in self.requests.values()) >= SLOTS
+        there = [r for r in self.requests.values() if r.has_slot]
+        return len(there) >= SLOTS or any(r.alone for r in there)
 
     def choose(self, name: str, running: set[str]) -> str:
         flows = sorted(self.queues[name].waiting, key=lambda f: (f[0], self.queues[name].waiting[f], f[1]))
@@ -169,7 +171,7 @@ class Model:
             return target
         if r.fence != fence or r.state not in ("running", "cancelling"):
             return "lost"
-        r.state, r.has_slot = "cancelled" if r.state == "cancelling" else target, False
+        r.state, r.has_slot, r.alone = "cancelled" if r.state == "cancelling" else target, False, False
         if r.state == "queued":
             r.queue, r.attempt = VAE, 0
             self.enqueue(i)
@@ -187,9 +189,10 @@ class Model:
         r.fence, r.lease, r.attempt, r.has_slot = self.fence, None, r.attempt - (not counts), False
         if r.state == "cancelling":
             r.state = "cancelled"
-        elif r.attempt >= MAX_ATTEMPTS:
+        elif r.attempt >= MAX_ATTEMPTS and r.alone:
             r.state = "failed"
         else:
+            r.alone = r.alone or r.attempt >= MAX_ATTEMPTS - 1
             self.enqueue(i)
         return r.state
 
@@ -366,14 +369,18 @@ class Machine(RuleBasedStateMachine):
         model = self.model
         with self.plain.pipeline(transaction=False) as pipe:
             for i in model.requests:
-                pipe.hmget(f"{{ll}}:req:{i}", "state", "class", "fence", "attempt")
+                pipe.hmget(f"{{ll}}:req:{i}", "state", "class", "fence", "attempt", "alone")
             pipe.zrange(DIT, 0, -1).zrange(VAE, 0, -1).zrange(LEASES, 0, -1)
-            pipe.smembers("{ll}:slots:replica").keys("{ll}:q:*")
-            *records, dit, vae, leases, slots, keys = pipe.execute()
-        assert records == [[r.state, str(r.cls), str(r.fence), str(r.attempt)] for r in model.requests.values()]
+            pipe.smembers("{ll}:slots:replica").smembers("{ll}:slots:replica:alone").keys("{ll}:q:*")
+            *records, dit, vae, leases, slots, alone, keys = pipe.execute()
+        assert records == [
+            [r.state, str(r.cls), str(r.fence), str(r.attempt), "1" if r.alone else None]
+            for r in model.requests.values()
+        ]
         assert (set(dit), set(vae)) == (set(model.line(DIT)), set(model.line(VAE)))
         assert set(leases) == {i for i, r in model.requests.items() if r.lease is not None}
         assert slots == {i for i, r in model.requests.items() if r.has_slot}
+        assert alone == {i for i, r in model.requests.items() if r.has_slot and r.alone}
         assert not [key for key in keys if not model.line(DIT if key.startswith(DIT) else VAE)]
 
 
