@@ -52,7 +52,7 @@ class Job:
 
 
 class RecordingProgram:
-    """A RankProgram without a model: one job after the other."""
+    """A RankProgram without a model: one job after the other, denoisers a step of each in turn."""
 
     def __init__(self, config: StageConfig) -> None:
         self._config = config
@@ -148,9 +148,11 @@ class RecordingProgram:
         if job.step == params.steps:
             self._send_latents(job, dit_pb2.BundleStart.KIND_LATENTS)
             self._finish(job, dit_pb2.DenoiseResponse(usage=types_pb2.StageUsage(busy_s=0.0)).SerializeToString())
-        elif job.checkpoint:
+            return
+        if job.checkpoint:
             job.checkpoint = False
             self._send_latents(job, dit_pb2.BundleStart.KIND_CHECKPOINT)
+        self._ready.rotate(-1)
 
     def _hand_back(self, job: Job) -> None:
         """With a checkpoint, or as it came when it has not begun."""

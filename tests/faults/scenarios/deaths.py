@@ -166,8 +166,11 @@ async def rolling_restart(run: Run, clients: int) -> History:
 
 async def poison(run: Run, others: int) -> History:
     """F12: a request that kills its worker each time, among others."""
-    recipes = [Recipe(POISON, seed=1), *run.recipes(LONG, others)]
-    await asyncio.gather(*run.start(recipes))
+    tasks = run.start(run.recipes(LONG, others))
+    async with asyncio.timeout(30):
+        while len(run.owners()) < others:
+            await asyncio.sleep(0.02)
+    await asyncio.gather(*tasks, *run.start([Recipe(POISON, seed=1)]))
     history = await run.finish()
     prompts = {name: line["recipe"]["prompt"] for name, line in history.accepted.items()}
     attempts = {name: request["attempt"] for name, request in history.final["requests"].items()}
