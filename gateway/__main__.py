@@ -88,7 +88,7 @@ async def serve(config: GatewayConfig) -> None:
     loops = [
         asyncio.create_task(work)
         for work in (
-            state.listen(dispatcher.wake, dispatcher.cancel, dispatcher.expired),
+            state.listen(dispatcher.wake, dispatcher.cancel, dispatcher.forget),
             replicas.watch(),
             dispatcher.run(),
             dispatcher.reap(),

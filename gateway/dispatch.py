@@ -38,7 +38,7 @@ class Dispatcher:
         self._wake = asyncio.Event()
         self._running: dict[str, asyncio.Task[None]] = {}
         self._aborted_early: set[str] = set()
-        self._expired: list[str] = []
+        self._ended: list[str] = []
         self._stopping = False
 
     @property
@@ -58,9 +58,9 @@ class Dispatcher:
             # It may be the one that a claim under way brings.
             self._aborted_early.add(request_id)
 
-    def expired(self, request_id: str) -> None:
-        """A request came too late out of its queue: what it left goes with the next sweep."""
-        self._expired.append(request_id)
+    def forget(self, request_id: str) -> None:
+        """A request has ended in its queue: what its earlier stages left goes with the next sweep."""
+        self._ended.append(request_id)
 
     async def run(self) -> None:
         """Claims, for ever."""
@@ -153,8 +153,8 @@ class Dispatcher:
                 for request_id in expired:
                     await self._lifecycle.take_away(request_id, lost)
                 await self._state.sweep()
-                while self._expired:
-                    await self._lifecycle.forget(self._expired.pop())
+                while self._ended:
+                    await self._lifecycle.forget(self._ended.pop())
 
     async def stop(self) -> None:
         """Gives every claim back, with a checkpoint where there is time for one: another gateway goes on with it."""

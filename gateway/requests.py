@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
-from gateway.checkpoints import drop_between_stages
 from gateway.config import GatewaySection
 from gateway.dispatch import Dispatcher
 from gateway.followers import StoredEvent
@@ -237,7 +236,7 @@ class RequestService:
         if state is None:
             raise UnknownRequest(f"there is no request {request_id!r}", param="request_id")
         if state == "cancelled":
-            await drop_between_stages(self._state, self._store, request_id)
+            self._dispatcher.forget(request_id)
         return state_number(state)
 
     def events(self, request_id: str, last_event_id: str = "") -> AsyncIterator[gateway_pb2.GenerateResponse]:

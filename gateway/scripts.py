@@ -27,6 +27,9 @@ FOLDER = Path(__file__).parent / "lua"
 # How long a call waits for a Redis that is away: who asks is told soon.
 PATIENCE_S = 2.0
 RETRY_S = 0.1
+# Commands under way at once, each on a connection of its own: Redis does one after the other, and a crowd that opened
+# hundreds of connections would keep the event loop from all else meanwhile.
+AT_ONCE = 16
 
 
 def source(name: str) -> str:
@@ -40,6 +43,7 @@ class Scripts:
     def __init__(self, section: RedisSection) -> None:
         # Tries are counted in time, by `call`.
         self.redis: Redis = open_redis(section)
+        self._turns = asyncio.Semaphore(AT_ONCE)
         self.by_name = {name: self.redis.register_script(source(name)) for name in NAMES}
 
     async def run(self, name: str, keys: list[str], *arguments: Any, patience_s: float = PATIENCE_S) -> Any:
@@ -55,7 +59,9 @@ class Scripts:
             async with asyncio.timeout(patience_s):
                 while True:
                     try:
-                        return await command()
+                        # A server that stands still must not keep the turns of those whose patience is short.
+                        async with self._turns, asyncio.timeout(PATIENCE_S):
+                            return await command()
                     except AuthenticationError as error:
                         refusal = error
                     except (RedisConnectionError, RedisTimeoutError, OSError):

@@ -206,7 +206,7 @@ def test_a_request_that_waits_for_its_decoder(running_cluster, wanted):
             wait_for(lambda: (item.record()["state"], item.record()["stage"]) == ("queued", "vae"))
             assert list(running_cluster.run_dir.glob("artifacts/latents/*"))
         check_cancelled(item)
-        assert not list(running_cluster.run_dir.glob("artifacts/latents/*"))
+        wait_for(lambda: not list(running_cluster.run_dir.glob("artifacts/latents/*")))
 
 
 def test_ended_requests_stay_as_they_are(running_cluster, wanted):

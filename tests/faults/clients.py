@@ -13,13 +13,12 @@ from typing import Any
 
 import httpx
 
+from tests.faults.aborter import NO_ANSWER, Aborter
 from tests.faults.history import Recorder
 
 TERMINAL = ("done", "failed", "cancelled", "expired")
 PATIENCE_S = 90.0
 RETRY_S = 0.1
-# Instead of a status.
-NO_ANSWER = 599
 # A call that a gateway does not answer in this time is a hang.
 ANSWER_S = 20.0
 # Silence on an event stream after which a client asks another gateway.
@@ -142,18 +141,16 @@ class Clients:
             await self.fetch(request_id, gateway=gateway)
         return state
 
-    async def abort(self, request_id: str, *, gateway: int = 0) -> str:
+    async def abort(self, aborter: Aborter, request_id: str, *, gateway: int = 0) -> str:
         """The state that the abort's answer says; tried until there is one."""
         self._recorder.write("invoke", op="abort", id=request_id)
         for attempt in range(gateway, gateway + 100):
-            started_s = asyncio.get_running_loop().time()
-            answer = await self._call("DELETE", attempt, f"/v1/requests/{request_id}")
-            seconds = asyncio.get_running_loop().time() - started_s
-            if answer.status_code == 200:
-                state = str(answer.json()["state"])
-                self._recorder.write("ok", op="abort", id=request_id, state=state, seconds=seconds)
-                return state
-            self._recorder.write("info", op="abort", id=request_id, status=answer.status_code)
+            answer = await aborter.abort(f"{self._url(attempt)}/v1/requests/{request_id}")
+            facts = {"op": "abort", "id": request_id, "t": answer.t}
+            if answer.status == 200:
+                self._recorder.write("ok", **facts, state=answer.state, seconds=answer.seconds)
+                return answer.state
+            self._recorder.write("info", **facts, status=answer.status)
             await asyncio.sleep(RETRY_S)
         return ""
 

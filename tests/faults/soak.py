@@ -18,6 +18,7 @@ import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
+from tests.faults.aborter import Aborter
 from tests.faults.checker import Violation, check
 from tests.faults.cluster import FaultCluster
 from tests.faults.history import History
@@ -39,7 +40,7 @@ SCENARIOS: dict[str, Scenario] = {
     "F8 worker cut off, F4 worker frozen": lambda run: network.silent_workers(run, requests=12),
     "F8 worker cut off one way": lambda run: network.silent_workers(run, requests=12, directions=("down",)),
     "F9 bad line to the VAE": lambda run: network.bad_line_to_the_vae(run, pictures=3, bytes_per_s=8e6),
-    "F10 abort storm": lambda run: load.abort_storm(run, requests=200, within_s=12.0),
+    "F10 abort storm": lambda run: load.abort_storm(run, requests=200, within_s=5.0),
     "F11 flood": lambda run: load.flood(run, submits=1000),
     "F12 rolling restart": lambda run: deaths.rolling_restart(run, clients=8),
     "F12 poison": lambda run: poison(run, others=6),
@@ -59,26 +60,27 @@ async def random_faults(run: Run, duration_s: float) -> History:
     """Clients in a closed loop, some of which abort, and a fault every few seconds."""
     end_s = time.monotonic() + duration_s
 
-    async def client(number: int) -> None:
+    async def client(number: int, aborter: Aborter) -> None:
         while time.monotonic() < end_s:
             request_id = await run.clients.submit(run.random.choice((*SHORT, *LONG)), gateway=number)
             following = asyncio.create_task(run.clients.follow(request_id, gateway=number))
             if run.random.random() < 0.1:
                 await asyncio.sleep(run.random.uniform(0, 2))
-                await run.clients.abort(request_id, gateway=number + 1)
+                await run.clients.abort(aborter, request_id, gateway=number + 1)
             if await following == "done":
                 await run.clients.fetch(request_id, gateway=number)
 
     # Of its own: clients draw when they happen to be ready.
     chance = random.Random(run.random.random())
-    clients = [asyncio.create_task(client(number)) for number in range(CLIENTS)]
     counts = dict.fromkeys((fault.__name__ for fault in FAULTS), 0)
-    while time.monotonic() < end_s:
-        fault = chance.choice(FAULTS)
-        counts[fault.__name__] += 1
-        await fault(run.cluster, chance)
-        await asyncio.sleep(chance.uniform(*PAUSE_S))
-    await asyncio.gather(*clients)
+    async with Aborter() as aborter:
+        clients = [asyncio.create_task(client(number, aborter)) for number in range(CLIENTS)]
+        while time.monotonic() < end_s:
+            fault = chance.choice(FAULTS)
+            counts[fault.__name__] += 1
+            await fault(run.cluster, chance)
+            await asyncio.sleep(chance.uniform(*PAUSE_S))
+        await asyncio.gather(*clients)
     history = await run.finish()
     states = [request["state"] for request in history.final["requests"].values()]
     run.measured |= {state: float(states.count(state)) for state in sorted(set(states))} | counts
@@ -134,8 +136,10 @@ async def break_a_line(cluster: FaultCluster, chance: random.Random) -> None:
 FAULTS = (break_a_line, kill_worker, kill_rank, kill_gateway, stop_a_process, freeze_a_process, kill_redis)
 
 
-async def soak(folder: Path, duration_s: float, seed: int) -> tuple[dict[str, dict[str, float]], list[Violation]]:
-    """What every part measured, and what the checker found."""
+async def soak(
+    folder: Path, duration_s: float, seed: int, only: str = ""
+) -> tuple[dict[str, dict[str, float]], list[Violation]]:
+    """What every part measured, and what the checker found. With `only`, the scenarios whose names begin so."""
     measured: dict[str, dict[str, float]] = {}
     found: list[Violation] = []
     end_s = time.monotonic() + duration_s
@@ -155,7 +159,10 @@ async def soak(folder: Path, duration_s: float, seed: int) -> tuple[dict[str, di
             print_part(name, run.measured, broken)
 
         for name, scenario in SCENARIOS.items():
-            await part(name, scenario)
+            if name.startswith(only):
+                await part(name, scenario)
+        if only:
+            return measured, found
         with cluster.behind_proxy("dit-2"), cluster.behind_proxy("vae-0"):
             await part("random faults", lambda run: random_faults(run, max(10.0, end_s - time.monotonic())))
     return measured, found
@@ -174,11 +181,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--duration", type=float, default=1800.0, help="seconds, scenarios included")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--only", default="", help="nothing but the scenarios whose names begin so, such as F10")
     parser.add_argument("--keep", type=Path, help="folder for records and logs; a temporary one when left out")
     parser.add_argument("--json", type=Path, help="file to keep the figures in")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        measured, found = asyncio.run(soak(args.keep or Path(folder), args.duration, args.seed))
+        measured, found = asyncio.run(soak(args.keep or Path(folder), args.duration, args.seed, args.only))
     facts = {"seed": args.seed, "cores": os.cpu_count(), "broken": len(found), "measured": measured}
     if args.json:
         args.json.write_text(json.dumps(facts, indent=2) + "\n")

@@ -10,6 +10,7 @@ import pytest
 
 from gateway.config import RedisSection
 from gateway.followers import StoredEvent
+from gateway.scripts import AT_ONCE
 from gateway.state import READ_EVENTS, TOO_LATE, Claim, State, queue_key
 from gateway.ticket import Offer, Ticket
 from services.errors import Overloaded, StateStoreDown, UnknownRequest
@@ -238,6 +239,14 @@ async def test_an_abort_reaches_the_owner_and_wins_over_a_result(two) -> None:
     assert await own.state.abort("waits") == "cancelled"
     assert await own.state.claim((DIT,), LEASE_S) is None
     assert await own.state.abort("nobody") is None
+
+
+async def test_a_crowd_shares_few_connections(two) -> None:
+    own, _ = two
+    before = len(await own.state._scripts.redis.client_list())
+    await asyncio.gather(*(own.submit(f"r{number}") for number in range(300)))
+    assert len(await own.state._scripts.redis.client_list()) < before + AT_ONCE
+    assert len(await own.state.newest(1000)) == 300
 
 
 async def test_ids_are_stored_once_and_queues_are_bounded(two) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+from tests.faults.aborter import Aborter
 from tests.faults.clients import Recipe
 from tests.faults.history import History
 from tests.faults.measures import aborts_s, refusals
@@ -16,17 +17,20 @@ SENDERS = 50
 async def abort_storm(run: Run, requests: int, within_s: float) -> History:
     """F10: half of the requests are aborted at a random moment, some twice, through any gateway."""
 
-    async def client(recipe: Recipe, number: int, doomed: bool) -> None:
+    async def client(aborter: Aborter, recipe: Recipe, number: int, doomed: bool) -> None:
         request_id = await run.clients.submit(recipe, gateway=number)
         following = asyncio.create_task(run.clients.follow(request_id, gateway=number))
         if doomed:
             await asyncio.sleep(run.random.uniform(0, within_s))
             times = 2 if run.random.random() < 0.2 else 1
-            await asyncio.gather(*(run.clients.abort(request_id, gateway=number + index) for index in range(times)))
+            aborts = (run.clients.abort(aborter, request_id, gateway=number + index) for index in range(times))
+            await asyncio.gather(*aborts)
         await following
 
     recipes = run.recipes(SHORT, requests)
-    await asyncio.gather(*(client(recipe, number, number % 2 == 0) for number, recipe in enumerate(recipes)))
+    async with Aborter() as aborter:
+        clients = (client(aborter, recipe, number, number % 2 == 0) for number, recipe in enumerate(recipes))
+        await asyncio.gather(*clients)
     history = await run.finish()
     queued, running = aborts_s(history)
     note(run, "queued_abort_s", queued)
