@@ -34,7 +34,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ApiKey:
-    """What a key allows. Quotas of 0 are none; cost is in megapixel-steps (`gateway.quotas.cost_of`)."""
+    """What a key allows. Quotas of 0 are none; cost is in megapixel-steps (`gateway/cost.py`)."""
 
     id: str
     name: str

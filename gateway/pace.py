@@ -1,30 +1,26 @@
 """How fast a replica works, learnt from the calls that it finishes.
 
-Work is counted in units that a request's parameters tell: one for a text encoder, pixels for a VAE, pixels times
-steps for a denoiser. By Little's law, a replica that has held n requests all the while and took t seconds for one
-finishes n in those seconds, however it batches them: one unit of work takes it t / n / units seconds.
+Work is counted in units that a request's parameters tell: one for a text encoder, pixels for a VAE, pixel-steps for a
+denoiser. By Little's law, a replica that has held n requests all the while and took t seconds for one finishes n in
+those seconds, however it batches them: one unit of work takes it t / n / units seconds.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from gateway.cost import pixel_steps, pixels
 from protos import types_pb2
 
 # Of the newest call in the moving average.
 WEIGHT = 0.2
 
 
-def pixels(params: types_pb2.GenerationParams) -> int:
-    """Pixels of all frames."""
-    return params.width * params.height * max(1, params.num_frames)
-
-
 def units(stage: str, params: types_pb2.GenerationParams) -> float:
     """A request's work for a stage."""
     match stage:
         case "dit":
-            return float(pixels(params) * params.steps)
+            return float(pixel_steps(params))
         case "vae":
             return float(pixels(params))
     return 1.0

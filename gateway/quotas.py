@@ -1,6 +1,6 @@
 """How much a key may ask for: requests a minute and megapixel-steps an hour, counted in Redis for all gateways.
 
-Both are token buckets: full at first, refilled evenly over the window, by the clock of Redis. A request takes from both
+`gateway/cost.py` says what a request costs. Both quotas are token buckets: full at first, refilled evenly over the window, by the clock of Redis. A request takes from both
 or from none.
 """
 
@@ -11,14 +11,8 @@ from dataclasses import dataclass
 from gateway.keys import ApiKey
 from gateway.state import State
 from services.errors import QuotaExceeded
-from services.request import ResolvedParams
 
 MINUTE_S, HOUR_S = 60.0, 3600.0
-
-
-def cost_of(params: ResolvedParams) -> float:
-    """Megapixel-steps: width * height * frames * steps / 10^6. Known before anything runs, and alike for all models."""
-    return params.width * params.height * params.num_frames * params.steps / 1e6
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,17 +12,16 @@ from functools import partial
 from typing import Any, cast
 
 from gateway.config import GatewaySection
+from gateway.cost import cost_of, megapixel_steps, pixels
 from gateway.dispatch import Dispatcher
 from gateway.followers import StoredEvent
 from gateway.keys import ApiKey
 from gateway.links import Links, content_path
-from gateway.pace import pixels
 from gateway.quotas import Quotas
-from gateway.quotas import cost_of as charge_of
 from gateway.replicas import Replicas
 from gateway.state import TERMINAL, State, queue_key
 from gateway.store import Store
-from gateway.ticket import Ticket, batch_key, cost_of
+from gateway.ticket import Ticket, batch_key
 from gateway.withdrawals import Withdrawals
 from protos import gateway_pb2, types_pb2
 from services.errors import InvalidRequest, KeyReused, Overloaded, UnknownModel, UnknownRequest, WrongState
@@ -117,14 +116,14 @@ class RequestService:
         body = _digest(params, priority)
         if idempotency_key and await self._repeats(request_id, body):
             return request_id
-        cost = charge_of(resolved)
-        await self._quotas.take(key, cost)
+        charge = megapixel_steps(resolved)
+        await self._quotas.take(key, charge)
         message = params_to_proto(resolved)
         fields: dict[str, str | bytes | float] = {
             "params": message.SerializeToString(),
             "body": body,
             "total": resolved.steps,
-            "pixels": pixels(message),
+            "pixels": pixels(resolved),
             "step": 0,
             "traceparent": new_traceparent(traceparent),
         }
@@ -133,7 +132,7 @@ class RequestService:
         try:
             stored = await self._dispatcher.submit(request_id, queue, ticket, fields)
         except Overloaded:
-            await self._quotas.give_back(key, cost)
+            await self._quotas.give_back(key, charge)
             raise
         except BaseException:
             # It may be stored all the same. Nobody waits for it then, unless the key brings its owner back.
@@ -141,7 +140,7 @@ class RequestService:
                 self._withdrawals.add(request_id)
             raise
         if not stored:
-            await self._quotas.give_back(key, cost)
+            await self._quotas.give_back(key, charge)
             await self._repeats(request_id, body)
         return request_id
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from gateway.cost import branches
 from services.request import Limits, ResolvedParams
-
-REFERENCE_PIXELS = 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,7 +16,7 @@ class Ticket:
     Args:
         priority: below 0 is high, 0 normal, above 0 low; a class runs when none above it waits.
         tenant: shares fairly with the others of its class, by `weight` (above 0).
-        cost: see `cost_of`.
+        cost: see `gateway.cost.cost_of`.
         batch: see `batch_key`.
         timeout_s: from the submit to its deadline.
         keep_s: how long it is remembered after its deadline at least.
@@ -59,21 +58,6 @@ class Offer:
     full: bool = False
 
 
-def cost_of(params: ResolvedParams, limits: Limits) -> float:
-    """What a request takes of a denoiser: pixels x frames x steps x guidance branches.
-
-    The unit is one step of one branch of a picture of 1024 x 1024 pixels.
-    """
-    pictures = params.width * params.height / REFERENCE_PIXELS * params.num_frames
-    return pictures * params.steps * _branches(params, limits)
-
-
 def batch_key(params: ResolvedParams, limits: Limits) -> str:
     """Equal for requests that can share a denoise step: shape, frames, branches."""
-    return f"{params.width}x{params.height}x{params.num_frames}/{_branches(params, limits)}"
-
-
-def _branches(params: ResolvedParams, limits: Limits) -> int:
-    # With a guidance of another kind, the first is an input of the model and takes no branch.
-    scales = (params.guidance_2,) if limits.separate_guidance_2 else (params.guidance, params.guidance_2)
-    return 2 if max(scales) > 1.0 else 1
+    return f"{params.width}x{params.height}x{params.num_frames}/{branches(params, limits)}"

@@ -8,7 +8,7 @@
 --   {ll}:due      id -> when it expires or moves up a class, whichever is first
 -- An empty queue keeps nothing: nobody waits, so nobody has to be treated fairly.
 
--- Tags of a class are above those of all more urgent ones. Costs are near 1 for a step of a 1024 x 1024 picture, so a
+-- Tags of a class are above those of all more urgent ones. Costs are near 1 for a step of a picture, so a
 -- thousand devices reach the next class after years without one moment of an empty queue.
 local CLASS = 1e12
 -- Tags must differ where a double has 12 digits before the point.

@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 
 from gateway.config import GatewayConfig
-from gateway.ticket import Ticket, batch_key, cost_of
+from gateway.cost import cost_of
+from gateway.ticket import Ticket, batch_key
 from services.config import parse
 from services.errors import StartupError
 from services.request import GenerationParams, Limits, ResolvedParams, resolve
@@ -16,20 +17,21 @@ LIMITS = Limits(max_frames=81, output="video", default_fps=16.0)
 
 
 def params(limits: Limits = LIMITS, **changes: object) -> ResolvedParams:
-    asked = GenerationParams(**{"model": "m", "prompt": "p", "steps": 10, "guidance": 1.0, **changes})
+    shape = {"width": 800, "height": 1600, "steps": 10}
+    asked = GenerationParams(**{"model": "m", "prompt": "p", "guidance": 1.0, **shape, **changes})
     return resolve(asked, limits, seed=0)
 
 
 def test_cost_grows_with_pixels_frames_steps_and_branches() -> None:
-    assert cost_of(params(), LIMITS) == 10.0
-    for change in ({"width": 2048}, {"num_frames": 2}, {"steps": 20}, {"guidance": 4.0}):
-        assert cost_of(params(**change), LIMITS) == 20.0, change
+    assert cost_of(params(), LIMITS) == 12.8
+    for change in ({"width": 1600}, {"num_frames": 2}, {"steps": 20}, {"guidance": 4.0}):
+        assert cost_of(params(**change), LIMITS) == 25.6, change
 
 
 def test_guidance_that_is_an_input_of_the_model_takes_no_branch() -> None:
     distilled = replace(LIMITS, separate_guidance_2=True, default_guidance_2=1.0)
-    assert cost_of(params(distilled, guidance=4.0), distilled) == 10.0
-    assert cost_of(params(distilled, guidance_2=4.0), distilled) == 20.0
+    assert cost_of(params(distilled, guidance=4.0), distilled) == 12.8
+    assert cost_of(params(distilled, guidance_2=4.0), distilled) == 25.6
 
 
 def test_requests_of_one_shape_share_a_key() -> None:
