@@ -11,6 +11,10 @@ from services.config import TlsSection
 from services.errors import StartupError
 
 MIN_WEIGHT, MAX_WEIGHT = 0.01, 100.0
+_POSITIVE = (
+    *("max_queued", "max_queued_tenant", "max_queued_cost", "max_queued_bytes"),
+    *("max_held_bytes", "age_s", "request_timeout_s", "keep_s"),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,8 +23,10 @@ class GatewaySection:
 
     `checkpoint_every_s` is the denoising that a fault may cost: requests that take no longer have no checkpoints.
 
-    `max_queued` requests may wait for a component, `max_queued_tenant` of one tenant. One that has waited `age_s` moves
-    up a priority class.
+    `max_queued` requests may wait for a component, `max_queued_tenant` of one tenant; all of them together may cost
+    `max_queued_cost` (megapixel-steps times guidance branches), and their parameters, pictures included, take
+    `max_queued_bytes` of Redis. Requests in work may hold `max_held_bytes` of this gateway's memory. One that has
+    waited `age_s` moves up a priority class.
     """
 
     host: str = "127.0.0.1"
@@ -32,6 +38,9 @@ class GatewaySection:
     checkpoint_every_s: float = 15.0
     max_queued: int = 10_000
     max_queued_tenant: int = 10_000
+    max_queued_cost: float = 1e6
+    max_queued_bytes: int = 1024 * 1024 * 1024
+    max_held_bytes: int = 512 * 1024 * 1024
     age_s: float = 300.0
     request_timeout_s: float = 3600.0
     keep_s: float = 86_400.0
@@ -125,7 +134,7 @@ class GatewayConfig:
                 raise StartupError(
                     f"config key tenants.{name} is {weight}: a weight must be between {MIN_WEIGHT} and {MAX_WEIGHT:g}"
                 )
-        for key in ("max_queued", "max_queued_tenant", "age_s", "request_timeout_s", "keep_s"):
+        for key in _POSITIVE:
             value = getattr(self.gateway, key)
             if not 0 < value < math.inf:
                 raise StartupError(f"config key gateway.{key} is {value}: it must be above 0 and finite")

@@ -118,10 +118,10 @@ class Dispatcher:
     def _free(self, full: Collection[str] = ()) -> dict[str, Replica]:
         """The queues that a replica may have a slot for, in the order of claiming, with the least busy such replica.
 
-        None while the store takes nothing: what is made then would have to wait in memory.
+        None while the store takes nothing, as what is made then would have to wait in memory; nor while that is full.
         """
         free: dict[str, Replica] = {}
-        if self._writes.refusal is not None:
+        if self._writes.refusal is not None or not self._lifecycle.memory.has_room:
             return free
         encoders = any(encoder.has_credit for encoder in self._replicas.of_stage("text_encoder"))
         for stage in CLAIMED_STAGES:

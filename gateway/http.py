@@ -19,6 +19,7 @@ from gateway.access import CallerRequests, Door
 from gateway.backlog import Backlog
 from gateway.config import GatewaySection
 from gateway.http_access import KeyCheck, Requests, requests_of
+from gateway.http_bodies import BodyCredits
 from gateway.http_content import CONTENT_ANSWERS, content_response
 from gateway.http_errors import Border, ErrorEnvelope, install, service_envelope
 from gateway.http_json import (
@@ -56,6 +57,8 @@ def create_app(door: Door, backlog: Backlog, config: GatewaySection) -> FastAPI:
     app = FastAPI(title="Lightloom", version="1", docs_url=None, redoc_url=None, responses=ERRORS)
     install(app)
     app.add_middleware(KeyCheck, door=door)
+    # Text, JSON and picture: a body that is parsed takes several times its bytes.
+    app.add_middleware(BodyCredits, max_bytes=config.max_held_bytes // 4)
     app.add_middleware(Border, max_body_bytes=config.max_body_bytes)
     _add_images(app)
     _add_requests(app, door.service)

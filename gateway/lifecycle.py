@@ -14,6 +14,7 @@ from collections.abc import Awaitable
 
 from gateway.checkpoints import Checkpoint, Checkpoints, drop_between_stages
 from gateway.config import GatewaySection
+from gateway.memory import Memory
 from gateway.replicas import Replica, Replicas
 from gateway.stage_calls import Decode, Feed, Latents, denoise
 from gateway.state import TERMINAL, Claim, State, queue_key
@@ -45,6 +46,7 @@ class Lifecycle:
     """Runs claims. `process` names this gateway in traces."""
 
     def __init__(self, state: State, replicas: Replicas, store: Store, config: GatewaySection, process: str) -> None:
+        self.memory = Memory(config.max_held_bytes)
         self._state = state
         self._replicas = replicas
         self._store = store
@@ -111,7 +113,7 @@ class Lifecycle:
     async def run(self, claim: Claim, replica: Replica) -> None:
         """Takes a claim through its stage, and through the VAE too when one is free. Never raises, but on cancel."""
         work = Work.of(claim)
-        with request_context(work.request_id, work.traceparent):
+        with request_context(work.request_id, work.traceparent), self.memory.held_by(work):
             beat = asyncio.create_task(self._keep_lease(work, asyncio.current_task()))
             try:
                 if claim.record.get("stage") == b"vae":
@@ -153,6 +155,8 @@ class Lifecycle:
             await progress.close()
             if decode is not None:
                 await decode.close()
+            # Whoever goes on with the request reads them from the store, while an error may still hold this frame.
+            latents.messages.clear()
 
     def _feed(self, work: Work, resume: Checkpoint | None) -> Feed:
         model = work.params.model
@@ -212,6 +216,7 @@ class Lifecycle:
 
     async def _hand_over(self, work: Work, latents: Latents, decode: Decode | None) -> None:
         """Keeps the latents and moves the request on to its VAE: the call that runs, or the queue."""
+        self.memory.learn(work, latents.nbytes)
         await self._store.put_latents(work.request_id, latents.messages, work.deadline_s)
         queue = queue_key("vae", self._replicas.component("vae", work.params.model))
         fields = work.fields(queue=queue)
@@ -232,7 +237,9 @@ class Lifecycle:
         except CorruptTensor as error:
             await self._denoise_again(work, error)
             return
-        decode = Decode(work, replica, Latents(latents, whole=True))
+        kept = Latents(latents, whole=True)
+        self.memory.learn(work, kept.nbytes)
+        decode = Decode(work, replica, kept)
         try:
             await self._finish(work, decode)
         finally:

@@ -1,7 +1,7 @@
 """How much a key may ask for: requests a minute and megapixel-steps an hour, counted in Redis for all gateways.
 
-`gateway/cost.py` says what a request costs. Both quotas are token buckets: full at first, refilled evenly over the window, by the clock of Redis. A request takes from both
-or from none.
+`gateway/cost.py` says what a request costs. Both quotas are token buckets: full at first, refilled evenly over the
+window, by the clock of Redis. A request takes from both or from none.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -96,7 +97,8 @@ class Replica:
         """For a claim. Redis knows what all gateways have claimed for it."""
         if self.facts is None:
             return Offer()
-        return Offer(self.facts.replica_id, self.facts.max_in_flight, set(self.batches))
+        max_cost = self.facts.max_cost or math.inf
+        return Offer(self.facts.replica_id, self.facts.max_in_flight, max_cost, set(self.batches))
 
     def serves(self, model: str) -> bool:
         """Whether it takes that model's requests."""

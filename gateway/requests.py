@@ -118,9 +118,9 @@ class RequestService:
             return request_id
         charge = megapixel_steps(resolved)
         await self._quotas.take(key, charge)
-        message = params_to_proto(resolved)
+        stored_params = params_to_proto(resolved).SerializeToString()
         fields: dict[str, str | bytes | float] = {
-            "params": message.SerializeToString(),
+            "params": stored_params,
             "body": body,
             "total": resolved.steps,
             "pixels": pixels(resolved),
@@ -128,7 +128,7 @@ class RequestService:
             "traceparent": new_traceparent(traceparent),
         }
         queue = queue_key("dit", self._replicas.component("dit", model))
-        ticket = self._ticket(resolved, limits, priority, key.tenant)
+        ticket = self._ticket(resolved, limits, priority, key.tenant, len(stored_params))
         try:
             stored = await self._dispatcher.submit(request_id, queue, ticket, fields)
         except Overloaded:
@@ -144,19 +144,22 @@ class RequestService:
             await self._repeats(request_id, body)
         return request_id
 
-    def _ticket(self, params: ResolvedParams, limits: Limits, priority: int, tenant: str) -> Ticket:
+    def _ticket(self, params: ResolvedParams, limits: Limits, priority: int, tenant: str, nbytes: int) -> Ticket:
         config = self._config
         return Ticket(
             priority=priority,
             tenant=tenant,
             weight=self._weights.get(tenant, 1.0),
             cost=cost_of(params, limits),
+            nbytes=nbytes,
             batch=batch_key(params, limits),
             timeout_s=config.request_timeout_s,
             keep_s=config.keep_s,
             age_s=config.age_s,
             max_queued=config.max_queued,
             max_queued_tenant=config.max_queued_tenant,
+            max_queued_cost=config.max_queued_cost,
+            max_queued_bytes=config.max_queued_bytes,
         )
 
     async def _repeats(self, request_id: str, body: str) -> bool:

@@ -38,7 +38,7 @@ class Latents:
     def __init__(self, messages: Sequence[bytes] = (), *, whole: bool = False) -> None:
         self.messages = list(messages)
         self.whole = whole
-        self._nbytes = 0
+        self.nbytes = sum(map(len, messages))
         self._grown = asyncio.Event()
 
     def add(self, message: bytes, frame: memoryview) -> None:
@@ -49,8 +49,8 @@ class Latents:
         """
         if self.whole:
             raise CorruptTensor("a tensor frame follows the end of the latents")
-        self._nbytes += len(message)
-        if self._nbytes > MAX_LATENTS_BYTES:
+        self.nbytes += len(message)
+        if self.nbytes > MAX_LATENTS_BYTES:
             raise CorruptTensor(f"the latents have more than {MAX_LATENTS_BYTES} bytes")
         self.messages.append(message)
         self.whole = is_end(frame)

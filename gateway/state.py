@@ -43,7 +43,7 @@ WATCH_TIMEOUT_S = 2.0
 RESULT_PATIENCE_S = 30.0
 MAX_RETRY_AFTER_S = 60.0
 SWEPT_AT_ONCE = 100
-QUEUE_FULL, TOO_LATE, TENANT_FULL = -1, -2, -3
+QUEUE_FULL, TOO_LATE, TENANT_FULL, WORK_FULL = -1, -2, -3, -4
 _TOO_LONG = error_to_proto(DeadlineExceeded("the request's deadline passed while it waited")).SerializeToString()
 # After so long without a message, the listener tells itself one; after as long again without it, it connects anew.
 SILENCE_S = 2.0
@@ -119,14 +119,15 @@ class State:
             lease_s: claims the request at once if nobody waits before it, and the offered replica has a slot.
 
         Raises:
-            Overloaded: too many wait, or too many of that tenant.
+            Overloaded: too many wait, or too many of that tenant, or too much work or too many bytes.
         """
         keys = [_request(request_id), queue, IDS, _events(request_id), _ids_of(ticket.tenant)]
-        terms = (ticket.keep_s, ticket.timeout_s, ticket.max_queued, ticket.max_queued_tenant)
+        bounds = (ticket.max_queued, ticket.max_queued_tenant, ticket.max_queued_cost, ticket.max_queued_bytes)
         lease = "" if lease_s is None else lease_s
-        flow = (ticket.priority_class, ticket.tenant)
-        before = (request_id, self._owner, *terms, *flow, lease, secrets.token_hex(8))
-        kept = {name: getattr(ticket, name) for name in ("priority", "weight", "cost", "batch", "age_s")}
+        size = (ticket.priority_class, ticket.tenant, ticket.cost, ticket.nbytes)
+        terms = (ticket.keep_s, ticket.timeout_s, *bounds, *size)
+        before = (request_id, self._owner, *terms, lease, secrets.token_hex(8))
+        kept = {name: getattr(ticket, name) for name in ("priority", "weight", "batch", "age_s")}
         end_s, stored = time.monotonic() + PATIENCE_S, TOO_LATE
         while stored == TOO_LATE:
             # Late while we still wait: this Redis has another clock than the one we knew. Now we know it.
@@ -137,7 +138,7 @@ class State:
             arguments = (*before, not_after, *_slots(offer or Offer()), *_flat(kept), *_flat(fields))
             now, stored, *rest = await self._scripts.run("submit", keys, *arguments)
             self._clock_ahead_s = float(now) - time.monotonic()
-        if stored in (QUEUE_FULL, TENANT_FULL):
+        if stored in (QUEUE_FULL, TENANT_FULL, WORK_FULL):
             raise _overloaded(ticket, stored, float(rest[0]))
         if rest:
             return bool(stored), Claim(request_id, int(rest[0]), record_of(rest[1]), queue, 0)
@@ -439,13 +440,16 @@ def _overloaded(ticket: Ticket, stored: int, drained_s: float) -> Overloaded:
     retry_after_s = min(max(drained_s, 1.0), MAX_RETRY_AFTER_S)
     if stored == QUEUE_FULL:
         return Overloaded(f"{ticket.max_queued} requests wait already: try again later", retry_after_s=retry_after_s)
+    if stored == WORK_FULL:
+        message = "the work that waits already is as much as the queue takes: try again later"
+        return Overloaded(message, retry_after_s=retry_after_s)
     message = f"{ticket.max_queued_tenant} of your requests wait already: try again when some have run"
     return Overloaded(message, retry_after_s=retry_after_s)
 
 
-def _slots(offer: Offer) -> tuple[str, int]:
-    """The set of the requests that a replica has, and how many it takes."""
-    return f"{PREFIX}:slots:{offer.replica_id}" if offer.replica_id else "", offer.max_in_flight
+def _slots(offer: Offer) -> tuple[str, int, float]:
+    """The key of the requests that a replica has, how many it takes, and of what cost."""
+    return f"{PREFIX}:slots:{offer.replica_id}" if offer.replica_id else "", offer.max_in_flight, offer.max_cost
 
 
 def _request(request_id: str) -> str:

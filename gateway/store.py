@@ -141,21 +141,23 @@ class Store:
             CorruptTensor: they are gone or cut short.
             ArtifactStoreDown: the store does not answer.
         """
+        messages: list[bytes] = []
+        rest, start, whole = b"", 0, False
+        while not whole:
+            chunk = await self._in_thread(self._read_latents, request_id, start)
+            rest = _split(rest + chunk, messages)
+            start += len(chunk)
+            whole = len(chunk) < CHUNK_BYTES
+        if rest:
+            raise CorruptTensor("the latents of the request are cut short")
+        return messages
+
+    def _read_latents(self, request_id: str, start: int) -> bytes:
+        """A piece: together they are as large as the latents, and they must not be in memory twice."""
         try:
-            data = await self._in_thread(self._objects.read, f"latents/{request_id}")
+            return self._objects.read(f"latents/{request_id}", start, start + CHUNK_BYTES)
         except FileNotFoundError as error:
             raise CorruptTensor("the latents of the request are gone") from error
-        messages, start = [], 0
-        while start < len(data):
-            if start + _LENGTH.size > len(data):
-                raise CorruptTensor("the latents of the request are cut short")
-            (length,) = _LENGTH.unpack_from(data, start)
-            start += _LENGTH.size
-            if start + length > len(data):
-                raise CorruptTensor("the latents of the request are cut short")
-            messages.append(data[start : start + length])
-            start += length
-        return messages
 
     async def checkpoints_of(self, request_id: str) -> list[str]:
         """Names of the checkpoints that owners of a request have kept among the latents so far."""
@@ -193,6 +195,19 @@ class Store:
 
     async def _in_thread(self, call: Callable[..., T], *arguments: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, call, *arguments)
+
+
+def _split(data: bytes, messages: list[bytes]) -> bytes:
+    """Takes the whole messages out of a piece of kept latents; returns what is left of it."""
+    start = 0
+    while start + _LENGTH.size <= len(data):
+        (length,) = _LENGTH.unpack_from(data, start)
+        end = start + _LENGTH.size + length
+        if end > len(data):
+            break
+        messages.append(data[start + _LENGTH.size : end])
+        start = end
+    return data[start:]
 
 
 def open_store(section: StoreSection) -> Store:

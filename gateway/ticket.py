@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -17,23 +18,28 @@ class Ticket:
         priority: below 0 is high, 0 normal, above 0 low; a class runs when none above it waits.
         tenant: shares fairly with the others of its class, by `weight` (above 0).
         cost: see `gateway.cost.cost_of`.
+        nbytes: what its parameters take in Redis.
         batch: see `batch_key`.
         timeout_s: from the submit to its deadline.
         keep_s: how long it is remembered after its deadline at least.
         age_s: after so long in a queue it moves up a class.
         max_queued, max_queued_tenant: it is refused when so many wait, or so many of its tenant.
+        max_queued_cost, max_queued_bytes: it is refused when it would be more than that with all that wait.
     """
 
     priority: int = 0
     tenant: str = ""
     weight: float = 1.0
     cost: float = 1.0
+    nbytes: int = 0
     batch: str = ""
     timeout_s: float = 3600.0
     keep_s: float = 86_400.0
     age_s: float = 300.0
     max_queued: int = 10_000
     max_queued_tenant: int = 10_000
+    max_queued_cost: float = math.inf
+    max_queued_bytes: float = math.inf
 
     @property
     def priority_class(self) -> int:
@@ -48,12 +54,14 @@ class Offer:
     Args:
         replica_id: as it describes itself; "" counts no slots.
         max_in_flight: requests that it takes at once, from all gateways.
+        max_cost: their cost, of all together; one larger request runs by itself.
         batches: the batch keys that it runs.
-        full: set when a claim found no slot.
+        full: set when a claim found no room.
     """
 
     replica_id: str = ""
     max_in_flight: int = 0
+    max_cost: float = math.inf
     batches: Collection[str] = ()
     full: bool = False
 

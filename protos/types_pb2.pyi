@@ -301,7 +301,7 @@ class DescribeRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class DescribeResponse(_message.Message):
-    __slots__ = ("protocol_version", "build", "stage", "replica_id", "component_id", "family", "variants", "models", "limits", "features", "device", "dtype", "world_size", "max_in_flight", "in_flight", "draining", "latent_rgb_fit")
+    __slots__ = ("protocol_version", "build", "stage", "replica_id", "component_id", "family", "variants", "models", "limits", "features", "device", "dtype", "world_size", "max_in_flight", "in_flight", "draining", "latent_rgb_fit", "max_cost")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     BUILD_FIELD_NUMBER: _ClassVar[int]
     STAGE_FIELD_NUMBER: _ClassVar[int]
@@ -319,6 +319,7 @@ class DescribeResponse(_message.Message):
     IN_FLIGHT_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
     LATENT_RGB_FIT_FIELD_NUMBER: _ClassVar[int]
+    MAX_COST_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     build: str
     stage: Stage
@@ -336,7 +337,8 @@ class DescribeResponse(_message.Message):
     in_flight: int
     draining: bool
     latent_rgb_fit: LatentRgbFit
-    def __init__(self, protocol_version: _Optional[int] = ..., build: _Optional[str] = ..., stage: _Optional[_Union[Stage, str]] = ..., replica_id: _Optional[str] = ..., component_id: _Optional[str] = ..., family: _Optional[str] = ..., variants: _Optional[_Iterable[str]] = ..., models: _Optional[_Iterable[str]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., features: _Optional[_Iterable[_Union[Feature, _Mapping]]] = ..., device: _Optional[str] = ..., dtype: _Optional[str] = ..., world_size: _Optional[int] = ..., max_in_flight: _Optional[int] = ..., in_flight: _Optional[int] = ..., draining: _Optional[bool] = ..., latent_rgb_fit: _Optional[_Union[LatentRgbFit, _Mapping]] = ...) -> None: ...
+    max_cost: float
+    def __init__(self, protocol_version: _Optional[int] = ..., build: _Optional[str] = ..., stage: _Optional[_Union[Stage, str]] = ..., replica_id: _Optional[str] = ..., component_id: _Optional[str] = ..., family: _Optional[str] = ..., variants: _Optional[_Iterable[str]] = ..., models: _Optional[_Iterable[str]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., features: _Optional[_Iterable[_Union[Feature, _Mapping]]] = ..., device: _Optional[str] = ..., dtype: _Optional[str] = ..., world_size: _Optional[int] = ..., max_in_flight: _Optional[int] = ..., in_flight: _Optional[int] = ..., draining: _Optional[bool] = ..., latent_rgb_fit: _Optional[_Union[LatentRgbFit, _Mapping]] = ..., max_cost: _Optional[float] = ...) -> None: ...
 
 class ErrorDetail(_message.Message):
     __slots__ = ("reason", "message", "request_id", "retryable", "retry_after_s", "param")

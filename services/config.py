@@ -36,7 +36,8 @@ MALLOC_SETTINGS = {
 class ServiceSection:
     """Where a stage service listens and how much it takes.
 
-    Units: timeouts in seconds. `max_in_flight` counts requests held at once, queued in the replica included.
+    Units: timeouts in seconds. `max_in_flight` counts requests held at once, queued in the replica included; `max_cost`
+    is what they may cost together (megapixel-steps times guidance branches, 0 for any): one larger request comes alone.
     `health_port` answers health checks alone, in plain text, for probes that have no client certificate.
     """
 
@@ -46,6 +47,7 @@ class ServiceSection:
     health_port: int = 0
     name: str = ""
     max_in_flight: int = 16
+    max_cost: float = 0.0
     drain_timeout_s: float = 30.0
     start_timeout_s: float = 1800.0
     hang_timeout_s: float = 60.0

@@ -228,6 +228,7 @@ class Front:
         description.replica_id = self._replica_id
         description.world_size = Degrees.of(self._config.parallel).world
         description.max_in_flight = self._config.service.max_in_flight
+        description.max_cost = self._config.service.max_cost
         description.in_flight = self.in_flight
         description.draining = self.draining
         return description

@@ -1,16 +1,17 @@
 -- KEYS: leases, fence, then queues. ARGV: owner, lease_s, error of those that come too late, then for each queue the
--- slots of the replica that would get the request, how many it has, and the batch keys that it runs (with spaces
--- between). Takes the request that is due in the first queue that has one, or one like those that run. Returns the
+-- slots of the replica that would get the request, how many it has, the cost that it takes, and the batch keys that it
+-- runs (with spaces between). Takes the request that is due in the first queue that has one, or one like those that run. Returns the
 -- queue's number, id, fence, how many requests the queues still hold and the hash, or an empty list; the ids that have
 -- expired; and the numbers of queues whose replica is full.
 local WINDOW, MOST_PASSED, MOST_EXPIRED = 32, 8, 100
 
 -- Affinity stays in the class and among the first 32, and passes no request over more than 8 times.
+-- Returns id, flow, and the ids that it passes over.
 local function choose(queue, running)
   local first = redis.call('ZRANGE', queue .. ':flows', 0, 0)[1]
   if not first then return nil end
   local due = redis.call('ZRANGE', queue .. ':f:' .. first, 0, 0)[1]
-  if not next(running) then return due, first end
+  if not next(running) then return due, first, {} end
   local next_class = string.format('(%.0f', (first:sub(1, 1) + 1) * CLASS)
   local flows = redis.call('ZRANGEBYSCORE', queue .. ':flows', '-inf', next_class, 'LIMIT', 0, WINDOW)
   local passed = {}
@@ -18,14 +19,13 @@ local function choose(queue, running)
     for _, id in ipairs(redis.call('ZRANGE', queue .. ':f:' .. flow, 0, math.floor(WINDOW / #flows) - 1)) do
       local request = redis.call('HMGET', '{ll}:req:' .. id, 'batch', 'passed')
       if running[request[1]] then
-        for _, other in ipairs(passed) do redis.call('HINCRBY', '{ll}:req:' .. other, 'passed', 1) end
-        return id, flow
+        return id, flow, passed
       end
-      if tonumber(request[2] or 0) >= MOST_PASSED then return due, first end
+      if tonumber(request[2] or 0) >= MOST_PASSED then return due, first, {} end
       passed[#passed + 1] = id
     end
   end
-  return due, first
+  return due, first, {}
 end
 
 -- Virtual time goes on to the start tag that is due, and finish tags that it has passed say nothing any more.
@@ -41,16 +41,20 @@ end
 
 local time, expired, full = now(), {}, {}
 for i = 3, #KEYS do
-  local queue, running, slots = KEYS[i], {}, ARGV[3 * i - 5]
-  for batch in ARGV[3 * i - 3]:gmatch('%S+') do running[batch] = true end
-  local open = has_slot(slots, ARGV[3 * i - 4])
-  if not open then full[#full + 1] = i - 3 end
+  local queue, running, slots, most, most_cost = KEYS[i], {}, unpack(ARGV, 4 * i - 8, 4 * i - 6)
+  for batch in ARGV[4 * i - 5]:gmatch('%S+') do running[batch] = true end
+  local open = has_room(slots, most, most_cost, 0)
   while open and #expired < MOST_EXPIRED do
-    local id, flow = choose(queue, running)
+    local id, flow, passed = choose(queue, running)
     if not id then break end
     local key = '{ll}:req:' .. id
-    local request = redis.call('HMGET', key, 'state', 'deadline', 'cost', 'weight')
-    if request[1] == 'queued' and tonumber(request[2]) > tonumber(time) then
+    local request = redis.call('HMGET', key, 'state', 'deadline', 'cost', 'weight', 'alone')
+    local runs = request[1] == 'queued' and tonumber(request[2]) > tonumber(time)
+    -- One that runs alone waits at the replica. Nothing smaller goes before one that has no room, or it would never run.
+    open = not runs or has_room(slots, most, most_cost, request[5] and 0 or request[3])
+    if not open then break end
+    if runs then
+      for _, other in ipairs(passed) do redis.call('HINCRBY', '{ll}:req:' .. other, 'passed', 1) end
       advance(queue, flow:sub(1, 1), time)
       leave(id, queue, flow, math.max(request[3] / request[4], LEAST_CHARGE))
       local fence, left = take(id, ARGV[1], ARGV[2], slots), 0
@@ -63,5 +67,6 @@ for i = 3, #KEYS do
       expired[#expired + 1] = id
     end
   end
+  if not open then full[#full + 1] = i - 3 end
 end
 return {{}, expired, full}

@@ -12,18 +12,23 @@ local function tell(id, sender, kind, ...)
   redis.call('PUBLISH', '{ll}:wake', 'e:' .. sender .. ':' .. id)
 end
 
--- Whether a replica, named by the set of the requests that it has from all gateways, takes one more: not beside one
--- that runs alone. That one may come while others are still there; the replica lets it begin when they have left.
-local function has_slot(slots, most)
-  return slots == '' or (redis.call('SCARD', slots) < tonumber(most) and redis.call('EXISTS', slots .. ':alone') == 0)
+-- Whether a replica takes one more request, of that cost. It is named by its slots: the requests that it has from all
+-- gateways -> their cost, without end for one that runs alone. Nothing new comes beside that one; it may come while
+-- others are still there, and the replica lets it begin when they have left. A replica without work takes any request.
+local function has_room(slots, most, most_cost, cost)
+  if slots == '' then return true end
+  local held, load = redis.call('ZRANGE', slots, 0, -1, 'WITHSCORES'), 0
+  for i = 2, #held, 2 do
+    if held[i] == 'inf' then return false end
+    load = load + held[i]
+  end
+  return #held / 2 < tonumber(most) and (load == 0 or load + cost <= tonumber(most_cost))
 end
 
 -- Ends a request's hold on its replica. Whatever ends a claim does it, so slots live as long as leases.
 local function free(id)
-  local slots, alone = unpack(redis.call('HMGET', '{ll}:req:' .. id, 'slots', 'alone'))
-  if not slots or slots == '' then return end
-  redis.call('SREM', slots, id)
-  if alone then redis.call('SREM', slots .. ':alone', id) end
+  local slots = redis.call('HGET', '{ll}:req:' .. id, 'slots')
+  if slots and slots ~= '' then redis.call('ZREM', slots, id) end
 end
 
 -- Gives a request to an owner, with a lease, a new fence, and a slot of its replica; returns the fence.
@@ -34,8 +39,8 @@ local function take(id, owner, lease_s, slots)
   redis.call('HINCRBYFLOAT', key, 'queued_s', tonumber(time) - tonumber(redis.call('HGET', key, 'updated')))
   redis.call('HSET', key, 'state', 'running', 'fence', fence, 'owner', owner, 'updated', time, 'slots', slots)
   if slots ~= '' then
-    redis.call('SADD', slots, id)
-    if redis.call('HEXISTS', key, 'alone') == 1 then redis.call('SADD', slots .. ':alone', id) end
+    local request = redis.call('HMGET', key, 'cost', 'alone')
+    redis.call('ZADD', slots, request[2] and 'inf' or request[1], id)
   end
   redis.call('HINCRBY', key, 'attempt', 1)
   redis.call('ZADD', '{ll}:leases', tonumber(time) + tonumber(lease_s), id)

@@ -5,6 +5,7 @@
 --   QUEUE:flows   flow -> start tag of its next request
 --   QUEUE:tags    flow with nothing waiting -> finish tag of its last request; class -> virtual time
 --   QUEUE:pace    when the last request was claimed, and the smoothed time between two claims
+--   QUEUE:load    cost of all requests here, and bytes that their parameters take
 --   {ll}:due      id -> when it expires or moves up a class, whichever is first
 -- An empty queue keeps nothing: nobody waits, so nobody has to be treated fairly.
 
@@ -17,7 +18,7 @@ local LEAST_CHARGE = 0.001
 -- Puts a request into a queue: behind older ones of its flow.
 local function enqueue(id, sender, queue)
   local request = redis.call('HMGET', '{ll}:req:' .. id,
-    'class', 'tenant', 'created', 'updated', 'deadline', 'age_s')
+    'class', 'tenant', 'created', 'updated', 'deadline', 'age_s', 'cost', 'bytes')
   local class, flow, due = request[1], request[1] .. ':' .. request[2], tonumber(request[5])
   if not redis.call('ZSCORE', queue .. ':flows', flow) then
     -- A finish tag that is still there is not behind virtual time.
@@ -27,6 +28,8 @@ local function enqueue(id, sender, queue)
   end
   redis.call('ZADD', queue .. ':f:' .. flow, request[3], id)
   redis.call('ZADD', queue, request[4], id)
+  redis.call('HINCRBYFLOAT', queue .. ':load', 'cost', request[7])
+  redis.call('HINCRBYFLOAT', queue .. ':load', 'bytes', request[8])
   if class ~= '0' then due = math.min(due, now() + request[6]) end
   redis.call('ZADD', '{ll}:due', due, id)
   redis.call('PUBLISH', '{ll}:wake', 'q:' .. sender .. ':')
@@ -39,9 +42,12 @@ local function leave(id, queue, flow, charge)
   redis.call('ZREM', line, id)
   redis.call('ZREM', queue, id)
   if redis.call('EXISTS', queue) == 0 then
-    redis.call('DEL', flows, tags, queue .. ':pace')
+    redis.call('DEL', flows, tags, queue .. ':pace', queue .. ':load')
     return
   end
+  local request = redis.call('HMGET', '{ll}:req:' .. id, 'cost', 'bytes')
+  redis.call('HINCRBYFLOAT', queue .. ':load', 'cost', '-' .. request[1])
+  redis.call('HINCRBYFLOAT', queue .. ':load', 'bytes', '-' .. request[2])
   local tag = redis.call('ZINCRBY', flows, charge, flow)
   if redis.call('EXISTS', line) == 0 then
     redis.call('ZREM', flows, flow)

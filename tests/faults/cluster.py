@@ -23,6 +23,8 @@ MODEL = "recording"
 HELD = ("in_flight", "rank_jobs")
 RESTART_EVERY_S = 0.1
 READY_TIMEOUT_S = 90.0
+# Two large pictures: a gateway with 64 MiB to grow in has them and what they need on their way.
+HELD_BYTES = 32 * 1024 * 1024
 # Gateways look at the address lists every second, and the new replica must have answered them.
 FOLLOW_S = 3.0
 
@@ -59,6 +61,7 @@ class FaultCluster:
         self._supervisor = threading.Thread(target=self._supervise, name="supervisor")
         self._make_stages(replicas, max_in_flight, modules or {})
         section = {"lease_s": self.lease_s, "checkpoint_every_s": 0.3, "max_attempts": 50, "max_queued": 100}
+        section |= {"max_held_bytes": HELD_BYTES}
         self._make_gateways(gateways, section | dict(gateway or {}), modules or {})
 
     def _make_stages(self, replicas: Mapping[str, int], max_in_flight: int, modules: Mapping[str, str]) -> None:

@@ -39,7 +39,7 @@ SCENARIOS: dict[str, Scenario] = {
     "F6 Redis killed": lambda run: deaths.killed_redis(run, requests=40, kills=3, away_s=5.0),
     "F8 worker cut off, F4 worker frozen": lambda run: network.silent_workers(run, requests=12),
     "F8 worker cut off one way": lambda run: network.silent_workers(run, requests=12, directions=("down",)),
-    "F9 bad line to the VAE": lambda run: network.bad_line_to_the_vae(run, pictures=3, bytes_per_s=8e6),
+    "F9 bad line to the VAE": lambda run: network.bad_line_to_the_vae(run, pictures=3, bytes_per_s=8e6, crowd=24),
     "F10 abort storm": lambda run: load.abort_storm(run, requests=200, within_s=5.0),
     "F11 flood": lambda run: load.flood(run, submits=1000),
     "F12 rolling restart": lambda run: deaths.rolling_restart(run, clients=8),

@@ -241,6 +241,33 @@ async def test_an_abort_reaches_the_owner_and_wins_over_a_result(two) -> None:
     assert await own.state.abort("nobody") is None
 
 
+async def test_a_queue_is_bounded_by_work_and_bytes(two) -> None:
+    own, _ = two
+    for bound in ({"max_queued_cost": 10.0}, {"max_queued_bytes": 10}):
+        name = next(iter(bound))
+        # An empty queue takes any request.
+        assert await own.submit(f"{name}-1", cost=11.0, nbytes=11, **bound)
+        with pytest.raises(Overloaded, match="work that waits already"):
+            await own.submit(f"{name}-2", cost=1.0, nbytes=1, **bound)
+        await own.state.abort(f"{name}-1")
+        assert await own.submit(f"{name}-3", cost=6.0, nbytes=6, **bound)
+        assert await own.submit(f"{name}-4", cost=4.0, nbytes=4, **bound)
+        for number in (3, 4):
+            await own.state.abort(f"{name}-{number}")
+
+
+async def test_a_replica_takes_no_more_work_than_it_says(two) -> None:
+    own, other = two
+    for name, cost in (("large", 12.0), ("small", 4.0), ("next", 5.0), ("last", 1.0)):
+        await own.submit(name, cost=cost)
+    offers = {DIT: Offer("replica", 8, 10.0)}
+    large = await own.state.claim((DIT,), LEASE_S, offers)
+    assert large.request_id == "large"
+    assert await other.state.claim((DIT,), LEASE_S, offers) is None and offers[DIT].full
+    await own.state.commit(large, "done", "", "", {})
+    assert [(await own.state.claim((DIT,), LEASE_S, offers)).request_id for _ in range(3)] == ["small", "next", "last"]
+
+
 async def test_a_crowd_shares_few_connections(two) -> None:
     own, _ = two
     before = len(await own.state._scripts.redis.client_list())

@@ -7,6 +7,7 @@ claim are small enough to be met often.
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 from dataclasses import dataclass, field
 
@@ -32,7 +33,7 @@ from services.errors import Overloaded
 DIT, VAE = queue_key("dit", "d"), queue_key("vae", "v")
 CLOCK = "{ll}:test:clock"
 WINDOW, MOST_PASSED, MAX_ATTEMPTS, LEASE_S, AGE_S = 4, 2, 2, 4.0, 5.0
-MAX_QUEUED, MAX_QUEUED_TENANT, SLOTS = 8, 5, 4
+MAX_QUEUED, MAX_QUEUED_TENANT, MAX_QUEUED_COST, MAX_QUEUED_BYTES, SLOTS, ROOM = 8, 5, 14.0, 30, 4, 6.0
 
 
 def scripted(name: str) -> str:
@@ -118,39 +119,44 @@ class Model:
         r.state, r.fence, r.attempt, r.lease = "running", self.fence, r.attempt + 1, self.now + LEASE_S
         r.has_slot = True
 
-    def full(self) -> bool:
+    def full(self, cost: float = 0.0) -> bool:
         there = [r for r in self.requests.values() if r.has_slot]
-        return len(there) >= SLOTS or any(r.alone for r in there)
+        load = sum(r.ticket.cost for r in there)
+        return len(there) >= SLOTS or any(r.alone for r in there) or bool(there) and load + cost > ROOM
 
-    def choose(self, name: str, running: set[str]) -> str:
+    def choose(self, name: str, running: set[str]) -> tuple[str, list[str]]:
         flows = sorted(self.queues[name].waiting, key=lambda f: (f[0], self.queues[name].waiting[f], f[1]))
         due, passed = self.line(name, flows[0])[0], []
         flows = [f for f in flows if f[0] == flows[0][0]]
         for flow in flows if running else ():
             for i in self.line(name, flow)[: WINDOW // len(flows)]:
                 if self.requests[i].ticket.batch in running:
-                    for other in passed:
-                        self.requests[other].passed += 1
-                    return i
+                    return i, passed
                 if self.requests[i].passed >= MOST_PASSED:
-                    return due
+                    return due, []
                 passed.append(i)
-        return due
+        return due, []
 
-    def claim(self, names: list[str], running: set[str]) -> tuple[str | None, list[str]]:
+    def claim(self, names: list[str], running: set[str]) -> tuple[str | None, list[str], bool]:
         expired: list[str] = []
-        for name in names if not self.full() else ():
+        full = self.full()
+        for name in names if not full else ():
             while self.line(name):
-                i = self.choose(name, running)
+                i, passed = self.choose(name, running)
                 r, queue = self.requests[i], self.queues[name]
                 if r.deadline > self.now:
+                    if self.full(0.0 if r.alone else r.ticket.cost):
+                        full = True
+                        break
+                    for other in passed:
+                        self.requests[other].passed += 1
                     queue.virtual[r.cls] = min(tag for flow, tag in queue.waiting.items() if flow[0] == r.cls)
                     self.leave(i, "running", r.ticket.cost / r.ticket.weight)
                     self.take(i)
-                    return i, expired
+                    return i, expired, full
                 self.leave(i, "expired")
                 expired.append(i)
-        return None, expired
+        return None, expired, full
 
     def sweep(self) -> list[str]:
         due = [i for i, r in self.requests.items() if r.state == "queued" and r.due <= self.now]
@@ -217,6 +223,7 @@ TERMS = {
     "priority": (0, 0, 1, -1),
     "tenant": ("a", "b"),
     "cost": (1.0, 3.0),
+    "nbytes": (1, 8),
     "batch": ("x", "y"),
     "timeout_s": (7.0, 60.0, 60.0),
 }
@@ -292,13 +299,18 @@ class Machine(RuleBasedStateMachine):
     @rule(terms=st.fixed_dictionaries({name: one(values) for name, values in TERMS.items()}), at_once=st.booleans())
     def submit(self, terms: dict, at_once: bool) -> None:
         bounds = {"age_s": AGE_S, "max_queued": MAX_QUEUED, "max_queued_tenant": MAX_QUEUED_TENANT}
+        bounds |= {"max_queued_cost": MAX_QUEUED_COST, "max_queued_bytes": MAX_QUEUED_BYTES}
         ticket = Ticket(**terms, **bounds, weight=2.0 if terms["tenant"] == "b" else 1.0)
         model, i = self.model, f"r{len(self.model.requests):03d}"
         waiting = model.line(DIT)
         own = [w for w in waiting if model.requests[w].ticket.tenant == ticket.tenant]
-        lease_s, at_once = LEASE_S if at_once else None, at_once and not waiting and not model.full()
-        call = self.state.submit(i, DIT, ticket, {"params": b"p"}, lease_s=lease_s, offer=Offer("replica", SLOTS))
-        if len(waiting) >= MAX_QUEUED or len(own) >= MAX_QUEUED_TENANT:
+        lease_s, at_once = LEASE_S if at_once else None, at_once and not waiting and not model.full(ticket.cost)
+        offer = Offer("replica", SLOTS, ROOM)
+        call = self.state.submit(i, DIT, ticket, {"params": b"p"}, lease_s=lease_s, offer=offer)
+        work = sum(model.requests[w].ticket.cost for w in waiting) + ticket.cost
+        nbytes = sum(model.requests[w].ticket.nbytes for w in waiting) + ticket.nbytes
+        too_much = bool(waiting) and (work > MAX_QUEUED_COST or nbytes > MAX_QUEUED_BYTES)
+        if len(waiting) >= MAX_QUEUED or len(own) >= MAX_QUEUED_TENANT or too_much:
             with pytest.raises(Overloaded):
                 self.run(call)
             return
@@ -325,9 +337,9 @@ class Machine(RuleBasedStateMachine):
     @rule(queues=one(ORDERS), running=one(RUNNING), times=st.integers(1, 4))
     def claim(self, queues: list[str], running: set[str], times: int) -> None:
         for _ in range(times):
-            offer, full = Offer("replica", SLOTS, running), self.model.full()
+            offer = Offer("replica", SLOTS, ROOM, running)
             claim = self.run(self.state.claim(queues, LEASE_S, dict.fromkeys(queues, offer)))
-            chosen, expired = self.model.claim(queues, running)
+            chosen, expired, full = self.model.claim(queues, running)
             assert offer.full == full
             assert (claim and claim.request_id, self.expired) == (chosen, expired)
             self.expired.clear()
@@ -371,16 +383,16 @@ class Machine(RuleBasedStateMachine):
             for i in model.requests:
                 pipe.hmget(f"{{ll}}:req:{i}", "state", "class", "fence", "attempt", "alone")
             pipe.zrange(DIT, 0, -1).zrange(VAE, 0, -1).zrange(LEASES, 0, -1)
-            pipe.smembers("{ll}:slots:replica").smembers("{ll}:slots:replica:alone").keys("{ll}:q:*")
-            *records, dit, vae, leases, slots, alone, keys = pipe.execute()
+            pipe.zrange("{ll}:slots:replica", 0, -1, withscores=True).keys("{ll}:q:*")
+            *records, dit, vae, leases, slots, keys = pipe.execute()
         assert records == [
             [r.state, str(r.cls), str(r.fence), str(r.attempt), "1" if r.alone else None]
             for r in model.requests.values()
         ]
         assert (set(dit), set(vae)) == (set(model.line(DIT)), set(model.line(VAE)))
         assert set(leases) == {i for i, r in model.requests.items() if r.lease is not None}
-        assert slots == {i for i, r in model.requests.items() if r.has_slot}
-        assert alone == {i for i, r in model.requests.items() if r.has_slot and r.alone}
+        there = {i: r for i, r in model.requests.items() if r.has_slot}
+        assert dict(slots) == {i: math.inf if r.alone else r.ticket.cost for i, r in there.items()}
         assert not [key for key in keys if not model.line(DIT if key.startswith(DIT) else VAE)]
 
 

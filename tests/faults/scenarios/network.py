@@ -11,6 +11,7 @@ from tests.faults.run import LARGE, LONG, Run
 from tests.faults.scenarios.deaths import note
 
 HEARD_NOTHING_S = 40.0
+CROWD_BYTES_PER_S = 40e6
 
 
 async def silent_workers(run: Run, requests: int, directions: tuple[str, ...] = ("up", "down")) -> History:
@@ -52,8 +53,10 @@ async def _elsewhere(run: Run, ids: set[str]) -> None:
             await asyncio.sleep(0.1)
 
 
-async def bad_line_to_the_vae(run: Run, pictures: int, bytes_per_s: float) -> History:
-    """F9: latents of 20 MiB over a slow line, reset inside the stream, and with one byte changed."""
+async def bad_line_to_the_vae(run: Run, pictures: int, bytes_per_s: float, crowd: int) -> History:
+    """F9: latents of 20 MiB over a slow line, reset inside the stream, and with one byte changed; then `crowd` more at
+    once over a less slow one.
+    """
     [vae] = run.cluster.of("vae")
     with run.cluster.behind_proxy(vae.name) as proxy:
         proxy.slow(delay_s=0.05, bytes_per_s=bytes_per_s)
@@ -65,9 +68,11 @@ async def bad_line_to_the_vae(run: Run, pictures: int, bytes_per_s: float) -> Hi
                 elif number % 3 == 1:
                     proxy.flip_after("up", run.random.randrange(2_000_000, 15_000_000))
                 await task
+            proxy.slow(delay_s=0.05, bytes_per_s=CROWD_BYTES_PER_S)
+            await asyncio.gather(*run.start([LARGE] * crowd))
         proxy.slow()
         history = await run.finish()
     begun = history.of_workers("begin")
     transfers = [line for name in history.accepted for line in begun[name] if line["replica"] == vae.name]
-    run.measured["transfers_repeated"] = float(len(transfers) - pictures)
+    run.measured["transfers_repeated"] = float(len(transfers) - pictures - crowd)
     return history
