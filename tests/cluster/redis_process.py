@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import ssl
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import redis
@@ -14,6 +14,8 @@ import redis
 from lightloom.redis_server import find_server
 from tests.cluster.running import wait_for
 from tests.cluster.stage_process import free_port
+
+SERVICE = "lightloom"
 
 
 class RedisProcess:
@@ -62,6 +64,50 @@ def _answers(port: int) -> bool:
     except redis.RedisError:
         return False
     return True
+
+
+class Sentinels:
+    """A primary, its replicas and the Sentinels that watch them."""
+
+    def __init__(self, servers: Sequence[RedisProcess], guards: Sequence[RedisProcess]) -> None:
+        self._servers = {server.port: server for server in servers}
+        self._guards = guards
+
+    @property
+    def sentinel_url(self) -> str:
+        """For a gateway."""
+        hosts = ",".join(f"127.0.0.1:{guard.port}" for guard in self._guards)
+        return f"sentinel://{hosts}/{SERVICE}"
+
+    @property
+    def primary(self) -> RedisProcess:
+        """The server that the Sentinels name now."""
+        return self._servers[int(self._guards[0].admin().sentinel_master(SERVICE)["port"])]
+
+    def in_step(self) -> bool:
+        """Whether every Sentinel knows all others and all replicas."""
+        facts = [guard.admin().sentinel_master(SERVICE) for guard in self._guards]
+        others, replicas = len(self._guards) - 1, len(self._servers) - 1
+        return all((fact["num-other-sentinels"], fact["num-slaves"]) == (others, replicas) for fact in facts)
+
+
+@contextlib.contextmanager
+def sentinels(folder: Path) -> Iterator[Sentinels]:
+    """A primary, two replicas and three Sentinels, in step."""
+    with contextlib.ExitStack() as stack:
+        primary = stack.enter_context(redis_process(folder / "0", "repl-diskless-sync-delay 0"))
+        follow = (f"replicaof 127.0.0.1 {primary.port}", "repl-diskless-sync-delay 0")
+        replicas = [stack.enter_context(redis_process(folder / str(index), *follow)) for index in (1, 2)]
+        wait_for(lambda: all(r.admin().info("replication")["master_link_status"] == "up" for r in replicas), 30)
+        watch = (
+            f"sentinel monitor {SERVICE} 127.0.0.1 {primary.port} 2",
+            f"sentinel down-after-milliseconds {SERVICE} 1000",
+            f"sentinel failover-timeout {SERVICE} 5000",
+        )
+        guards = [stack.enter_context(redis_process(folder / f"s{index}", *watch, sentinel=True)) for index in range(3)]
+        found = Sentinels((primary, *replicas), guards)
+        wait_for(found.in_step, 60)
+        yield found
 
 
 class Relay:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-import re
 import shutil
 import ssl
 import subprocess
@@ -20,7 +19,7 @@ import redis
 from lightloom.doctor import examine
 from tests.cluster.certificates import new_authority
 from tests.cluster.gateway_process import ROOT, GatewayProcess, gateway
-from tests.cluster.redis_process import RedisProcess, Relay, redis_process
+from tests.cluster.redis_process import RedisProcess, Relay, redis_process, sentinels
 from tests.cluster.running import RunningCluster, wait_for
 
 PASSWORD = "hunter@2/secret"
@@ -150,42 +149,16 @@ def _tls_lives(folder: Path, port: int, files: dict[str, str], stages: dict[str,
         wait_for(lambda: "certificate verify failed" in running.log.read_text(), 20)
 
 
-@contextlib.contextmanager
-def sentinels(folder: Path) -> Iterator[tuple[dict[int, RedisProcess], str]]:
-    """A primary, two replicas and three Sentinels, in step; the servers by port, and the URL."""
-    with contextlib.ExitStack() as stack:
-        primary = stack.enter_context(redis_process(folder / "0", "repl-diskless-sync-delay 0"))
-        follow = (f"replicaof 127.0.0.1 {primary.port}", "repl-diskless-sync-delay 0")
-        replicas = [stack.enter_context(redis_process(folder / str(index), *follow)) for index in (1, 2)]
-        wait_for(lambda: all(r.admin().info("replication")["master_link_status"] == "up" for r in replicas), 30)
-        watch = (
-            f"sentinel monitor lightloom 127.0.0.1 {primary.port} 2",
-            "sentinel down-after-milliseconds lightloom 1000",
-            "sentinel failover-timeout lightloom 5000",
-        )
-        guards = [stack.enter_context(redis_process(folder / f"s{index}", *watch, sentinel=True)) for index in range(3)]
-
-        def in_step() -> bool:
-            facts = [guard.admin().sentinel_master("lightloom") for guard in guards]
-            return all(fact["num-other-sentinels"] == 2 and fact["num-slaves"] == 2 for fact in facts)
-
-        wait_for(in_step, 60)
-        hosts = ",".join(f"127.0.0.1:{guard.port}" for guard in guards)
-        yield {server.port: server for server in (primary, *replicas)}, f"sentinel://{hosts}/lightloom"
-
-
 @pytest.mark.parametrize("how", ["killed", "frozen"])
 def test_requests_go_on_after_a_sentinel_failover(stages, tmp_path, how) -> None:
-    with sentinels(tmp_path / "redis") as (servers, url), gateway(tmp_path / "g", url, stages) as running:
+    with sentinels(tmp_path / "redis") as guarded, gateway(tmp_path / "g", guarded.sentinel_url, stages) as running:
         live_whole_lives(running)
         before = make(running, steps=100)
         wait_for(lambda: state(running, before) == "running", 60)
-        guards = re.findall(r"127\.0\.0\.1:(\d+)", url)
-        asked = redis.Redis(port=int(guards[0]), decode_responses=True)
-        old = int(asked.sentinel_master("lightloom")["port"])
-        process = psutil.Process(servers[old].process.pid)
+        old = guarded.primary
+        process = psutil.Process(old.process.pid)
         process.kill() if how == "killed" else process.suspend()
-        wait_for(lambda: running.health() == 200 and int(asked.sentinel_master("lightloom")["port"]) != old, 60)
+        wait_for(lambda: running.health() == 200 and guarded.primary is not old, 60)
         wait_for(lambda: _accepted(running), 60)
         wait_for(lambda: state(running, before) == "done", 90)
         live_whole_lives(running)

@@ -41,23 +41,34 @@ class Violation:
 
 
 def check(
-    history: History, *, may_fail: Collection[str] = (), reference: dict[str, str] | None = None
+    history: History,
+    *,
+    may_fail: Collection[str] = (),
+    may_be_lost: bool = False,
+    reference: dict[str, str] | None = None,
 ) -> list[Violation]:
     """All that is broken.
 
     Args:
         may_fail: prompts whose requests may end as FAILED.
+        may_be_lost: what the state store has acknowledged may be gone: such requests must only end well. Whatever an
+            owner did whose claim is gone is nobody's then.
         reference: sha256 by recipe, of a run without faults; of this run's own pictures when left out.
     """
     found = [Violation("I5", "", left) for left in history.final["left"]]
     begun, steps = history.of_workers("begin"), history.of_workers("step")
+    lost = lost_writes(history)
     aborted = {line["id"] for line in history.clients if line["kind"] == "invoke" and line["op"] == "abort"}
     for request_id, accepted in history.accepted.items():
         request = history.final["requests"][request_id]
         allowed = {"done"} | ({"cancelled"} if request_id in aborted else set())
         allowed |= {"failed"} if accepted["recipe"]["prompt"] in may_fail else set()
+        if may_be_lost and request_id in lost:
+            found += [Violation("I1", request_id, message) for message in _one_end(request, allowed)]
+            continue
         checks = (
             ("I1", _one_end(request, allowed)),
+            ("I1", _lost(lost.get(request_id, 0))),
             ("I2", _artifact(request_id, request, history.final["artifacts"])),
             ("I3", _fences(begun.get(request_id, []), steps.get(request_id, []))),
             ("I3", _commit(request, begun.get(request_id, []))),
@@ -65,8 +76,24 @@ def check(
             ("I6", _late_steps(request, steps.get(request_id, []))),
         )
         found += [Violation(name, request_id, message) for name, messages in checks for message in messages]
-    found += _clients(history)
+    found += [broken for broken in _clients(history) if not (may_be_lost and broken.request_id in lost)]
     return found + list(_same_bytes(history, reference or {}))
+
+
+def lost_writes(history: History) -> dict[str, int]:
+    """By request: events that a client has seen and that are not in its stream, and times that nobody knew of it."""
+    found: dict[str, int] = {}
+    for line in history.clients:
+        stored = history.final["requests"].get(line.get("id", ""), {"events": ()})["events"]
+        seen = line["kind"] == "event" and all(line["event"] != event["id"] for event in stored)
+        if seen or line["kind"] == "lost":
+            found[line["id"]] = found.get(line["id"], 0) + 1
+    return found
+
+
+def _lost(writes: int) -> Iterator[str]:
+    if writes:
+        yield f"{writes} acknowledged writes are gone"
 
 
 def _statuses(request: Line) -> list[Line]:

@@ -19,6 +19,8 @@ from tests.faults.history import Recorder
 TERMINAL = ("done", "failed", "cancelled", "expired")
 PATIENCE_S = 90.0
 RETRY_S = 0.1
+# Instead of a state: it was accepted, and nobody knows of it any more.
+LOST = "lost"
 # A call that a gateway does not answer in this time is a hang.
 ANSWER_S = 20.0
 # Silence on an event stream after which a client asks another gateway.
@@ -85,7 +87,7 @@ class Clients:
         return ""
 
     async def follow(self, request_id: str, *, gateway: int = 0) -> str:
-        """Every event until the end, resumed at another gateway when a stream breaks; the state it ended in."""
+        """Every event until the end, resumed at another gateway when a stream breaks. Its end, or LOST."""
         last, state = "", ""
         end_s = asyncio.get_running_loop().time() + 2 * PATIENCE_S
         for attempt in itertools.count(gateway):
@@ -93,6 +95,9 @@ class Clients:
             headers = {"Last-Event-ID": last} if last else {}
             try:
                 async with self._http.stream("GET", url, headers=headers, timeout=QUIET_S) as answer:
+                    if answer.status_code == 404:
+                        self._recorder.write("lost", id=request_id)
+                        return LOST
                     if answer.status_code == 200:
                         name = ""
                         async for line in answer.aiter_lines():
@@ -132,11 +137,13 @@ class Clients:
         return ""
 
     async def run(self, recipe: Recipe, *, gateway: int = 0) -> str:
-        """Submits, follows and fetches; the state it ended in."""
-        request_id = await self.submit(recipe, gateway=gateway)
-        if not request_id:
-            return ""
-        state = await self.follow(request_id, gateway=gateway)
+        """Submits, follows and fetches; the state it ended in. One that was lost is submitted again, under its key."""
+        key, state = f"{self._name}-{next(self._numbers)}", LOST
+        while state == LOST:
+            request_id = await self.submit(recipe, gateway=gateway, key=key)
+            if not request_id:
+                return ""
+            state = await self.follow(request_id, gateway=gateway)
         if state == "done":
             await self.fetch(request_id, gateway=gateway)
         return state

@@ -14,6 +14,7 @@ import psutil
 
 from lightloom.launcher import free_port
 from lightloom.redis_server import RedisServer, start_redis
+from tests.cluster.redis_process import Sentinels
 from tests.cluster.running import figures, wait_for
 from tests.faults.history import History, Line, Recorder, read_lines
 from tests.faults.processes import Process
@@ -36,6 +37,7 @@ class FaultCluster:
         replicas: processes a stage.
         gateway: changes to the gateways' section.
         modules: what to run instead of the usual modules, by process name.
+        sentinels: servers that the gateways find through Sentinels, instead of a Redis of its own.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class FaultCluster:
         gateway: Mapping[str, Any] | None = None,
         max_in_flight: int = 4,
         modules: Mapping[str, str] | None = None,
+        sentinels: Sentinels | None = None,
     ) -> None:
         self.folder = folder
         self.lease_s = 2.0
@@ -55,7 +58,9 @@ class FaultCluster:
         self.processes: dict[str, Process] = {}
         self.proxies: dict[str, Proxy] = {}
         self._addresses: dict[str, str] = {}
+        self.sentinels = sentinels
         self._redis_wanted = True
+        self._redis_port = free_port()
         self._network = Network()
         self._stopping = threading.Event()
         self._supervisor = threading.Thread(target=self._supervise, name="supervisor")
@@ -84,19 +89,22 @@ class FaultCluster:
             self._write_addresses(stage)
 
     def _make_gateways(self, count: int, section: Mapping[str, Any], modules: Mapping[str, str]) -> None:
-        self._redis_port = free_port()
+        url = self.sentinels.sentinel_url if self.sentinels else f"redis://127.0.0.1:{self._redis_port}/0"
         stages = {name.rpartition("-")[0] for name in self._addresses}
         for name in (f"gateway-{index}" for index in range(count)):
             table = {
                 "gateway": {"name": name, "http_port": free_port(), "grpc_port": free_port(), **section},
-                "redis": {"url": f"redis://127.0.0.1:{self._redis_port}/0"},
+                "redis": {"url": url},
                 "store": {"path": str(self.store)},
                 "stages": {stage: f"file:{self.folder / stage}.addresses" for stage in stages},
             }
             self.processes[name] = Process(name, modules.get(name, "gateway"), self.folder, table, self.recorder)
 
     def __enter__(self) -> FaultCluster:
-        self.redis = start_redis(self.folder / "redis", port=self._redis_port)
+        if self.sentinels is None:
+            self.redis = start_redis(self.folder / "redis", port=self._redis_port)
+        else:
+            self.redis = RedisServer(self.redis_url)
         self._supervisor.start()
         for process in self.processes.values():
             process.wanted = True
@@ -125,6 +133,11 @@ class FaultCluster:
     def store(self) -> Path:
         """The artifact store."""
         return self.folder / "store"
+
+    @property
+    def redis_url(self) -> str:
+        """Of the server that holds the state now."""
+        return f"redis://127.0.0.1:{self.sentinels.primary.port if self.sentinels else self._redis_port}/0"
 
     @property
     def urls(self) -> list[str]:
@@ -171,6 +184,14 @@ class FaultCluster:
         self.recorder.write("fault", what="kill", name="redis", pid=self.redis.process.pid)
         self.redis.process.kill()
         self.redis.process.wait()
+
+    def kill_primary(self) -> None:
+        """SIGKILL to the primary that the Sentinels name. It stays dead."""
+        assert self.sentinels is not None
+        process = self.sentinels.primary.process
+        self.recorder.write("fault", what="kill", name="primary", pid=process.pid)
+        process.kill()
+        process.wait()
 
     def revive_redis(self) -> None:
         """The supervisor starts it again, on its port and with its log."""

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.cluster.redis_process import sentinels
 from tests.faults.cluster import FaultCluster
 from tests.faults.run import reference_of
 
@@ -32,6 +33,13 @@ def poisoned_cluster(here, tmp_path):
     """One denoiser, which has all requests at once, and the usual number of attempts."""
     replicas = {"text_encoder": 1, "dit": 1, "vae": 1}
     with FaultCluster(tmp_path, replicas, gateway={"max_attempts": 3}, max_in_flight=8) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def sentinel_cluster(here, tmp_path):
+    """Its Redis has two replicas and three Sentinels."""
+    with sentinels(tmp_path / "redis") as servers, FaultCluster(tmp_path, REPLICAS, sentinels=servers) as cluster:
         yield cluster
 
 

@@ -32,7 +32,7 @@ async def settled(cluster: FaultCluster, timeout_s: float) -> float:
 
 def leftovers(cluster: FaultCluster) -> list[str]:
     """Leases, queue entries, slots, jobs, files under way and orphaned processes. Empty when all is well."""
-    with redis.Redis.from_url(cluster.redis.url) as store:
+    with redis.Redis.from_url(cluster.redis_url) as store:
         leases = [f"lease of {member.decode()}" for member in store.zrange(LEASES, 0, -1)]
         queues = store.scan_iter(f"{PREFIX}:q:*")
         waiting = [f"{key.decode()}: {member.decode()}" for key in queues for member in _members(store, key)]

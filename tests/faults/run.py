@@ -76,7 +76,7 @@ class Run:
         return [line for line in lines if line["kind"] == "begin"]
 
     def _records(self, ids: Iterable[str], *fields: str) -> dict[str, list[bytes]]:
-        with redis.Redis.from_url(self.cluster.redis.url) as store:
+        with redis.Redis.from_url(self.cluster.redis_url) as store:
             return {name: store.hmget(f"{PREFIX}:req:{name}", *fields) for name in ids}
 
     async def finish(self) -> History:
@@ -84,7 +84,7 @@ class Run:
         self.measured["settled_s"] = await settled(self.cluster, SETTLE_S)
         left = await asyncio.to_thread(leftovers, self.cluster)
         final = await asyncio.to_thread(
-            collect, self.cluster.redis.url, self.cluster.store, dict.fromkeys(self.accepted()), left
+            collect, self.cluster.redis_url, self.cluster.store, dict.fromkeys(self.accepted()), left
         )
         return self.cluster.history(self._file, final)
 

@@ -16,8 +16,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
+from tests.cluster.redis_process import sentinels
 from tests.faults.aborter import Aborter
 from tests.faults.checker import Violation, check
 from tests.faults.cluster import FaultCluster
@@ -30,6 +33,7 @@ from tests.faults.scenarios import deaths, load, network
 REPLICAS = {"text_encoder": 1, "dit": 3, "vae": 1}
 CLIENTS = 8
 PAUSE_S = (2.0, 5.0)
+FAILOVER = "F7 Sentinel failover"
 Scenario = Callable[[Run], Awaitable[History]]
 SCENARIOS: dict[str, Scenario] = {
     "F1 worker killed": lambda run: deaths.killed_workers(run, requests=60, kills=20),
@@ -136,36 +140,50 @@ async def break_a_line(cluster: FaultCluster, chance: random.Random) -> None:
 FAULTS = (break_a_line, kill_worker, kill_rank, kill_gateway, stop_a_process, freeze_a_process, kill_redis)
 
 
-async def soak(
-    folder: Path, duration_s: float, seed: int, only: str = ""
-) -> tuple[dict[str, dict[str, float]], list[Violation]]:
-    """What every part measured, and what the checker found. With `only`, the scenarios whose names begin so."""
-    measured: dict[str, dict[str, float]] = {}
-    found: list[Violation] = []
-    end_s = time.monotonic() + duration_s
-    with FaultCluster(folder, REPLICAS) as cluster:
-        reference = await reference_of(cluster)
+@dataclass(slots=True)
+class Soak:
+    """What every part measured, and what the checker found."""
 
-        async def part(name: str, scenario: Scenario) -> None:
-            started_s = time.monotonic()
-            await asyncio.to_thread(cluster.until_ready)
-            async with Run(cluster, name.partition(" ")[0] + str(len(measured)), seed) as run:
-                history = await scenario(run)
-            run.measured["requests"] = float(len(history.accepted))
-            run.measured["took_s"] = time.monotonic() - started_s
-            measured[name] = run.measured
-            broken = check(history, reference=reference, may_fail={POISON})
-            found.extend(broken)
-            print_part(name, run.measured, broken)
+    seed: int
+    measured: dict[str, dict[str, float]] = field(default_factory=dict)
+    found: list[Violation] = field(default_factory=list)
 
-        for name, scenario in SCENARIOS.items():
-            if name.startswith(only):
-                await part(name, scenario)
-        if only:
-            return measured, found
-        with cluster.behind_proxy("dit-2"), cluster.behind_proxy("vae-0"):
-            await part("random faults", lambda run: random_faults(run, max(10.0, end_s - time.monotonic())))
-    return measured, found
+    async def part(
+        self, cluster: FaultCluster, reference: dict[str, str], name: str, scenario: Scenario, **may: bool
+    ) -> None:
+        """Runs a scenario; `may` is for the checker."""
+        started_s = time.monotonic()
+        await asyncio.to_thread(cluster.until_ready)
+        async with Run(cluster, name.partition(" ")[0] + str(len(self.measured)), self.seed) as run:
+            history = await scenario(run)
+        run.measured["requests"] = float(len(history.accepted))
+        run.measured["took_s"] = time.monotonic() - started_s
+        self.measured[name] = run.measured
+        broken = check(history, reference=reference, may_fail={POISON}, **may)
+        self.found.extend(broken)
+        print_part(name, run.measured, broken)
+
+    async def run(self, folder: Path, duration_s: float, only: str) -> None:
+        """All parts; with `only`, the scenarios whose names begin so."""
+        end_s = time.monotonic() + duration_s
+        if FAILOVER.startswith(only):
+            await self._failover(folder / "failover")
+        with FaultCluster(folder, REPLICAS) as cluster:
+            reference = await reference_of(cluster)
+            for name, scenario in SCENARIOS.items():
+                if name.startswith(only):
+                    await self.part(cluster, reference, name, scenario)
+            if only:
+                return
+            with cluster.behind_proxy("dit-2"), cluster.behind_proxy("vae-0"):
+                rest_s = max(10.0, end_s - time.monotonic())
+                await self.part(cluster, reference, "random faults", lambda run: random_faults(run, rest_s))
+
+    async def _failover(self, folder: Path) -> None:
+        with sentinels(folder / "redis") as servers, FaultCluster(folder, REPLICAS, sentinels=servers) as cluster:
+            reference = await reference_of(cluster)
+            scenario = partial(deaths.failed_over_redis, requests=24)
+            await self.part(cluster, reference, FAILOVER, scenario, may_be_lost=True)
 
 
 def print_part(name: str, measured: dict[str, float], broken: list[Violation]) -> None:
@@ -186,12 +204,13 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file to keep the figures in")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        measured, found = asyncio.run(soak(args.keep or Path(folder), args.duration, args.seed, args.only))
-    facts = {"seed": args.seed, "cores": os.cpu_count(), "broken": len(found), "measured": measured}
+        soak = Soak(args.seed)
+        asyncio.run(soak.run(args.keep or Path(folder), args.duration, args.only))
+    facts = {"seed": args.seed, "cores": os.cpu_count(), "broken": len(soak.found), "measured": soak.measured}
     if args.json:
         args.json.write_text(json.dumps(facts, indent=2) + "\n")
-    print(f"{len(found)} invariants broken")
-    sys.exit(bool(found))
+    print(f"{len(soak.found)} invariants broken")
+    sys.exit(bool(soak.found))
 
 
 if __name__ == "__main__":

@@ -89,6 +89,14 @@ def make_other_bytes(history: History) -> None:
     history.final["artifacts"]["r.3"] = {"sha256": "bb", "manifest": "bb"}
 
 
+def lose_what_was_acknowledged(history: History) -> None:
+    history.final["requests"]["r"]["events"].pop(1)
+
+
+def forget_it(history: History) -> None:
+    history.clients.append({"t": 1.0, "kind": "lost", "id": "r"})
+
+
 def miss_an_event(history: History) -> None:
     del history.clients[4]
 
@@ -101,6 +109,8 @@ def test_a_sound_history_passes():
     ("invariant", "break_it"),
     [
         ("I1", lose),
+        ("I1", lose_what_was_acknowledged),
+        ("I1", forget_it),
         ("I1", end_twice),
         ("I1", cancel_unasked),
         ("I2", keep_two_files),
@@ -118,3 +128,12 @@ def test_what_is_wrong_is_found(invariant: str, break_it: Callable[[History], No
     history = copy.deepcopy(sound())
     break_it(history)
     assert invariant in {violation.invariant for violation in check(history, reference={"a cat/1/2/64": "aa"})}
+
+
+@pytest.mark.parametrize("lose_it", [lose_what_was_acknowledged, forget_it])
+def test_what_a_failover_may_lose_must_end_well_all_the_same(lose_it: Callable[[History], None]):
+    history = copy.deepcopy(sound())
+    lose_it(history)
+    assert check(history, may_be_lost=True) == []
+    history.final["requests"]["r"]["state"] = "running"
+    assert {violation.invariant for violation in check(history, may_be_lost=True)} == {"I1"}

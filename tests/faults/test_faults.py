@@ -53,6 +53,13 @@ async def test_f6_killed_redis(cluster, reference):
     assert run.measured["refused_s_max"] < 2.0 + LOADED_S
 
 
+async def test_f7_a_sentinel_failover(sentinel_cluster, reference):
+    async with Run(sentinel_cluster, "f7", 1) as run:
+        history = await deaths.failed_over_redis(run, requests=16)
+    assert check(history, reference=reference, may_be_lost=True) == []
+    assert run.measured["writes_back_s"] < 5.0 + LOADED_S
+
+
 async def test_f8_and_f4_silent_workers(cluster, reference):
     async with Run(cluster, "f8", 1) as run:
         history = await network.silent_workers(run, requests=9)

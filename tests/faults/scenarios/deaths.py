@@ -9,6 +9,7 @@ import time
 
 import httpx
 
+from tests.faults.checker import lost_writes
 from tests.faults.clients import Recipe
 from tests.faults.history import History
 from tests.faults.measures import adopted_s, extra_steps, requeued_s
@@ -129,6 +130,23 @@ async def killed_redis(run: Run, requests: int, kills: int, away_s: float) -> Hi
     await asyncio.gather(*tasks)
     history = await run.finish()
     note(run, "refused_s", refused)
+    return history
+
+
+async def failed_over_redis(run: Run, requests: int) -> History:
+    """F7: SIGKILL to the primary; the Sentinels make a replica the new one."""
+    tasks = run.start(run.recipes(LONG, requests))
+    await _owned(run, run.cluster.of("gateway")[0].name, 2)
+    await asyncio.to_thread(run.cluster.kill_primary)
+    since_s = time.monotonic()
+    recipe = run.random.choice(SHORT)
+    # Of the new primary, through the gateways: nothing is written before it is there.
+    first = await run.clients.submit(recipe)
+    run.measured["writes_back_s"] = time.monotonic() - since_s
+    tasks.append(asyncio.create_task(run.clients.follow(first)))
+    await asyncio.gather(*tasks)
+    history = await run.finish()
+    run.measured["lost_writes"] = float(sum(lost_writes(history).values()))
     return history
 
 
