@@ -190,6 +190,8 @@ async def _wait_all(requests: CallerRequests, ids: list[str], request: Request) 
         watched: set[asyncio.Future[Any]] = {waits, gone}
         await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
         if not waits.done():
+            # Before the waits have ended: nothing may stand between a client that leaves and its abort.
+            await asyncio.shield(_abort_all(requests, ids))
             raise Cancelled("the client left")
         return await waits
     finally:

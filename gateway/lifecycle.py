@@ -116,20 +116,24 @@ class Lifecycle:
         with request_context(work.request_id, work.traceparent), self.memory.held_by(work):
             beat = asyncio.create_task(self._keep_lease(work, asyncio.current_task()))
             try:
-                if claim.record.get("stage") == b"vae":
-                    await self._decode_stored(work, replica)
-                else:
-                    await self._denoise(work, replica)
+                await self._run_stage(work, replica)
             except asyncio.CancelledError:
                 await asyncio.shield(self._cancelled(work))
-            except ServiceError as error:
-                await self._give_up(work, replica, error)
-            except Exception as error:  # noqa: BLE001 - a bug fails its request, not the gateway
-                await self._give_up(work, replica, internal_error(error, work.request_id))
             finally:
                 beat.cancel()
                 with contextlib.suppress(asyncio.CancelledError):
                     await beat
+
+    async def _run_stage(self, work: Work, replica: Replica) -> None:
+        try:
+            if work.claim.record.get("stage") == b"vae":
+                await self._decode_stored(work, replica)
+            else:
+                await self._denoise(work, replica)
+        except ServiceError as error:
+            await self._give_up(work, replica, error)
+        except Exception as error:  # noqa: BLE001 - a bug fails its request, not the gateway
+            await self._give_up(work, replica, internal_error(error, work.request_id))
 
     async def _denoise(self, work: Work, replica: Replica) -> None:
         start_ns = time.time_ns()

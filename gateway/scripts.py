@@ -37,6 +37,17 @@ def source(name: str) -> str:
     return "".join((FOLDER / f"{part}.lua").read_text() for part in ("common", "queue", name))
 
 
+def heed_cancel() -> None:
+    """A cancel that meets an answer, or the end of a connection, can be lost in the library; its count stays.
+
+    Raises:
+        CancelledError: the task has been cancelled.
+    """
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError
+
+
 class Scripts:
     """Runs scripts and commands; raises StateStoreDown when Redis does not answer, or only with an error."""
 
@@ -61,7 +72,9 @@ class Scripts:
                     try:
                         # A server that stands still must not keep the turns of those whose patience is short.
                         async with self._turns, asyncio.timeout(PATIENCE_S):
-                            return await command()
+                            answer = await command()
+                        heed_cancel()
+                        return answer
                     except AuthenticationError as error:
                         refusal = error
                     except (RedisConnectionError, RedisTimeoutError, OSError):
@@ -73,6 +86,7 @@ class Scripts:
                     except RedisError as error:
                         # Full, or unable to save: an answer, but as passing as none.
                         refusal = error
+                    heed_cancel()
                     await asyncio.sleep(RETRY_S)
         except TimeoutError as error:
             if refusal is not None:

@@ -16,6 +16,7 @@ import grpc
 
 from gateway.checkpoints import Checkpoint
 from gateway.replicas import Replica
+from gateway.scripts import heed_cancel
 from gateway.work import Work
 from protos import dit_pb2, gateway_pb2, text_encoder_pb2, types_pb2, vae_pb2
 from services.client import error_from_rpc
@@ -102,6 +103,8 @@ async def denoise(
         except grpc.aio.AioRpcError as error:
             raise (feed.failure or error_from_rpc(error)) from error
         except asyncio.CancelledError:
+            # The end of the call says the same as an abort of ours, but for the count.
+            heed_cancel()
             if feed.failure is not None:
                 raise feed.failure from None
             raise

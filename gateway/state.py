@@ -24,7 +24,7 @@ from redis.exceptions import RedisError
 from gateway.config import RedisSection
 from gateway.followers import Followers, StoredEvent, record_of, stored_events
 from gateway.redis_link import examine, open_redis, refusal_of
-from gateway.scripts import PATIENCE_S, Scripts
+from gateway.scripts import PATIENCE_S, Scripts, heed_cancel
 from gateway.ticket import Offer, Ticket
 from services.errors import DeadlineExceeded, Overloaded, StartupError, StateStoreDown, UnknownRequest
 from services.wire import error_to_proto
@@ -366,7 +366,7 @@ class State:
                     on_queue()
                     await self._hear_all(channel)
             except (RedisError, OSError, StateStoreDown) as error:
-                _heed_cancel()
+                heed_cancel()
                 self.connected = False
                 log.warning("Redis cannot be listened to: %s", error)
                 await asyncio.sleep(0.5)
@@ -380,7 +380,7 @@ class State:
         spoken = False
         while True:
             message = await channel.get_message(timeout=SILENCE_S)
-            _heed_cancel()
+            heed_cancel()
             if message is not None:
                 self._hear(message["data"].decode())
             elif spoken:
@@ -418,17 +418,6 @@ class State:
         if len(entries) == READ_EVENTS:
             self._followers.wake(claim.request_id)
         return str(state.decode())
-
-
-def _heed_cancel() -> None:
-    """A cancel that meets an answer, or the end of a connection, can be lost in the library; its count stays.
-
-    Raises:
-        CancelledError: the task has been cancelled.
-    """
-    task = asyncio.current_task()
-    if task is not None and task.cancelling():
-        raise asyncio.CancelledError
 
 
 def queue_key(stage: str, component_id: str) -> str:

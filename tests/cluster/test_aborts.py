@@ -144,6 +144,19 @@ def check_cancelled(item: Wanted, within_s: float = 2.0) -> None:
     assert item.rest.get(f"/v1/requests/{item.request_id}/content").status_code == 409
 
 
+def check_all_cancelled(items: list[Wanted], within_s: float = 3.0) -> None:
+    """Those that were stored before their callers left; how many that is, nobody knows."""
+    prompts, rest = {item.prompt for item in items}, items[0].rest
+
+    def states() -> set[str]:
+        listed = rest.get("/v1/requests", params={"limit": 200}).json()["data"]
+        return {one["state"] for one in listed if one["params"]["prompt"] in prompts}
+
+    # The last submits may still be under way.
+    time.sleep(0.5)
+    wait_for(lambda: states() == {"cancelled"}, within_s)
+
+
 every_route = pytest.mark.parametrize("route", ROUTES, ids=lambda route: route.__name__)
 
 
@@ -207,6 +220,16 @@ def test_a_request_that_waits_for_its_decoder(running_cluster, wanted):
             assert list(running_cluster.run_dir.glob("artifacts/latents/*"))
         check_cancelled(item)
         wait_for(lambda: not list(running_cluster.run_dir.glob("artifacts/latents/*")))
+
+
+@pytest.mark.parametrize("after_s", [0.0, 0.002, 0.005])
+@pytest.mark.parametrize("route", [Wanted.disconnect, Wanted.stream_disconnect], ids=lambda route: route.__name__)
+def test_a_client_that_leaves_at_once(wanted, route, after_s):
+    items = [wanted() for _ in range(10)]
+    for item in items:
+        with route(item):
+            time.sleep(after_s)
+    check_all_cancelled(items)
 
 
 def test_ended_requests_stay_as_they_are(running_cluster, wanted):
