@@ -79,7 +79,19 @@ class Dispatcher:
                     await self._wake.wait()
 
     async def submit(self, request_id: str, queue: str, ticket: Ticket, fields: Fields) -> bool:
-        """Stores a request as State.submit does, and starts it when nobody waits before it and a replica is free."""
+        """Stores a request as State.submit does, and starts it when nobody waits before it and a replica is free.
+
+        Who is cancelled meanwhile waits all the same: a claim that Redis has made must find its owner, or its replica
+        would miss a slot until the lease ends.
+        """
+        submitting = asyncio.ensure_future(self._submit(request_id, queue, ticket, fields))
+        try:
+            return await asyncio.shield(submitting)
+        except asyncio.CancelledError:
+            await asyncio.gather(submitting, return_exceptions=True)
+            raise
+
+    async def _submit(self, request_id: str, queue: str, ticket: Ticket, fields: Fields) -> bool:
         replica = None if self._stopping else self._free().get(queue)
         if replica is None:
             return (await self._state.submit(request_id, queue, ticket, fields))[0]

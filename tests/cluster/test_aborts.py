@@ -232,6 +232,15 @@ def test_a_client_that_leaves_at_once(wanted, route, after_s):
     check_all_cancelled(items)
 
 
+def test_a_call_that_is_cancelled_while_it_submits(wanted):
+    """No claim is left without an owner: such a one would hold its slot until the lease ends, after 10 s."""
+    items = [wanted() for _ in range(60)]
+    for number, item in enumerate(items):
+        with item.grpc_cancel():
+            time.sleep(0.001 + number % 10 * 0.0015)
+    check_all_cancelled(items)
+
+
 def test_ended_requests_stay_as_they_are(running_cluster, wanted):
     item = wanted(2)
     made = item.rest.post("/v1/images/generations", json=item.body())

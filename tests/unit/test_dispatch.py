@@ -1,0 +1,90 @@
+"""What the dispatcher claims, and for whom, on a real Redis."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any, cast
+
+import pytest
+
+from gateway.config import GatewaySection, RedisSection, StagesSection
+from gateway.dispatch import Dispatcher
+from gateway.memory import Memory
+from gateway.replicas import Replica, Replicas
+from gateway.state import Claim, State, queue_key
+from gateway.ticket import Ticket
+from protos import types_pb2
+
+DIT = queue_key("dit", "d")
+FIELDS = {"params": b"", "traceparent": ""}
+# More than a submit takes with a connection that is open.
+LOOP_TURNS = 20
+
+
+class Runs:
+    """A Lifecycle whose requests run until they are aborted."""
+
+    def __init__(self, state: State) -> None:
+        self.memory = Memory(1)
+        self.state = state
+        self.claims: list[Claim] = []
+
+    async def run(self, claim: Claim, replica: Replica) -> None:
+        self.claims.append(claim)
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            await asyncio.shield(self.state.commit(claim, "cancelled", "", "", {}))
+
+
+class Writes:
+    """A store that takes everything."""
+
+    refusal = None
+
+
+def replica(stage: str, component: str, *models: str) -> Replica:
+    found = Replica(stage, f"{stage}-{component}:1", cast(Any, None))
+    found.facts = types_pb2.DescribeResponse(
+        replica_id=found.address, component_id=component, models=models, max_in_flight=8
+    )
+    return found
+
+
+class Gateway:
+    """A dispatcher on replicas that are always there."""
+
+    def __init__(self, url: str, *replicas: Replica) -> None:
+        self.state = State(RedisSection(url=url), "gateway")
+        self.replicas = Replicas(StagesSection(), lambda: None)
+        self.replicas.known |= {(one.stage, one.address): one for one in replicas}
+        self.runs = Runs(self.state)
+        parts = cast(Any, self.runs), cast(Any, Writes())
+        self.dispatcher = Dispatcher(self.state, self.replicas, *parts, GatewaySection())
+        self.state._on_cancel = self.dispatcher.cancel
+
+
+@pytest.fixture
+async def gateway(url: str) -> AsyncIterator[Gateway]:
+    made = Gateway(url, replica("text_encoder", "t", "m"), replica("dit", "d", "m"), replica("vae", "v", "m"))
+    await made.state._scripts.redis.flushall()
+    yield made
+    await made.state.close()
+
+
+async def test_a_submit_that_is_cancelled_leaves_no_claim_without_an_owner(gateway) -> None:
+    for turns in range(LOOP_TURNS):
+        request_id = f"r{turns}"
+        submitting = asyncio.create_task(gateway.dispatcher.submit(request_id, DIT, Ticket(), FIELDS))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        submitting.cancel()
+        await asyncio.wait({submitting}, timeout=5)
+        await gateway.state.withdraw(request_id)
+    async with asyncio.timeout(5):
+        while gateway.dispatcher.running:
+            await asyncio.sleep(0.01)
+    states = [(await gateway.state.get(f"r{turns}")).get("state") for turns in range(LOOP_TURNS)]
+    assert states == [b"cancelled"] * LOOP_TURNS
+    assert gateway.runs.claims, "no submit had come to a claim"
