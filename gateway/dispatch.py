@@ -78,26 +78,28 @@ class Dispatcher:
                 async with asyncio.timeout(IDLE_S):
                     await self._wake.wait()
 
-    async def submit(self, request_id: str, queue: str, ticket: Ticket, fields: Fields) -> bool:
+    async def submit(self, request_id: str, queue: str, ticket: Ticket, fields: Fields, inputs: bytes = b"") -> bool:
         """Stores a request as State.submit does, and starts it when nobody waits before it and a replica is free.
 
         Who is cancelled meanwhile waits all the same: a claim that Redis has made must find its owner, or its replica
         would miss a slot until the lease ends.
         """
-        submitting = asyncio.ensure_future(self._submit(request_id, queue, ticket, fields))
+        submitting = asyncio.ensure_future(self._submit(request_id, queue, ticket, fields, inputs))
         try:
             return await asyncio.shield(submitting)
         except asyncio.CancelledError:
             await asyncio.gather(submitting, return_exceptions=True)
             raise
 
-    async def _submit(self, request_id: str, queue: str, ticket: Ticket, fields: Fields) -> bool:
+    async def _submit(self, request_id: str, queue: str, ticket: Ticket, fields: Fields, inputs: bytes) -> bool:
         replica = None if self._stopping else self._free().get(queue)
         if replica is None:
-            return (await self._state.submit(request_id, queue, ticket, fields))[0]
+            return (await self._state.submit(request_id, queue, ticket, fields, inputs=inputs))[0]
         with replica.in_use(ticket.batch):
             lease_s, offer = self._config.lease_s, replica.offer()
-            stored, claim = await self._state.submit(request_id, queue, ticket, fields, lease_s=lease_s, offer=offer)
+            stored, claim = await self._state.submit(
+                request_id, queue, ticket, fields, inputs=inputs, lease_s=lease_s, offer=offer
+            )
             if claim is not None:
                 await self._start(claim, replica)
         return stored

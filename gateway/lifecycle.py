@@ -140,6 +140,8 @@ class Lifecycle:
         latents, decode = Latents(), None
         progress = Progress(self._state, work.claim, self._config.lease_s)
         checkpoints = Checkpoints(self._state, self._store, work, self._config.checkpoint_every_s, self._config.lease_s)
+        if work.params.inputs:
+            work.take_inputs(await self._state.inputs(work.request_id))
         resume = await checkpoints.newest()
         feed = self._feed(work, resume)
         try:

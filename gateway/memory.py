@@ -34,7 +34,7 @@ class Memory:
         """Counts a request for the length of the block."""
         place = object()
         a_pixel = self._bytes_a_pixel.get(work.params.model, FIRST_BYTES_A_PIXEL)
-        self._held[place] = work.params.ByteSize() + pixels(work.params) * a_pixel
+        self._held[place] = int(work.claim.record.get("bytes", b"0")) + pixels(work.params) * a_pixel
         try:
             yield
         finally:

@@ -118,7 +118,9 @@ class RequestService:
             return request_id
         charge = megapixel_steps(resolved)
         await self._quotas.take(key, charge)
-        stored_params = params_to_proto(resolved).SerializeToString()
+        message = params_to_proto(resolved)
+        inputs = _inputs_out_of(message)
+        stored_params = message.SerializeToString()
         fields: dict[str, str | bytes | float] = {
             "params": stored_params,
             "body": body,
@@ -128,9 +130,9 @@ class RequestService:
             "traceparent": new_traceparent(traceparent),
         }
         queue = queue_key("dit", self._replicas.component("dit", model))
-        ticket = self._ticket(resolved, limits, priority, key.tenant, len(stored_params))
+        ticket = self._ticket(resolved, limits, priority, key.tenant, len(stored_params) + len(inputs))
         try:
-            stored = await self._dispatcher.submit(request_id, queue, ticket, fields)
+            stored = await self._dispatcher.submit(request_id, queue, ticket, fields, inputs)
         except Overloaded:
             await self._quotas.give_back(key, charge)
             raise
@@ -335,6 +337,14 @@ def _digest(params: GenerationParams, priority: int) -> str:
     return hashlib.sha256(b"%d/%b" % (priority, asked)).hexdigest()
 
 
+def _inputs_out_of(message: types_pb2.GenerationParams) -> bytes:
+    """Takes the pictures out, of which the kinds stay; b"" when there are none. Work.take_inputs puts them back."""
+    inputs = types_pb2.GenerationParams(inputs=message.inputs).SerializeToString()
+    for media in message.inputs:
+        media.data = b""
+    return inputs
+
+
 _FIELDS = tuple(GenerationParams.__dataclass_fields__)
 
 
@@ -359,8 +369,6 @@ def status_of(request_id: str, record: dict[str, bytes]) -> gateway_pb2.RequestS
         busy_s={key.removeprefix("busy:"): float(value) for key, value in record.items() if key.startswith("busy:")},
         queued_s=float(record.get("queued_s", 0)),
     )
-    for media in status.params.inputs:
-        media.data = b""
     if "artifact" in record:
         status.artifact.ParseFromString(record["artifact"])
     if "error" in record and record["state"].decode() in TERMINAL:

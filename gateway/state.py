@@ -110,12 +110,14 @@ class State:
         ticket: Ticket,
         fields: Fields,
         *,
+        inputs: bytes = b"",
         lease_s: float | None = None,
         offer: Offer | None = None,
     ) -> tuple[bool, Claim | None]:
         """Stores a request and queues it. False when the id exists.
 
         Args:
+            inputs: what `inputs` gives until the request has ended.
             lease_s: claims the request at once if nobody waits before it, and the offered replica has a slot.
 
         Raises:
@@ -135,7 +137,7 @@ class State:
                 raise StateStoreDown("the state store answered too late: try again", retry_after_s=1.0)
             # A Redis that stood still finds the call in its buffers when the caller has been told that it failed.
             not_after = "" if self._clock_ahead_s is None else end_s + self._clock_ahead_s
-            arguments = (*before, not_after, *_slots(offer or Offer()), *_flat(kept), *_flat(fields))
+            arguments = (*before, not_after, *_slots(offer or Offer()), *_flat(kept), *_flat(fields), inputs)
             now, stored, *rest = await self._scripts.run("submit", keys, *arguments)
             self._clock_ahead_s = float(now) - time.monotonic()
         if stored in (QUEUE_FULL, TENANT_FULL, WORK_FULL):
@@ -255,6 +257,11 @@ class State:
         )
         return {key.decode(): value for key, value in record.items()}
 
+    async def inputs(self, request_id: str) -> bytes | None:
+        """What a request was submitted with; None once it has ended, or if that was nothing."""
+        key = f"{PREFIX}:in:{request_id}"
+        return cast(bytes | None, await self._scripts.call(lambda: cast(Awaitable[Any], self._scripts.redis.get(key))))
+
     async def tenant_of(self, request_id: str) -> str | None:
         """Whose request it is; None for an unknown one."""
         tenant = await self._scripts.call(
@@ -329,6 +336,9 @@ class State:
                         continue
                 begun = True
                 for event in follower.take():
+                    if event.kind == "preview" and not event.payload:
+                        # The request has ended, and its previews have been forgotten.
+                        continue
                     yield event
                     if event.kind == "status" and event.state in TERMINAL:
                         return

@@ -77,6 +77,12 @@ class Work:
         """The file that the result goes to."""
         return artifact_name(self.request_id, self.claim.fence)
 
+    def take_inputs(self, inputs: bytes | None) -> None:
+        """Puts the pictures into the parameters; a record has only their kinds. None: the request has ended."""
+        if inputs is not None:
+            del self.params.inputs[:]
+            self.params.MergeFromString(inputs)
+
     def context(self) -> types_pb2.RequestContext:
         """For a stage's first message."""
         attempt = int(self.claim.record.get("attempt", b"1"))

@@ -13,6 +13,7 @@ if state == 'queued' then
   local request = redis.call('HMGET', KEYS[1], 'queue', 'class', 'tenant')
   leave(ARGV[1], request[1], request[2] .. ':' .. request[3], 0)
   state = 'cancelled'
+  forget(ARGV[1])
 elseif state == 'running' then
   state = 'cancelling'
   redis.call('PUBLISH', '{ll}:wake', 'c:' .. ARGV[2] .. ':' .. ARGV[1])

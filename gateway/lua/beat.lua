@@ -8,6 +8,12 @@ local time = now()
 redis.call('ZADD', KEYS[2], tonumber(time) + tonumber(ARGV[4]), ARGV[1])
 if #ARGV > 6 then
   if tonumber(ARGV[10]) > 0 then redis.call('HSET', KEYS[1], 'step', ARGV[9], 'total', ARGV[10], 'updated', time) end
-  tell(ARGV[1], ARGV[3], ARGV[7], 'p', ARGV[8])
+  if ARGV[7] == 'preview' then
+    local previews = '{ll}:pv:' .. ARGV[1]
+    redis.call('HSET', previews, tell(ARGV[1], ARGV[3], 'preview'), ARGV[8])
+    redis.call('EXPIRE', previews, redis.call('TTL', KEYS[1]))
+  else
+    tell(ARGV[1], ARGV[3], ARGV[7], 'p', ARGV[8])
+  end
 end
 return {state, unpack(news(ARGV[1], ARGV[5], ARGV[6]))}

@@ -6,10 +6,22 @@ local function now()
   return t[1] .. '.' .. string.format('%06d', t[2])
 end
 
+-- Beside a request's hash and events, which stay for a day: {ll}:in:ID holds its pictures, {ll}:pv:ID the previews by
+-- event. Who follows has a minute to fetch the last previews; a hash with pictures would go along with every status.
+local PREVIEWS_AFTER_S = 60
+
 -- Adds an event (kind, then fields) to a request's stream, and wakes who follows it at other gateways than the sender.
+-- Returns the event's id.
 local function tell(id, sender, kind, ...)
-  redis.call('XADD', '{ll}:ev:' .. id, 'MAXLEN', '~', 1000, '*', 'k', kind, ...)
+  local event = redis.call('XADD', '{ll}:ev:' .. id, 'MAXLEN', '~', 1000, '*', 'k', kind, ...)
   redis.call('PUBLISH', '{ll}:wake', 'e:' .. sender .. ':' .. id)
+  return event
+end
+
+-- Drops what nobody needs of a request that has ended.
+local function forget(id)
+  redis.call('DEL', '{ll}:in:' .. id)
+  redis.call('EXPIRE', '{ll}:pv:' .. id, PREVIEWS_AFTER_S)
 end
 
 -- Whether a replica takes one more request, of that cost. It is named by its slots: the requests that it has from all
@@ -48,12 +60,18 @@ local function take(id, owner, lease_s, slots)
   return fence
 end
 
--- The events of a request after one (none for ''), and its hash when one of them is a status.
+-- The events of a request after one (none for ''), and its hash when one of them is a status. Previews that have been
+-- forgotten come empty.
 local function news(id, after, count)
   if after == '' then return {{}, {}} end
-  local entries = redis.call('XRANGE', '{ll}:ev:' .. id, '(' .. after, '+', 'COUNT', count)
+  local entries, record = redis.call('XRANGE', '{ll}:ev:' .. id, '(' .. after, '+', 'COUNT', count), nil
   for _, entry in ipairs(entries) do
-    if entry[2][2] == 'status' then return {entries, redis.call('HGETALL', '{ll}:req:' .. id)} end
+    local event, parts = unpack(entry)
+    if parts[2] == 'preview' then
+      parts[3], parts[4] = 'p', redis.call('HGET', '{ll}:pv:' .. id, event) or ''
+    elseif parts[2] == 'status' and not record then
+      record = redis.call('HGETALL', '{ll}:req:' .. id)
+    end
   end
-  return {entries, {}}
+  return {entries, record or {}}
 end

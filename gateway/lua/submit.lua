@@ -1,10 +1,10 @@
 -- KEYS: request, queue, ids, events, the tenant's ids. ARGV: id, sender, keep_s, timeout_s, max_queued,
 -- max_queued_tenant, max_queued_cost, max_queued_bytes, class, tenant, cost, bytes, lease_s ('' leaves it in the queue),
 -- try, not_after ('' for never), slots of the sender's replica, how many it has and the cost that it takes, then hash
--- fields. Stores a request and queues it; one that nobody waits before goes to the sender at once, if there is room.
--- Returns the time and 1, 0 when the id exists, -1 when too many wait, -2 when nobody waits for the answer any more, -3
--- when too many of the tenant wait, or -4 when too much work or too many bytes do; then fence and hash when the sender
--- has it, or the seconds that full queue takes to drain.
+-- fields, and its pictures ('' for none). Stores a request and queues it; one that nobody waits before goes to the
+-- sender at once, if there is room. Returns the time and 1, 0 when the id exists, -1 when too many wait, -2 when nobody
+-- waits for the answer any more, -3 when too many of the tenant wait, or -4 when too much work or too many bytes do;
+-- then fence and hash when the sender has it, or the seconds that full queue takes to drain.
 local id, sender, class, tenant, cost, bytes = ARGV[1], ARGV[2], ARGV[9], ARGV[10], ARGV[11], ARGV[12]
 local lease_s, try, not_after, slots, time = ARGV[13], ARGV[14], ARGV[15], ARGV[16], now()
 if redis.call('EXISTS', KEYS[1]) == 1 then
@@ -29,10 +29,11 @@ if refused then
 end
 redis.call('HSET', KEYS[1], 'state', 'queued', 'stage', 'dit', 'fence', 0, 'attempt', 0, 'created', time,
   'updated', time, 'deadline', time + ARGV[4], 'class', class, 'tenant', tenant, 'cost', cost, 'bytes', bytes,
-  'queue', KEYS[2], unpack(ARGV, 19))
+  'queue', KEYS[2], unpack(ARGV, 19, #ARGV - 1))
 -- Later than its deadline: what waits is never forgotten.
 local kept_s = math.ceil(ARGV[3] + ARGV[4])
 redis.call('EXPIRE', KEYS[1], kept_s)
+if ARGV[#ARGV] ~= '' then redis.call('SET', '{ll}:in:' .. id, ARGV[#ARGV], 'EX', kept_s) end
 for _, ids in ipairs({KEYS[3], KEYS[5]}) do
   redis.call('ZADD', ids, tonumber(time), id)
   redis.call('ZREMRANGEBYSCORE', ids, '-inf', time - kept_s)

@@ -317,6 +317,70 @@ async def test_a_lease_renewed_after_the_reaper_saw_it_expired_is_kept(two) -> N
     assert await own.state.beat(claim, LEASE_S) == "running"
 
 
+async def end_done(own: Gateway) -> None:
+    assert await own.state.commit(await own.claim(), "done", "", "", {}) == "done"
+
+
+async def end_failed(own: Gateway) -> None:
+    for outcome in ("queued", "failed"):
+        assert await own.state.requeue("r", (await own.claim()).fence, 1, True, b"e") == outcome
+
+
+async def end_aborted(own: Gateway) -> None:
+    assert await own.state.abort("r") == "cancelled"
+
+
+async def end_aborted_at_work(own: Gateway) -> None:
+    claim = await own.claim()
+    assert await own.state.abort("r") == "cancelling"
+    assert await own.state.requeue("r", claim.fence, 3, False, b"e") == "cancelled"
+
+
+async def end_expired(own: Gateway) -> None:
+    await asyncio.sleep(0.2)
+    await own.state.sweep()
+    assert (await own.state.get("r"))["state"] == b"expired"
+
+
+@pytest.mark.parametrize("end", [end_done, end_failed, end_aborted, end_aborted_at_work, end_expired])
+async def test_pictures_are_apart_from_the_record_and_go_at_the_end(two, end) -> None:
+    own, other = two
+    picture = bytes(1_000_000)
+    terms = Ticket(timeout_s=0.1 if end is end_expired else 60.0)
+    assert (await own.state.submit("r", DIT, terms, FIELDS, inputs=picture))[0]
+    assert await other.state.inputs("r") == picture
+    assert await own.state._scripts.redis.memory_usage("{ll}:req:r") < 2000
+    await end(own)
+    assert await other.state.inputs("r") is None
+    redis = own.state._scripts.redis
+    # Of all that is left, the events take most: a stream begins with 4 KiB.
+    assert sum([await redis.memory_usage(key) for key in await redis.keys("*:r")]) < 10_000
+
+
+async def test_pictures_wait_for_another_attempt_and_for_the_next_stage(two) -> None:
+    own, other = two
+    await own.state.submit("r", DIT, Ticket(), FIELDS, inputs=b"picture")
+    claim = await own.claim()
+    assert await own.state.requeue("r", claim.fence, 3, True, b"e") == "queued"
+    assert await other.state.commit(await other.claim(), "queued", "vae", VAE, {}) == "queued"
+    assert await own.state.inputs("r") == b"picture"
+
+
+async def test_previews_are_forgotten_soon_after_the_end(two) -> None:
+    own, other = two
+    await own.submit("r")
+    claim = await own.claim()
+    for number in range(3):
+        await own.state.beat(claim, LEASE_S, kind="preview", payload=b"%d" % number)
+    redis = own.state._scripts.redis
+    assert await redis.ttl("{ll}:pv:r") == pytest.approx(await redis.ttl("{ll}:req:r"), abs=2)
+    await own.state.commit(claim, "done", "", "", {})
+    assert 0 < await redis.ttl("{ll}:pv:r") <= 60
+    assert kinds(await follow(other, "r")) == ["queued", "running", "0", "1", "2", "done"]
+    await redis.delete("{ll}:pv:r")
+    assert kinds(await follow(other, "r")) == ["queued", "running", "done"]
+
+
 async def test_a_redis_that_refuses_to_write_is_down(two) -> None:
     own, _ = two
     administrator = own.state._scripts.redis
