@@ -42,13 +42,13 @@ def create_app(door: Door, backlog: Backlog, config: GatewaySection) -> FastAPI:
     install(app)
     app.add_middleware(KeyCheck, door=door)
     app.add_middleware(Border, max_body_bytes=config.max_body_bytes)
-    _add_images(app)
+    _add_images(app, config.public_url.rstrip("/"))
     add_requests(app, door.service)
     add_operations(app, door.service, backlog)
     return app
 
 
-def _add_images(app: FastAPI) -> None:
+def _add_images(app: FastAPI, public_url: str) -> None:
     @app.post("/v1/images/generations", response_model=None, responses=_answers("application/json", EVENTS))
     async def generate_images(body: ImageRequest, request: Request, requests: Requests) -> Response:
         """Makes images and waits for them (OpenAI's call). Leaving aborts."""
@@ -70,7 +70,11 @@ def _add_images(app: FastAPI) -> None:
         except BaseException:
             await asyncio.shield(_abort_all(requests, ids))
             raise
-        images = [await _image_json(requests, status, body.response_format or "b64_json") for status in statuses]
+        # What the call itself says stands in Host, and, from a proxy on this machine, in X-Forwarded-Proto.
+        base = public_url or str(request.base_url).rstrip("/")
+        images = [
+            await _image_json(requests, status, base if body.response_format == "url" else "") for status in statuses
+        ]
         return JSONResponse({"created": int(time.time()), "data": images, "output_format": body.file_format()})
 
 
@@ -127,9 +131,12 @@ async def _abort_all(requests: CallerRequests, ids: list[str]) -> None:
     await asyncio.gather(*(requests.abort(request_id) for request_id in ids), return_exceptions=True)
 
 
-async def _image_json(requests: CallerRequests, status: gateway_pb2.RequestStatus, form: str) -> dict[str, Any]:
-    if form == "url":
-        return {"url": status.artifact.url, "request_id": status.request_id}
+async def _image_json(
+    requests: CallerRequests, status: gateway_pb2.RequestStatus, link_base: str = ""
+) -> dict[str, Any]:
+    """One image: its data, or a link to it that begins with `link_base`."""
+    if link_base:
+        return {"url": link_base + status.artifact.url, "request_id": status.request_id}
     data = b"".join([piece async for piece in requests.media(status)])
     return {"b64_json": base64.b64encode(data).decode(), "request_id": status.request_id}
 
@@ -153,7 +160,7 @@ async def _stream_image(requests: CallerRequests, request_id: str, partial_image
                 sent += 1
                 yield typed_event("image_generation.partial_image", _common(data, "jpeg", "auto"))
             elif kind == "status" and event.status.state == gateway_pb2.REQUEST_STATE_DONE:
-                image = await _image_json(requests, event.status, "b64_json")
+                image = await _image_json(requests, event.status)
                 params = params_json(event.status.params)
                 size = f"{event.status.artifact.width}x{event.status.artifact.height}"
                 usage = {"input_tokens": 0, "output_tokens": 0, "total_tokens": 0}
