@@ -86,6 +86,10 @@ class CallerRequests:
         """As RequestService.models."""
         return self._service.models()
 
+    def model(self, name: str) -> gateway_pb2.ModelInfo:
+        """As RequestService.model."""
+        return self._service.model(name)
+
     async def get(self, request_id: str) -> gateway_pb2.RequestStatus:
         """As RequestService.get."""
         await self._check(request_id, "read")

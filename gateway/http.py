@@ -17,18 +17,22 @@ from gateway.backlog import Backlog
 from gateway.config import GatewaySection
 from gateway.http_access import KeyCheck, Requests
 from gateway.http_errors import Border, ErrorEnvelope, install, service_envelope
+from gateway.http_form import form_description, read_form
 from gateway.http_json import error_from, params_json
 from gateway.http_operations import add_operations
 from gateway.http_requests import add_requests
 from gateway.http_schema import ImageRequest
-from gateway.http_sse import EVENTS, event_stream, typed_event
+from gateway.http_sse import EVENTS, REQUEST_ID, event_stream, typed_event
 from protos import gateway_pb2
 from services.errors import Cancelled, Internal, ServiceError
-from services.request import GenerationParams, with_seed
+from services.request import GenerationParams, Media, with_seed
 
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorEnvelope} for status in (400, 401, 403, 404, 409, 429, 503)
 }
+# Clients want to have one; nothing is counted in tokens here.
+_NONE = {"image_tokens": 0, "text_tokens": 0}
+USAGE = {"input_tokens": 0, "input_tokens_details": _NONE, "output_tokens": 0, "total_tokens": 0}
 
 
 def _answers(*mimes: str) -> dict[int | str, dict[str, Any]]:
@@ -49,33 +53,46 @@ def create_app(door: Door, backlog: Backlog, config: GatewaySection) -> FastAPI:
 
 
 def _add_images(app: FastAPI, public_url: str) -> None:
-    @app.post("/v1/images/generations", response_model=None, responses=_answers("application/json", EVENTS))
+    answers = _answers("application/json", EVENTS)
+
+    @app.post("/v1/images/generations", response_model=None, responses=answers)
     async def generate_images(body: ImageRequest, request: Request, requests: Requests) -> Response:
         """Makes images and waits for them (OpenAI's call). Leaving aborts."""
-        fetched = await requests.fetch(body.remote())
-        params = body.params(requests.model_of(body.model or ""), fetched=fetched)
-        traceparent = request.headers.get("traceparent", "")
-        if body.stream:
-            # Steps are not known before the model's default is: previews come at even shares of the default.
-            every = _preview_every(requests, params, body.partial_images or 0)
-            request_id = await requests.submit(replace(params, preview_every=every), traceparent=traceparent)
-            return event_stream(_stream_image(requests, request_id, body.partial_images or 0))
-        count = body.n or 1
-        ids = []
-        try:
-            for index in range(count):
-                seeded = params if params.seed is None else with_seed(params, params.seed + index)
-                ids.append(await requests.submit(seeded, traceparent=traceparent))
-            statuses = await _wait_all(requests, ids, request)
-        except BaseException:
-            await asyncio.shield(_abort_all(requests, ids))
-            raise
-        # What the call itself says stands in Host, and, from a proxy on this machine, in X-Forwarded-Proto.
-        base = public_url or str(request.base_url).rstrip("/")
-        images = [
-            await _image_json(requests, status, base if body.response_format == "url" else "") for status in statuses
-        ]
-        return JSONResponse({"created": int(time.time()), "data": images, "output_format": body.file_format()})
+        return await _make(body, (), request, requests, public_url)
+
+    @app.post("/v1/images/edits", response_model=None, responses=answers, openapi_extra=form_description())
+    async def edit_images(request: Request, requests: Requests) -> Response:
+        """Makes images out of the pictures in the form, and waits for them (OpenAI's call). Leaving aborts."""
+        body, pictures = await read_form(request)
+        return await _make(body, pictures, request, requests, public_url)
+
+
+async def _make(
+    body: ImageRequest, pictures: tuple[Media, ...], request: Request, requests: CallerRequests, public_url: str
+) -> Response:
+    fetched = await requests.fetch(body.remote())
+    params = body.params(requests.model_of(body.model or ""), pictures, fetched)
+    traceparent = request.headers.get("traceparent", "")
+    if body.stream:
+        # Steps are not known before the model's default is: previews come at even shares of the default.
+        every = _preview_every(requests, params, body.partial_images or 0)
+        request_id = await requests.submit(replace(params, preview_every=every), traceparent=traceparent)
+        kind = "image_edit" if pictures else "image_generation"
+        return event_stream(_stream_image(requests, request_id, kind, body.partial_images or 0), request_id)
+    ids: list[str] = []
+    try:
+        for index in range(body.n or 1):
+            seeded = params if params.seed is None else with_seed(params, params.seed + index)
+            ids.append(await requests.submit(seeded, traceparent=traceparent))
+        statuses = await _wait_all(requests, ids, request)
+    except BaseException:
+        await asyncio.shield(_abort_all(requests, ids))
+        raise
+    # What the call itself says stands in Host, and, from a proxy on this machine, in X-Forwarded-Proto.
+    base = public_url or str(request.base_url).rstrip("/")
+    images = [await _image_json(requests, status, base if body.response_format == "url" else "") for status in statuses]
+    answer = {"created": int(time.time()), "data": images, "output_format": body.file_format(), "usage": USAGE}
+    return JSONResponse(answer, headers={REQUEST_ID: ids[0]})
 
 
 async def _wait_all(requests: CallerRequests, ids: list[str], request: Request) -> list[gateway_pb2.RequestStatus]:
@@ -144,12 +161,13 @@ async def _image_json(
 def _preview_every(requests: CallerRequests, params: GenerationParams, partial_images: int) -> int:
     if not partial_images:
         return 0
-    [info] = [model for model in requests.models() if model.name == params.model] or [gateway_pb2.ModelInfo()]
-    steps = params.steps or info.limits.default_steps or 20
+    steps = params.steps or requests.model(params.model).limits.default_steps or 20
     return max(1, steps // (partial_images + 1))
 
 
-async def _stream_image(requests: CallerRequests, request_id: str, partial_images: int) -> AsyncIterator[str]:
+async def _stream_image(
+    requests: CallerRequests, request_id: str, name: str, partial_images: int
+) -> AsyncIterator[str]:
     """OpenAI's stream: partial images, then the completed one. Leaving aborts."""
     sent, ended = 0, False
     try:
@@ -158,15 +176,14 @@ async def _stream_image(requests: CallerRequests, request_id: str, partial_image
             if kind == "preview" and sent < partial_images:
                 data = {"b64_json": base64.b64encode(event.preview.data).decode(), "partial_image_index": sent}
                 sent += 1
-                yield typed_event("image_generation.partial_image", _common(data, "jpeg", "auto"))
+                yield typed_event(f"{name}.partial_image", _common(data, "jpeg", "auto"))
             elif kind == "status" and event.status.state == gateway_pb2.REQUEST_STATE_DONE:
                 image = await _image_json(requests, event.status)
                 params = params_json(event.status.params)
                 size = f"{event.status.artifact.width}x{event.status.artifact.height}"
-                usage = {"input_tokens": 0, "output_tokens": 0, "total_tokens": 0}
-                common = _common(image | {"usage": usage}, params.get("output_format", "png"), size)
+                common = _common(image | {"usage": USAGE}, params.get("output_format", "png"), size)
                 ended = True
-                yield typed_event("image_generation.completed", common)
+                yield typed_event(f"{name}.completed", common)
             elif kind == "status" and event.status.state >= gateway_pb2.REQUEST_STATE_FAILED:
                 ended = True
                 yield typed_event("error", service_envelope(_failure(event.status)))

@@ -25,6 +25,11 @@ def add_operations(app: FastAPI, service: RequestService, backlog: Backlog) -> N
         """Models with limits and replicas."""
         return {"object": "list", "data": [model_json(model) for model in requests.models()]}
 
+    @app.get("/v1/models/{name:path}")
+    async def get_model(name: str, requests: Requests) -> dict[str, Any]:
+        """One model with its limits and replicas."""
+        return model_json(requests.model(name))
+
     @app.get("/health")
     async def health() -> JSONResponse:
         """200 while Redis answers and a model has all its stages, else 503."""

@@ -13,7 +13,7 @@ from gateway.http_content import CONTENT_ANSWERS, content_response
 from gateway.http_errors import service_envelope
 from gateway.http_json import event_json, span_json, state_name, status_json
 from gateway.http_schema import GenerationRequest
-from gateway.http_sse import EVENTS, event_stream, event_text, typed_event
+from gateway.http_sse import EVENTS, REQUEST_ID, event_stream, event_text, typed_event
 from gateway.links import content_path
 from gateway.requests import MAX_LIST, RequestService
 from protos import gateway_pb2
@@ -24,7 +24,9 @@ def add_requests(app: FastAPI, service: RequestService) -> None:
     """Adds the routes; `service` opens signed links, which need no key."""
 
     @app.post("/v1/requests", status_code=202)
-    async def create_request(body: GenerationRequest, request: Request, requests: Requests) -> dict[str, Any]:
+    async def create_request(
+        body: GenerationRequest, request: Request, response: Response, requests: Requests
+    ) -> dict[str, Any]:
         """Submits any generation and returns at once."""
         fetched = await requests.fetch(body.remote())
         request_id = await requests.submit(
@@ -33,6 +35,7 @@ def add_requests(app: FastAPI, service: RequestService) -> None:
             priority=body.priority,
             traceparent=request.headers.get("traceparent", ""),
         )
+        response.headers[REQUEST_ID] = request_id
         return status_json(await requests.get(request_id))
 
     @app.get("/v1/requests")
@@ -63,7 +66,7 @@ def add_requests(app: FastAPI, service: RequestService) -> None:
         events = requests.events(request_id, request.headers.get("last-event-id", ""))
         # The answer's status goes out before the first event: what is wrong must be known now.
         await requests.get(request_id)
-        return event_stream(_events(events))
+        return event_stream(_events(events), request_id)
 
     @app.head("/v1/requests/{request_id}/content", include_in_schema=False)
     @app.get("/v1/requests/{request_id}/content", response_model=None, responses=CONTENT_ANSWERS)

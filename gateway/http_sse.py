@@ -9,6 +9,7 @@ from typing import Any
 from fastapi.responses import StreamingResponse
 
 EVENTS = "text/event-stream"
+REQUEST_ID = "x-request-id"
 
 
 def event_text(name: str, data: dict[str, Any], event_id: str = "") -> str:
@@ -22,6 +23,7 @@ def typed_event(kind: str, data: dict[str, Any]) -> str:
     return event_text(kind, {"type": kind} | data)
 
 
-def event_stream(texts: AsyncIterator[str]) -> StreamingResponse:
-    """The answer."""
-    return StreamingResponse(texts, media_type=EVENTS, headers={"Cache-Control": "no-cache"})
+def event_stream(texts: AsyncIterator[str], request_id: str) -> StreamingResponse:
+    """The answer, with the id of the request that it is about."""
+    headers = {"Cache-Control": "no-cache", REQUEST_ID: request_id}
+    return StreamingResponse(texts, media_type=EVENTS, headers=headers)

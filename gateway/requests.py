@@ -315,6 +315,14 @@ class RequestService:
         """Every model, with its limits and replicas."""
         return [info for _, info in sorted(self._replicas.models().items())]
 
+    def model(self, name: str) -> gateway_pb2.ModelInfo:
+        """One of them.
+
+        Raises:
+            UnknownModel: no replica names it.
+        """
+        return self._replicas.model(name)
+
     async def health(self) -> Health:
         """For probes and the launcher."""
         return Health(await self._state.ping(), {info.name: info.ready for info in self.models()})
