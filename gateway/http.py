@@ -43,9 +43,9 @@ def _answers(*mimes: str) -> dict[int | str, dict[str, Any]]:
 def create_app(door: Door, backlog: Backlog, config: GatewaySection) -> FastAPI:
     """The whole REST API behind a door; `backlog` is for the metrics page."""
     app = FastAPI(title="Lightloom", version="1", docs_url=None, redoc_url=None, responses=ERRORS)
-    install(app)
+    install(app, door.log)
     app.add_middleware(KeyCheck, door=door)
-    app.add_middleware(Border, max_body_bytes=config.max_body_bytes)
+    app.add_middleware(Border, max_body_bytes=config.max_body_bytes, log=door.log)
     _add_images(app, config.public_url.rstrip("/"))
     add_requests(app, door.service)
     add_operations(app, door.service, backlog)
@@ -70,20 +70,22 @@ def _add_images(app: FastAPI, public_url: str) -> None:
 async def _make(
     body: ImageRequest, pictures: tuple[Media, ...], request: Request, requests: CallerRequests, public_url: str
 ) -> Response:
-    fetched = await requests.fetch(body.remote())
-    params = body.params(requests.model_of(body.model or ""), pictures, fetched)
+    with requests.refusals(body.model or ""):
+        fetched = await requests.fetch(body.remote())
+        params = body.params(requests.model_of(body.model or ""), pictures, fetched)
+        if body.stream:
+            # Steps are not known before the model's default is: previews come at even shares of the default.
+            params = replace(params, preview_every=_preview_every(requests, params, body.partial_images or 0))
     traceparent = request.headers.get("traceparent", "")
-    if body.stream:
-        # Steps are not known before the model's default is: previews come at even shares of the default.
-        every = _preview_every(requests, params, body.partial_images or 0)
-        request_id = await requests.submit(replace(params, preview_every=every), traceparent=traceparent)
-        kind = "image_edit" if pictures else "image_generation"
-        return event_stream(_stream_image(requests, request_id, kind, body.partial_images or 0), request_id)
     ids: list[str] = []
     try:
-        for index in range(body.n or 1):
-            seeded = params if params.seed is None else with_seed(params, params.seed + index)
-            ids.append(await requests.submit(seeded, traceparent=traceparent))
+        with requests.refusals(body.model or ""):
+            for index in range(body.n or 1):
+                seeded = params if params.seed is None else with_seed(params, params.seed + index)
+                ids.append(await requests.submit(seeded, traceparent=traceparent))
+        if body.stream:
+            kind = "image_edit" if pictures else "image_generation"
+            return event_stream(_stream_image(requests, ids[0], kind, body.partial_images or 0), ids[0])
         statuses = await _wait_all(requests, ids, request)
     except BaseException:
         await asyncio.shield(_abort_all(requests, ids))

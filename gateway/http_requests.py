@@ -28,13 +28,14 @@ def add_requests(app: FastAPI, service: RequestService) -> None:
         body: GenerationRequest, request: Request, response: Response, requests: Requests
     ) -> dict[str, Any]:
         """Submits any generation and returns at once."""
-        fetched = await requests.fetch(body.remote())
-        request_id = await requests.submit(
-            body.params(requests.model_of(body.model or ""), fetched),
-            idempotency_key=request.headers.get("idempotency-key", ""),
-            priority=body.priority,
-            traceparent=request.headers.get("traceparent", ""),
-        )
+        with requests.refusals(body.model or ""):
+            fetched = await requests.fetch(body.remote())
+            request_id = await requests.submit(
+                body.params(requests.model_of(body.model or ""), fetched),
+                idempotency_key=request.headers.get("idempotency-key", ""),
+                priority=body.priority,
+                traceparent=request.headers.get("traceparent", ""),
+            )
         response.headers[REQUEST_ID] = request_id
         return status_json(await requests.get(request_id))
 

@@ -123,6 +123,7 @@ class RequestService:
         message = params_to_proto(resolved)
         fields: dict[str, str | bytes | float] = {
             "params": message.SerializeToString(),
+            "model": model,
             "body": body,
             "total": resolved.steps,
             "pixels": pixels(message),

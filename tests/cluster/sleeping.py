@@ -67,21 +67,21 @@ class SleepingCluster:
 
 
 @contextmanager
-def sleeping_cluster(folder: Path) -> Iterator[SleepingCluster]:
+def sleeping_cluster(folder: Path, dit_slots: int = 64) -> Iterator[SleepingCluster]:
     """Without a gateway: tests start their own."""
     with ExitStack() as stack:
         redis = start_redis(folder / "redis")
         stack.callback(redis.stop)
-        stages = stack.enter_context(sleeping_stages(folder, {"text_encoder": 64, "dit": 64, "vae": 64}))
+        stages = stack.enter_context(sleeping_stages(folder, {"text_encoder": 64, "dit": dit_slots, "vae": 64}))
         addresses = {name: f"127.0.0.1:{service['port']}" for name, service in stages.items()}
         yield SleepingCluster(redis.url, addresses)
 
 
 @contextmanager
-def sleeping_gateway(folder: Path, **options: Any) -> Iterator[GatewayProcess]:
+def sleeping_gateway(folder: Path, dit_slots: int = 64, **options: Any) -> Iterator[GatewayProcess]:
     """A gateway with a cluster of its own; options as GatewayProcess."""
     with (
-        sleeping_cluster(folder) as cluster,
+        sleeping_cluster(folder, dit_slots) as cluster,
         gateway(folder / "gateway", cluster.redis_url, cluster.addresses, **options) as running,
     ):
         yield running

@@ -169,7 +169,7 @@ def test_replicas_join_and_leave_under_load(rest, running_cluster):
 
 def test_health_metrics_models_and_trace(rest, client):
     assert rest.get("/health").json() == {"redis": True, "models": {"demo": True}}
-    assert "python_info" in rest.get("/metrics").text
+    assert "lightloom_requests_total{" in rest.get("/metrics").text
     assert rest.get("/").status_code == rest.get("/docs").status_code == rest.get("/openapi.json").status_code == 200
     assert rest.get("/nowhere").json()["error"]["code"] == "unknown_route"
     result = client.generate(PROMPT, steps=2)
