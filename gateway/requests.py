@@ -125,6 +125,7 @@ class RequestService:
             "params": message.SerializeToString(),
             "model": model,
             "body": body,
+            "input_bytes": " ".join(str(len(media.data)) for media in resolved.inputs),
             "total": resolved.steps,
             "pixels": pixels(message),
             "step": 0,
@@ -366,6 +367,7 @@ def status_of(request_id: str, record: dict[str, bytes]) -> gateway_pb2.RequestS
         params=types_pb2.GenerationParams.FromString(record["params"]),
         busy_s={key.removeprefix("busy:"): float(value) for key, value in record.items() if key.startswith("busy:")},
         queued_s=float(record.get("queued_s", 0)),
+        input_bytes=[int(nbytes) for nbytes in record.get("input_bytes", b"").split()],
     )
     for media in status.params.inputs:
         media.data = b""

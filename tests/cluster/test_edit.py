@@ -94,6 +94,10 @@ def test_rest_and_grpc_make_the_same_picture_and_the_input_matters(client, rest)
     assert made.status_code == 202, made.text
     rest.get(f"/v1/requests/{made.json()['id']}/events")
     assert rest.get(f"/v1/requests/{made.json()['id']}/content").content == theirs
+    seen = rest.get(f"/v1/requests/{made.json()['id']}").json()["params"]["inputs"]
+    assert (
+        seen == made.json()["params"]["inputs"] == [{"mime": "image/png", "role": "image", "nbytes": len(INPUT.data)}]
+    )
     other = client.generate(PROMPT, images=[picture(90, 50, 2).data], **SMALL).data
     assert not np.array_equal(pixels(other), pixels(theirs))
 
