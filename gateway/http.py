@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import replace
 from typing import Any
 
@@ -169,7 +169,7 @@ def _preview_every(requests: CallerRequests, params: GenerationParams, partial_i
 
 async def _stream_image(
     requests: CallerRequests, request_id: str, name: str, partial_images: int
-) -> AsyncIterator[str]:
+) -> AsyncGenerator[str]:
     """OpenAI's stream: partial images, then the completed one. Leaving aborts."""
     sent, ended = 0, False
     try:

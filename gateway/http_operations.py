@@ -30,6 +30,7 @@ def add_operations(app: FastAPI, service: RequestService, backlog: Backlog) -> N
         """One model with its limits and replicas."""
         return model_json(requests.model(name))
 
+    @app.head("/health", include_in_schema=False)
     @app.get("/health")
     async def health() -> JSONResponse:
         """200 while Redis answers and a model has all its stages, else 503."""

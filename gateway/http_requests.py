@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Annotated, Any
 
 from fastapi import FastAPI, Query, Request, Response
@@ -86,7 +86,7 @@ def add_requests(app: FastAPI, service: RequestService) -> None:
         return {"id": request_id, "spans": [span_json(span) for span in await requests.trace(request_id)]}
 
 
-async def _events(events: AsyncIterator[gateway_pb2.GenerateResponse]) -> AsyncIterator[str]:
+async def _events(events: AsyncIterator[gateway_pb2.GenerateResponse]) -> AsyncGenerator[str]:
     try:
         async for event in events:
             name, data = event_json(event)
