@@ -11,6 +11,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from gateway.backlog import Backlog
 from gateway.http_access import Requests
+from gateway.http_docs import docs_page
 from gateway.http_json import model_json
 from gateway.requests import RequestService
 
@@ -47,17 +48,4 @@ def add_operations(app: FastAPI, service: RequestService, backlog: Backlog) -> N
 
     @app.get("/docs", include_in_schema=False)
     async def docs() -> HTMLResponse:
-        return HTMLResponse(_docs(app.openapi()))
-
-
-def _docs(schema: dict[str, Any]) -> str:
-    rows = [
-        f"<tr><td><code>{method.upper()} {path}</code></td><td>{spec.get('description', '')}</td></tr>"
-        for path, methods in schema["paths"].items()
-        for method, spec in methods.items()
-    ]
-    return (
-        "<!doctype html><meta charset=utf-8><title>Lightloom REST API</title>"
-        "<style>body{font:16px sans-serif;max-width:60em;margin:2em auto}td{padding:.3em 1em}</style>"
-        f"<h1>REST API</h1><p>Schemas: <a href=/openapi.json>openapi.json</a></p><table>{''.join(rows)}</table>"
-    )
+        return HTMLResponse(docs_page(app.openapi()))

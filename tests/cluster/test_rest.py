@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import re
 import time
 from collections.abc import Iterator
 
@@ -33,3 +35,21 @@ def test_a_stream_of_a_request_that_waits_is_not_silent(running):
 def test_probes_may_ask_without_a_body(running):
     answer = running.rest.head("/health")
     assert (answer.status_code, answer.content) == (200, b"")
+
+
+def test_the_page_of_the_api_has_every_call_with_its_fields_and_needs_nothing_from_elsewhere(running):
+    api = running.rest.get("/openapi.json").json()
+    page = running.rest.get("/docs").text
+    for path, methods in api["paths"].items():
+        for method in methods:
+            assert f"<code>{method.upper()} {path}</code>" in page
+            assert f"data-method='{method.upper()}' data-path='{path}'" in page
+    for name in ("ImageRequest", "GenerationRequest"):
+        for field, schema in api["components"]["schemas"][name]["properties"].items():
+            assert f"<code>{field}</code>" in page
+            assert html.escape(schema.get("description", "")) in page
+    assert "<td><code>prompt</code> (required)</td><td>string</td>" in page
+    assert "<td><code>n</code></td><td>integer, at least 1, at most 10</td>" in page
+    assert "<td><code>inputs[].data_url</code> (required)</td>" in page
+    assert "multipart/form-data" in page
+    assert not re.findall(r"(?:src|href)=[\"\']?(?:https?:)?//", page)
