@@ -20,10 +20,11 @@ from gateway.http import create_app
 from gateway.image_fetch import ImageFetcher
 from gateway.lifecycle import Lifecycle
 from gateway.links import Links
+from gateway.recorded_state import RecordedState
 from gateway.replicas import Replicas
+from gateway.request_log import RequestLog
 from gateway.requests import RequestService
 from gateway.servicer import GatewayServicer
-from gateway.state import State
 from gateway.store import open_store
 from gateway.sweep import Sweep
 from protos import gateway_pb2, gateway_pb2_grpc
@@ -55,7 +56,8 @@ async def serve(config: GatewayConfig) -> None:
     name = section.name or f"{socket.gethostname()}-{os.getpid()}"
     keys = open_keys(config)
     read_certificates(config.stage_tls)
-    state = State(config.redis, name)
+    requests = RequestLog(REGISTRY)
+    state = RecordedState(config.redis, name, requests)
     links = Links(state.shared_key, config.store.link_key_file, config.store.link_s)
     store = open_store(config.store)
     sweep = Sweep(state, store, config.store, section.keep_s, REGISTRY)
@@ -65,7 +67,7 @@ async def serve(config: GatewayConfig) -> None:
     store.writes.on_open = dispatcher.wake
     service = RequestService(state, dispatcher, replicas, store, links, section, config.tenants)
     fetcher = ImageFetcher(config.inputs)
-    door = Door(service, keys, fetcher)
+    door = Door(service, keys, fetcher, requests)
     grpc_server = create_server()
     gateway_pb2_grpc.add_GatewayServicer_to_server(GatewayServicer(door), grpc_server)
     health = Health(grpc_server, [gateway_pb2.DESCRIPTOR.services_by_name["Gateway"].full_name])

@@ -6,18 +6,20 @@ gateway serves whoever reaches it, which is why it then binds loopback only.
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import socket
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from gateway.config import GatewayConfig
 from gateway.image_fetch import ImageFetcher
 from gateway.keys import SCOPES, ApiKey, KeyFile
+from gateway.request_log import RequestLog
 from gateway.requests import Content, RequestService
 from protos import gateway_pb2, types_pb2
-from services.errors import PermissionDenied, StartupError, Unauthenticated, UnknownRequest
+from services.errors import PermissionDenied, ServiceError, StartupError, Unauthenticated, UnknownRequest
 from services.request import GenerationParams, Media
 
 ANONYMOUS = ApiKey(id="", name="anonymous", tenant="anonymous", scopes=SCOPES, sha256="")
@@ -31,6 +33,7 @@ class Door:
     service: RequestService
     keys: KeyFile | None
     fetcher: ImageFetcher
+    log: RequestLog
 
     def open(self, authorization: str) -> CallerRequests:
         """The requests as the caller may use them.
@@ -39,14 +42,14 @@ class Door:
             Unauthenticated: no key, or an unknown one.
         """
         if self.keys is None:
-            return CallerRequests(self.service, self.fetcher, ANONYMOUS)
+            return CallerRequests(self, ANONYMOUS)
         scheme, _, text = authorization.partition(" ")
         if scheme.lower() != "bearer" or not text.strip():
             raise Unauthenticated(f"an API key is needed: {HOW}")
         key = self.keys.find(text.strip())
         if key is None:
             raise Unauthenticated("the API key is unknown or has been revoked")
-        return CallerRequests(self.service, self.fetcher, key)
+        return CallerRequests(self, key)
 
 
 class CallerRequests:
@@ -56,11 +59,22 @@ class CallerRequests:
     itself it may also follow and abort.
     """
 
-    def __init__(self, service: RequestService, fetcher: ImageFetcher, key: ApiKey) -> None:
-        self._service = service
-        self._fetcher = fetcher
+    def __init__(self, door: Door, key: ApiKey) -> None:
+        self._service = door.service
+        self._fetcher = door.fetcher
+        self._log = door.log
         self._key = key
         self._submitted: set[str] = set()
+
+    @contextlib.contextmanager
+    def refusals(self, model: str) -> Iterator[None]:
+        """Inside, a request for this model is made ready and submitted: what refuses it is noted."""
+        try:
+            yield
+        except ServiceError as error:
+            served = model if any(info.name == model for info in self.models()) else ""
+            self._log.refused(error, served, self._key.tenant)
+            raise
 
     async def submit(
         self, params: GenerationParams, *, idempotency_key: str = "", priority: int = 0, traceparent: str = ""
@@ -85,6 +99,10 @@ class CallerRequests:
     def models(self) -> list[gateway_pb2.ModelInfo]:
         """As RequestService.models."""
         return self._service.models()
+
+    def model(self, name: str) -> gateway_pb2.ModelInfo:
+        """As RequestService.model."""
+        return self._service.model(name)
 
     async def get(self, request_id: str) -> gateway_pb2.RequestStatus:
         """As RequestService.get."""

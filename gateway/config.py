@@ -27,11 +27,15 @@ class GatewaySection:
     `max_queued_cost` (megapixel-steps times guidance branches), and their parameters, pictures included, take
     `max_queued_bytes` of Redis. Requests in work may hold `max_held_bytes` of this gateway's memory. One that has
     waited `age_s` moves up a priority class.
+
+    `public_url` begins the links of the images call, where clients reach the gateway under another name than the one
+    they call it by: `https://pictures.example`. Without it, links have the scheme and host of the call.
     """
 
     host: str = "127.0.0.1"
     http_port: int = 8080
     grpc_port: int = 50050
+    public_url: str = ""
     name: str = ""
     lease_s: float = 10.0
     max_attempts: int = 3
@@ -134,6 +138,9 @@ class GatewayConfig:
                 raise StartupError(
                     f"config key tenants.{name} is {weight}: a weight must be between {MIN_WEIGHT} and {MAX_WEIGHT:g}"
                 )
+        url = self.gateway.public_url
+        if url and not url.startswith(("http://", "https://")):
+            raise StartupError(f"config key gateway.public_url is {url!r}: write it as https://HOST")
         for key in _POSITIVE:
             value = getattr(self.gateway, key)
             if not 0 < value < math.inf:

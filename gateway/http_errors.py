@@ -18,7 +18,8 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from services.errors import ServiceError, Unauthenticated
+from gateway.request_log import RequestLog
+from services.errors import InvalidRequest, ServiceError, Unauthenticated
 
 _log = logging.getLogger(__name__)
 
@@ -80,8 +81,8 @@ def error_response(error: ServiceError) -> JSONResponse:
     return JSONResponse(service_envelope(error), error.http, headers)
 
 
-def install(app: FastAPI) -> None:
-    """Makes `app` answer every failure with the envelope."""
+def install(app: FastAPI, log: RequestLog) -> None:
+    """Makes `app` answer every failure with the envelope; bodies that are refused are noted in the log."""
 
     @app.exception_handler(ServiceError)
     async def service_error(request: Request, error: ServiceError) -> JSONResponse:
@@ -90,6 +91,8 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         message, param = explain(dict(error.errors()[0]))
+        if request.method == "POST":
+            log.refused(InvalidRequest(message, param=param))
         return JSONResponse(envelope(400, message, "invalid_request", param), 400)
 
     @app.exception_handler(HTTPException)
@@ -137,11 +140,13 @@ class Border:
 
     Args:
         max_body_bytes: of a request's body, counted as it arrives, whatever Content-Length says.
+        log: counts the answers.
     """
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, max_body_bytes: int, log: RequestLog) -> None:
         self._app = app
         self._max_body_bytes = max_body_bytes
+        self._answers = log
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -160,7 +165,9 @@ class Border:
 
         async def watched(message: Message) -> None:
             nonlocal started
-            started = True
+            if not started:
+                started = True
+                self._answers.answered(scope["method"], _route(scope), message["status"])
             await send(message)
 
         try:
@@ -171,4 +178,9 @@ class Border:
             if started:
                 raise
             body = envelope(500, f"internal error {error_id}: the log of the gateway has the details", "internal")
-            await JSONResponse(body, 500)(scope, receive, send)
+            await JSONResponse(body, 500)(scope, receive, watched)
+
+
+def _route(scope: Scope) -> str:
+    """As the API writes it: ids in paths would make as many counters."""
+    return str(getattr(scope.get("route"), "path", ""))

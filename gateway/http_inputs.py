@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from services.errors import InvalidRequest
+from services.media import INPUT_MIMES, media_type
 from services.request import Media
 
 _SAME = {
@@ -59,22 +60,9 @@ def media_of_bytes(data: bytes, mime: str, param: str, role: str = "image") -> M
     """
     if not data:
         raise InvalidRequest(f"{param} is empty", param=param)
-    actual = sniff(data)
+    actual = media_type(data)
     if actual is None:
-        raise InvalidRequest(f"{param} is of no known type: send png, jpeg, webp, mp4, wav or flac", param=param)
+        raise InvalidRequest(f"{param} is of no known type: send {', '.join(INPUT_MIMES)}", param=param)
     if mime not in ("", "application/octet-stream", actual) and (mime, actual) not in _SAME:
         raise InvalidRequest(f"{param} says it is {mime}, but its bytes are {actual}", param=param)
     return Media(mime=actual, data=data, role=role)
-
-
-def sniff(data: bytes) -> str | None:
-    """The MIME type that the first bytes of a file tell; None when it is not one that a model may take."""
-    if data.startswith(b"\x89PNG\r\n\x1a\n"):
-        return "image/png"
-    if data.startswith(b"\xff\xd8\xff"):
-        return "image/jpeg"
-    if data[:4] == b"RIFF" and data[8:12] in (b"WEBP", b"WAVE"):
-        return "image/webp" if data[8:12] == b"WEBP" else "audio/wav"
-    if data[4:8] == b"ftyp":
-        return "video/mp4"
-    return "audio/flac" if data.startswith(b"fLaC") else None

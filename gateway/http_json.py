@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Sequence
 from typing import Any
 
 from google.protobuf.message import Message
@@ -44,7 +45,7 @@ def status_json(status: gateway_pb2.RequestStatus) -> dict[str, Any]:
         "attempt": status.attempt,
         "created_at": status.created_unix_s,
         "updated_at": status.updated_unix_s,
-        "params": params_json(status.params),
+        "params": params_json(status.params, status.input_bytes),
         "artifact": fields_json(status.artifact) if status.HasField("artifact") else None,
         "error": error,
         "busy_s": dict(status.busy_s),
@@ -52,13 +53,16 @@ def status_json(status: gateway_pb2.RequestStatus) -> dict[str, Any]:
     }
 
 
-def params_json(params: types_pb2.GenerationParams) -> dict[str, Any]:
-    """The parameters that are set; of inputs, their type and size only."""
+def params_json(params: types_pb2.GenerationParams, input_bytes: Sequence[int] = ()) -> dict[str, Any]:
+    """The parameters that are set; of inputs, their type, role and size (`input_bytes`, of each) only."""
     plain = fields_json(params)
     output_format = plain.pop("output_format", None)
     if output_format:
         plain["output_format"] = types_pb2.OutputFormat.Name(output_format).removeprefix("OUTPUT_FORMAT_").lower()
-    inputs = [{"mime": item.mime, "role": item.role, "nbytes": len(item.data)} for item in params.inputs]
+    inputs = [
+        {"mime": item.mime, "role": item.role, "nbytes": nbytes}
+        for item, nbytes in zip(params.inputs, input_bytes, strict=False)
+    ]
     return {**plain, "inputs": inputs} if inputs else plain
 
 

@@ -55,7 +55,10 @@ class StrictBody(BaseModel):
 
 
 class ImageRequest(StrictBody):
-    """Body of `POST /v1/images/generations`: OpenAI's fields, and ours where diffusion models have more."""
+    """Body of `POST /v1/images/generations`: OpenAI's fields, and ours where diffusion models have more.
+
+    The fields of the form of `POST /v1/images/edits` are the same.
+    """
 
     model: str | None = Field(None, description="Name of a served model; may be left out when there is only one.")
     prompt: str
@@ -72,9 +75,11 @@ class ImageRequest(StrictBody):
     partial_images: Annotated[int, Field(ge=0, le=3)] | None = Field(
         None, description="Previews to send while streaming, at most."
     )
-    quality: Literal["auto", "standard"] | None = Field(
-        None, description="For compatibility only: steps decide about quality."
+    quality: Literal["auto", "standard", "low", "medium", "high", "xhigh", "max", "hd"] | None = Field(
+        None, description="Changes nothing: steps decide about quality."
     )
+    style: Literal["vivid", "natural"] | None = Field(None, description="Changes nothing.")
+    input_fidelity: Literal["low", "high"] | None = Field(None, description="Changes nothing.")
     background: Literal["auto", "opaque"] | None = None
     moderation: Literal["auto", "low"] | None = Field(None, description="Ignored: nothing is moderated.")
     user: str | None = Field(None, description="Ignored.")

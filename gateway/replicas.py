@@ -228,10 +228,22 @@ class Replicas:
         return None
 
     def _absent(self, stage: str, model: str) -> ServiceError:
-        models = self.models()
-        if model not in models:
-            return UnknownModel(f"unknown model {model!r}: there are {', '.join(sorted(models)) or 'none now'}")
+        try:
+            self.model(model)
+        except UnknownModel as unknown:
+            return unknown
         return NotReady(f"model {model!r} has no {stage} replica now", retry_after_s=2.0)
+
+    def model(self, name: str) -> gateway_pb2.ModelInfo:
+        """One of `models`.
+
+        Raises:
+            UnknownModel: no replica names it.
+        """
+        models = self.models()
+        if name not in models:
+            raise UnknownModel(f"unknown model {name!r}: there are {', '.join(sorted(models)) or 'none now'}")
+        return models[name]
 
     def models(self) -> dict[str, gateway_pb2.ModelInfo]:
         """Every model that a replica names; ready when each stage is there."""

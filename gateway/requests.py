@@ -123,7 +123,9 @@ class RequestService:
         stored_params = message.SerializeToString()
         fields: dict[str, str | bytes | float] = {
             "params": stored_params,
+            "model": model,
             "body": body,
+            "input_bytes": " ".join(str(len(media.data)) for media in resolved.inputs),
             "total": resolved.steps,
             "pixels": pixels(resolved),
             "step": 0,
@@ -318,6 +320,14 @@ class RequestService:
         """Every model, with its limits and replicas."""
         return [info for _, info in sorted(self._replicas.models().items())]
 
+    def model(self, name: str) -> gateway_pb2.ModelInfo:
+        """One of them.
+
+        Raises:
+            UnknownModel: no replica names it.
+        """
+        return self._replicas.model(name)
+
     async def health(self) -> Health:
         """For probes and the launcher."""
         return Health(await self._state.ping(), {info.name: info.ready for info in self.models()})
@@ -368,6 +378,7 @@ def status_of(request_id: str, record: dict[str, bytes]) -> gateway_pb2.RequestS
         params=types_pb2.GenerationParams.FromString(record["params"]),
         busy_s={key.removeprefix("busy:"): float(value) for key, value in record.items() if key.startswith("busy:")},
         queued_s=float(record.get("queued_s", 0)),
+        input_bytes=[int(nbytes) for nbytes in record.get("input_bytes", b"").split()],
     )
     if "artifact" in record:
         status.artifact.ParseFromString(record["artifact"])

@@ -28,12 +28,13 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
     ) -> AsyncIterator[gateway_pb2.GenerateResponse]:
         """Submits and follows; a caller that leaves aborts, unless it detached."""
         requests = self._requests(context)
-        request_id = await requests.submit(
-            params_from_proto(request.params),
-            idempotency_key=request.idempotency_key,
-            priority=request.priority,
-            traceparent=_metadata(context, "traceparent"),
-        )
+        with requests.refusals(request.params.model):
+            request_id = await requests.submit(
+                params_from_proto(request.params),
+                idempotency_key=request.idempotency_key,
+                priority=request.priority,
+                traceparent=_metadata(context, "traceparent"),
+            )
         ended = False
         try:
             async for event in self._follow(requests, request_id, "", request.inline_artifact):

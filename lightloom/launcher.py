@@ -189,6 +189,7 @@ class Cluster:
                 "host": entry.host,
                 "http_port": entry.http_port if index == 0 else free_port(),
                 "grpc_port": entry.grpc_port if index == 0 else free_port(),
+                "public_url": entry.public_url,
             },
             "access": asdict(entry.access),
             "inputs": asdict(entry.inputs),

@@ -22,7 +22,16 @@ from services.request import Media
 Frames = np.ndarray[Any, np.dtype[np.uint8]]  # [F, H, W, 3], RGB, 0 to 255
 PICTURE_ROLES = ("image", "last_image", "mask")
 MAX_INPUT_PIXELS = 64 * 1024 * 1024
-INPUT_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+# What clients may send, by the name that they know it by.
+INPUT_MIMES = {
+    "png": "image/png",
+    "jpeg": "image/jpeg",
+    "webp": "image/webp",
+    "mp4": "video/mp4",
+    "wav": "audio/wav",
+    "flac": "audio/flac",
+}
+PICTURE_FORMATS = tuple(name.upper() for name, mime in INPUT_MIMES.items() if mime.startswith("image/"))
 MIMES = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp", "mp4": "video/mp4"}
 RAW_MIME = "application/octet-stream"
 
@@ -38,6 +47,19 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 _SIDEWAYS = [_UPRIGHT[orientation] for orientation in (5, 6, 7, 8)]
+
+
+def media_type(data: bytes) -> str | None:
+    """The MIME type that the first bytes of a file tell; None when it is not among INPUT_MIMES."""
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return INPUT_MIMES["png"]
+    if data.startswith(b"\xff\xd8\xff"):
+        return INPUT_MIMES["jpeg"]
+    if data[:4] == b"RIFF" and data[8:12] in (b"WEBP", b"WAVE"):
+        return INPUT_MIMES["webp" if data[8:12] == b"WEBP" else "wav"]
+    if data[4:8] == b"ftyp":
+        return INPUT_MIMES["mp4"]
+    return INPUT_MIMES["flac"] if data.startswith(b"fLaC") else None
 
 
 def first_picture(inputs: Sequence[Media]) -> tuple[int, int] | None:
@@ -88,7 +110,7 @@ def _opened(media: Media) -> Iterator[Image.Image]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(media.data), formats=INPUT_FORMATS) as image:
+            with Image.open(io.BytesIO(media.data), formats=PICTURE_FORMATS) as image:
                 if image.width * image.height > MAX_INPUT_PIXELS:
                     raise Image.DecompressionBombError(f"{image.width}x{image.height} pixels")
                 yield image
@@ -98,7 +120,7 @@ def _opened(media: Media) -> Iterator[Image.Image]:
         ) from error
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, struct.error) as error:
         raise InvalidRequest(
-            f"an input picture cannot be decoded ({error}): send a whole {', '.join(INPUT_FORMATS)} file",
+            f"an input picture cannot be decoded ({error}): send a whole {', '.join(PICTURE_FORMATS)} file",
             param="inputs",
         ) from error
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import httpx
 import numpy as np
+import openai
 import pytest
 import torch
 from PIL import Image
@@ -93,8 +94,26 @@ def test_rest_and_grpc_make_the_same_picture_and_the_input_matters(client, rest)
     assert made.status_code == 202, made.text
     rest.get(f"/v1/requests/{made.json()['id']}/events")
     assert rest.get(f"/v1/requests/{made.json()['id']}/content").content == theirs
+    seen = rest.get(f"/v1/requests/{made.json()['id']}").json()["params"]["inputs"]
+    assert (
+        seen == made.json()["params"]["inputs"] == [{"mime": "image/png", "role": "image", "nbytes": len(INPUT.data)}]
+    )
     other = client.generate(PROMPT, images=[picture(90, 50, 2).data], **SMALL).data
     assert not np.array_equal(pixels(other), pixels(theirs))
+
+
+def test_the_openai_client_edits_with_files(client, edits):
+    theirs = openai.OpenAI(base_url=f"{edits.base_url}/v1", api_key="none", max_retries=0)
+    wish = {"prompt": PROMPT, "size": "64x80", "extra_body": {"steps": 4, "seed": 5}}
+    expected = client.generate(PROMPT, images=[INPUT.data], **SMALL).data
+    for image in (INPUT.data, ("cat.png", INPUT.data, "image/png"), [INPUT.data]):
+        made = theirs.images.edit(image=image, input_fidelity="high", **wish)
+        assert base64.b64decode(made.data[0].b64_json) == expected
+    events = list(theirs.images.edit(image=INPUT.data, stream=True, partial_images=1, **wish))
+    assert [event.type for event in events] == ["image_edit.partial_image", "image_edit.completed"]
+    assert base64.b64decode(events[-1].b64_json) == expected
+    with pytest.raises(openai.BadRequestError, match="mask"):
+        theirs.images.edit(image=INPUT.data, mask=INPUT.data, **wish)
 
 
 def test_without_a_size_the_result_has_the_pictures_shape(client):

@@ -2,48 +2,17 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
 
-from benchmarks.scale import stage_table
-from lightloom.cluster_config import write_toml
 from lightloom.redis_server import start_redis
-from services.config import environment_with_malloc
-from tests.cluster.gateway_process import ROOT, gateway
-from tests.cluster.running import figures, wait_for
-from tests.cluster.stage_process import free_port
+from tests.cluster.gateway_process import gateway
+from tests.cluster.running import wait_for
+from tests.cluster.sleeping import sleeping_stages
 
 SLOTS, REQUESTS, STEPS = 4, 80, 3
-
-
-@contextmanager
-def sleeping_stage(folder: Path, stage: str, max_in_flight: int) -> Iterator[dict[str, int]]:
-    """A stage that sleeps instead of computing; gives its ports."""
-    table = stage_table(stage, free_port())
-    table["service"] |= {"metrics_port": free_port(), "max_in_flight": max_in_flight}
-    path = folder / f"{stage}.toml"
-    write_toml(path, table)
-    command = [sys.executable, "-m", "benchmarks.sleeping_stage", "--config", str(path)]
-    with (folder / f"{stage}.log").open("wb") as log:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env=environment_with_malloc())
-    try:
-        yield table["service"]
-    finally:
-        process.terminate()
-        process.wait(20)
-
-
-def ready(metrics_port: int) -> bool:
-    """Whether a stage serves."""
-    try:
-        return figures(metrics_port)["ready"] == 1.0
-    except httpx.TransportError:
-        return False
 
 
 def denoise_calls(metrics_port: int) -> dict[str, int]:
@@ -58,8 +27,7 @@ def test_gateways_that_share_a_replica_do_not_overbook_it(tmp_path: Path) -> Non
         redis = start_redis(tmp_path / "redis")
         stack.callback(redis.stop)
         slots = {"text_encoder": 64, "dit": SLOTS, "vae": 64}
-        stages = {name: stack.enter_context(sleeping_stage(tmp_path, name, slots[name])) for name in slots}
-        wait_for(lambda: all(ready(service["metrics_port"]) for service in stages.values()), 200)
+        stages = stack.enter_context(sleeping_stages(tmp_path, slots))
         addresses = {name: f"127.0.0.1:{service['port']}" for name, service in stages.items()}
         folders = [tmp_path / "one", tmp_path / "two"]
         for folder in folders:

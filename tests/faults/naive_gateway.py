@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import gateway.__main__ as real
 from gateway.config import RedisSection
-from gateway.state import State
+from gateway.recorded_state import RecordedState
+from gateway.request_log import RequestLog
 from services.server import ensure_malloc, run_service
 
 REFUSAL = "return {'lost'"
 
 
-class NaiveState(State):
+class NaiveState(RecordedState):
     """Its commits are plain writes."""
 
-    def __init__(self, redis: RedisSection, owner: str) -> None:
-        super().__init__(redis, owner)
+    def __init__(self, redis: RedisSection, owner: str, requests: RequestLog) -> None:
+        super().__init__(redis, owner, requests)
         lines = str(self._scripts.by_name["commit"].script).splitlines(keepends=True)
         kept = [line for line in lines if REFUSAL not in line]
         if len(kept) == len(lines):
@@ -24,5 +25,5 @@ class NaiveState(State):
 
 if __name__ == "__main__":
     ensure_malloc()
-    real.State = NaiveState  # type: ignore[misc]
+    real.RecordedState = NaiveState  # type: ignore[misc]
     run_service(real.main)

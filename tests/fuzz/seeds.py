@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from services.media import PICTURE_FORMATS
 from services.tensors import bundle_frames
 
 
@@ -37,8 +38,8 @@ def _pictures() -> dict[str, bytes]:
     image = Image.linear_gradient("L").resize((24, 16)).convert("RGB")
     exif = Image.Exif()
     exif[0x0112] = 6
-    for kind in ("PNG", "JPEG", "WEBP", "GIF", "BMP"):
+    for kind in PICTURE_FORMATS:
         file = io.BytesIO()
-        image.save(file, kind, **({"exif": exif} if kind in ("PNG", "JPEG", "WEBP") else {}))
+        image.save(file, kind, exif=exif)
         made[kind.lower()] = file.getvalue()
     return made

@@ -40,3 +40,8 @@ def test_the_url_of_redis_may_be_in_a_file(tmp_path: Path) -> None:
     file.write_text("redis://:secret@r:6379/0\n")
     assert redis_url(RedisSection(url_file=str(file))) == "redis://:secret@r:6379/0"
     assert redis_url(RedisSection(url="redis://r:6379/0")) == "redis://r:6379/0"
+
+
+def test_a_public_url_without_a_scheme_is_refused() -> None:
+    with pytest.raises(StartupError, match=r"gateway.public_url is 'pictures.example': write it as https://HOST"):
+        parse(GatewayConfig, {"gateway": {"public_url": "pictures.example"}})

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image, ImageFile, ImageOps
 
+from gateway.http_inputs import media_of_bytes
 from services.errors import InvalidRequest
-from services.media import MAX_INPUT_PIXELS, decode_image, first_picture, image_size
+from services.media import MAX_INPUT_PIXELS, PICTURE_FORMATS, decode_image, first_picture, image_size
 from services.request import Media
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8)
@@ -89,13 +90,28 @@ def test_what_is_no_picture_is_refused(data):
         image_size(Media("image/png", data))
 
 
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM"])
+def test_the_door_and_the_stages_take_the_same_formats(kind):
+    """What REST lets in, a stage can decode; what a stage would refuse, REST refuses, with the same list."""
+    data = file_of(kind)
+    try:
+        media = media_of_bytes(data, "", "image")
+    except InvalidRequest as refused:
+        assert all(name.lower() in refused.message for name in PICTURE_FORMATS)
+        with pytest.raises(InvalidRequest, match=", ".join(PICTURE_FORMATS)):
+            decode_image(Media("image/png", data))
+    else:
+        assert kind in PICTURE_FORMATS
+        assert decode_image(media).shape == (1, 24, 40, 3)
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP"])
+@pytest.mark.parametrize("kind", PICTURE_FORMATS)
 def test_broken_bytes_give_pixels_or_a_refusal(kind):
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6
     exif[ExifTags.Base.Make] = "maker"
-    whole = file_of(kind, **({"exif": exif} if kind in ("JPEG", "WEBP", "PNG") else {}))
+    whole = file_of(kind, exif=exif)
     chance, refused = random.Random(0), 0
     for _ in range(300):
         data = bytearray(whole)

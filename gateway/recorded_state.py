@@ -1,0 +1,105 @@
+"""The state with a log: whatever accepts or ends a request here is told to a RequestLog, once for every request."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from gateway.config import RedisSection
+from gateway.request_log import Ending, RequestLog
+from gateway.state import TERMINAL, Claim, Fields, State
+from gateway.ticket import Offer, Ticket
+from services.errors import StateStoreDown
+
+log = logging.getLogger(__name__)
+
+
+class RecordedState(State):
+    """As State. Of one change that ends a request, only the first that hears of it tells the log."""
+
+    def __init__(self, redis: RedisSection, owner: str, requests: RequestLog) -> None:
+        super().__init__(redis, owner)
+        self._requests = requests
+        self._telling: set[asyncio.Task[None]] = set()
+
+    async def submit(
+        self,
+        request_id: str,
+        queue: str,
+        ticket: Ticket,
+        fields: Fields,
+        *,
+        inputs: bytes = b"",
+        lease_s: float | None = None,
+        offer: Offer | None = None,
+    ) -> tuple[bool, Claim | None]:
+        """As State.submit."""
+        stored, claim = await super().submit(
+            request_id, queue, ticket, fields, inputs=inputs, lease_s=lease_s, offer=offer
+        )
+        if stored:
+            model, traceparent = str(fields.get("model", "")), str(fields.get("traceparent", ""))
+            self._requests.accepted(request_id, model, ticket.tenant, traceparent)
+        return stored, claim
+
+    async def commit(self, claim: Claim, state: str, stage: str, queue: str, fields: Fields) -> str:
+        """As State.commit."""
+        committed = await super().commit(claim, state, stage, queue, fields)
+        return self._seen(claim.request_id, committed)
+
+    async def requeue(self, request_id: str, fence: int | None, max_attempts: int, counts: bool, error: bytes) -> str:
+        """As State.requeue."""
+        state = await super().requeue(request_id, fence, max_attempts, counts, error)
+        return self._seen(request_id, state)
+
+    async def abort(self, request_id: str) -> str | None:
+        """As State.abort."""
+        state = await super().abort(request_id)
+        return None if state is None else self._seen(request_id, state)
+
+    async def listen(
+        self,
+        on_queue: Callable[[], None],
+        on_cancel: Callable[[str], None],
+        on_expired: Callable[[str], None],
+    ) -> None:
+        """As State.listen."""
+
+        def expired(request_id: str) -> None:
+            self._seen(request_id, "expired")
+            on_expired(request_id)
+
+        await super().listen(on_queue, on_cancel, expired)
+
+    def _seen(self, request_id: str, state: str) -> str:
+        if state in TERMINAL:
+            # Beside the work: nobody waits for the log.
+            telling = asyncio.create_task(self._tell(request_id))
+            self._telling.add(telling)
+            telling.add_done_callback(self._telling.discard)
+        return state
+
+    async def _tell(self, request_id: str) -> None:
+        async def ask() -> list[Any]:
+            key = f"{{ll}}:req:{request_id}"
+            async with self._scripts.redis.pipeline(transaction=False) as pipe:
+                # An abort of a request that has ended finds it ended, like a second gateway that lost the race.
+                pipe.hincrby(key, "told", 1)
+                pipe.hmget(key, list(Ending.FIELDS))
+                return list(await pipe.execute())
+
+        try:
+            told, values = await self._scripts.call(ask)
+        except StateStoreDown:
+            log.warning("the end of %s could not be counted: Redis is away", request_id)
+            return
+        record = {name: value for name, value in zip(Ending.FIELDS, values, strict=True) if value is not None}
+        if told == 1 and "updated" in record:
+            self._requests.ended(Ending.of(request_id, record))
+
+    async def close(self) -> None:
+        """As State.close; what is to be told is told before."""
+        await asyncio.gather(*self._telling, return_exceptions=True)
+        await super().close()

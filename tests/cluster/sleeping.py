@@ -1,0 +1,87 @@
+"""Stages that sleep instead of computing (`benchmarks.sleeping_rank`), and a whole cluster of them with one gateway.
+
+For tests of what goes on around the stages: it is there in seconds, and a step takes no core.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from benchmarks.scale import stage_table
+from lightloom.cluster_config import write_toml
+from lightloom.redis_server import start_redis
+from services.config import environment_with_malloc
+from tests.cluster.gateway_process import ROOT, GatewayProcess, gateway
+from tests.cluster.running import figures, wait_for
+from tests.cluster.stage_process import free_port
+
+
+@contextmanager
+def sleeping_stage(folder: Path, stage: str, max_in_flight: int) -> Iterator[dict[str, int]]:
+    """A stage that sleeps instead of computing; gives its ports."""
+    table = stage_table(stage, free_port())
+    table["service"] |= {"metrics_port": free_port(), "max_in_flight": max_in_flight}
+    path = folder / f"{stage}.toml"
+    write_toml(path, table)
+    command = [sys.executable, "-m", "benchmarks.sleeping_stage", "--config", str(path)]
+    with (folder / f"{stage}.log").open("wb") as log:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env=environment_with_malloc())
+    try:
+        yield table["service"]
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+def ready(metrics_port: int) -> bool:
+    """Whether a stage serves."""
+    try:
+        return figures(metrics_port)["ready"] == 1.0
+    except httpx.TransportError:
+        return False
+
+
+@contextmanager
+def sleeping_stages(folder: Path, slots: dict[str, int]) -> Iterator[dict[str, dict[str, int]]]:
+    """One replica of each stage, ready; gives the ports of each."""
+    with ExitStack() as stack:
+        stages = {name: stack.enter_context(sleeping_stage(folder, name, most)) for name, most in slots.items()}
+        wait_for(lambda: all(ready(service["metrics_port"]) for service in stages.values()), 200)
+        yield stages
+
+
+@dataclass(frozen=True)
+class SleepingCluster:
+    """Redis, the stages, and what a gateway needs to serve them."""
+
+    redis_url: str
+    addresses: dict[str, str]
+
+
+@contextmanager
+def sleeping_cluster(folder: Path, dit_slots: int = 64) -> Iterator[SleepingCluster]:
+    """Without a gateway: tests start their own."""
+    with ExitStack() as stack:
+        redis = start_redis(folder / "redis")
+        stack.callback(redis.stop)
+        stages = stack.enter_context(sleeping_stages(folder, {"text_encoder": 64, "dit": dit_slots, "vae": 64}))
+        addresses = {name: f"127.0.0.1:{service['port']}" for name, service in stages.items()}
+        yield SleepingCluster(redis.url, addresses)
+
+
+@contextmanager
+def sleeping_gateway(folder: Path, dit_slots: int = 64, **options: Any) -> Iterator[GatewayProcess]:
+    """A gateway with a cluster of its own; options as GatewayProcess."""
+    with (
+        sleeping_cluster(folder, dit_slots) as cluster,
+        gateway(folder / "gateway", cluster.redis_url, cluster.addresses, **options) as running,
+    ):
+        yield running
