@@ -251,18 +251,6 @@ class Client:
         return self._runner.run(work)
 
 
-@dataclass(frozen=True, slots=True)
-class Endpoint:
-    """A gateway as the command line names it; the key is in LIGHTLOOM_API_KEY."""
-
-    address: str
-    tls: TlsSection
-
-    def open(self) -> Client:
-        """A client to it."""
-        return Client(self.address, tls=self.tls)
-
-
 def _progress(event: gateway_pb2.GenerateResponse, status: gateway_pb2.RequestStatus) -> Progress:
     kind = event.WhichOneof("event")
     step, total = (event.step.step, event.step.total) if kind == "step" else (status.step, status.total_steps)
