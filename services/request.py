@@ -71,6 +71,7 @@ class Limits:
     max_pixels: int = 2048 * 2048
     max_frames: int = 1
     frame_multiple: int = 1
+    min_steps: int = 1
     max_steps: int = 200
     max_guidance: float = 30.0
     max_prompt_chars: int = 8000
@@ -183,14 +184,13 @@ def check(params: ResolvedParams, limits: Limits) -> None:
     _check_text(params, limits)
     _check_size(params, limits)
     _check_frames(params, limits)
-    _between("steps", params.steps, 1, limits.max_steps)
+    _between("steps", params.steps, limits.min_steps, limits.max_steps)
     _between("guidance", params.guidance, 0.0, limits.max_guidance)
     _between("guidance_2", params.guidance_2, 0.0, limits.max_guidance)
     _between("seed", params.seed, 0, MAX_SEED)
     _between("quality", params.quality, 1, 100)
     _between("preview_every", params.preview_every, 0, limits.max_steps)
-    _between("inputs (count)", len(params.inputs), limits.min_inputs, limits.max_inputs, param="inputs")
-    check_total(params.inputs, "inputs")
+    _check_inputs(params, limits)
     formats = _formats(limits)
     if params.output_format not in formats:
         raise InvalidRequest(
@@ -250,10 +250,20 @@ def _check_frames(params: ResolvedParams, limits: Limits) -> None:
         _between("fps", params.fps, 1.0, 120.0)
 
 
+def _check_inputs(params: ResolvedParams, limits: Limits) -> None:
+    if params.inputs and not limits.max_inputs:
+        raise InvalidRequest(f"model {params.model!r} takes no input pictures", param="inputs")
+    if not params.inputs and limits.min_inputs:
+        raise InvalidRequest(f"model {params.model!r} needs an input picture, and there is none", param="inputs")
+    _between("inputs (count)", len(params.inputs), limits.min_inputs, limits.max_inputs, param="inputs")
+    check_total(params.inputs, "inputs")
+
+
 def _between(name: str, value: float, low: float, high: float, *, param: str = "") -> None:
     # `not (a <= x <= b)` also catches NaN.
     if not low <= value <= high or not math.isfinite(value):
-        raise InvalidRequest(f"{name} is {value}: it must be between {low} and {high}", param=param or name)
+        allowed = f"between {low} and {high}" if low < high else f"{low}"
+        raise InvalidRequest(f"{name} is {value}: it must be {allowed}", param=param or name)
 
 
 def _formats(limits: Limits) -> tuple[str, ...]:
