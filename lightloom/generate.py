@@ -75,6 +75,7 @@ def generate_to_file(wish: Wish, output: Path, connection: Connection) -> client
     console = Console(stderr=True)
     options = wish.options(output)
     started_s = time.perf_counter()
+    request_id = ""
     with (
         Progress(
             TextColumn("{task.description:>10}"),
@@ -91,9 +92,15 @@ def generate_to_file(wish: Wish, output: Path, connection: Connection) -> client
         task = bar.add_task("queued", total=1)
 
         def show(progress: client.Progress) -> None:
+            nonlocal request_id
+            request_id = progress.request_id
             bar.update(task, description=progress.state, completed=progress.step, total=progress.total or 1)
 
-        result = gateway.generate(wish.prompt, model=wish.model, on_progress=show, images=wish.images, **options)
+        try:
+            result = gateway.generate(wish.prompt, model=wish.model, on_progress=show, images=wish.images, **options)
+        except KeyboardInterrupt:
+            console.print(f"aborted request {request_id}" if request_id else "aborted")
+            raise
     seconds = time.perf_counter() - started_s
     result.save(output)
     stages = ", ".join(f"{stage} {busy_s:.2f} s" for stage, busy_s in sorted(result.busy_s.items()))

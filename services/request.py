@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from services.errors import InvalidRequest
 
@@ -167,6 +167,19 @@ def _default_size(limits: Limits, picture: tuple[int, int] | None) -> tuple[int,
 
     width, height = rounded(round)
     return (width, height) if width * height <= limits.max_pixels else rounded(math.floor)
+
+
+def open_params(**values: Any) -> GenerationParams:
+    """A request from fields by name, as callers of the Python API give them.
+
+    Raises:
+        InvalidRequest: there is no such field.
+    """
+    known = {spec.name for spec in fields(GenerationParams)}
+    for name in values:
+        if name not in known:
+            raise InvalidRequest(f"unknown option {name!r}: there are {', '.join(sorted(known))}", param=name)
+    return GenerationParams(**values)
 
 
 def unresolved(params: ResolvedParams) -> GenerationParams:

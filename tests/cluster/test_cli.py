@@ -104,13 +104,16 @@ def test_generate_status_trace_and_abort(cluster, client, tmp_path):
 def test_ctrl_c_aborts_what_is_being_made(running_cluster, client, tmp_path):
     address = running_cluster.cluster.grpc_address
     command = [sys.executable, "-m", "lightloom", "generate", "a lost cat", "--steps", "200", "--address", address]
-    making = subprocess.Popen(command, cwd=tmp_path, env={**environment_with_malloc(), "PYTHONPATH": str(ROOT)})
+    environment = {**environment_with_malloc(), "PYTHONPATH": str(ROOT)}
+    making = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
     wait_for(lambda: [status for status in client.list(3) if status.params.prompt == "a lost cat" and status.step])
     making.send_signal(signal.SIGINT)
-    assert making.wait(10) == 130
+    _, said = making.communicate(timeout=10)
+    assert making.returncode == 130
     [ours] = [status for status in client.list(3) if status.params.prompt == "a lost cat"]
     wait_for(lambda: client.abort(ours.request_id) == "cancelled")
     assert client.get(ours.request_id).step < 200
+    assert said.strip() == f"aborted request {ours.request_id}"
     assert not list(tmp_path.iterdir())
 
 
@@ -118,6 +121,7 @@ def test_an_address_serves_instead_of_a_folder(running_cluster):
     there = lightloom("status", "--address", running_cluster.cluster.grpc_address, "--run-dir", "nowhere")
     assert there.returncode == 0 and "demo" in there.stdout
     refused(lightloom("status", "--address", "127.0.0.1:1", "--run-dir", "nowhere"), 1, "no service answers")
+    refused(lightloom("status", "--address", running_cluster.cluster.http_address), 1, "give the gateway's gRPC port")
     refused(lightloom("status", "--run-dir", "nowhere"), 2, "no cluster runs in nowhere", "lightloom up")
 
 
@@ -130,6 +134,8 @@ def test_unknown_requests_and_bad_wishes(cluster, tmp_path):
     refused(lightloom("generate", "a cat", "--image", tmp_path / "none.png", *cluster), 2, "none.png")
     refused(lightloom("generate", "a cat", "-o", tmp_path / "none" / "a.png", *cluster), 2, "no folder")
     refused(lightloom("generate", "a cat", "-o", tmp_path, *cluster), 2, "is a folder")
+    refused(lightloom("generate", "a cat", "--seed", -1, *cluster), 1, "seed is -1", "between 0 and 2^64 - 1")
+    refused(lightloom("generate", "a cat", "--steps", 1, *cluster), 1, "between 2 and 200")
     assert not list(tmp_path.iterdir())
 
 
@@ -149,6 +155,11 @@ def test_scale(cluster, running_cluster):
 
 
 # ---- Looking at the machine ------------------------------------------------------------------------------------------
+
+
+def test_version():
+    shown = lightloom("--version")
+    assert shown.returncode == 0 and shown.stdout.startswith("lightloom ")
 
 
 def test_features_prints_the_matrix():

@@ -60,11 +60,13 @@ def test_submit_get_list_models_and_trace(client):
 
 
 def test_errors_have_their_class(client):
-    with pytest.raises(InvalidRequest, match="between 1 and 200") as caught:
+    with pytest.raises(InvalidRequest, match="between 2 and 200") as caught:
         client.generate(PROMPT, steps=1000)
     assert caught.value.param == "steps"
     with pytest.raises(InvalidRequest, match="width"):
         client.generate(PROMPT, width=-16)
+    with pytest.raises(InvalidRequest, match="unknown option 'stepz': there are"):
+        client.generate(PROMPT, stepz=3)
     with pytest.raises(UnknownModel):
         client.generate(PROMPT, model="none")
     for ask in (client.get, client.abort, client.trace):
