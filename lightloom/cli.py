@@ -7,28 +7,35 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
+from lightloom.connection import DEFAULT_RUN_DIR, Connection, RunDir, connected
 from lightloom.key_commands import app as key_app
 from services.errors import ServiceError, StartupError
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
-
-if TYPE_CHECKING:
-    from lightloom.client import Endpoint
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 app.add_typer(key_app, name="key")
 
-RunDir = Annotated[Path, typer.Option("--run-dir", help="Folder of a running cluster.")]
-Address = Annotated[str, typer.Option("--address", help="host:port of a gateway; default: the cluster in --run-dir.")]
-Ca = Annotated[
-    str, typer.Option("--ca", help="Certificate that signed the gateway's (PEM); `system`: a public authority.")
-]
-Cert = Annotated[str, typer.Option("--cert", help="Client certificate (PEM), if the gateway asks for one.")]
-CertKey = Annotated[str, typer.Option("--cert-key", help="The client certificate's key (PEM).")]
-DEFAULT_RUN_DIR = Path(".lightloom")
+
+def print_version(wanted: bool) -> None:
+    """Of the installed package."""
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"lightloom {version('lightloom')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Start a cluster, make pictures, look at what happens."""
 
 
 @app.command()
@@ -46,7 +53,9 @@ def up(
 
 
 @app.command()
+@connected
 def generate(
+    connection: Connection,
     prompt: str,
     output: Annotated[
         Path, typer.Option("-o", "--output", help="File to write; its ending chooses the format.")
@@ -63,11 +72,6 @@ def generate(
     image: Annotated[
         list[Path] | None, typer.Option("--image", help="Input picture of an edit model, repeatable.")
     ] = None,
-    address: Address = "",
-    run_dir: RunDir = DEFAULT_RUN_DIR,
-    ca: Ca = "",
-    cert: Cert = "",
-    cert_key: CertKey = "",
 ) -> None:
     """Make a picture (or clip) from a prompt, with a live progress bar."""
     from lightloom.generate import Wish, generate_to_file
@@ -75,51 +79,37 @@ def generate(
     wish = Wish(
         prompt, model, negative_prompt, size, steps, guidance, seed, frames, tuple(image or ()), fps, guidance_2
     )
-    generate_to_file(wish, output, endpoint(address, run_dir, ca, cert, cert_key))
+    generate_to_file(wish, output, connection)
 
 
 @app.command()
+@connected
 def status(
-    address: Address = "",
-    run_dir: RunDir = DEFAULT_RUN_DIR,
-    ca: Ca = "",
-    cert: Cert = "",
-    cert_key: CertKey = "",
-    limit: int = 20,
+    connection: Connection,
+    limit: Annotated[int, typer.Option(help="Requests to show.")] = 20,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Show models, replicas and the newest requests."""
+    """Show processes, models, replicas and the newest requests."""
     from lightloom.show import show_status
 
-    show_status(endpoint(address, run_dir, ca, cert, cert_key), run_dir, limit)
+    show_status(connection, limit, as_json=as_json)
 
 
 @app.command()
-def abort(
-    request_id: str,
-    address: Address = "",
-    run_dir: RunDir = DEFAULT_RUN_DIR,
-    ca: Ca = "",
-    cert: Cert = "",
-    cert_key: CertKey = "",
-) -> None:
+@connected
+def abort(connection: Connection, request_id: str) -> None:
     """Abort a request, queued or running."""
-    with endpoint(address, run_dir, ca, cert, cert_key).open() as client:
+    with connection.open() as client:
         typer.echo(client.abort(request_id))
 
 
 @app.command()
-def trace(
-    request_id: str,
-    address: Address = "",
-    run_dir: RunDir = DEFAULT_RUN_DIR,
-    ca: Ca = "",
-    cert: Cert = "",
-    cert_key: CertKey = "",
-) -> None:
+@connected
+def trace(connection: Connection, request_id: str) -> None:
     """Draw one request's timeline over all processes."""
     from lightloom.show import show_trace
 
-    show_trace(request_id, endpoint(address, run_dir, ca, cert, cert_key))
+    show_trace(connection, request_id)
 
 
 @app.command()
@@ -128,14 +118,11 @@ def scale(
     model: Annotated[str, typer.Option(help="Only this model's stages.")] = "",
     run_dir: RunDir = DEFAULT_RUN_DIR,
 ) -> None:
-    """Change the number of replicas of a stage while requests run."""
+    """Change the number of replicas of a stage while requests run. Does not wait until new ones serve."""
     from lightloom.cluster_config import parse_replicas
-    from lightloom.launcher import ask
-    from lightloom.show import show_processes
+    from lightloom.show import show_scaled
 
-    show_processes(
-        ask(run_dir, {"command": "scale", "model": model, "replicas": parse_replicas(replicas)})["processes"]
-    )
+    show_scaled(run_dir, model, parse_replicas(replicas))
 
 
 @app.command()
@@ -175,35 +162,6 @@ def doctor(
     from lightloom.doctor import examine, show
 
     raise typer.Exit(show(examine(config, run_dir)))
-
-
-def endpoint(address: str, run_dir: Path, ca: str, cert: str, cert_key: str) -> Endpoint:
-    """The gateway to call, and with which certificates.
-
-    Raises:
-        StartupError: as `grpc_address`.
-    """
-    from lightloom.client import Endpoint
-    from services.config import TlsSection
-
-    return Endpoint(grpc_address(address, run_dir), TlsSection(ca=ca, cert=cert, key=cert_key))
-
-
-def grpc_address(address: str, run_dir: Path) -> str:
-    """The address that was given, or the one of the cluster in the run folder.
-
-    Raises:
-        StartupError: neither.
-    """
-    if address:
-        return address
-    import json
-
-    try:
-        facts: dict[str, Any] = json.loads((run_dir / "cluster.json").read_text())
-    except FileNotFoundError as error:
-        raise StartupError(f"no cluster runs in {run_dir}: start one with `lightloom up`, or give --address") from error
-    return str(facts["grpc"])
 
 
 def main() -> None:

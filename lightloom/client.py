@@ -20,7 +20,7 @@ from protos import gateway_pb2, gateway_pb2_grpc, types_pb2
 from services.client import connect, error_from_rpc
 from services.config import TlsSection, environment
 from services.errors import Cancelled, Internal, ServiceError
-from services.request import GenerationParams, Media
+from services.request import Media, open_params
 from services.wire import error_from_proto, params_to_proto
 
 T = TypeVar("T")
@@ -111,7 +111,7 @@ class AsyncClient:
             options: fields of services.request.GenerationParams: width, height, steps, seed, guidance, ...
         """
         inputs = tuple(_media(image) for image in images)
-        params = GenerationParams(model=model, prompt=prompt, inputs=inputs, **options)
+        params = open_params(**{"model": model, "prompt": prompt, "inputs": inputs, **options})
         request = gateway_pb2.GenerateRequest(params=params_to_proto(params), inline_artifact=True)
         status, data = gateway_pb2.RequestStatus(), bytearray()
         async for event in self._stream(self._stub.Generate(request, timeout=self._timeout_s, metadata=self._metadata)):
@@ -127,7 +127,7 @@ class AsyncClient:
 
     async def submit(self, prompt: str, *, model: str = "", idempotency_key: str = "", **options: Any) -> str:
         """Starts a request that goes on without us; returns its id."""
-        params = GenerationParams(model=model, prompt=prompt, **options)
+        params = open_params(model=model, prompt=prompt, **options)
         request = gateway_pb2.GenerateRequest(
             params=params_to_proto(params), detach=True, idempotency_key=idempotency_key
         )
@@ -249,18 +249,6 @@ class Client:
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
         return self._runner.run(work)
-
-
-@dataclass(frozen=True, slots=True)
-class Endpoint:
-    """A gateway as the command line names it; the key is in LIGHTLOOM_API_KEY."""
-
-    address: str
-    tls: TlsSection
-
-    def open(self) -> Client:
-        """A client to it."""
-        return Client(self.address, tls=self.tls)
 
 
 def _progress(event: gateway_pb2.GenerateResponse, status: gateway_pb2.RequestStatus) -> Progress:

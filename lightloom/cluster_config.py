@@ -14,7 +14,10 @@ from typing import Any
 from gateway.config import AccessSection, InputsSection
 from services.config import EngineSection, ParallelSection, TlsSection, parse, read_toml
 from services.errors import StartupError
+from services.families import FAMILIES
+from services.features import ORDER
 from services.parallel.degrees import TEXT_AXES, Degrees, check_axes
+from services.request import Limits
 
 STAGES = ("text_encoder", "dit", "vae")
 
@@ -69,7 +72,7 @@ class ClusterConfig:
 
 
 def load_cluster(path: Path) -> ClusterConfig:
-    """Reads and checks a cluster file; model folders are taken relative to the working directory.
+    """Reads and checks a cluster file, but not what it names (`check_files`).
 
     Raises:
         StartupError: what is wrong with it.
@@ -81,7 +84,40 @@ def load_cluster(path: Path) -> ClusterConfig:
         check_replicas(entry.replicas, f"models.{name}.replicas")
         Degrees.of(entry.parallel)
         check_axes(Degrees.of(entry.text_parallel), TEXT_AXES, "TextEncoder")
+        parse(Limits, entry.limits, f"models.{name}.limits.")
+        for feature in entry.features:
+            if feature not in ORDER:
+                raise StartupError(f"models.{name}: unknown feature {feature!r}: there are {', '.join(ORDER)}")
     return config
+
+
+def check_files(config: ClusterConfig) -> None:
+    """Whether everything that the config names is there; a stage would find out after half a minute only.
+
+    Raises:
+        StartupError: what is missing, and where it was looked for.
+    """
+    for name, entry in config.models.items():
+        _check_source(f"models.{name}", entry)
+    keys = config.gateway.access.keys_file
+    if keys and not Path(keys).is_file():
+        raise StartupError(
+            f"gateway.access.keys_file {Path(keys).absolute()} does not exist: make a key with "
+            f"`lightloom key create --file {keys}` (paths are relative to the working directory)"
+        )
+
+
+def _check_source(where: str, entry: ModelEntry) -> None:
+    if entry.source.startswith("random:"):
+        if entry.family not in FAMILIES:
+            families = ", ".join(sorted(FAMILIES))
+            raise StartupError(f"{where}: {entry.source} needs a family and a preset: families are {families}")
+        return
+    folder = Path(entry.source)
+    if not folder.is_dir():
+        raise StartupError(f"{where}: model folder {folder} does not exist (looked for {folder.absolute()})")
+    if not (folder / "model_index.json").is_file():
+        raise StartupError(f"{where}: {folder.absolute()} has no model_index.json: name a diffusers-format folder")
 
 
 def check_replicas(replicas: Mapping[str, int], where: str) -> None:

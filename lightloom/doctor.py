@@ -6,7 +6,6 @@ import importlib.metadata
 import os
 import platform
 import shutil
-import socket
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,8 +14,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from lightloom.cluster_config import load_cluster
-from lightloom.launcher import control_path
+from lightloom.cluster_config import check_files, load_cluster
+from lightloom.control import control_path
+from lightloom.ports import try_port
 from lightloom.redis_server import check_server, find_server
 from services.config import environment
 from services.errors import StartupError
@@ -80,16 +80,10 @@ def _device() -> Finding:
 def _config(config: Path) -> Finding:
     try:
         cluster = load_cluster(config)
+        check_files(cluster)
     except StartupError as error:
         return Finding("config", "bad", str(error))
-    missing = [entry.source for entry in cluster.models.values() if not _has_source(entry.source)]
-    if missing:
-        return Finding("config", "bad", f"{config}: model folder {missing[0]} does not exist")
     return Finding("config", "ok", f"{config}: models {', '.join(cluster.models)}")
-
-
-def _has_source(source: str) -> bool:
-    return source.startswith("random:") or (Path(source) / "model_index.json").exists()
 
 
 def _ports(config: Path, run_dir: Path) -> Iterator[Finding]:
@@ -100,15 +94,13 @@ def _ports(config: Path, run_dir: Path) -> Iterator[Finding]:
         gateway = load_cluster(config).gateway
     except StartupError:
         return
-    for name, port in (("http", gateway.http_port), ("grpc", gateway.grpc_port)):
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((gateway.host, port))
-            except OSError as error:
-                yield Finding("ports", "bad", f"{name} port {gateway.host}:{port} cannot be bound: {error.strerror}")
-            else:
-                yield Finding("ports", "ok", f"{name} port {gateway.host}:{port} is free")
+    for name, port in (("HTTP", gateway.http_port), ("gRPC", gateway.grpc_port)):
+        try:
+            try_port(name, gateway.host, port)
+        except StartupError as error:
+            yield Finding("ports", "bad", str(error))
+        else:
+            yield Finding("ports", "ok", f"{name} port {gateway.host}:{port} is free")
 
 
 def _redis() -> Finding:

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from lightloom import client
+from lightloom.connection import Connection
 from services.errors import StartupError
 
 FORMATS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp", ".mp4": "mp4", ".raw": "raw"}
@@ -41,6 +42,8 @@ class Wish:
         missing = [str(image) for image in self.images if not image.is_file()]
         if missing:
             raise StartupError(f"input picture {missing[0]} does not exist")
+        if output.is_dir():
+            raise StartupError(f"{output} is a folder: name a file, for example {output / 'out.png'}")
         if not output.parent.is_dir():
             raise StartupError(f"{output} cannot be written: there is no folder {output.parent}")
         if output.suffix.lower() not in FORMATS:
@@ -62,15 +65,17 @@ class Wish:
         }
 
 
-def generate_to_file(wish: Wish, output: Path, endpoint: client.Endpoint) -> client.Result:
+def generate_to_file(wish: Wish, output: Path, connection: Connection) -> client.Result:
     """Makes it, shows progress, writes the file and says what each stage took.
 
     Raises:
-        ServiceError: the request failed, or the cluster does not answer.
+        StartupError, ServiceError: the request cannot be made or failed, or the cluster does not answer.
+        KeyboardInterrupt: after Ctrl-C; the request is aborted.
     """
     console = Console(stderr=True)
     options = wish.options(output)
     started_s = time.perf_counter()
+    request_id = ""
     with (
         Progress(
             TextColumn("{task.description:>10}"),
@@ -82,20 +87,26 @@ def generate_to_file(wish: Wish, output: Path, endpoint: client.Endpoint) -> cli
             # Into a file or a pipe, a bar would be nothing but blank lines.
             disable=not console.is_terminal,
         ) as bar,
-        endpoint.open() as connection,
+        connection.open() as gateway,
     ):
         task = bar.add_task("queued", total=1)
 
         def show(progress: client.Progress) -> None:
+            nonlocal request_id
+            request_id = progress.request_id
             bar.update(task, description=progress.state, completed=progress.step, total=progress.total or 1)
 
-        result = connection.generate(wish.prompt, model=wish.model, on_progress=show, images=wish.images, **options)
+        try:
+            result = gateway.generate(wish.prompt, model=wish.model, on_progress=show, images=wish.images, **options)
+        except KeyboardInterrupt:
+            console.print(f"aborted request {request_id}" if request_id else "aborted")
+            raise
     seconds = time.perf_counter() - started_s
     result.save(output)
     stages = ", ".join(f"{stage} {busy_s:.2f} s" for stage, busy_s in sorted(result.busy_s.items()))
     size = f"{result.width}x{result.height}"
     if result.num_frames > 1:
         size += f", {result.num_frames} frames at {result.fps:g} a second"
-    console.print(f"{output}  {size}, seed {result.seed}, {seconds:.2f} s in all ({stages})")
-    console.print(f"request {result.request_id}", style="dim")
+    console.print(f"{output}  {size}, seed {result.seed}, {seconds:.2f} s in all ({stages})", soft_wrap=True)
+    console.print(f"request {result.request_id}", style="dim", soft_wrap=True)
     return result

@@ -1,6 +1,6 @@
 """A model in this process, without a cluster: for scripts and notebooks.
 
-    with Local(model="demo/checkpoints/qwen_image", width=256, height=256) as model:
+    with Local(model="demo/checkpoints/qwen_image", width=256, height=256, steps=20) as model:
         model.generate("a green star on a black background", seed=7).save("star.png")
 
 The engines are those of the services, so batches form here too: `generate_many`.
@@ -24,7 +24,7 @@ from services.describe import limits_of, open_model
 from services.errors import Internal, StartupError
 from services.family import Tensors
 from services.media import first_picture
-from services.request import MAX_SEED, GenerationParams, ResolvedParams, resolve
+from services.request import MAX_SEED, ResolvedParams, open_params, resolve
 from text_encoder_svc.engine import open_engine as open_text
 from vae_svc.engine import VaeJob
 from vae_svc.engine import open_engine as open_vae
@@ -37,7 +37,8 @@ class Local:
         model: a diffusers-format folder, or `random:SEED` with `family` and `preset`.
         features: options by feature, as in a config's `[features]`.
         max_batch: requests that share a forward.
-        defaults: parameters for requests that do not set them (width, height, steps, ...).
+        defaults: parameters for requests that do not set them (width, height, steps, ...); without, the family's. A
+            served model's own are in its cluster file.
 
     Raises:
         StartupError: the weights cannot be served.
@@ -122,7 +123,7 @@ class Local:
         ]
 
     def _resolve(self, request: Mapping[str, Any]) -> ResolvedParams:
-        params = GenerationParams(**{"model": "local", **self._defaults, **request})
+        params = open_params(**{"model": "local", **self._defaults, **request})
         picture = first_picture(params.inputs[: self._limits.max_inputs])
         return resolve(params, self._limits, seed=secrets.randbelow(MAX_SEED), picture=picture)
 

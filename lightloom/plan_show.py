@@ -58,6 +58,8 @@ class Wish:
         width, _, height = self.size.partition("x")
         if self.size and not (width.isdigit() and height.isdigit()):
             raise StartupError(f"--size is {self.size!r}: write WIDTHxHEIGHT, for example 1024x1024")
+        if self.model.startswith("random:") and not (self.family and self.preset):
+            raise StartupError(f"{self.model} has no shape of its own: give --family and --preset")
         source = open_source(self.model, family=self.family, preset=self.preset)
         wish = GenerationParams(
             model="plan",

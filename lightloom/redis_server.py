@@ -11,7 +11,6 @@ import concurrent.futures
 import contextlib
 import importlib.util
 import shutil
-import socket
 import subprocess
 import time
 from dataclasses import dataclass
@@ -22,6 +21,8 @@ import redis
 
 from gateway.config import RedisSection
 from gateway.redis_link import examine, open_redis, refusal_of
+from lightloom.member import ProcessRow
+from lightloom.ports import free_port
 from lightloom.with_parent import with_parent
 from services.config import environment
 from services.errors import StartupError
@@ -37,6 +38,7 @@ class RedisServer:
     url: str
     command: tuple[str, ...] = ()
     process: subprocess.Popen[bytes] | None = None
+    restarts: int = 0
 
     @property
     def dead(self) -> bool:
@@ -54,6 +56,18 @@ class RedisServer:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
+        )
+
+    def row(self) -> ProcessRow:
+        """As one of the cluster's processes."""
+        pid = self.process.pid if self.process and not self.dead else 0
+        return ProcessRow(
+            name="redis",
+            address=self.url.removeprefix("redis://").removesuffix("/0"),
+            pid=pid,
+            state="serving" if pid else "down",
+            restarts=self.restarts,
+            rank_restarts=0,
         )
 
     def stop(self) -> None:
@@ -104,7 +118,7 @@ def start_redis(folder: Path, url: str = "", port: int = 0) -> RedisServer:
         return RedisServer(chosen)
     program = find_server()
     folder.mkdir(parents=True, exist_ok=True)
-    port = port or _free_port()
+    port = port or free_port()
     command = (
         *(str(program), "--port", str(port), "--bind", "127.0.0.1", "--dir", str(folder)),
         *("--appendonly", "yes", "--appendfsync", "everysec", "--save", "", "--maxmemory-policy", "noeviction"),
@@ -158,10 +172,3 @@ def _wait(server: RedisServer, timeout_s: float, message: str) -> None:
                 break
             time.sleep(0.02)
     raise StartupError(message)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

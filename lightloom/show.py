@@ -2,73 +2,167 @@
 
 from __future__ import annotations
 
-import contextlib
+import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from lightloom.client import Endpoint
+from lightloom.connection import Connection
+from lightloom.control import ask
+from lightloom.member import ProcessRow
 from protos import gateway_pb2, types_pb2
-from services.errors import StartupError
 
 BAR_CHARS = 48
+# Of a last column on a terminal that is too narrow.
+MIN_CHARS = 8
+COLUMN_GAP = 2
+# A pipe has no width of its own, and what reads it wants whole values.
+PIPE_CHARS = 400
+PROMPT_CHARS = 60
 
 
-def show_processes(processes: Sequence[dict[str, Any]]) -> None:
+def output() -> Console:
+    """Standard output; as wide as it takes when nobody looks at it."""
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = max(console.width, PIPE_CHARS)
+    return console
+
+
+def show_processes(console: Console, processes: Sequence[ProcessRow]) -> None:
     """One row a process."""
-    table = Table("process", "address", "pid", "restarts", box=None)
+    table = Table("process", "state", "address", "pid", "restarts", "rank restarts", box=None, pad_edge=False)
     for row in processes:
-        table.add_row(row["name"], row["address"], str(row["pid"] or "-"), str(row["restarts"]))
-    Console(stderr=True).print(table)
+        counts = str(row["restarts"]), str(row["rank_restarts"])
+        table.add_row(row["name"], row["state"], row["address"], str(row["pid"] or "-"), *counts)
+    console.print(table)
 
 
-def show_status(endpoint: Endpoint, run_dir: Path, limit: int) -> None:
-    """Processes of the run folder if a cluster runs there, models with replicas, newest requests."""
-    from lightloom.launcher import ask
+def show_status(connection: Connection, limit: int, *, as_json: bool) -> None:
+    """Processes of the run folder if a cluster runs there, models with replicas, newest requests.
 
-    # The processes of a remote cluster are not ours to see.
-    with contextlib.suppress(StartupError):
-        show_processes(ask(run_dir, {"command": "status"})["processes"])
-    console = Console()
-    with endpoint.open() as client:
-        models, requests = client.models(), client.list(limit)
-    table = Table("model", "family", "ready", "replicas", "running", box=None)
+    Of a cluster that is still starting, the processes only.
+    """
+    cluster = connection.cluster()
+    starting = cluster is not None and not connection.address and not cluster["ready"]
+    models: Sequence[gateway_pb2.ModelInfo] = ()
+    requests: Sequence[gateway_pb2.RequestStatus] = ()
+    if not starting:
+        with connection.open() as client:
+            models, requests = client.models(), client.list(limit)
+    processes: Sequence[ProcessRow] = cluster["processes"] if cluster else ()
+    if as_json:
+        _print_json(processes, models, requests, ready=not starting)
+        return
+    console = output()
+    if processes:
+        show_processes(console, processes)
+    if starting:
+        console.print("the cluster is still starting")
+        return
+    console.print(_models(models))
+    console.print(_requests(console, requests))
+
+
+def _print_json(
+    processes: Sequence[ProcessRow],
+    models: Sequence[gateway_pb2.ModelInfo],
+    requests: Sequence[gateway_pb2.RequestStatus],
+    *,
+    ready: bool,
+) -> None:
+    """Models and requests are those of the REST API."""
+    # Brings the REST front's libraries with it; the tables need none of them.
+    from gateway.http_json import model_json, status_json
+
+    report = {
+        "ready": ready,
+        "processes": processes,
+        "models": [model_json(model) for model in models],
+        "requests": [status_json(status) for status in requests],
+    }
+    print(json.dumps(report, indent=2))
+
+
+def _models(models: Sequence[gateway_pb2.ModelInfo]) -> Table:
+    table = Table("model", "family", "ready", "replicas", "running", box=None, pad_edge=False)
     for model in models:
         stages = [types_pb2.Stage.Name(replica.stage).removeprefix("STAGE_").lower() for replica in model.replicas]
         counts = ", ".join(f"{stage} {stages.count(stage)}" for stage in dict.fromkeys(stages))
         running = sum(replica.in_flight for replica in model.replicas)
         table.add_row(model.name, model.family, "yes" if model.ready else "no", counts, str(running))
-    console.print(table)
-    table = Table("request", "state", "step", "age", "prompt", box=None)
-    for status in requests:
-        name = gateway_pb2.RequestState.Name(status.state).removeprefix("REQUEST_STATE_").lower()
-        age = f"{time.time() - status.created_unix_s:.0f} s"
-        steps = f"{status.step}/{status.total_steps}"
-        table.add_row(status.request_id, name, steps, age, status.params.prompt[:60])
-    console.print(table)
+    return table
 
 
-def show_trace(request_id: str, endpoint: Endpoint) -> None:
+def _requests(console: Console, requests: Sequence[gateway_pb2.RequestStatus]) -> Table:
+    rows = [
+        (
+            status.request_id,
+            gateway_pb2.RequestState.Name(status.state).removeprefix("REQUEST_STATE_").lower(),
+            f"{status.step}/{status.total_steps}",
+            f"{time.time() - status.created_unix_s:.0f} s",
+        )
+        for status in requests
+    ]
+    titles = ("request", "state", "step", "age")
+    chars = min(_room(console, titles, rows), PROMPT_CHARS)
+    table = Table(*titles, "prompt", box=None, pad_edge=False)
+    for row, status in zip(rows, requests, strict=True):
+        prompt = " ".join(status.params.prompt.split())
+        table.add_row(*row, Text(prompt if len(prompt) <= chars else prompt[: chars - 1] + "…", no_wrap=True))
+    return table
+
+
+def _room(console: Console, titles: Sequence[str], rows: Sequence[Sequence[str]]) -> int:
+    """Characters that are left for one more column, so that no other is cut: ids and times are copied from here."""
+    taken = sum(max(map(len, column)) + COLUMN_GAP for column in zip(titles, *rows, strict=True))
+    return max(console.width - taken, MIN_CHARS)
+
+
+def show_scaled(run_dir: Path, model: str, replicas: Mapping[str, int]) -> None:
+    """Scales the cluster in the folder, and says what is not there yet.
+
+    Raises:
+        StartupError: no cluster runs there, or it has no such model.
+    """
+    answer = ask(run_dir, {"command": "scale", "model": model, "replicas": replicas})
+    console = output()
+    show_processes(console, answer["processes"])
+    late = [row["name"] for row in answer["processes"] if row["state"] != "serving"]
+    if late:
+        console.print(f"starting: {', '.join(late)}; `lightloom status` shows when they serve")
+    for stage in (stage for stage, count in replicas.items() if count == 0):
+        # A model's limits are those of its denoiser: without one, nothing can be checked.
+        fresh = "new ones are refused" if stage == "dit" else "new ones too"
+        console.print(f"no {stage} is left: accepted requests wait until there is one, {fresh}")
+
+
+def show_trace(connection: Connection, request_id: str) -> None:
     """Every span as a bar on the request's own time."""
-    with endpoint.open() as client:
+    with connection.open() as client:
         spans = client.trace(request_id)
+    console = output()
     if not spans:
-        Console().print("nothing was recorded yet")
+        console.print("nothing was recorded yet")
         return
     start = min(span.start_unix_ns for span in spans)
     total = max(max(span.start_unix_ns + span.duration_ns for span in spans) - start, 1)
-    table = Table("process", "span", "start ms", "ms", "", box=None)
-    for span in spans:
-        before = round((span.start_unix_ns - start) / total * BAR_CHARS)
-        length = max(1, round(span.duration_ns / total * BAR_CHARS))
-        bar = " " * before + "█" * min(length, BAR_CHARS - before + 1)
-        begin = f"{(span.start_unix_ns - start) / 1e6:.1f}"
-        table.add_row(span.process, span.name, begin, f"{span.duration_ns / 1e6:.1f}", bar)
-    Console().print(table)
+    rows = [
+        (span.process, span.name, f"{(span.start_unix_ns - start) / 1e6:.1f}", f"{span.duration_ns / 1e6:.1f}")
+        for span in spans
+    ]
+    titles = ("process", "span", "start ms", "ms")
+    chars = min(_room(console, titles, rows) - 1, BAR_CHARS)
+    table = Table(*titles, "", box=None, pad_edge=False)
+    for row, span in zip(rows, spans, strict=True):
+        before = round((span.start_unix_ns - start) / total * chars)
+        length = max(1, round(span.duration_ns / total * chars))
+        table.add_row(*row, Text(" " * before + "█" * min(length, chars - before + 1), no_wrap=True))
+    console.print(table)
 
 
 def show_features() -> None:
@@ -81,4 +175,4 @@ def show_features() -> None:
     table = Table("family", "feature", "exact", f"on {device}", box=None)
     for cell in matrix(device):
         table.add_row(cell.family, cell.feature, "yes" if cell.exact else "no", cell.reason or "works")
-    Console().print(table)
+    output().print(table)

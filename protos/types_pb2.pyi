@@ -233,7 +233,7 @@ class StageUsage(_message.Message):
     def __init__(self, busy_s: _Optional[float] = ..., spans: _Optional[_Iterable[_Union[Span, _Mapping]]] = ..., cached: _Optional[bool] = ...) -> None: ...
 
 class Limits(_message.Message):
-    __slots__ = ("size_multiple_px", "min_side_px", "max_side_px", "max_pixels", "max_frames", "frame_multiple", "max_steps", "max_guidance", "max_prompt_chars", "max_inputs", "default_width", "default_height", "default_frames", "default_fps", "default_steps", "default_guidance", "default_negative_prompt", "output", "min_inputs", "default_guidance_2", "separate_guidance_2")
+    __slots__ = ("size_multiple_px", "min_side_px", "max_side_px", "max_pixels", "max_frames", "frame_multiple", "max_steps", "max_guidance", "max_prompt_chars", "max_inputs", "default_width", "default_height", "default_frames", "default_fps", "default_steps", "default_guidance", "default_negative_prompt", "output", "min_inputs", "default_guidance_2", "separate_guidance_2", "min_steps")
     SIZE_MULTIPLE_PX_FIELD_NUMBER: _ClassVar[int]
     MIN_SIDE_PX_FIELD_NUMBER: _ClassVar[int]
     MAX_SIDE_PX_FIELD_NUMBER: _ClassVar[int]
@@ -255,6 +255,7 @@ class Limits(_message.Message):
     MIN_INPUTS_FIELD_NUMBER: _ClassVar[int]
     DEFAULT_GUIDANCE_2_FIELD_NUMBER: _ClassVar[int]
     SEPARATE_GUIDANCE_2_FIELD_NUMBER: _ClassVar[int]
+    MIN_STEPS_FIELD_NUMBER: _ClassVar[int]
     size_multiple_px: int
     min_side_px: int
     max_side_px: int
@@ -276,7 +277,8 @@ class Limits(_message.Message):
     min_inputs: int
     default_guidance_2: float
     separate_guidance_2: bool
-    def __init__(self, size_multiple_px: _Optional[int] = ..., min_side_px: _Optional[int] = ..., max_side_px: _Optional[int] = ..., max_pixels: _Optional[int] = ..., max_frames: _Optional[int] = ..., frame_multiple: _Optional[int] = ..., max_steps: _Optional[int] = ..., max_guidance: _Optional[float] = ..., max_prompt_chars: _Optional[int] = ..., max_inputs: _Optional[int] = ..., default_width: _Optional[int] = ..., default_height: _Optional[int] = ..., default_frames: _Optional[int] = ..., default_fps: _Optional[float] = ..., default_steps: _Optional[int] = ..., default_guidance: _Optional[float] = ..., default_negative_prompt: _Optional[str] = ..., output: _Optional[str] = ..., min_inputs: _Optional[int] = ..., default_guidance_2: _Optional[float] = ..., separate_guidance_2: _Optional[bool] = ...) -> None: ...
+    min_steps: int
+    def __init__(self, size_multiple_px: _Optional[int] = ..., min_side_px: _Optional[int] = ..., max_side_px: _Optional[int] = ..., max_pixels: _Optional[int] = ..., max_frames: _Optional[int] = ..., frame_multiple: _Optional[int] = ..., max_steps: _Optional[int] = ..., max_guidance: _Optional[float] = ..., max_prompt_chars: _Optional[int] = ..., max_inputs: _Optional[int] = ..., default_width: _Optional[int] = ..., default_height: _Optional[int] = ..., default_frames: _Optional[int] = ..., default_fps: _Optional[float] = ..., default_steps: _Optional[int] = ..., default_guidance: _Optional[float] = ..., default_negative_prompt: _Optional[str] = ..., output: _Optional[str] = ..., min_inputs: _Optional[int] = ..., default_guidance_2: _Optional[float] = ..., separate_guidance_2: _Optional[bool] = ..., min_steps: _Optional[int] = ...) -> None: ...
 
 class Feature(_message.Message):
     __slots__ = ("name", "config", "exact")

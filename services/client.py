@@ -147,6 +147,8 @@ def _unavailable(details: str) -> ServiceError:
     lower = details.lower()
     if "failed to connect" not in lower and "name resolution" not in lower:
         return DeviceLost(f"the connection broke: {details}")
+    if "expected settings frame" in lower:
+        return NotReady("what answers there speaks HTTP/1, not gRPC: give the gateway's gRPC port, not its REST port")
     if "wrong_version_number" in lower:
         return NotReady(f"TLS handshake failed: the service speaks plain text ({details})")
     if "handshake failed" in lower or "verification" in lower:

@@ -86,6 +86,9 @@ class UnknownModel(ServiceError):
 
     reason, code, http = "unknown_model", Code.NOT_FOUND, 404
 
+    def __init__(self, message: str, *, param: str = "model", request_id: str = "", retry_after_s: float = 0.0) -> None:
+        super().__init__(message, param=param, request_id=request_id, retry_after_s=retry_after_s)
+
 
 class UnknownRequest(ServiceError):
     """No request has that id, or it has been forgotten."""

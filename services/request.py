@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from services.errors import InvalidRequest
 
@@ -71,6 +71,7 @@ class Limits:
     max_pixels: int = 2048 * 2048
     max_frames: int = 1
     frame_multiple: int = 1
+    min_steps: int = 1
     max_steps: int = 200
     max_guidance: float = 30.0
     max_prompt_chars: int = 8000
@@ -168,6 +169,19 @@ def _default_size(limits: Limits, picture: tuple[int, int] | None) -> tuple[int,
     return (width, height) if width * height <= limits.max_pixels else rounded(math.floor)
 
 
+def open_params(**values: Any) -> GenerationParams:
+    """A request from fields by name, as callers of the Python API give them.
+
+    Raises:
+        InvalidRequest: there is no such field.
+    """
+    known = {spec.name for spec in fields(GenerationParams)}
+    for name in values:
+        if name not in known:
+            raise InvalidRequest(f"unknown option {name!r}: there are {', '.join(sorted(known))}", param=name)
+    return GenerationParams(**values)
+
+
 def unresolved(params: ResolvedParams) -> GenerationParams:
     """The same values as an open request, for the wire."""
     return GenerationParams(**{f.name: getattr(params, f.name) for f in fields(params)})
@@ -183,14 +197,13 @@ def check(params: ResolvedParams, limits: Limits) -> None:
     _check_text(params, limits)
     _check_size(params, limits)
     _check_frames(params, limits)
-    _between("steps", params.steps, 1, limits.max_steps)
+    _between("steps", params.steps, limits.min_steps, limits.max_steps)
     _between("guidance", params.guidance, 0.0, limits.max_guidance)
     _between("guidance_2", params.guidance_2, 0.0, limits.max_guidance)
     _between("seed", params.seed, 0, MAX_SEED)
     _between("quality", params.quality, 1, 100)
     _between("preview_every", params.preview_every, 0, limits.max_steps)
-    _between("inputs (count)", len(params.inputs), limits.min_inputs, limits.max_inputs, param="inputs")
-    check_total(params.inputs, "inputs")
+    _check_inputs(params, limits)
     formats = _formats(limits)
     if params.output_format not in formats:
         raise InvalidRequest(
@@ -250,10 +263,20 @@ def _check_frames(params: ResolvedParams, limits: Limits) -> None:
         _between("fps", params.fps, 1.0, 120.0)
 
 
+def _check_inputs(params: ResolvedParams, limits: Limits) -> None:
+    if params.inputs and not limits.max_inputs:
+        raise InvalidRequest(f"model {params.model!r} takes no input pictures", param="inputs")
+    if not params.inputs and limits.min_inputs:
+        raise InvalidRequest(f"model {params.model!r} needs an input picture, and there is none", param="inputs")
+    _between("inputs (count)", len(params.inputs), limits.min_inputs, limits.max_inputs, param="inputs")
+    check_total(params.inputs, "inputs")
+
+
 def _between(name: str, value: float, low: float, high: float, *, param: str = "") -> None:
     # `not (a <= x <= b)` also catches NaN.
     if not low <= value <= high or not math.isfinite(value):
-        raise InvalidRequest(f"{name} is {value}: it must be between {low} and {high}", param=param or name)
+        allowed = f"between {low} and {high}" if low < high else f"{low}"
+        raise InvalidRequest(f"{name} is {value}: it must be {allowed}", param=param or name)
 
 
 def _formats(limits: Limits) -> tuple[str, ...]:

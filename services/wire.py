@@ -6,7 +6,7 @@ values are checked against a model's limits in `services/request.py`.
 
 from __future__ import annotations
 
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 from protos import types_pb2
@@ -101,7 +101,8 @@ def limits_to_proto(limits: Limits) -> types_pb2.Limits:
 
 def limits_from_proto(proto: types_pb2.Limits) -> Limits:
     """The message as a model's limits."""
-    return Limits(**{spec.name: getattr(proto, spec.name) for spec in fields(Limits)})
+    limits = Limits(**{spec.name: getattr(proto, spec.name) for spec in fields(Limits)})
+    return replace(limits, min_steps=max(1, limits.min_steps))
 
 
 def media_to_proto(media: Media) -> types_pb2.Media:
@@ -161,4 +162,8 @@ def _set(proto: types_pb2.GenerationParams, name: str, value: Any) -> None:
     try:
         setattr(proto, name, value)
     except (ValueError, TypeError) as error:
-        raise InvalidRequest(f"{name} is {value!r}: {error}", param=name) from error
+        kind = proto.DESCRIPTOR.fields_by_name[name]
+        most = {kind.TYPE_UINT32: "2^32 - 1", kind.TYPE_UINT64: "2^64 - 1"}.get(kind.type)
+        # What a model allows is less; only its replicas know it.
+        allowed = f"it must be a whole number between 0 and {most}" if most else error
+        raise InvalidRequest(f"{name} is {value!r}: {allowed}", param=name) from error

@@ -129,8 +129,8 @@ def test_both_encoders_saw_the_picture(client):
 
 HEADER_BROKEN = b"\x89PNG\r\n\x1a\n" + b"\x00" * 64
 REFUSED = {
-    "none": ([], "inputs (count) is 0"),
-    "two": ([INPUT.data] * 2, "inputs (count) is 2"),
+    "none": ([], "needs an input picture"),
+    "two": ([INPUT.data] * 2, "inputs (count) is 2: it must be 1"),
     "broken": ([HEADER_BROKEN], "cannot be decoded"),
     "bomb": ([bomb(60000, 60000)], "too many pixels"),
     "bomb that the library allows": ([bomb(9000, 9000)], "too many pixels"),

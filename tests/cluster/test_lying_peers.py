@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lightloom.launcher import free_port
+from lightloom.ports import free_port
 from services.config import environment_with_malloc
 from tests.cluster.gateway_process import ROOT, GatewayProcess, gateway
 from tests.cluster.running import RunningCluster, figures, wait_for

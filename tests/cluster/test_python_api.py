@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -59,11 +60,13 @@ def test_submit_get_list_models_and_trace(client):
 
 
 def test_errors_have_their_class(client):
-    with pytest.raises(InvalidRequest, match="between 1 and 200") as caught:
+    with pytest.raises(InvalidRequest, match="between 2 and 200") as caught:
         client.generate(PROMPT, steps=1000)
     assert caught.value.param == "steps"
     with pytest.raises(InvalidRequest, match="width"):
         client.generate(PROMPT, width=-16)
+    with pytest.raises(InvalidRequest, match="unknown option 'stepz': there are"):
+        client.generate(PROMPT, stepz=3)
     with pytest.raises(UnknownModel):
         client.generate(PROMPT, model="none")
     for ask in (client.get, client.abort, client.trace):
@@ -127,9 +130,11 @@ def test_local_makes_many_in_order(local):
     assert np.abs(pixels(results[2].data) - pixels(local.generate(PROMPT, seed=3).data)).max() <= 1
 
 
-def test_local_goes_on_after_a_bad_request(local):
+def test_local_goes_on_after_a_bad_request(local, monkeypatch):
     with pytest.raises(InvalidRequest, match="not a multiple of 16"):
         local.generate(PROMPT, width=100)
+    # The engine finds out then, when the other request is in it already.
+    monkeypatch.setattr(local, "_limits", replace(local._limits, min_steps=1))
     with pytest.raises(InvalidRequest):
         local.generate_many([{"prompt": PROMPT}, {"prompt": PROMPT, "steps": 1}])
     assert local.generate(PROMPT, steps=2).data

@@ -14,7 +14,7 @@ import pytest
 import redis
 
 from lightloom import Client
-from lightloom.launcher import free_port
+from lightloom.ports import free_port
 from lightloom.redis_server import RedisServer, start_redis
 from services.errors import StateStoreDown
 from tests.cluster.gateway_process import GatewayProcess, gateway

@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import psutil
 
-from lightloom.launcher import free_port
+from lightloom.ports import free_port
 from lightloom.redis_server import RedisServer, start_redis
 from tests.cluster.redis_process import Sentinels
 from tests.cluster.running import figures, wait_for

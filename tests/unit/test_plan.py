@@ -93,8 +93,8 @@ def test_memory_that_cannot_be_read_is_refused(text):
         ({"size": "big"}, StartupError, "--size is 'big': write WIDTHxHEIGHT"),
         ({"text_tokens": 0}, StartupError, "--text-tokens is 0"),
         ({"preset": "x"}, StartupError, "has no preset 'x', it has"),
-        ({"family": ""}, StartupError, "unknown model family"),
-        ({"frames": 5}, InvalidRequest, "num_frames is 5: it must be between 1 and 1"),
+        ({"family": "", "model": "random:0"}, StartupError, "random:0 has no shape of its own: give --family"),
+        ({"frames": 5}, InvalidRequest, "num_frames is 5: it must be 1"),
         ({"guidance": 99.0}, InvalidRequest, "guidance is 99.0"),
     ],
 )

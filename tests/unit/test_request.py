@@ -50,9 +50,9 @@ def test_given_values_stay() -> None:
         ({"seed": -1}, "seed", "between 0 and"),
         ({"seed": 2**63}, "seed", "between 0 and"),
         ({"quality": 0}, "quality", "between 1 and 100"),
-        ({"num_frames": 5}, "num_frames", "between 1 and 1"),
+        ({"num_frames": 5}, "num_frames", "it must be 1"),
         ({"output_format": "mp4"}, "output_format", "png, jpeg, webp"),
-        ({"inputs": (Media("image/png", b""),)}, "inputs", "between 0 and 0"),
+        ({"inputs": (Media("image/png", b""),)}, "inputs", "model 'demo' takes no input pictures"),
         ({"preview_every": -1}, "preview_every", "between 0 and 200"),
     ],
 )
@@ -61,6 +61,11 @@ def test_refusals(changes: dict[str, object], param: str, allowed: str) -> None:
         resolve(make(**changes), LIMITS, seed=0)
     assert caught.value.param == param
     assert allowed in caught.value.message
+
+
+def test_a_schedule_may_need_more_steps_than_one() -> None:
+    with pytest.raises(InvalidRequest, match="steps is 1: it must be between 2 and 200"):
+        resolve(make(steps=1), replace(LIMITS, min_steps=2), seed=0)
 
 
 def test_frames_follow_the_rule_of_the_model() -> None:
@@ -72,7 +77,7 @@ def test_frames_follow_the_rule_of_the_model() -> None:
 
 
 def test_an_edit_model_needs_a_picture() -> None:
-    with pytest.raises(InvalidRequest, match="between 1 and 1"):
+    with pytest.raises(InvalidRequest, match="model 'demo' needs an input picture"):
         resolve(make(), replace(LIMITS, min_inputs=1, max_inputs=1), seed=0)
 
 

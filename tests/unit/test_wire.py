@@ -100,8 +100,12 @@ def test_formats() -> None:
 
 
 def test_limits_survive() -> None:
-    limits = Limits(output="video", max_frames=81, frame_multiple=4, default_fps=16.0, min_inputs=1, max_inputs=2)
+    limits = Limits(
+        output="video", max_frames=81, frame_multiple=4, default_fps=16.0, min_inputs=1, max_inputs=2, min_steps=3
+    )
     assert limits_from_proto(limits_to_proto(limits)) == limits
+    # A replica that is older than the field.
+    assert limits_from_proto(types_pb2.Limits()).min_steps == 1
     names = {descriptor.name for descriptor in types_pb2.Limits.DESCRIPTOR.fields}
     assert names == {f.name for f in fields(Limits)}
 

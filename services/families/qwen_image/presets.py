@@ -8,7 +8,9 @@ from typing import Any
 from services.family import Variant
 from services.request import Limits
 
-_LIMITS = Limits(output="image", size_multiple_px=16, max_side_px=3584, default_negative_prompt=" ")
+# The schedule is stretched so that its last noise level is shift_terminal; a single level cannot be both ends. For
+# weights without shift_terminal, a config may set limits.min_steps to 1.
+_LIMITS = Limits(output="image", size_multiple_px=16, max_side_px=3584, min_steps=2, default_negative_prompt=" ")
 VARIANTS = {
     "t2i": Variant(name="t2i", pipelines=("QwenImagePipeline",), limits=_LIMITS),
     "edit": Variant(

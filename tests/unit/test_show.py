@@ -1,0 +1,84 @@
+"""What commands print: whole ids and bars on a narrow terminal, and what happens to processes in words."""
+
+from __future__ import annotations
+
+import io
+
+from rich.console import Console
+
+from lightloom.connection import Connection
+from lightloom.member import ProcessRow
+from lightloom.show import show_status, show_trace
+from lightloom.up import changes
+from protos import gateway_pb2, types_pb2
+
+ID = "0123456789abcdef" * 2
+
+
+class Gateway:
+    """Answers as a client would, without a gateway."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        return None
+
+    def models(self):
+        return [gateway_pb2.ModelInfo(name="demo", family="qwen_image", ready=True)]
+
+    def list(self, limit):
+        params = types_pb2.GenerationParams(prompt="[red] a prompt\nthat is much longer than the room beside an id")
+        state = gateway_pb2.REQUEST_STATE_DONE
+        return [gateway_pb2.RequestStatus(request_id=ID, state=state, step=20, total_steps=20, params=params)]
+
+    def trace(self, request_id):
+        names = [("gateway", "gateway.denoise"), ("text_encoder-demo-1", "text.encode"), ("vae-demo-3", "vae.decode")]
+        return [
+            types_pb2.Span(process=process, name=name, start_unix_ns=index * 10**9, duration_ns=10**9)
+            for index, (process, name) in enumerate(names)
+        ]
+
+
+def lines(monkeypatch, show, *arguments, **options):
+    """What a command prints on a terminal of 80 columns."""
+    console = Console(file=io.StringIO(), width=80, force_terminal=True, color_system=None)
+    monkeypatch.setattr("lightloom.show.output", lambda: console)
+    monkeypatch.setattr(Connection, "open", lambda self: Gateway())
+    show(Connection(address="127.0.0.1:1"), *arguments, **options)
+    printed = [line.rstrip() for line in console.file.getvalue().splitlines()]
+    assert all(len(line) <= 80 for line in printed), printed
+    return printed
+
+
+def test_ids_are_whole_on_a_narrow_terminal(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    [row] = [line for line in lines(monkeypatch, show_status, 20, as_json=False) if line.startswith(ID)]
+    assert row.split()[:3] == [ID, "done", "20/20"]
+    assert "[red] a prompt" in row and row.endswith("…")
+
+
+def test_bars_fit_on_a_narrow_terminal(monkeypatch):
+    first, *_, last = lines(monkeypatch, show_trace, ID)[1:]
+    assert "gateway.denoise" in first and "vae.decode" in last
+    # One after the other: the last bar begins where the first has ended, and is whole.
+    assert first.count("█") == last.count("█") >= 8
+    assert first.rindex("█") < last.index("█")
+
+
+def row(**changed) -> ProcessRow:
+    plain = {"name": "dit-demo-2", "address": "127.0.0.1:5", "pid": 7, "state": "serving"}
+    return ProcessRow(**{**plain, "restarts": 0, "rank_restarts": 0, **changed})
+
+
+def test_what_happened_to_a_process():
+    assert list(changes(None, row(state="starting"))) == ["starts at 127.0.0.1:5"]
+    assert list(changes(row(state="starting"), row())) == ["serves"]
+    assert list(changes(row(), row())) == []
+    assert list(changes(row(), row(pid=0, state="down"))) == ["died"]
+    assert list(changes(row(pid=0, state="down"), row(pid=8, restarts=1, state="starting"))) == [
+        "was started again (restarts: 1)"
+    ]
+    assert list(changes(row(), row(pid=8, restarts=1, state="starting"))) == ["died", "was started again (restarts: 1)"]
+    [lost] = changes(row(), row(rank_restarts=2, state="starting"))
+    assert lost.startswith("lost a rank") and "2" in lost
