@@ -66,21 +66,26 @@ def stage_table(stage: str, port: int) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Running:
-    """Addresses of a gateway: `host:port` of gRPC, and the base URL of REST."""
+    """Addresses: of a gateway, `host:port` of gRPC and the base URL of REST; of its Redis, the URL."""
 
     grpc: str
     http: str
+    redis: str
 
 
 @asynccontextmanager
 async def cluster(
-    folder: Path, replicas: int, *, stage_module: str = "benchmarks.sleeping_stage"
+    folder: Path,
+    replicas: int,
+    *,
+    stage_module: str = "benchmarks.sleeping_stage",
+    gateway_module: str = "gateway",
 ) -> AsyncIterator[Running]:
     """Redis, a gateway and sleeping stages; yields the gateway once the model is ready."""
     ports = {"text_encoder": [free_port()], "vae": [free_port()], "dit": [free_port() for _ in range(replicas)]}
     redis = await asyncio.to_thread(start_redis, folder / "redis")
     grpc_port, http_port = free_port(), free_port()
-    running = Running(f"127.0.0.1:{grpc_port}", f"http://127.0.0.1:{http_port}")
+    running = Running(f"127.0.0.1:{grpc_port}", f"http://127.0.0.1:{http_port}", redis.url)
     gateway = {
         "gateway": {"grpc_port": grpc_port, "http_port": http_port},
         "redis": {"url": redis.url},
@@ -95,7 +100,7 @@ async def cluster(
                 for port in listed:
                     table = stage_table(stage, port)
                     await stack.enter_async_context(process(folder, table["service"]["name"], stage_module, table))
-            await stack.enter_async_context(process(folder, "gateway", "gateway", gateway))
+            await stack.enter_async_context(process(folder, "gateway", gateway_module, gateway))
             await _ready(running.grpc, sum(len(listed) for listed in ports.values()))
             yield running
     finally:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,11 +27,16 @@ ENVIRONMENT = {
 
 
 class S3Process:
-    """The server, a bucket in it, and a client that sees what is there."""
+    """The server, a bucket in it, and a client that sees what is there.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        tls: the files `cert`, `key` and `ca` of a server with TLS.
+    """
+
+    def __init__(self, folder: Path, host: str = "127.0.0.1", tls: Mapping[str, str] | None = None) -> None:
+        self._host, self._tls = host, tls or {}
         self.port = free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
+        self.url = f"{'https' if tls else 'http'}://{host}:{self.port}"
         self.path = f"s3://{BUCKET}/some/prefix"
         self._log = folder / "s3.log"
         self.client: Any = boto3.client(
@@ -40,13 +45,16 @@ class S3Process:
             aws_access_key_id="another",
             aws_secret_access_key="another",
             region_name="us-east-1",
+            verify=self._tls.get("ca"),
             config=Config(s3={"addressing_style": "path"}, retries={"total_max_attempts": 1}),
         )
         self.start()
 
     def start(self) -> None:
         """Empty, with the bucket."""
-        command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self.port)]
+        command = [sys.executable, "-m", "moto.server", "-H", self._host, "-p", str(self.port)]
+        if self._tls:
+            command += ["-s", "-c", self._tls["cert"], "-k", self._tls["key"]]
         with self._log.open("ab") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log)
         wait_for(self._answers, 60)
@@ -55,7 +63,7 @@ class S3Process:
     def _answers(self) -> bool:
         assert self.process.poll() is None, self._log.read_text()
         try:
-            return httpx.get(f"{self.url}/moto-api/").status_code == 200
+            return httpx.get(f"{self.url}/moto-api/", verify=not self._tls).status_code == 200
         except httpx.TransportError:
             return False
 
@@ -84,9 +92,9 @@ class S3Process:
 
 
 @contextmanager
-def s3_server(folder: Path) -> Iterator[S3Process]:
+def s3_server(folder: Path, **options: Any) -> Iterator[S3Process]:
     """A server that answers."""
-    running = S3Process(folder)
+    running = S3Process(folder, **options)
     try:
         yield running
     finally:

@@ -19,7 +19,7 @@ from services.server import parse_arguments
 ROOT = Path(__file__).resolve().parents[2]
 CHART = ROOT / "deploy/helm/lightloom"
 VALUES = sorted((Path(__file__).parent / "values").glob("*.yaml"))
-EVERYTHING = next(path for path in VALUES if path.stem == "everything")
+EVERYTHING = Path(__file__).parent / "values/everything.yaml"
 RELEASE, NAMESPACE = "pix", "media"
 # What `python -m` runs for a stage, and its gRPC service.
 STAGES = {"text_encoder_svc": "TextEncoder", "dit_svc": "Dit", "vae_svc": "Vae"}
@@ -35,15 +35,20 @@ def helm(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([found, *words], capture_output=True, text=True, check=False)
 
 
-def template(values: Path, kube_version: str = "1.37.0") -> subprocess.CompletedProcess[str]:
-    """`helm template` with a file of values."""
-    options = ("--namespace", NAMESPACE, "--kube-version", kube_version, "--values", str(values))
-    return helm("template", RELEASE, str(CHART), *options)
+def values_named(stem: str) -> Path:
+    """One of the sets of values."""
+    return next(path for path in VALUES if path.stem == stem)
 
 
-def render(values: Path) -> list[Object]:
+def template(values: Path, *settings: str, kube_version: str = "1.37.0") -> subprocess.CompletedProcess[str]:
+    """`helm template` with a file of values, and with `key=value` settings over it."""
+    options = ["--namespace", NAMESPACE, "--kube-version", kube_version, "--values", str(values)]
+    return helm("template", RELEASE, str(CHART), *options, *(f"--set={setting}" for setting in settings))
+
+
+def render(values: Path, *settings: str) -> list[Object]:
     """All objects."""
-    result = template(values)
+    result = template(values, *settings)
     assert result.returncode == 0, result.stderr
     return [document for document in yaml.safe_load_all(result.stdout) if document]
 

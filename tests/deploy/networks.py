@@ -23,7 +23,9 @@ AGENT_PORT = 50100
 
 
 class Network(Protocol):
-    """What the pods of a test are connected by."""
+    """What the pods of a test are connected by; `host` is the test's own address there."""
+
+    host: str
 
     def join(self, name: str, template: Object) -> tuple[str, dict[int, int]]:
         """A pod's address, and which of its ports is which there."""
@@ -41,12 +43,14 @@ class Network(Protocol):
 class Namespaces:
     """A network namespace a pod, all on one bridge. /etc/hosts is the cluster's DNS."""
 
+    host = f"{SUBNET}.1"
+
     def __init__(self) -> None:
         self._numbers = itertools.count(2)
         self._pods: list[str] = []
         self._names: dict[str, list[str]] = {}
         _ip("link", "add", "name", BRIDGE, "type", "bridge")
-        _ip("addr", "add", f"{SUBNET}.1/24", "dev", BRIDGE)
+        _ip("addr", "add", f"{self.host}/24", "dev", BRIDGE)
         _ip("link", "set", BRIDGE, "up")
 
     def join(self, name: str, template: Object) -> tuple[str, dict[int, int]]:
@@ -87,6 +91,8 @@ class Namespaces:
 class Loopback:
     """All pods on 127.0.0.1, each with ports of its own; a file a name is the cluster's DNS."""
 
+    host = "127.0.0.1"
+
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._ports: dict[str, dict[int, int]] = {}
@@ -94,7 +100,7 @@ class Loopback:
 
     def join(self, name: str, template: Object) -> tuple[str, dict[int, int]]:
         self._ports[name] = {port["containerPort"]: free_port() for port in container(template)["ports"]}
-        return "127.0.0.1", self._ports[name]
+        return self.host, self._ports[name]
 
     def words(self, name: str, words: list[str]) -> list[str]:
         ports = self._ports[name]
@@ -108,6 +114,8 @@ class Loopback:
                 settings[f"stages.{stage}"] = f"file:{self._folder / 'pix-lightloom'}-{stage.replace('_', '-')}"
         elif 50051 in ports:
             settings = {"service.host": "127.0.0.1", "service.port": ports[50051], "service.metrics_port": ports[9090]}
+            if 50052 in ports:
+                settings["service.health_port"] = ports[50052]
             if any("parallel.hosts=" in word for word in words):
                 agents = [entry[AGENT_PORT] for entry in self._ports.values() if AGENT_PORT in entry]
                 settings["parallel.hosts"] = json.dumps([f"127.0.0.1:{port}" for port in agents])

@@ -36,11 +36,21 @@ class Pod:
     ports: dict[int, int]
 
     def probe(self, kind: str) -> bool:
-        """One of the rendered probes. A pod without one passes."""
+        """One of the rendered probes, of gRPC or HTTP. A pod without one passes."""
         rendered = container(self.template).get(kind, {})
+        if "httpGet" in rendered:
+            return self._answers(rendered["httpGet"])
         if "grpc" not in rendered:
             return True
         return not grpc_probe(f"{self.address}:{self.ports[rendered['grpc']['port']]}", rendered["grpc"]["service"])
+
+    def _answers(self, asked: Object) -> bool:
+        url = f"{asked['scheme'].lower()}://{self.address}:{self.port(asked['port'])}{asked['path']}"
+        try:
+            # A kubelet checks no certificate either.
+            return httpx.get(url, verify=False, timeout=5).is_success
+        except httpx.TransportError:
+            return False
 
     def port(self, name: str) -> int:
         """By the name that services use."""
@@ -58,7 +68,7 @@ class Kubelet:
     """Starts and deletes the pods of a release, and keeps the endpoints of its services.
 
     Args:
-        volumes: folders of volumes that pods share, by the volume's name.
+        volumes: folders of Secrets by their names, and of other volumes by the volume's.
     """
 
     def __init__(self, objects: list[Object], network: Network, folder: Path, volumes: Mapping[str, Path]) -> None:
@@ -71,9 +81,10 @@ class Kubelet:
         self._started = 0
         self._places: dict[str, tuple[str, dict[int, int]]] = {}
 
-    def place(self, workload: str, name: str) -> None:
+    def place(self, workload: str, name: str) -> str:
         """Gives a pod its address before it runs."""
         self._places[name] = self._network.join(name, self._templates[workload])
+        return self._places[name][0]
 
     def create(self, workload: str, name: str = "") -> Pod:
         """Another pod of a workload, by default under a name of its own."""
@@ -81,10 +92,12 @@ class Kubelet:
         template = self._templates[workload]
         name = name or f"{template['metadata']['labels']['app.kubernetes.io/component']}-{self._started}"
         address, ports = self._places.pop(name, None) or self._network.join(name, template)
-        words = self._network.words(name, self._command(name, address, template))
+        folders = self._mounts(name, template)
+        own = self._environment(name, address, template, folders)
+        words = self._network.words(name, self._command(template, folders, own))
         log = self._folder / f"{name}.log"
         with log.open("wb") as output:
-            environment = environment_with_malloc() | {"PYTHONPATH": str(ROOT)}
+            environment = environment_with_malloc() | {"PYTHONPATH": str(ROOT)} | own
             process = subprocess.Popen(words, cwd=ROOT, stdout=output, stderr=output, env=environment)
         self.pods.append(Pod(name, template, process, log, address, ports))
         return self.pods[-1]
@@ -127,19 +140,25 @@ class Kubelet:
             behind = [pod for pod in pods if selects(selector, pod.template["metadata"]["labels"])]
             self._network.publish(name, [(pod.address, pod.port(target)) for pod in behind])
 
-    def _command(self, name: str, address: str, template: Object) -> list[str]:
+    def _environment(self, name: str, address: str, template: Object, folders: Mapping[str, Path]) -> dict[str, str]:
+        fields = {"metadata.name": name, "status.podIP": address}
+        return {
+            variable["name"]: _rewritten(variable["value"], folders)
+            if "value" in variable
+            else fields[variable["valueFrom"]["fieldRef"]["fieldPath"]]
+            for variable in container(template).get("env", [])
+        }
+
+    def _command(self, template: Object, folders: Mapping[str, Path], environment: Mapping[str, str]) -> list[str]:
         main = container(template)
-        folders = self._mounts(name, template)
         for folder in folders.values():
             for file in folder.glob("*.toml"):
                 file.write_text(_rewritten(file.read_text(), folders))
         programs = {"python": sys.executable, "valkey-server": str(find_server())}
         words = [programs.get(word, word) for word in main["command"]]
         words += [_rewritten(word, folders) for word in main["args"]]
-        fields = {"metadata.name": name, "status.podIP": address}
-        for variable in main.get("env", []):
-            value = fields[variable["valueFrom"]["fieldRef"]["fieldPath"]]
-            words = [word.replace(f"$({variable['name']})", value) for word in words]
+        for variable, value in environment.items():
+            words = [word.replace(f"$({variable})", value) for word in words]
         return words
 
     def _mounts(self, pod: str, template: Object) -> dict[str, Path]:
@@ -154,6 +173,10 @@ class Kubelet:
                 for file, text in by_name(self._objects, "ConfigMap")[volume["configMap"]["name"]]["data"].items():
                     (folder / file).write_text(text)
                 folders[mount["mountPath"]] = folder
+            elif "secret" in volume:
+                folders[mount["mountPath"]] = folder = self._volumes[volume["secret"]["secretName"]]
+                lacking = [item["key"] for item in volume["secret"]["items"] if not (folder / item["path"]).is_file()]
+                assert not lacking, f"{pod}: Secret {volume['secret']['secretName']} lacks {lacking}"
             elif "emptyDir" not in volume:
                 folders[mount["mountPath"]] = self._volumes[mount["name"]]
         return folders

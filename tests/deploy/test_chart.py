@@ -49,7 +49,7 @@ def test_the_oldest_kubernetes_that_the_chart_allows_takes_it_too(everything: li
     oldest = yaml.safe_load((CHART / "Chart.yaml").read_text())["kubeVersion"].removeprefix(">=").removesuffix("-0")
     for item in everything:
         check(item, oldest)
-    assert template(EVERYTHING, "1.29.0").returncode != 0
+    assert template(EVERYTHING, kube_version="1.29.0").returncode != 0
 
 
 @pytest.mark.parametrize(
@@ -135,6 +135,16 @@ def test_the_schema_of_values_has_the_keys_of_the_services() -> None:
         ("redis.existingSecret", "", "name a Secret with the key `url`"),
         ("models.wan.stages.dit.agentTokenSecret", "", "needs stages.dit.agentTokenSecret"),
         ("keda.prometheusAddress", "", "needs the address of Prometheus"),
+        ("tls.stageSecret", "lightloom-stage-tls", "go together"),
+        ("tls.frontSecret", "lightloom-front-tls", "serviceMonitor.gatewayTlsConfig"),
+        ("tls.certificate", "x", "certificate"),
+        ("redis.clientCertificate", True, "redis.tlsSecret, which is empty"),
+        ("redis.internal.tlsSecret", "lightloom-redis-tls", "needs redis.tlsSecret"),
+        ("redis.internal.maxmemory", "lots", "maxmemory"),
+        ("artifacts.s3.bucket", "s3://pictures", "bucket"),
+        ("artifacts.s3.endpointUrl", "https://key:secret@minio", "endpointUrl"),
+        ("artifacts.s3.environment.AWS_SECRET_ACCESS_KEY", "x", "AWS_SECRET_ACCESS_KEY"),
+        ("gateway.config.tenants", {"acme": 0}, "acme"),
     ],
 )
 def test_wrong_values_are_refused_before_anything_is_made(

@@ -23,7 +23,7 @@ from tests.deploy.chart import EVERYTHING, ROOT, STAGES, container, pod_template
 
 DEPLOY = ROOT / "deploy"
 DOCKERFILE = DEPLOY / "Dockerfile"
-FILES = ("compose.yaml", "compose.gpu.yaml")
+FILES = ("compose.yaml", "compose.gpu.yaml", "compose.tls.yaml", "compose.s3.yaml")
 COMPOSE_SCHEMA = ROOT / ".venv/npm/node_modules/dclint/schemas/compose.schema.json"
 
 
@@ -118,7 +118,7 @@ def test_the_gateway_imports_nothing_that_its_image_lacks() -> None:
         if not {normal(name) for name in owners} & (present | {"lightloom"})
     ]
     # A module that is None there cannot be imported.
-    code = "import sys; sys.modules.update(dict.fromkeys(sys.argv[1:])); import gateway.__main__, services.probe"
+    code = "import sys; sys.modules.update(dict.fromkeys(sys.argv[1:])); import boto3, gateway.__main__, services.probe"
     made = subprocess.run([sys.executable, "-c", code, *absent], capture_output=True, text=True, check=False, cwd=ROOT)
     assert "torch" in absent and made.returncode == 0, made.stderr
 
@@ -128,7 +128,7 @@ def test_compose_files_fit_the_specification(name: str) -> None:
     schema = Draft7Validator(json.loads(COMPOSE_SCHEMA.read_text()))
     assert not [f"{list(error.path)}: {error.message}" for error in schema.iter_errors(compose(name))]
     broken = compose(name)
-    broken["services"]["dit"]["volums"] = []
+    next(iter(broken["services"].values()))["volums"] = []
     assert list(schema.iter_errors(broken))
 
 
@@ -157,4 +157,42 @@ def test_services_of_compose_accept_their_configs_and_find_each_other() -> None:
         else:
             assert probe[-2] == f"127.0.0.1:{config.service.port}"
             assert int(service["stop_grace_period"].removesuffix("s")) > config.service.drain_timeout_s
-    assert set(compose(FILES[1])["services"]) < set(services)
+    assert all(set(compose(name)["services"]) <= set(services) for name in FILES[1:])
+
+
+def test_compose_with_certificates_has_them_where_the_configs_say() -> None:
+    base, overlay = compose()["services"], compose("compose.tls.yaml")
+    for name, service in overlay["services"].items():
+        secrets = {f"/run/secrets/{secret}" for secret in service["secrets"]}
+        assert set(service["secrets"]) <= set(overlay["secrets"]), name
+        words = [str(word) for word in service.get("command", [])]
+        if name == "redis":
+            # What it is told without certificates, it is told with them too.
+            assert words[: len(base[name]["command"])] == base[name]["command"]
+            assert {word for word in words if word.startswith("/run/secrets/")} == secrets
+            continue
+        [mounted] = [
+            entry for entry in service.get("volumes", base[name]["volumes"]) if ".toml:/etc/lightloom/" in entry
+        ]
+        file = str(DEPLOY / mounted.split(":")[0])
+        settings = [word for word in words if word.startswith("--set")]
+        cls: Any = GatewayConfig if name == "gateway" else StageConfig
+        config = parse_arguments(cls, "", ["--config", file, *settings])
+        if name == "gateway":
+            assert config.stage_tls.server_name == "stage.lightloom"
+            named = {config.redis.url_file}
+            sections = [config.redis.tls, config.stage_tls]
+        else:
+            assert service["healthcheck"]["test"][-2] == f"127.0.0.1:{config.service.health_port}"
+            assert words[0].removeprefix("--config=") == mounted.split(":")[1]
+            named, sections = set[str](), [config.tls]
+        assert named | {path for tls in sections for path in (tls.ca, tls.cert, tls.key)} == secrets, name
+
+
+def test_compose_with_a_bucket_stores_there() -> None:
+    words = compose("compose.s3.yaml")["services"]["gateway"]["command"]
+    words = [re.sub(r"\$\{LIGHTLOOM_BUCKET:.*\}", "s3://pictures/some", word) for word in words]
+    words = [re.sub(r"\$\{LIGHTLOOM_BUCKET_ENDPOINT:-\}", "http://minio:9000", word) for word in words[1:]]
+    for file in ("gateway.toml", "gateway.tls.toml"):
+        config = parse_arguments(GatewayConfig, "", ["--config", str(DEPLOY / "config/compose" / file), *words])
+        assert (config.store.path, config.store.endpoint_url) == ("s3://pictures/some", "http://minio:9000")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 from prometheus_client.core import Metric
@@ -13,7 +14,6 @@ from services.server import LIVE
 from tests.deploy.chart import (
     NAMESPACE,
     STAGES,
-    VALUES,
     Object,
     by_name,
     configs,
@@ -23,6 +23,7 @@ from tests.deploy.chart import (
     render,
     selects,
     started_with,
+    values_named,
 )
 
 
@@ -51,10 +52,16 @@ def test_pods_start_and_stop_in_their_own_time(objects: list[Object], tmp_path: 
         config = started_with(objects, pod, tmp_path)
         section = config.gateway if module == "gateway" else config.service
         port = section.grpc_port if module == "gateway" else section.port
+        health_port = getattr(section, "health_port", 0)
         service = f"lightloom.v1.{STAGES.get(module, 'Gateway')}"
+        ready, live = ({"grpc": {"port": health_port or port, "service": which}} for which in (service, LIVE))
+        # The kubelet speaks no TLS to gRPC.
+        assert bool(health_port) == (module != "gateway" and config.tls.on), name
+        if module == "gateway" and config.tls.on:
+            ready = live = {"httpGet": {"path": "/", "port": "http", "scheme": "HTTPS"}}
         startup = main["startupProbe"]
-        assert startup["grpc"] == main["readinessProbe"]["grpc"] == {"port": port, "service": service}, name
-        assert main["livenessProbe"]["grpc"] == {"port": port, "service": LIVE}, name
+        assert asked(startup) == asked(main["readinessProbe"]) == ready, name
+        assert asked(main["livenessProbe"]) == live, name
         pause_s, grace_s = (
             main["lifecycle"]["preStop"]["sleep"]["seconds"],
             pod["spec"]["terminationGracePeriodSeconds"],
@@ -63,9 +70,14 @@ def test_pods_start_and_stop_in_their_own_time(objects: list[Object], tmp_path: 
             assert startup["failureThreshold"] * startup["periodSeconds"] > section.start_timeout_s, name
             assert grace_s > pause_s + section.drain_timeout_s, name
         assert grace_s > pause_s, name
-        assert {port, getattr(section, "http_port", None) or section.metrics_port} == {
+        assert {port, getattr(section, "http_port", None) or section.metrics_port, health_port or port} == {
             entry["containerPort"] for entry in main["ports"]
         }, name
+
+
+def asked(probe: Object) -> Object:
+    """What a probe asks, without its times."""
+    return {kind: probe[kind] for kind in ("grpc", "httpGet", "exec", "tcpSocket") if kind in probe}
 
 
 def test_ranks_of_a_group_outlive_the_drain_of_their_leader(everything: list[Object], tmp_path: Path) -> None:
@@ -147,9 +159,63 @@ def test_volumes_name_what_exists_and_secrets_stay_secret(objects: list[Object])
         assert not any(
             "valueFrom" in entry and "secretKeyRef" in entry["valueFrom"] for entry in container(pod).get("env", [])
         )
+        mounted = {mount["mountPath"]: volumes.get(mount["name"], {}) for mount in container(pod)["volumeMounts"]}
+        for path in files_named(objects, pod):
+            folder, _, file = path.rpartition("/")
+            volume = mounted[folder]
+            there = (
+                maps[volume["configMap"]["name"]]["data"]
+                if "configMap" in volume
+                else [item["path"] for item in volume["secret"]["items"]]
+            )
+            assert file in there, (name, path)
+        wanted = {volume["secret"]["secretName"] for volume in volumes.values() if "secret" in volume}
+        assert (name.endswith("-gateway") or len(wanted) <= 2) and all(wanted), name
     for name, table in configs(objects).items():
         assert "url" not in table.get("redis", {}), name
         assert not {"password", "token", "secret"} & set(json.dumps(table).replace('"', " ").split()), name
+
+
+def files_named(objects: list[Object], pod: Object) -> set[str]:
+    """Files of Secrets and ConfigMaps that a pod's arguments, variables and configs name."""
+    main = container(pod)
+    texts = [*main["args"], *(entry.get("value", "") for entry in main.get("env", []))]
+    for volume in pod["spec"]["volumes"]:
+        if "configMap" in volume:
+            texts += by_name(objects, "ConfigMap")[volume["configMap"]["name"]]["data"].values()
+    return {path for text in texts for path in re.findall(r"/etc/lightloom[^\s\",]*/[^\s\",]+", text)}
+
+
+def test_accounts_exist_and_only_the_gateways_may_have_a_role(objects: list[Object]) -> None:
+    accounts = by_name(objects, "ServiceAccount")
+    for name, pod in pod_templates(objects):
+        account = accounts[pod["spec"]["serviceAccountName"]]
+        assert account["automountServiceAccountToken"] is False
+        assert name.endswith("-gateway") or "annotations" not in account["metadata"], name
+
+
+def test_certificates_reach_every_process_and_nothing_stays_in_plain_text(tmp_path: Path) -> None:
+    objects = render(values_named("secured"))
+    pods = dict(pod_templates(objects))
+    gateway = started_with(objects, pods["pix-lightloom-gateway"], tmp_path)
+    assert gateway.stage_tls.server_name == "stage.lightloom"
+    assert all(section.cert and section.key for section in (gateway.tls, gateway.stage_tls, gateway.redis.tls))
+    assert gateway.stage_tls.ca and gateway.redis.tls.ca
+    assert (gateway.store.path, gateway.store.endpoint_url) == (
+        "s3://pictures/some/prefix",
+        "https://minio.storage:9000",
+    )
+    assert not of_kind(objects, "PersistentVolumeClaim")
+    assert gateway.tenants == {"acme": 2.0, "acme.com": 3.5}
+    for name, pod in pods.items():
+        if name.endswith("-demo"):
+            stage = started_with(objects, pod, tmp_path)
+            # With a CA, a client without a certificate is refused.
+            assert stage.tls.cert and stage.tls.key and stage.tls.ca, name
+    ports = {port["name"]: port for port in by_name(objects, "Service")["pix-lightloom-gateway"]["spec"]["ports"]}
+    assert ports["http"]["port"] == 443 and {port["appProtocol"] for port in ports.values()} == {"https"}
+    [monitor] = [item for item in of_kind(objects, "ServiceMonitor") if item["metadata"]["name"].endswith("-gateway")]
+    assert monitor["spec"]["endpoints"][0]["scheme"] == "https" and monitor["spec"]["endpoints"][0]["tlsConfig"]
 
 
 def test_autoscaled_stages_have_a_target_without_replicas_and_figures_that_gateways_have(
@@ -215,7 +281,7 @@ def test_policies_let_through_what_the_cluster_says_to_itself_and_nothing_else(e
 
 
 def test_each_stage_has_replicas_of_its_own() -> None:
-    objects = render(next(path for path in VALUES if path.stem == "two_models"))
+    objects = render(values_named("two_models"))
     replicas = {name: item["spec"].get("replicas") for name, item in by_name(objects, "Deployment").items()}
     assert replicas == {
         "pix-lightloom-gateway": 2,

@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 
 from tests.cluster.running import wait_for
-from tests.deploy.chart import ROOT, VALUES, render
-from tests.deploy.networks import Network, choose
+from tests.deploy.chart import ROOT, render, values_named
+from tests.deploy.networks import Network
 from tests.deploy.pods import Kubelet, Pod
 
 PROMPT = "a small red circle on a white background"
@@ -25,22 +25,14 @@ CLIENTS = 2
 
 
 @pytest.fixture
-def network(tmp_path: Path) -> Iterator[Network]:
-    chosen = choose(tmp_path / "dns")
-    yield chosen
-    chosen.close()
-
-
-@pytest.fixture
 def kubelet(tmp_path: Path, network: Network) -> Iterator[Kubelet]:
-    folders = {name: tmp_path / name for name in ("secret", "artifacts", "data", "agent-token")}
+    folders = {name: tmp_path / name for name in ("lightloom-redis", "lightloom-agents", "artifacts", "data")}
     for folder in folders.values():
         folder.mkdir()
-    (folders["secret"] / "auth.conf").write_text(f"requirepass {PASSWORD}\n")
-    (folders["agent-token"] / "token").write_text("a-token-of-the-test\n")
-    secrets = {"redis": folders["secret"], "auth": folders["secret"]}
-    objects = render(next(path for path in VALUES if path.stem == "processes"))
-    kubelet = Kubelet(objects, network, tmp_path, folders | secrets | {"models": ROOT / "demo/checkpoints"})
+    (folders["lightloom-redis"] / "auth.conf").write_text(f"requirepass {PASSWORD}\n")
+    (folders["lightloom-agents"] / "token").write_text("a-token-of-the-test\n")
+    objects = render(values_named("processes"))
+    kubelet = Kubelet(objects, network, tmp_path, folders | {"models": ROOT / "demo/checkpoints"})
     yield kubelet
     kubelet.stop()
 
@@ -86,7 +78,7 @@ class Load:
 def test_each_stage_scales_out_and_in_alone_and_no_request_is_lost(kubelet: Kubelet, tmp_path: Path) -> None:
     redis = kubelet.create("pix-lightloom-redis")
     url = f"redis://:{PASSWORD}@{redis.address}:{redis.port('redis')}/0\n"
-    (tmp_path / "secret/url").write_text(url)
+    (tmp_path / "lightloom-redis/url").write_text(url)
     running = {stage: kubelet.create(f"pix-lightloom-{stage}-demo") for stage in STAGES}
     gateway = kubelet.create("pix-lightloom-gateway")
     kubelet.ready(gateway, *running.values())

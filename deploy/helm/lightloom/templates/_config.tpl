@@ -5,7 +5,7 @@
 {{- end }}
 {{- range $key, $value := .table }}
 {{- if not (kindIs "map" $value) }}
-{{ $key }} = {{ toJson $value }}
+{{ regexMatch "^[A-Za-z0-9_-]+$" $key | ternary $key (toJson $key) }} = {{ toJson $value }}
 {{- end }}
 {{- end }}
 {{- $section := .section }}
@@ -31,14 +31,63 @@
 {{- else }}
 {{- fail "gateway.keysSecret: name a Secret with the key `keys.jsonl` (made by `lightloom key create`), or set gateway.allowAnonymous: true if all who reach the Service may use it" }}
 {{- end }}
-{{- $own := dict "access" $access "gateway" (dict "host" "0.0.0.0" "http_port" 8080 "grpc_port" 50050) "redis" (dict "url_file" "/etc/lightloom-redis/url") "store" (dict "path" "/artifacts") "stages" $stages }}
+{{- $own := dict "access" $access "gateway" (dict "host" "0.0.0.0" "http_port" 8080 "grpc_port" 50050) "redis" (include "lightloom.gatewayRedis" .Values.redis | fromYaml) "store" (include "lightloom.gatewayStore" .Values.artifacts.s3 | fromYaml) "stages" $stages }}
+{{- if .Values.tls.frontSecret }}
+{{- $_ := set $own "tls" (dict "cert" "/etc/lightloom-tls/tls.crt" "key" "/etc/lightloom-tls/tls.key") }}
+{{- end }}
+{{- if include "lightloom.stagesHaveTls" . }}
+{{- $_ := set $own "stage_tls" (merge (dict "server_name" .Values.tls.stageName) (include "lightloom.certificates" "/etc/lightloom-stage-tls" | fromYaml)) }}
+{{- end }}
 {{- include "lightloom.toml" (dict "section" list "table" (mergeOverwrite (deepCopy .Values.gateway.config) $own)) | trim }}
+{{- end }}
+
+{{- define "lightloom.gatewayRedis" -}}
+url_file: /etc/lightloom-redis/url
+{{- if .sentinelPassword }}
+sentinel_password_file: /etc/lightloom-redis/sentinel-password
+{{- end }}
+{{- if .tlsSecret }}
+tls:
+  ca: /etc/lightloom-redis-tls/ca.crt
+  {{- if .clientCertificate }}
+  cert: /etc/lightloom-redis-tls/tls.crt
+  key: /etc/lightloom-redis-tls/tls.key
+  {{- end }}
+{{- end }}
+{{- end }}
+
+{{- define "lightloom.gatewayStore" -}}
+{{- if .bucket }}
+path: {{ printf "s3://%s/%s" .bucket .prefix | trimSuffix "/" }}
+endpoint_url: {{ .endpointUrl | quote }}
+{{- else }}
+path: /artifacts
+{{- end }}
+{{- end }}
+
+{{/* A [tls] section out of a folder with what cert-manager makes. */}}
+{{- define "lightloom.certificates" -}}
+ca: {{ . }}/ca.crt
+cert: {{ . }}/tls.crt
+key: {{ . }}/tls.key
+{{- end }}
+
+{{/* "yes" if gateways and stages show each other certificates. */}}
+{{- define "lightloom.stagesHaveTls" -}}
+{{- if and .Values.tls.gatewaySecret .Values.tls.stageSecret }}yes{{ end }}
+{{- if ne (empty .Values.tls.gatewaySecret) (empty .Values.tls.stageSecret) }}
+{{- fail "tls.gatewaySecret and tls.stageSecret go together: gateways and stages show each other certificates, or none does" }}
+{{- end }}
 {{- end }}
 
 {{/* Config of a stage: an entry of lightloom.stages. */}}
 {{- define "lightloom.stageConfig" -}}
 {{- $service := merge (dict "host" "0.0.0.0" "port" 50051 "metrics_port" 9090 "name" .name) .values.service }}
 {{- $table := dict "service" $service "model" (merge (dict "name" .model) .section) "engine" .values.engine "limits" .limits }}
+{{- if .tls }}
+{{- $_ := set $service "health_port" 50052 }}
+{{- $_ := set $table "tls" (include "lightloom.certificates" "/etc/lightloom-tls" | fromYaml) }}
+{{- end }}
 {{- if eq .stage "dit" }}
 {{- $parallel := deepCopy .values.parallel }}
 {{- if gt (int .hosts) 1 }}

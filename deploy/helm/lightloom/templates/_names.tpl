@@ -22,6 +22,18 @@ app.kubernetes.io/managed-by: {{ .root.Release.Service }}
 helm.sh/chart: {{ .root.Chart.Name }}-{{ .root.Chart.Version }}
 {{- end }}
 
+{{/* A Secret's keys as files: dict name (of the volume), secret, keys. Readable by the group that pods run in. */}}
+{{- define "lightloom.secretVolume" -}}
+- name: {{ .name }}
+  secret:
+    secretName: {{ .secret }}
+    items:
+      {{- range .keys }}
+      - {key: {{ . }}, path: {{ . }}}
+      {{- end }}
+    defaultMode: 0440
+{{- end }}
+
 {{- define "lightloom.image" -}}
 {{ .root.Values.image.repository }}/{{ .component }}:{{ .root.Values.image.tag | default .root.Chart.AppVersion }}
 {{- end }}
@@ -29,6 +41,7 @@ helm.sh/chart: {{ .root.Chart.Name }}-{{ .root.Chart.Version }}
 {{/* Every stage of every model, its values over the stage's defaults: the YAML of a list under `stages`. */}}
 {{- define "lightloom.stages" -}}
 stages:
+{{- $tls := include "lightloom.stagesHaveTls" . | eq "yes" }}
 {{- range $name, $model := .Values.models }}
 {{- range $stage := list "text_encoder" "dit" "vae" }}
 {{- $values := mergeOverwrite (deepCopy (get $.Values.stages $stage)) (deepCopy (dig "stages" $stage dict $model)) }}
@@ -37,7 +50,7 @@ stages:
 {{- if gt (len $full) 52 }}
 {{- fail (printf "models.%s: the name %s of its pods is longer than 52 characters: shorten the release's or the model's" $name $full) }}
 {{- end }}
-  - {{ dict "model" $name "stage" $stage "component" $component "section" $model.model "limits" ($model.limits | default dict) "values" $values "hosts" ($values.hosts | default 1 | int) "name" $full | toJson }}
+  - {{ dict "model" $name "stage" $stage "component" $component "section" $model.model "limits" ($model.limits | default dict) "values" $values "tls" $tls "hosts" ($values.hosts | default 1 | int) "name" $full | toJson }}
 {{- end }}
 {{- end }}
 {{- end }}

@@ -49,8 +49,13 @@ spec:
         {{- end }}
       ports:
         - {name: grpc, containerPort: 50051}
+        {{- if .entry.tls }}
+        - {name: health, containerPort: 50052}
+        {{- end }}
         - {name: metrics, containerPort: 9090}
-      {{- include "lightloom.probes" (dict "port" 50051 "service" (printf "lightloom.v1.%s" (get (dict "text_encoder" "TextEncoder" "dit" "Dit" "vae" "Vae") .entry.stage)) "startSeconds" $values.service.start_timeout_s) | nindent 6 }}
+      {{- $port := ternary 50052 50051 .entry.tls }}
+      {{- $service := printf "lightloom.v1.%s" (get (dict "text_encoder" "TextEncoder" "dit" "Dit" "vae" "Vae") .entry.stage) }}
+      {{- include "lightloom.probes" (dict "ready" (dict "grpc" (dict "port" $port "service" $service)) "live" (dict "grpc" (dict "port" $port "service" "live")) "startSeconds" $values.service.start_timeout_s) | nindent 6 }}
       {{- end }}
       lifecycle:
         preStop: {sleep: {seconds: {{ $root.Values.preStopSeconds }}}}
@@ -60,6 +65,9 @@ spec:
       volumeMounts:
         {{- if not .agent }}
         - {name: config, mountPath: /etc/lightloom, readOnly: true}
+        {{- if .entry.tls }}
+        - {name: tls, mountPath: /etc/lightloom-tls, readOnly: true}
+        {{- end }}
         {{- end }}
         {{- if $several }}
         - {name: agent-token, mountPath: /etc/lightloom-agent, readOnly: true}
@@ -73,13 +81,13 @@ spec:
     {{- if not .agent }}
     - name: config
       configMap: {name: {{ .entry.name }}}
+    {{- if .entry.tls }}
+    {{- include "lightloom.secretVolume" (dict "name" "tls" "secret" $root.Values.tls.stageSecret "keys" (list "tls.crt" "tls.key" "ca.crt")) | nindent 4 }}
+    {{- end }}
     {{- end }}
     {{- if $several }}
-    - name: agent-token
-      secret:
-        secretName: {{ required (printf "models.%s: a replica over several hosts needs stages.dit.agentTokenSecret, a Secret with the key `token`" .entry.model) $values.agentTokenSecret }}
-        items: [{key: token, path: token}]
-        defaultMode: 0440
+    {{- $secret := required (printf "models.%s: a replica over several hosts needs stages.dit.agentTokenSecret, a Secret with the key `token`" .entry.model) $values.agentTokenSecret }}
+    {{- include "lightloom.secretVolume" (dict "name" "agent-token" "secret" $secret "keys" (list "token")) | nindent 4 }}
     {{- end }}
     {{- with $root.Values.modelVolume.source }}
     - name: models
@@ -132,20 +140,20 @@ securityContext:
   capabilities: {drop: [ALL]}
 {{- end }}
 
-{{/* dict port, service, startSeconds. Weights that load and ranks that start again are no reason to restart: `live` is. */}}
+{{/* dict ready and live (what to ask), startSeconds. Weights that load and ranks that start again are no reason to restart. */}}
 {{- define "lightloom.probes" -}}
 startupProbe:
-  grpc: {port: {{ .port }}, service: {{ .service }}}
+  {{- toYaml .ready | nindent 2 }}
   periodSeconds: 5
   timeoutSeconds: 3
   failureThreshold: {{ div (add (ceil .startSeconds) 60) 5 }}
 readinessProbe:
-  grpc: {port: {{ .port }}, service: {{ .service }}}
+  {{- toYaml .ready | nindent 2 }}
   periodSeconds: 5
   timeoutSeconds: 3
   failureThreshold: 1
 livenessProbe:
-  grpc: {port: {{ .port }}, service: live}
+  {{- toYaml .live | nindent 2 }}
   periodSeconds: 10
   timeoutSeconds: 5
   failureThreshold: 3
