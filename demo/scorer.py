@@ -10,7 +10,6 @@ from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage
 
 from demo.scenes import PALETTE, SHAPES, Relation, Scene, SceneObject, signed_distance
 
@@ -119,13 +118,25 @@ def _score_object(labels: NDArray[np.intp], item: SceneObject) -> ObjectScore:
 
 
 def _largest_component(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    components, count = ndimage.label(mask)
-    if count == 0:
-        return mask
-    sizes = np.bincount(components.ravel())
+    """The most pixels of the mask that hang together by their sides."""
+    spread = np.where(mask, np.arange(1, mask.size + 1).reshape(mask.shape), 0)
+    labels = np.zeros_like(spread)
+    while not np.array_equal(labels, spread):
+        labels = spread
+        spread = _largest_of_runs(_largest_of_runs(labels).T).T
+    sizes = np.bincount(labels.ravel())
     sizes[0] = 0
-    largest: NDArray[np.bool_] = components == sizes.argmax()
+    largest: NDArray[np.bool_] = mask & (labels == sizes.argmax())
     return largest
+
+
+def _largest_of_runs(labels: NDArray[np.intp]) -> NDArray[np.intp]:
+    """Every run of labels in a row, each with its largest one; 0 is none and ends a run."""
+    rows, columns = labels.shape
+    flat = np.pad(labels, ((0, 0), (0, 1))).ravel()
+    starts = np.flatnonzero(np.diff(flat > 0, prepend=flat[:1] == 0))
+    largest = np.repeat(np.maximum.reduceat(flat, starts), np.diff(starts, append=flat.size))
+    return largest.reshape(rows, columns + 1)[:, :-1]
 
 
 def _nearest_shape(box: NDArray[np.bool_]) -> str | None:

@@ -11,12 +11,12 @@ import asyncio
 import hmac
 import logging
 import socket
-import sys
 from pathlib import Path
 
 from services.config import environment_with_malloc
 from services.errors import StartupError
 from services.rank_handle import MAX_WISH_BYTES, WISH_LENGTH, RankWish, keep_alive
+from services.rank_start import rank_command
 from services.server import stop_event
 from services.telemetry import setup
 
@@ -147,9 +147,8 @@ async def _start(wish: RankWish, connection: socket.socket, rank_module: str) ->
         "world": wish.world,
         "rendezvous": wish.rendezvous,
     }
-    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", rank_module, *words),
+        *rank_command(rank_module, options),
         stdin=asyncio.subprocess.DEVNULL,
         pass_fds=(connection.fileno(),),
         env=environment_with_malloc(),

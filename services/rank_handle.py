@@ -8,7 +8,6 @@ import json
 import logging
 import socket
 import struct
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Protocol
 
 from services.channel import AsyncChannel, Frame
 from services.config import StageConfig, environment_with_malloc
+from services.rank_start import rank_command
 
 SOCKET_BUFFER_BYTES = 4 * 1024 * 1024
 CONNECT_TIMEOUT_S = 5.0
@@ -75,7 +75,7 @@ class LocalRank:
         on_frame: Callable[[Frame], None],
         on_closed: Callable[[], None],
     ) -> LocalRank:
-        """Starts `python -m module` at its place."""
+        """Starts the module as a rank process at its place."""
         ours, theirs = _socket_pair()
         channel = AsyncChannel(ours, on_frame, on_closed)
         arguments = {
@@ -85,10 +85,9 @@ class LocalRank:
             "world": place.world,
             "rendezvous": place.rendezvous,
         }
-        words = [word for name, value in arguments.items() for word in (f"--{name}", str(value))]
         with theirs:
             process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", module, *words),
+                *rank_command(module, arguments),
                 stdin=asyncio.subprocess.DEVNULL,
                 pass_fds=(theirs.fileno(),),
                 env=environment_with_malloc(),

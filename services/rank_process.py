@@ -1,8 +1,9 @@
 """The main of every rank process: threads for the channel, one main thread for all torch work.
 
-`python -m X_svc.rank --channel-fd N --config-json JSON`, started by a front (`services/rank_handle.py`), with
-`--rank`, `--world` and `--rendezvous` in a group of several. A stage brings a `RankProgram` and calls `run(build)`; it
-never sees sockets, threads or frames. The ranks of a group handle the same frames in lockstep; rank 0 answers.
+`python -m services.rank_start X_svc.rank --channel-fd N --config-json JSON`, started by a front
+(`services/rank_handle.py`), with `--rank`, `--world` and `--rendezvous` in a group of several. A stage brings a
+`RankProgram` and calls `run(build)`; it never sees sockets, threads or frames. The ranks of a group handle the same
+frames in lockstep; rank 0 answers.
 """
 
 from __future__ import annotations
@@ -154,6 +155,9 @@ def run(build: Callable[..., RankProgram]) -> NoReturn:
     Args:
         build: gets the StageConfig, and in a group of several ranks the Mesh.
     """
+    # What has been imported stays: no collection has to look through it. The process began without any.
+    gc.freeze()
+    gc.enable()
     parser = argparse.ArgumentParser()
     parser.add_argument("--channel-fd", type=int, required=True)
     parser.add_argument("--config-json", required=True)

@@ -9,11 +9,13 @@ import signal
 import socket
 import time
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import grpc
 import psutil
 import pytest
+import pytest_asyncio
 import torch
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
@@ -39,12 +41,35 @@ from services.tensors import BundleReader, bundle_frames
 from tests.cluster.stage_process import StageProcess, failure, run_call, stage, start_message
 
 MIB = 1024 * 1024
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
-@pytest.fixture
-async def served(tmp_path: Path) -> AsyncIterator[StageProcess]:
-    """A stage with three slots."""
-    async with stage(tmp_path, max_in_flight=3) as running:
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def shared(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[StageProcess]:
+    async with sound_stage(tmp_path_factory.mktemp("shared")) as running:
+        yield running
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def served(shared: StageProcess) -> AsyncIterator[StageProcess]:
+    """The stage of all tests that leave it as they found it."""
+    yield shared
+    await shared.until_figure("lightloom_in_flight", 0)
+    await shared.until_figure("lightloom_rank_jobs", 0)
+    assert await shared.figure("lightloom_rank_restarts_total") == 0
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def own(tmp_path: Path) -> AsyncIterator[StageProcess]:
+    """A stage for one test, which may break it, or measures and counts."""
+    async with sound_stage(tmp_path) as running:
+        yield running
+
+
+@asynccontextmanager
+async def sound_stage(folder: Path) -> AsyncIterator[StageProcess]:
+    """A stage with three slots, in whose log nothing surprising must stand."""
+    async with stage(folder, max_in_flight=3) as running:
         yield running
     log = running.log.read_text()
     assert "Unexpected" not in log and "never retrieved" not in log, log
@@ -196,27 +221,29 @@ async def test_full_replica_says_so(served: StageProcess) -> None:
     calls[0].cancel()
     await served.until_figure("lightloom_in_flight", 2)
     assert await run_call(served.stub, start_message("steps", request_id="r9"))
+    for call in calls[1:]:
+        call.cancel()
 
 
 async def test_an_old_owner_is_refused_and_a_new_one_takes_over(served: StageProcess) -> None:
-    older = await begin(served, "wait", fence=5)
-    newer = await begin(served, "wait", fence=6)
+    older = await begin(served, "wait", request_id="owned", fence=5)
+    newer = await begin(served, "wait", request_id="owned", fence=6)
     assert isinstance(await error_of(older), StaleFence)
-    assert isinstance(await failure(served.stub, start_message("steps", fence=4)), StaleFence)
+    assert isinstance(await failure(served.stub, start_message("steps", request_id="owned", fence=4)), StaleFence)
     assert len(await run_call(served.stub, start_message("steps", request_id="another", fence=1))) == 2
     await served.until_figure("lightloom_rank_jobs", 1)
     newer.cancel()
 
 
-async def test_cancel_and_deadline_reach_the_rank(served: StageProcess) -> None:
-    call = await begin(served, "wait")
+async def test_cancel_and_deadline_reach_the_rank(own: StageProcess) -> None:
+    call = await begin(own, "wait")
     call.cancel()
-    await served.until_figure("lightloom_rank_cancelled_total", 1)
-    late = await failure(served.stub, start_message("wait"), timeout=0.3)
+    await own.until_figure("lightloom_rank_cancelled_total", 1)
+    late = await failure(own.stub, start_message("wait"), timeout=0.3)
     assert isinstance(late, DeadlineExceeded)
-    await served.until_figure("lightloom_rank_cancelled_total", 2)
-    await served.until_figure("lightloom_in_flight", 0)
-    assert await served.figure("lightloom_rank_jobs") == 0
+    await own.until_figure("lightloom_rank_cancelled_total", 2)
+    await own.until_figure("lightloom_in_flight", 0)
+    assert await own.figure("lightloom_rank_jobs") == 0
 
 
 # ---- Back-pressure ---------------------------------------------------------------------------------
@@ -226,9 +253,9 @@ def resident_bytes(pid: int) -> int:
     return psutil.Process(pid).memory_info().rss
 
 
-async def test_a_slow_reader_holds_the_rank_back(served: StageProcess) -> None:
-    call = served.stub.Denoise(timeout=60)
-    front, rank = served.process.pid, await served.rank_pid()
+async def test_a_slow_reader_holds_the_rank_back(own: StageProcess) -> None:
+    call = own.stub.Denoise(timeout=60)
+    front, rank = own.process.pid, await own.rank_pid()
     before = resident_bytes(front), resident_bytes(rank)
     await call.write(start_message("flood", steps=200))
     await call.done_writing()
@@ -241,13 +268,13 @@ async def test_a_slow_reader_holds_the_rank_back(served: StageProcess) -> None:
     assert count == 200 * MIB
 
 
-async def test_a_busy_rank_holds_the_caller_back(served: StageProcess) -> None:
-    rank = served.process.pid, await served.rank_pid()
+async def test_a_busy_rank_holds_the_caller_back(own: StageProcess) -> None:
+    rank = own.process.pid, await own.rank_pid()
     before = [resident_bytes(pid) for pid in rank]
     large = frames({"x": torch.zeros(300 * MIB, dtype=torch.uint8)})
-    blocker = asyncio.create_task(run_call(served.stub, start_message("sleep", request_id="r0", steps=25)))
+    blocker = asyncio.create_task(run_call(own.stub, start_message("sleep", request_id="r0", steps=25)))
     await asyncio.sleep(0.2)
-    upload = asyncio.create_task(run_call(served.stub, start_message("steps", request_id="r1"), *large))
+    upload = asyncio.create_task(run_call(own.stub, start_message("steps", request_id="r1"), *large))
     await asyncio.sleep(1.2)
     assert not upload.done()
     grown = [resident_bytes(pid) - size for pid, size in zip(rank, before, strict=True)]
@@ -282,17 +309,17 @@ async def test_a_caller_that_never_reads_does_not_stop_the_others(monkeypatch: p
 # ---- Failure ---------------------------------------------------------------------------------------
 
 
-async def test_rank_death_ends_calls_and_the_rank_comes_back(served: StageProcess) -> None:
-    call = await begin(served, "wait")
-    first_pid = await served.rank_pid()
+async def test_rank_death_ends_calls_and_the_rank_comes_back(own: StageProcess) -> None:
+    call = await begin(own, "wait")
+    first_pid = await own.rank_pid()
     os.kill(first_pid, signal.SIGKILL)
     assert isinstance(await error_of(call), DeviceLost)
-    assert isinstance(await failure(served.stub, start_message("steps")), NotReady)
-    assert await served.health() == "NOT_SERVING"
-    await served.until("SERVING")
-    assert await served.rank_pid() != first_pid
-    assert await served.figure("lightloom_rank_restarts_total") == 1
-    assert len(await run_call(served.stub, start_message("steps"))) == 2
+    assert isinstance(await failure(own.stub, start_message("steps")), NotReady)
+    assert await own.health() == "NOT_SERVING"
+    await own.until("SERVING")
+    assert await own.rank_pid() != first_pid
+    assert await own.figure("lightloom_rank_restarts_total") == 1
+    assert len(await run_call(own.stub, start_message("steps"))) == 2
 
 
 async def test_a_hanging_rank_is_killed_and_health_answers_meanwhile(tmp_path: Path) -> None:
@@ -315,10 +342,10 @@ async def test_a_rank_that_fails_to_start_again_is_tried_again(tmp_path: Path) -
         assert (tmp_path / "marker").read_text() == "4"
 
 
-async def test_the_rank_dies_with_its_front(served: StageProcess) -> None:
-    rank = psutil.Process(await served.rank_pid())
-    served.process.kill()
-    await served.process.wait()
+async def test_the_rank_dies_with_its_front(own: StageProcess) -> None:
+    rank = psutil.Process(await own.rank_pid())
+    own.process.kill()
+    await own.process.wait()
     gone, _ = await asyncio.to_thread(psutil.wait_procs, [rank], 5)
     assert gone
 
@@ -370,15 +397,15 @@ async def test_a_port_in_use_is_named(tmp_path: Path, which: str) -> None:
         await broken.stop()
 
 
-async def test_sigterm_lets_running_calls_end(served: StageProcess) -> None:
-    running = asyncio.create_task(run_call(served.stub, start_message("steps", steps=40)))
-    await served.until_figure("lightloom_in_flight", 1)
-    served.process.send_signal(signal.SIGTERM)
-    await served.until("NOT_SERVING", 5)
-    assert (await served.describe()).draining
-    assert isinstance(await failure(served.stub, start_message("steps", request_id="r2")), NotReady)
-    assert len(await running) == 41
-    assert await served.exit_code(5) == 0
+async def test_sigterm_lets_running_calls_end(own: StageProcess) -> None:
+    responses = aiter(own.stub.Denoise(iter([start_message("steps", steps=40)]), timeout=30))
+    await anext(responses)
+    own.process.send_signal(signal.SIGTERM)
+    await own.until("NOT_SERVING", 5)
+    assert (await own.describe()).draining
+    assert isinstance(await failure(own.stub, start_message("steps", request_id="r2")), NotReady)
+    assert len([response async for response in responses]) == 40
+    assert await own.exit_code(5) == 0
 
 
 async def test_sigterm_while_starting_ends_at_once(tmp_path: Path) -> None:
@@ -404,17 +431,17 @@ async def test_sigterm_does_not_wait_for_ever(tmp_path: Path) -> None:
 async def test_every_log_line_is_json(served: StageProcess) -> None:
     await run_call(served.stub, start_message("steps", request_id="r-logged"))
     lines = [json.loads(line) for line in served.log.read_text().splitlines()]
-    ended = next(line for line in lines if line["message"] == "call ended")
-    assert (ended["request_id"], ended["outcome"], ended["method"]) == ("r-logged", "ok", "Denoise")
+    [ended] = [line for line in lines if line["message"] == "call ended" and line.get("request_id") == "r-logged"]
+    assert (ended["outcome"], ended["method"]) == ("ok", "Denoise")
     assert {"time", "level", "process", "trace_id"} <= set(ended)
 
 
-async def test_a_frozen_front_is_noticed(served: StageProcess) -> None:
-    async with connect(f"127.0.0.1:{served.port}", keepalive_s=1.0) as channel:
+async def test_a_frozen_front_is_noticed(own: StageProcess) -> None:
+    async with connect(f"127.0.0.1:{own.port}", keepalive_s=1.0) as channel:
         call = dit_pb2_grpc.DitStub(channel).Denoise(timeout=30)
         await call.write(start_message("wait"))
         await call.read()
-        served.process.send_signal(signal.SIGSTOP)
+        own.process.send_signal(signal.SIGSTOP)
         frozen_s = time.monotonic()
         assert isinstance(await error_of(call), DeviceLost)
         assert time.monotonic() - frozen_s < 10

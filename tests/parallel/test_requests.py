@@ -1,4 +1,4 @@
-"""Requests in every layout: checkpoints that go on there and elsewhere, sizes side by side, aborts, previews."""
+"""Every family in every layout: checkpoints that go on there and elsewhere, sizes side by side, aborts, previews."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from dit_svc.engine import DenoiseJob, PreviewFit
 from services.weights import open_source
 from tests.oracle.harness import CPU, difference, run
 from tests.parallel.jobs import Report, Script, previews_of
-from tests.parallel.test_layouts import FOUR, NAMES, TWO, world_of
+from tests.parallel.test_layouts import FOUR, NAMES, TWO, share_of, world_of
 
-LAYOUTS = TWO | {name: FOUR[name] for name in ("ulysses-ring", "tensor-cfg", "pipeline-cfg", "hsdp-ulysses")}
+LAYOUTS = TWO | {name: FOUR[name] for name in ("tensor-cfg", "ulysses-ring", "pipeline-cfg", "hsdp-ulysses")}
 # A request goes through all of them, a step in each.
 ROUTE = [{}, *(LAYOUTS[name] for name in ("ulysses", "tensor", "pipeline-cfg", "ring", "hsdp", "ulysses-ring", "cfg"))]
 BY_WORLD = {world: {name: layout for name, layout in LAYOUTS.items() if world_of(layout) == world} for world in (2, 4)}
@@ -36,7 +36,7 @@ def denoise(pool, subject, parallel: dict[str, int], script: Script) -> tuple[Re
 @pytest.mark.parametrize("world", BY_WORLD)
 @pytest.mark.parametrize("name", NAMES)
 def test_a_checkpoint_goes_on_bit_for_bit_in_its_own_layout(pool, prepared, name, world):
-    subject, layouts = prepared(name), list(BY_WORLD[world].values())
+    subject, layouts = prepared(name), list(share_of(name, BY_WORLD[world]).values())
     [job], _ = subject.jobs(1)
     whole, stopped = list(Script([job]) for _ in layouts), []
     for parallel in layouts:
@@ -80,7 +80,7 @@ def test_a_request_goes_on_in_other_layouts(pool, prepared, name):
 def test_sizes_side_by_side_and_an_abort_between_them(pool, prepared, name, world):
     subject = prepared(name)
     jobs, stock = subject.jobs_of(*subject.row.wishes)
-    runs = [(parallel, Script(jobs, abort={"r1": 5})) for parallel in BY_WORLD[world].values()]
+    runs = [(parallel, Script(jobs, abort={"r1": 5})) for parallel in share_of(name, BY_WORLD[world]).values()]
     for reports in denoise_each(pool, subject, runs):
         for report in reports:
             assert report.finished.keys() == {"r0", "r2"}
@@ -112,7 +112,7 @@ def test_previews_show_what_one_process_shows(pool, prepared, name, world):
     expected = [picture(data) for data in previews_of(events)["r0"]]
     assert len(expected) == (job.params.steps - 1) // 2
     assert max(np.ptp(pixels) for pixels in expected) > 50
-    runs = [(parallel, Script([job])) for parallel in BY_WORLD[world].values()]
+    runs = [(parallel, Script([job])) for parallel in share_of(name, BY_WORLD[world]).values()]
     for reports in denoise_each(pool, subject, runs):
         for report in reports:
             shown = [picture(data) for data in report.previews["r0"]]
