@@ -22,8 +22,8 @@ class Rates:
         attention_short_tflops, attention_long_tflops: cuDNN, heads of 128, 4.4k and 33k tokens; measured likewise.
         compute_share: of those that compiled forwards of diffusers reached on it, the time of all else included:
             0.69 Qwen-Image, 0.74 FLUX.1-dev, 0.87 Wan 2.2 14B.
-        all_to_all_gb_s, all_reduce_gb_s, all_gather_gb_s, send_gb_s: 10^9 bytes that a rank sends in a second. What
-            NVLink gives to large transfers; NCCL's collectives in an engine have been slower (docs/performance.md).
+        all_to_all_gb_s, all_reduce_gb_s, all_gather_gb_s, send_gb_s: 10^9 bytes that a rank sends in a second, at 503
+            MB; measured on two H100 by `benchmarks/collectives.py`.
         collective_us: what each collective takes besides, in microseconds; assumed.
         reserve_gib: of each GPU for the driver, NCCL, workspaces and what the allocator cannot use; assumed.
     """
@@ -32,10 +32,10 @@ class Rates:
     attention_short_tflops: float = 555.0
     attention_long_tflops: float = 605.0
     compute_share: float = 0.75
-    all_to_all_gb_s: float = 330.0
-    all_reduce_gb_s: float = 330.0
-    all_gather_gb_s: float = 330.0
-    send_gb_s: float = 330.0
+    all_to_all_gb_s: float = 198.0
+    all_reduce_gb_s: float = 274.0
+    all_gather_gb_s: float = 230.0
+    send_gb_s: float = 272.0
     collective_us: float = 20.0
     reserve_gib: float = 3.0
 

@@ -150,7 +150,7 @@ def real_tokens(order: torch.Tensor, total: int) -> tuple[torch.Tensor, torch.Te
 
 def _ring_masks(order: torch.Tensor, filling: torch.Tensor | None, hidden: torch.Tensor, ring: int) -> torch.Tensor:
     first = order.new_zeros(hidden.shape[0], 1) if filling is None else filling[:, None]
-    by_rank: torch.Tensor = (order >= first).unflatten(1, (ring, -1))
+    by_rank: torch.Tensor = (order.to(first.device) >= first).unflatten(1, (ring, -1))
     return by_rank.transpose(0, 1).contiguous().to(hidden.device)
 
 

@@ -111,7 +111,7 @@ def _behind_filling(words: torch.Tensor, filling: torch.Tensor | None) -> torch.
     """Factors [1, T, ...] of positions 0, 1, ... for texts that begin behind filling: [B, T, ...]."""
     if filling is None:
         return words
-    places = (torch.arange(words.shape[1]) - filling[:, None]).clamp(min=0)
+    places = (torch.arange(words.shape[1], device=filling.device) - filling[:, None]).clamp(min=0)
     return words[0, places.to(words.device)]
 
 
