@@ -1,10 +1,10 @@
 """Ulysses attention (arXiv 2309.14509) for GPUs that read and write each other's memory, as one operator.
 
-Every rank has a piece of each field of the sequence (text, image) with all heads. Row by row, it writes the heads of
-another rank straight to where that rank attends over the whole sequence, in the sequence's own order and without
-filling; what was attended to goes back the same way. While one row is attended to, the next one's heads and the last
-one's results are under way. Shapes: B rows, F fields, L tokens of a rank's pieces, S of the whole sequence, n ranks,
-H heads, h of them a rank's, D width of a head.
+Every rank has a piece of each field of the sequence (text, image) with all heads. Row by row, and in long sequences
+some heads after the others, it writes the heads of another rank straight to where that rank attends over the whole
+sequence, in the sequence's own order and without filling; what was attended to goes back the same way. While one turn
+is attended to, the next one's heads and the last one's results are under way. Shapes: B rows, F fields, L tokens of a
+rank's pieces, S of the whole sequence, n ranks, H heads, h of them a rank's in one turn, D width of a head.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 
@@ -19,6 +20,9 @@ from services.attention import KERNELS
 from services.parallel.collectives import count_sent, peer_memory
 from services.parallel.peer_memory import PeerMemory, Window
 
+# Sequences of so many tokens are attended to in so many turns: in fewer, nothing would go on beside the first sending;
+# shorter ones would leave multiprocessors idle in each.
+LONG_TOKENS, TURNS = 8192, 4
 # 16, 8, 4, 2 and 1 bytes.
 WORDS = (torch.complex128, torch.int64, torch.int32, torch.int16, torch.int8)
 
@@ -97,12 +101,13 @@ class Exchange:
         self._total = sum(lengths)
         self._length = sum(slot.length for slot in self._slots[0])
         share = -(-heads // ranks)
-        starts = [min(share * rank, heads) for rank in range(ranks + 1)]
-        self._heads = [slice(start, end) for start, end in zip(starts, starts[1:], strict=False)]
-        # A window holds what is attended to, then what comes back from every rank.
-        self._attended_words = 3 * self._rows * self._total * share * self._width
-        self._returned_words = self._rows * self._length * share * self._width
-        words = self._attended_words + ranks * self._returned_words
+        turns = max(1, min(share, TURNS // self._rows)) if self._total >= LONG_TOKENS else 1
+        self._heads = [turns_of(range(heads)[share * rank : share * (rank + 1)], share, turns) for rank in range(ranks)]
+        self._turns = range(len(self._heads[0]))
+        # A window holds for each turn what is attended to, then what comes back from every rank.
+        self._attended_words = 3 * self._rows * self._total * -(-share // turns) * self._width
+        self._returned_words = self._rows * self._length * -(-share // turns) * self._width
+        words = len(self._turns) * (self._attended_words + ranks * self._returned_words)
         self._window: Window = peers.window(words * self._word.itemsize)
         self._memory = [self._window.of(rank, (words,), self._word) for rank in range(ranks)]
 
@@ -115,29 +120,31 @@ class Exchange:
         kinds = [fields_of(words[first : first + count], lengths) for first in range(0, 4 * count, count)]
         *sent, taken = kinds
         triples = list(zip(*sent, strict=True))
-        there = self._scatter(triples)
-        self._keep(triples)
+        there: list[torch.Event | None] = []
+        for turn in self._turns:
+            there += self._scatter(turn, triples)
+            self._keep(turn, triples)
         back = []
-        for row, arrived in enumerate(there):
+        for (turn, row), arrived in zip(product(self._turns, range(self._rows)), there, strict=True):
             self._peers.wait(arrived)
             self._window.meet()
-            mixed = self._mix(row, filling[row] if filling else 0, kernel)
-            back.append(self._give_back(row, mixed))
+            mixed = self._mix(turn, row, filling[row] if filling else 0, kernel)
+            back.append(self._give_back(turn, row, mixed))
             for slot, output in zip(self._slots[self._rank], taken, strict=True):
-                output[row, : slot.real, self._heads[self._rank]] = mixed[slot.whole : slot.whole + slot.real]
-        for arrived in back:
-            self._peers.wait(arrived)
+                output[row, : slot.real, self._heads[self._rank][turn]] = mixed[slot.whole : slot.whole + slot.real]
+        self._peers.wait(back[-1])
         self._window.meet()
         self._collect(taken)
         return outputs
 
-    def _scatter(self, triples: Sequence[tuple[torch.Tensor, ...]]) -> list[torch.Event | None]:
+    def _scatter(self, turn: int, triples: Sequence[tuple[torch.Tensor, ...]]) -> list[torch.Event | None]:
         """The others' heads to them, row by row; returns when each row will be there."""
         slots = self._slots[self._rank]
         packed: dict[int, torch.Tensor] = {}
-        for rank, heads in enumerate(self._heads):
+        for rank, turns in enumerate(self._heads):
             if rank == self._rank:
                 continue
+            heads = turns[turn]
             shape = (self._rows, self._length, 3, heads.stop - heads.start, self._width)
             packed[rank] = triples[0][0].new_empty(shape)
             for slot, triple in zip(slots, triples, strict=True):
@@ -148,7 +155,7 @@ class Exchange:
         with self._peers.aside():
             for row in range(self._rows):
                 for rank, pieces in packed.items():
-                    target = self._attended(rank)[row]
+                    target = self._attended(rank, turn)[row]
                     for slot in slots:
                         # Contiguous on both sides: copy engines take it, and no multiprocessor.
                         mine = pieces[row, slot.piece : slot.piece + slot.real]
@@ -156,29 +163,29 @@ class Exchange:
                 there.append(self._peers.mark())
         return there
 
-    def _keep(self, triples: Sequence[tuple[torch.Tensor, ...]]) -> None:
+    def _keep(self, turn: int, triples: Sequence[tuple[torch.Tensor, ...]]) -> None:
         """This rank's own heads of its own tokens."""
-        heads, target = self._heads[self._rank], self._attended(self._rank)
+        heads, target = self._heads[self._rank][turn], self._attended(self._rank, turn)
         for slot, triple in zip(self._slots[self._rank], triples, strict=True):
             own = [tensor[:, : slot.real, heads] for tensor in triple]
             torch.stack(own, dim=2, out=target[:, slot.whole : slot.whole + slot.real])
 
-    def _mix(self, row: int, filling: int, kernel: str) -> torch.Tensor:
+    def _mix(self, turn: int, row: int, filling: int, kernel: str) -> torch.Tensor:
         """Attention over the whole sequence with this rank's heads, [S, h, D]."""
-        attended = self._attended(self._rank)[row : row + 1]
+        attended = self._attended(self._rank, turn)[row : row + 1]
         if not attended.shape[3]:
             return attended[0, :, 0]
         query, key, value = attended.view(self._dtype).unbind(2)
         mixed = KERNELS[kernel](query, key[:, filling:], value[:, filling:], None)
         return mixed[0].contiguous().view(self._word)
 
-    def _give_back(self, row: int, mixed: torch.Tensor) -> torch.Event | None:
+    def _give_back(self, turn: int, row: int, mixed: torch.Tensor) -> torch.Event | None:
         """The others' tokens of a row to them; returns when they will be there."""
         with self._peers.aside():
             for rank, slots in enumerate(self._slots):
                 if rank == self._rank:
                     continue
-                target = self._returned(rank, self._rank)[row]
+                target = self._returned(rank, self._rank, turn)[row]
                 count_sent("all_to_all", target)
                 for slot in slots:
                     tokens = mixed[slot.whole : slot.whole + slot.real]
@@ -190,23 +197,32 @@ class Exchange:
         for slot, output in zip(self._slots[self._rank], outputs, strict=True):
             if slot.real < slot.length:
                 output[:, slot.real :] = 0
-            for rank, heads in enumerate(self._heads):
+            for rank, turn in product(range(self._ranks), self._turns):
                 if rank != self._rank:
-                    mixed = self._returned(self._rank, rank)
-                    output[:, : slot.real, heads] = mixed[:, slot.piece : slot.piece + slot.real]
+                    mixed = self._returned(self._rank, rank, turn)
+                    output[:, : slot.real, self._heads[rank][turn]] = mixed[:, slot.piece : slot.piece + slot.real]
 
-    def _attended(self, rank: int) -> torch.Tensor:
+    def _attended(self, rank: int, turn: int) -> torch.Tensor:
         """Where a rank attends: queries, keys and values of its heads, [B, S, 3, h, D]."""
-        heads = self._heads[rank]
-        return self._view(rank, 0, (self._rows, self._total, 3, heads.stop - heads.start, self._width))
+        heads, first = self._heads[rank][turn], turn * self._attended_words
+        return self._view(rank, first, (self._rows, self._total, 3, heads.stop - heads.start, self._width))
 
-    def _returned(self, rank: int, of: int) -> torch.Tensor:
+    def _returned(self, rank: int, of: int, turn: int) -> torch.Tensor:
         """Where a rank takes back what rank `of` mixed with its heads: [B, L, h, D]."""
-        heads, first = self._heads[of], self._attended_words + of * self._returned_words
+        heads, place = self._heads[of][turn], of * len(self._turns) + turn
+        first = len(self._turns) * self._attended_words + place * self._returned_words
         return self._view(rank, first, (self._rows, self._length, heads.stop - heads.start, self._width))
 
     def _view(self, rank: int, first: int, shape: tuple[int, ...]) -> torch.Tensor:
         return self._memory[rank][first : first + math.prod(shape)].view(shape)
+
+
+def turns_of(heads: range, share: int, turns: int) -> list[slice]:
+    """A rank's heads turn by turn. All ranks have the same turns; those of a rank with fewer heads than `share`, which
+    is the most that one has, may be empty."""
+    length = -(-share // turns)
+    parts = [heads[first : first + length] for first in range(0, share, length)]
+    return [slice(part.start, part.stop) for part in parts]
 
 
 def _word(size: int) -> torch.dtype:

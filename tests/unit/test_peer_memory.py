@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from services.attention import sdpa
+from services.parallel import ulysses
 from services.parallel.mesh import Axis
 from services.parallel.peer_memory import STEP_BYTES, PeerMemory
 from services.parallel.sequence import own_piece
@@ -121,12 +122,21 @@ def pieces_of(fields, ranks: int, rank: int, joined: bool):
     return [torch.cat(pieces, dim=1)] if joined else pieces
 
 
-@pytest.mark.parametrize("joined", [True, False])
+@pytest.mark.parametrize("joined, long", [(True, 8192), (False, 8192), (False, 1)])
 @pytest.mark.parametrize(
     "ranks, heads, lengths, filling",
-    [(2, 4, (6, 10), None), (2, 3, (5, 9), [0, 2]), (3, 4, (2, 7, 1), [3, 0]), (3, 2, (4,), None)],
+    [
+        (2, 4, (6, 10), None),
+        (2, 10, (6, 10), None),
+        (2, 3, (5, 9), [0, 2]),
+        (3, 4, (2, 7, 1), [3, 0]),
+        (3, 2, (4,), None),
+    ],
 )
-def test_ulysses_is_attention_over_the_whole_sequence(ranks, heads, lengths, filling, joined) -> None:
+def test_ulysses_is_attention_over_the_whole_sequence(
+    ranks, heads, lengths, filling, joined, long, monkeypatch
+) -> None:
+    monkeypatch.setattr(ulysses, "LONG_TOKENS", long)
     torch.manual_seed(0)
     whole = [[torch.randn(2, length, heads, 8) for length in lengths] for _ in range(3)]
     fill = None if filling is None else torch.tensor(filling)
