@@ -15,6 +15,8 @@ import torch.distributed as dist
 from services.parallel.collectives import count_sent, group_of, peer_memory
 from services.parallel.peer_memory import PeerMemory
 
+# Numbers, of any dtype, in the largest load.
+ALIGNED = 16
 Partial = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -71,8 +73,7 @@ def partial_attention(
     heads_first = [tensor.transpose(1, 2) for tensor in (query, key, value)]
     bias = None
     if mask is not None:
-        bias = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, float("-inf"))[:, None, None, :]
-        bias = bias.expand(-1, query.shape[2], query.shape[1], -1)
+        bias = _bias(mask, query.dtype).expand(-1, query.shape[2], query.shape[1], -1)
     mixed, lse = _kernel_with_lse(heads_first, bias, kernel)
     lse = lse.reshape(*mixed.shape[:2], -1)[:, :, : query.shape[1]].float()
     if mask is not None:
@@ -83,13 +84,20 @@ def partial_attention(
     return mixed.float(), lse
 
 
+def _bias(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What is added to the scores, [B, 1, 1, K]; rows begin at addresses that kernels on GPUs can load from."""
+    rows, keys = mask.shape
+    bias = torch.zeros(rows, 1, 1, -(-keys // ALIGNED) * ALIGNED, dtype=dtype, device=mask.device)[..., :keys]
+    return bias.masked_fill_(~mask[:, None, None], float("-inf"))
+
+
 def _kernel_with_lse(heads_first: list[torch.Tensor], bias: torch.Tensor | None, kernel: str) -> Partial:
     aten = torch.ops.aten
     query, key, value = heads_first
     if query.device.type == "cpu":
         mixed, lse = aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, attn_mask=bias)
     elif bias is not None:
-        mixed, lse, *_ = aten._scaled_dot_product_efficient_attention(query, key, value, bias.contiguous(), True)
+        mixed, lse, *_ = aten._scaled_dot_product_efficient_attention(query, key, value, bias, True)
     elif kernel == "cudnn":
         mixed, lse, *_ = aten._scaled_dot_product_cudnn_attention(query, key, value, None, True)
     else:
