@@ -33,6 +33,7 @@ CHECKS = (
     "negative_data_rejection",
     "missing_required_header",
     "ignored_auth",
+    "unsupported_method",
 )
 
 

@@ -2,7 +2,7 @@
 
 The OpenAPI page does not say what depends on the model (sizes, steps, which inputs it takes), and nearly every random
 body is refused for it: three of four are put right, and the rest of each stays as it was generated. Likewise, ids of
-requests that exist take the place of invented ones.
+requests and names of models that exist take the place of invented ones.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import schemathesis
 from schemathesis.generation import GenerationMode
 
+MODEL = "sleeping"
 SIZES = (64, 128, 256)
 MAX_STEPS = 200
 MAX_PROMPT_CHARS = 1000
@@ -45,8 +46,9 @@ def before_call(context: Any, case: Any, kwargs: Any) -> None:
         and (dice % 4 or not case.body["prompt"])
     ):
         case.body = acceptable(case.body, dice >> 2)
-    if IDS and "request_id" in (case.path_parameters or {}) and dice % 4:
-        case.path_parameters = {**case.path_parameters, "request_id": IDS[dice % len(IDS)]}
+    known = {"name": MODEL, **({"request_id": IDS[dice % len(IDS)]} if IDS else {})}
+    if case.path_parameters and dice % 4:
+        case.path_parameters = {name: known.get(name, value) for name, value in case.path_parameters.items()}
 
 
 def acceptable(body: dict[str, Any], dice: int) -> dict[str, Any]:
