@@ -80,14 +80,21 @@ async def cluster(
     *,
     stage_module: str = "benchmarks.sleeping_stage",
     gateway_module: str = "gateway",
+    keys_file: Path | None = None,
+    api_key: str = "",
 ) -> AsyncIterator[Running]:
-    """Redis, a gateway and sleeping stages; yields the gateway once the model is ready."""
+    """Redis, a gateway and sleeping stages; yields the gateway once the model is ready.
+
+    Args:
+        keys_file: the gateway takes calls with its keys only; `api_key` is one of them.
+    """
     ports = {"text_encoder": [free_port()], "vae": [free_port()], "dit": [free_port() for _ in range(replicas)]}
     redis = await asyncio.to_thread(start_redis, folder / "redis")
     grpc_port, http_port = free_port(), free_port()
     running = Running(f"127.0.0.1:{grpc_port}", f"http://127.0.0.1:{http_port}", redis.url)
     gateway = {
         "gateway": {"grpc_port": grpc_port, "http_port": http_port},
+        "access": {"keys_file": "" if keys_file is None else str(keys_file)},
         "redis": {"url": redis.url},
         "store": {"path": str(folder / "artifacts")},
         "stages": {
@@ -101,17 +108,18 @@ async def cluster(
                     table = stage_table(stage, port)
                     await stack.enter_async_context(process(folder, table["service"]["name"], stage_module, table))
             await stack.enter_async_context(process(folder, "gateway", gateway_module, gateway))
-            await _ready(running.grpc, sum(len(listed) for listed in ports.values()))
+            await _ready(running.grpc, api_key, sum(len(listed) for listed in ports.values()))
             yield running
     finally:
         redis.stop()
 
 
-async def _ready(address: str, replicas: int) -> None:
+async def _ready(address: str, api_key: str, replicas: int) -> None:
     async with asyncio.timeout(60), grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
         stub = gateway_pb2_grpc.GatewayStub(channel)
         while True:
-            answer = await stub.Models(gateway_pb2.ModelsRequest(), wait_for_ready=True)
+            metadata = (("authorization", f"Bearer {api_key}"),) if api_key else ()
+            answer = await stub.Models(gateway_pb2.ModelsRequest(), wait_for_ready=True, metadata=metadata)
             if [sum(replica.healthy for replica in model.replicas) for model in answer.models] == [replicas]:
                 return
             await asyncio.sleep(0.1)
