@@ -10,6 +10,7 @@ import errno
 import os
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -65,6 +66,7 @@ class Folder:
 
     def __init__(self, root: Path) -> None:
         self._root = root
+        self._syncs = ThreadPoolExecutor(2, "sync")
         try:
             for kind in KINDS:
                 (root / kind).mkdir(parents=True, exist_ok=True)
@@ -82,9 +84,9 @@ class Folder:
             for part, pieces in zip(mine, objects.values(), strict=True):
                 with part.open("wb") as file:
                     file.writelines(pieces)
-            # Not each after its writing: the file system commits them together.
-            for part in mine if durable else ():
-                _sync(part, os.fdatasync)
+            # At once, each in a thread: the file system commits them together.
+            if durable:
+                list(self._syncs.map(lambda part: _sync(part, os.fdatasync), mine))
             for number, path in enumerate(paths):
                 mine[number].replace(path)
                 mine[number] = path
