@@ -11,7 +11,7 @@ from types import TracebackType
 import psutil
 import redis
 
-from gateway.state import PREFIX
+from gateway.records import PREFIX
 from tests.faults.checker import pictures
 from tests.faults.clients import Clients, Recipe
 from tests.faults.cluster import FaultCluster
