@@ -12,8 +12,9 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from gateway.records import Queued, queue_key
 from gateway.replicas import Replicas
-from gateway.state import Queued, State, queue_key
+from gateway.state import State
 from services.errors import StateStoreDown
 
 LABELS = ("stage", "model", "component")

@@ -9,8 +9,9 @@ from collections.abc import Collection
 
 from gateway.config import GatewaySection
 from gateway.lifecycle import Lifecycle
+from gateway.records import Claim, queue_key
 from gateway.replicas import Replica, Replicas
-from gateway.state import Claim, Fields, State, queue_key
+from gateway.state import Fields, State
 from gateway.store_writes import StoreWrites
 from gateway.ticket import Ticket
 from services.errors import DeviceLost, ServiceError
@@ -70,8 +71,8 @@ class Dispatcher:
                 await self._claim_all()
             except ServiceError as error:
                 log.warning("cannot claim: %s", error.message)
-                # Claims without an answer hold requests until their leases run out: no more until Redis answers.
-                while not await self._state.ping():
+                # Claims without an answer hold requests until their leases run out: no more until Redis takes writes.
+                while not await self._state.writable():
                     pass
             # Not by wait_for: in Python 3.11 it swallows a cancel that comes together with the event.
             with contextlib.suppress(TimeoutError):

@@ -5,8 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
+
+from gateway.records import TERMINAL
+from services.errors import StateStoreDown
+
+READ_EVENTS = 256
+WATCH_TIMEOUT_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +85,39 @@ class Followers:
             others.discard(follower)
             if not others:
                 self._by_request.pop(request_id, None)
+
+    async def follow(
+        self, request_id: str, after: str, read: Callable[[str, str], Awaitable[Sequence[StoredEvent]]]
+    ) -> AsyncIterator[StoredEvent]:
+        """Events later than `after`, until a terminal status. Once begun, it waits for Redis.
+
+        Args:
+            read: the next READ_EVENTS events of a request after one; raises StateStoreDown while it cannot.
+        """
+        begun = False
+        with self.joined(request_id, after) as follower:
+            while True:
+                if follower.behind:
+                    follower.behind = False
+                    try:
+                        events = await read(request_id, follower.seen)
+                        follower.give(events)
+                        follower.behind = follower.behind or len(events) == READ_EVENTS
+                    except StateStoreDown:
+                        if not begun:
+                            raise
+                        follower.behind = True
+                        continue
+                begun = True
+                for event in follower.take():
+                    if event.kind == "preview" and not event.payload:
+                        # The request has ended, and its previews have been forgotten.
+                        continue
+                    yield event
+                    if event.kind == "status" and event.state in TERMINAL:
+                        return
+                if not follower.behind:
+                    await follower.wait(WATCH_TIMEOUT_S)
 
     def seen_by_all(self, request_id: str) -> str:
         """The last event that all of a request's followers have; empty when it has none."""

@@ -34,7 +34,7 @@ def add_operations(app: FastAPI, service: RequestService, backlog: Backlog) -> N
     @app.head("/health", include_in_schema=False)
     @app.get("/health")
     async def health() -> JSONResponse:
-        """200 while Redis answers and a model has all its stages, else 503."""
+        """200 while Redis takes writes and a model has all its stages, else 503."""
         now = await service.health()
         return JSONResponse({"redis": now.redis, "models": now.models}, 200 if now.ready else 503)
 

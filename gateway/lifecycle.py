@@ -15,9 +15,10 @@ from collections.abc import Awaitable
 from gateway.checkpoints import Checkpoint, Checkpoints, drop_between_stages
 from gateway.config import GatewaySection
 from gateway.memory import Memory
+from gateway.records import TERMINAL, Claim, queue_key
 from gateway.replicas import Replica, Replicas
 from gateway.stage_calls import Decode, Feed, Latents, denoise
-from gateway.state import TERMINAL, Claim, State, queue_key
+from gateway.state import State
 from gateway.store import Store
 from gateway.work import Progress, Work, kept_in
 from protos import dit_pb2
@@ -284,8 +285,6 @@ class Lifecycle:
             await self._end(work, "expired" if isinstance(error, DeadlineExceeded) else "failed", error)
             return
         store_failed = isinstance(error, (ArtifactStoreDown, ArtifactStoreFull))
-        if not store_failed:
-            replica.pause()
         # A full or starting replica is nobody's fault; only what may be the request's own doing counts.
         counts = not store_failed and not isinstance(error, (NotReady, Overloaded))
         detail = error_to_proto(error).SerializeToString()

@@ -8,8 +8,9 @@ from collections.abc import Callable
 from typing import Any
 
 from gateway.config import RedisSection
+from gateway.records import TERMINAL, Claim
 from gateway.request_log import Ending, RequestLog
-from gateway.state import TERMINAL, Claim, Fields, State
+from gateway.state import Fields, State
 from gateway.ticket import Offer, Ticket
 from services.errors import StateStoreDown
 

@@ -18,8 +18,9 @@ from gateway.followers import StoredEvent
 from gateway.keys import ApiKey
 from gateway.links import Links, content_path
 from gateway.quotas import Quotas
+from gateway.records import TERMINAL, queue_key
 from gateway.replicas import Replicas
-from gateway.state import TERMINAL, State, queue_key
+from gateway.state import State
 from gateway.store import Store
 from gateway.ticket import Ticket, batch_key
 from gateway.withdrawals import Withdrawals
@@ -38,7 +39,7 @@ _STAGES = {b"dit": types_pb2.STAGE_DIT, b"vae": types_pb2.STAGE_VAE}
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """Whether the gateway can take requests: Redis answers, and which models have all their stages."""
+    """Whether the gateway can take requests: Redis takes writes, and which models have all their stages."""
 
     redis: bool
     models: dict[str, bool]
@@ -330,7 +331,7 @@ class RequestService:
 
     async def health(self) -> Health:
         """For probes and the launcher."""
-        return Health(await self._state.ping(), {info.name: info.ready for info in self.models()})
+        return Health(await self._state.writable(), {info.name: info.ready for info in self.models()})
 
 
 def _new_id(tenant: str, idempotency_key: str) -> str:

@@ -101,7 +101,9 @@ async def denoise(
                     if checkpoint.whole:
                         yield Checkpoint(step, checkpoint.messages)
         except grpc.aio.AioRpcError as error:
-            raise (feed.failure or error_from_rpc(error)) from error
+            raise (feed.failure or _failed(replica, error)) from error
+        except CorruptTensor as error:
+            raise _refused(replica, error) from None
         except asyncio.CancelledError:
             # The end of the call says the same as an abort of ours, but for the count.
             heed_cancel()
@@ -113,9 +115,9 @@ async def denoise(
             feeding.cancel()
             await asyncio.gather(feeding, return_exceptions=True)
     if checkpoint is not None and checkpoint.whole:
-        raise NotReady(f"the replica left: it handed the request back after step {step}")
+        raise _refused(replica, NotReady(f"the replica left: it handed the request back after step {step}"))
     if not latents.whole:
-        raise CorruptTensor("the denoiser's stream ended before its latents were whole")
+        raise _refused(replica, CorruptTensor("the denoiser's stream ended before its latents were whole"))
 
 
 class Feed:
@@ -211,7 +213,8 @@ async def _frames(work: Work, replica: Replica, call: Any) -> AsyncIterator[byte
         raise _failed(replica, failure) from failure
     if not whole:
         # The denoiser would wait for the rest for ever: its stream stays open, for what is asked of it later.
-        raise CorruptTensor(f"the {replica.stage}'s stream ended before the conditions were whole")
+        cut = CorruptTensor(f"the {replica.stage}'s stream ended before the conditions were whole")
+        raise _refused(replica, cut)
 
 
 class Decode:
@@ -264,10 +267,13 @@ class Decode:
                 replica.took(self._usage, self._work.params)
             except grpc.aio.AioRpcError as failure:
                 raise _failed(replica, failure) from failure
+            except CorruptTensor as error:
+                raise _refused(replica, error) from None
             finally:
                 self._call.cancel()
         if len(self._data) != self._expected:
-            raise CorruptTensor(f"the VAE announced {self._expected} bytes and sent {len(self._data)}")
+            cut = CorruptTensor(f"the VAE announced {self._expected} bytes and sent {len(self._data)}")
+            raise _refused(replica, cut)
 
     async def _requests(self, latents: Latents) -> AsyncIterator[bytes]:
         start = vae_pb2.DecodeStart(context=self._work.context(), params=self._work.params)
@@ -296,7 +302,11 @@ class Decode:
 
 
 def _failed(replica: Replica, failure: grpc.aio.AioRpcError) -> ServiceError:
-    error = error_from_rpc(failure)
+    return _refused(replica, error_from_rpc(failure))
+
+
+def _refused(replica: Replica, error: ServiceError) -> ServiceError:
+    """A failure that is the replica's own, which learns of it here."""
     if error.retryable:
         replica.refused(error)
     return error

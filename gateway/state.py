@@ -8,83 +8,48 @@ knows nothing of gRPC or stages' work.
 
 from __future__ import annotations
 
-import asyncio
-import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, cast
 
-from redis.asyncio import Redis
-from redis.asyncio.client import PubSub
-from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import RedisError
-
 from gateway.config import RedisSection
-from gateway.followers import Followers, StoredEvent, record_of, stored_events
-from gateway.redis_link import examine, open_redis, refusal_of
-from gateway.scripts import PATIENCE_S, Scripts, heed_cancel
+from gateway.followers import READ_EVENTS, Followers, StoredEvent, record_of, stored_events
+from gateway.listener import Listener
+from gateway.records import (
+    DUE,
+    FENCE,
+    IDS,
+    LEASES,
+    LINK_KEY,
+    PACES,
+    PREFIX,
+    PROBE,
+    Claim,
+    Holding,
+    Queued,
+    events_key,
+    ids_key,
+    inputs_key,
+    request_key,
+    slots_of,
+)
+from gateway.scripts import PATIENCE_S, Scripts
 from gateway.ticket import Offer, Ticket
-from services.errors import DeadlineExceeded, Overloaded, StartupError, StateStoreDown, UnknownRequest
+from services.errors import DeadlineExceeded, Overloaded, StateStoreDown, UnknownRequest
 from services.wire import error_to_proto
 
-log = logging.getLogger(__name__)
-
-PREFIX = "{ll}"
-IDS, LEASES, FENCE, WAKE, DUE = (f"{PREFIX}:{name}" for name in ("ids", "leases", "fence", "wake", "due"))
-LINK_KEY, PACES = f"{PREFIX}:link-key", f"{PREFIX}:paces"
-TERMINAL = frozenset({"done", "failed", "cancelled", "expired"})
-READ_EVENTS = 256
 # Requests of a queue that are looked at to know how much work waits in it.
 SAMPLE = 200
-WATCH_TIMEOUT_S = 2.0
 # What a stage has made is worth a longer wait for Redis than PATIENCE_S.
 RESULT_PATIENCE_S = 30.0
 MAX_RETRY_AFTER_S = 60.0
 SWEPT_AT_ONCE = 100
+PROBE_S = 60
 QUEUE_FULL, TOO_LATE, TENANT_FULL, WORK_FULL = -1, -2, -3, -4
 _TOO_LONG = error_to_proto(DeadlineExceeded("the request's deadline passed while it waited")).SerializeToString()
-# After so long without a message, the listener tells itself one; after as long again without it, it connects anew.
-SILENCE_S = 2.0
 
 Fields = Mapping[str, str | bytes | float]
-
-
-@dataclass(frozen=True, slots=True)
-class Claim:
-    """A request that this gateway owns, as long as nobody has a higher fence.
-
-    `queue` is where it waited, `left` how many more wait in the queues that were asked.
-    """
-
-    request_id: str
-    fence: int
-    record: dict[str, bytes]
-    queue: str
-    left: int
-
-
-@dataclass(frozen=True, slots=True)
-class Holding:
-    """What a request's record says of its files: its owner's fence, and the artifact's name once it is done."""
-
-    state: str
-    fence: str
-    file: str
-
-
-@dataclass(frozen=True, slots=True)
-class Queued:
-    """What waits in a queue: requests, their pixels, and pixels times steps."""
-
-    requests: int
-    pixels: float
-    pixel_steps: float
-
-    def units(self, stage: str) -> float:
-        """The work that it is for a stage, as `gateway/pace.py` counts it."""
-        return {"dit": self.pixel_steps, "vae": self.pixels}.get(stage, float(self.requests))
 
 
 class State:
@@ -94,14 +59,18 @@ class State:
         # Two gateways may have been given one name; what they publish must still be told apart.
         self._owner = f"{owner}/{secrets.token_hex(4)}"
         self._scripts = Scripts(redis)
-        self._listener: Redis = open_redis(redis)
         self._followers = Followers()
+        self._listener = Listener(redis, self._scripts, self._owner, self._followers)
         self._on_queue: Callable[[], None] = lambda: None
         self._on_cancel: Callable[[str], None] = lambda _request_id: None
         self._on_expired: Callable[[str], None] = lambda _request_id: None
         # What to add to our monotonic clock for the time of Redis; None before its first answer.
         self._clock_ahead_s: float | None = None
-        self.connected = False
+
+    @property
+    def connected(self) -> bool:
+        """Whether it hears what other gateways change."""
+        return self._listener.connected
 
     async def submit(
         self,
@@ -123,7 +92,7 @@ class State:
         Raises:
             Overloaded: too many wait, or too many of that tenant, or too much work or too many bytes.
         """
-        keys = [_request(request_id), queue, IDS, _events(request_id), _ids_of(ticket.tenant)]
+        keys = [request_key(request_id), queue, IDS, events_key(request_id), ids_key(ticket.tenant)]
         bounds = (ticket.max_queued, ticket.max_queued_tenant, ticket.max_queued_cost, ticket.max_queued_bytes)
         lease = "" if lease_s is None else lease_s
         size = (ticket.priority_class, ticket.tenant, ticket.cost, ticket.nbytes)
@@ -137,7 +106,7 @@ class State:
                 raise StateStoreDown("the state store answered too late: try again", retry_after_s=1.0)
             # A Redis that stood still finds the call in its buffers when the caller has been told that it failed.
             not_after = "" if self._clock_ahead_s is None else end_s + self._clock_ahead_s
-            arguments = (*before, not_after, *_slots(offer or Offer()), *_flat(kept), *_flat(fields), inputs)
+            arguments = (*before, not_after, *slots_of(offer or Offer()), *_flat(kept), *_flat(fields), inputs)
             now, stored, *rest = await self._scripts.run("submit", keys, *arguments)
             self._clock_ahead_s = float(now) - time.monotonic()
         if stored in (QUEUE_FULL, TENANT_FULL, WORK_FULL):
@@ -157,7 +126,7 @@ class State:
             offers: by queue, who would get the request.
         """
         offered = [(offers or {}).get(queue) or Offer() for queue in queues]
-        arguments = [part for offer in offered for part in (*_slots(offer), " ".join(offer.batches))]
+        arguments = [part for offer in offered for part in (*slots_of(offer), " ".join(offer.batches))]
         keys = [LEASES, FENCE, *queues]
         answer = await self._scripts.run("claim", keys, self._owner, lease_s, _TOO_LONG, *arguments)
         claimed, expired, full = answer
@@ -193,7 +162,9 @@ class State:
     async def checkpoint(self, claim: Claim, lease_s: float, step: int, checkpoints: str) -> str:
         """Notes what a request can go on from ("" for nothing). Returns the state, or "lost"."""
         arguments = (claim.request_id, claim.fence, lease_s, step, checkpoints)
-        return str((await self._scripts.run("checkpoint", [_request(claim.request_id), LEASES], *arguments)).decode())
+        return str(
+            (await self._scripts.run("checkpoint", [request_key(claim.request_id), LEASES], *arguments)).decode()
+        )
 
     async def commit(self, claim: Claim, state: str, stage: str, queue: str, fields: Fields) -> str:
         """Ends a stage. Returns the state afterwards ("cancelled" when an abort came first), or "lost"."""
@@ -207,7 +178,7 @@ class State:
 
     async def requeue(self, request_id: str, fence: int | None, max_attempts: int, counts: bool, error: bytes) -> str:
         """Back to the queue, or failed after `max_attempts`. Without a fence: the lease has expired."""
-        keys = [_request(request_id), LEASES, FENCE]
+        keys = [request_key(request_id), LEASES, FENCE]
         fenced = "" if fence is None else str(fence)
         arguments = (request_id, fenced, self._owner, max_attempts, int(counts), error)
         state = str((await self._scripts.run("requeue", keys, *arguments)).decode())
@@ -226,7 +197,7 @@ class State:
 
     async def _abort(self, request_id: str, *, never: bool) -> str | None:
         arguments = (request_id, self._owner, int(never))
-        result = await self._scripts.run("abort", [_request(request_id)], *arguments)
+        result = await self._scripts.run("abort", [request_key(request_id)], *arguments)
         if not result:
             return None
         state = str(result.decode())
@@ -253,19 +224,19 @@ class State:
     async def get(self, request_id: str) -> dict[str, bytes]:
         """The stored record; empty for an unknown request."""
         record = await self._scripts.call(
-            lambda: cast(Awaitable[Any], self._scripts.redis.hgetall(_request(request_id)))
+            lambda: cast(Awaitable[Any], self._scripts.redis.hgetall(request_key(request_id)))
         )
         return {key.decode(): value for key, value in record.items()}
 
     async def inputs(self, request_id: str) -> bytes | None:
         """What a request was submitted with; None once it has ended, or if that was nothing."""
-        key = f"{PREFIX}:in:{request_id}"
+        key = inputs_key(request_id)
         return cast(bytes | None, await self._scripts.call(lambda: cast(Awaitable[Any], self._scripts.redis.get(key))))
 
     async def tenant_of(self, request_id: str) -> str | None:
         """Whose request it is; None for an unknown one."""
         tenant = await self._scripts.call(
-            lambda: cast(Awaitable[Any], self._scripts.redis.hget(_request(request_id), "tenant"))
+            lambda: cast(Awaitable[Any], self._scripts.redis.hget(request_key(request_id), "tenant"))
         )
         return None if tenant is None else str(tenant.decode())
 
@@ -280,7 +251,7 @@ class State:
 
     async def newest(self, limit: int, tenant: str | None = None) -> list[str]:
         """Ids, newest first; of one tenant, or of all."""
-        key = IDS if tenant is None else _ids_of(tenant)
+        key = IDS if tenant is None else ids_key(tenant)
         ids = await self._scripts.call(lambda: cast(Awaitable[Any], self._scripts.redis.zrevrange(key, 0, limit - 1)))
         return [request_id.decode() for request_id in ids]
 
@@ -290,7 +261,7 @@ class State:
         async def ask() -> list[list[bytes | None]]:
             async with self._scripts.redis.pipeline(transaction=False) as pipe:
                 for request_id in request_ids:
-                    pipe.hmget(_request(request_id), ["state", "fence", "file"])
+                    pipe.hmget(request_key(request_id), ["state", "fence", "file"])
                 return cast(list[list[bytes | None]], await pipe.execute())
 
         rows = await self._scripts.call(ask) if request_ids else []
@@ -305,10 +276,10 @@ class State:
 
         return cast(bytes, await self._scripts.call(ask))
 
-    async def ping(self) -> bool:
-        """Whether Redis answers."""
+    async def writable(self) -> bool:
+        """Whether Redis takes writes: one that is full, or a primary no more, still answers a ping."""
         try:
-            await self._scripts.call(lambda: cast(Awaitable[Any], self._scripts.redis.ping()))
+            await self._scripts.call(lambda: cast(Awaitable[Any], self._scripts.redis.set(PROBE, b"", ex=PROBE_S)))
         except StateStoreDown:
             return False
         return True
@@ -320,33 +291,11 @@ class State:
             UnknownRequest: there is no such request, or it has been forgotten.
             StateStoreDown: at the start only.
         """
-        begun = False
-        with self._followers.joined(request_id, after) as follower:
-            while True:
-                if follower.behind:
-                    follower.behind = False
-                    try:
-                        events = await self._read_events(request_id, follower.seen)
-                        follower.give(events)
-                        follower.behind = follower.behind or len(events) == READ_EVENTS
-                    except StateStoreDown:
-                        if not begun:
-                            raise
-                        follower.behind = True
-                        continue
-                begun = True
-                for event in follower.take():
-                    if event.kind == "preview" and not event.payload:
-                        # The request has ended, and its previews have been forgotten.
-                        continue
-                    yield event
-                    if event.kind == "status" and event.state in TERMINAL:
-                        return
-                if not follower.behind:
-                    await follower.wait(WATCH_TIMEOUT_S)
+        async for event in self._followers.follow(request_id, after, self._read_events):
+            yield event
 
     async def _read_events(self, request_id: str, after: str) -> list[StoredEvent]:
-        found = await self._scripts.run("follow", [_request(request_id)], request_id, after, READ_EVENTS)
+        found = await self._scripts.run("follow", [request_key(request_id)], request_id, after, READ_EVENTS)
         if not found:
             raise UnknownRequest(f"there is no request {request_id!r}", param="request_id")
         return stored_events(*found)
@@ -366,55 +315,12 @@ class State:
             StartupError: this Redis may throw away what it is told.
         """
         self._on_queue, self._on_cancel, self._on_expired = on_queue, on_cancel, on_expired
-        while True:
-            try:
-                async with self._listener.pubsub(ignore_subscribe_messages=True) as channel:
-                    await channel.subscribe(WAKE)
-                    if refusal := refusal_of(await examine(self._listener)):
-                        raise StartupError(refusal)
-                    self.connected = True
-                    on_queue()
-                    await self._hear_all(channel)
-            except (RedisError, OSError, StateStoreDown) as error:
-                heed_cancel()
-                self.connected = False
-                log.warning("Redis cannot be listened to: %s", error)
-                await asyncio.sleep(0.5)
-
-    async def _hear_all(self, channel: PubSub) -> None:
-        """Hears until nothing comes any more, not even our own word: after a failover, the channel may lead nowhere.
-
-        Raises:
-            RedisError, StateStoreDown: it is to be opened again.
-        """
-        spoken = False
-        while True:
-            message = await channel.get_message(timeout=SILENCE_S)
-            heed_cancel()
-            if message is not None:
-                self._hear(message["data"].decode())
-            elif spoken:
-                raise RedisConnectionError("the channel is silent: it leads to another server than commands do")
-            else:
-                await self._scripts.run("echo", [f"{PREFIX}:echo"], self._owner)
-            spoken = message is None
-
-    def _hear(self, message: str) -> None:
-        kind, _, rest = message.partition(":")
-        sender, _, request_id = rest.rpartition(":")
-        if sender == self._owner:
-            return
-        if kind == "q":
-            self._on_queue()
-        elif kind == "c":
-            self._on_cancel(request_id)
-        else:
-            self._followers.wake(request_id)
+        await self._listener.run(on_queue, on_cancel)
 
     async def close(self) -> None:
         """Closes the connections."""
         await self._scripts.close()
-        await self._listener.aclose()
+        await self._listener.close()
 
     async def _change(
         self, name: str, claim: Claim, before: tuple[Any, ...], after: tuple[Any, ...], **options: float
@@ -422,17 +328,12 @@ class State:
         """A script under a fence; what it tells goes to the followers without another reading. Returns the state."""
         seen = self._followers.seen_by_all(claim.request_id)
         arguments = (claim.request_id, claim.fence, self._owner, *before, seen, READ_EVENTS, *after)
-        keys = [_request(claim.request_id), LEASES]
+        keys = [request_key(claim.request_id), LEASES]
         state, entries, flat = await self._scripts.run(name, keys, *arguments, **options)
         self._followers.give(claim.request_id, seen, stored_events(entries, flat))
         if len(entries) == READ_EVENTS:
             self._followers.wake(claim.request_id)
         return str(state.decode())
-
-
-def queue_key(stage: str, component_id: str) -> str:
-    """The queue of a stage's component."""
-    return f"{PREFIX}:q:{stage}:{component_id}"
 
 
 def _overloaded(ticket: Ticket, stored: int, drained_s: float) -> Overloaded:
@@ -444,23 +345,6 @@ def _overloaded(ticket: Ticket, stored: int, drained_s: float) -> Overloaded:
         return Overloaded(message, retry_after_s=retry_after_s)
     message = f"{ticket.max_queued_tenant} of your requests wait already: try again when some have run"
     return Overloaded(message, retry_after_s=retry_after_s)
-
-
-def _slots(offer: Offer) -> tuple[str, int, float]:
-    """The key of the requests that a replica has, how many it takes, and of what cost."""
-    return f"{PREFIX}:slots:{offer.replica_id}" if offer.replica_id else "", offer.max_in_flight, offer.max_cost
-
-
-def _request(request_id: str) -> str:
-    return f"{PREFIX}:req:{request_id}"
-
-
-def _ids_of(tenant: str) -> str:
-    return f"{IDS}:{tenant}"
-
-
-def _events(request_id: str) -> str:
-    return f"{PREFIX}:ev:{request_id}"
 
 
 def _flat(fields: Fields) -> list[Any]:

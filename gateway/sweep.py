@@ -17,7 +17,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from gateway.config import StoreSection
 from gateway.objects import KINDS, Stored
-from gateway.state import TERMINAL, Holding, State
+from gateway.records import TERMINAL, Holding
+from gateway.state import State
 from gateway.store import Store
 from services.errors import ServiceError, StartupError
 

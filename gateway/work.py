@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from gateway.state import Claim, State
+from gateway.records import Claim
+from gateway.state import State
 from gateway.store import artifact_name
 from protos import dit_pb2, gateway_pb2, types_pb2
 from services.errors import ServiceError

@@ -163,6 +163,9 @@ def test_a_redis_that_is_full_refuses_and_the_gateway_lives(store, honest, tmp_p
         administrator.config_set("maxmemory", 1)
         refused = running.rest.post("/v1/requests", json=BODY)
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "state_store_down")
+        health = running.rest.get("/health")
+        assert (health.status_code, health.json()["redis"]) == (503, False)
         administrator.config_set("maxmemory", 0)
+        assert running.rest.get("/health").status_code == 200
         assert running.rest.post("/v1/images/generations", json=IMAGE).status_code == 200
         assert "maxmemory" in running.log.read_text()

@@ -12,7 +12,7 @@ from typing import Any
 
 import redis
 
-from gateway.state import LEASES, PREFIX
+from gateway.records import LEASES, PREFIX
 from protos import gateway_pb2
 from tests.faults.cluster import FaultCluster
 from tests.faults.history import Line

@@ -13,7 +13,7 @@ import pytest
 import redis
 from PIL import Image
 
-from gateway.state import LEASES
+from gateway.records import LEASES
 from lightloom.launcher import Cluster
 from services.config import EngineSection
 from tests.cluster.running import RunningCluster, wait_for

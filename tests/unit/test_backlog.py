@@ -11,8 +11,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from gateway.backlog import Backlog
 from gateway.config import RedisSection, StagesSection
 from gateway.pace import Pace
+from gateway.records import queue_key
 from gateway.replicas import Replica, Replicas
-from gateway.state import State, queue_key
+from gateway.state import State
 from gateway.ticket import Ticket
 from protos import types_pb2
 

@@ -11,8 +11,9 @@ import pytest
 from gateway.config import GatewaySection, RedisSection, StagesSection
 from gateway.dispatch import Dispatcher
 from gateway.memory import Memory
+from gateway.records import Claim, queue_key
 from gateway.replicas import Replica, Replicas
-from gateway.state import Claim, State, queue_key
+from gateway.state import State
 from gateway.ticket import Ticket
 from protos import types_pb2
 

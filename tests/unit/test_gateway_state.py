@@ -9,9 +9,10 @@ from collections.abc import AsyncIterator
 import pytest
 
 from gateway.config import RedisSection
-from gateway.followers import StoredEvent
+from gateway.followers import READ_EVENTS, StoredEvent
+from gateway.records import Claim, queue_key
 from gateway.scripts import AT_ONCE
-from gateway.state import READ_EVENTS, TOO_LATE, Claim, State, queue_key
+from gateway.state import TOO_LATE, State
 from gateway.ticket import Offer, Ticket
 from services.errors import Overloaded, StateStoreDown, UnknownRequest
 
@@ -387,10 +388,13 @@ async def test_a_redis_that_refuses_to_write_is_down(two) -> None:
     await administrator.config_set("maxmemory", 1)
     with pytest.raises(StateStoreDown, match="refuses"):
         await own.submit("r")
+    assert not await own.state.writable()
     await administrator.config_set("maxmemory", 0)
+    assert await own.state.writable()
     await administrator.replicaof("127.0.0.1", 1)
     with pytest.raises(StateStoreDown, match="refuses"):
         await own.submit("r")
+    assert not await own.state.writable()
     refused = asyncio.create_task(own.submit("r"))
     await asyncio.sleep(0.3)
     await administrator.replicaof("NO", "ONE")

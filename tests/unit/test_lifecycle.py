@@ -14,9 +14,10 @@ from gateway.dispatch import Dispatcher
 from gateway.lifecycle import Lifecycle
 from gateway.links import Links
 from gateway.objects import Folder
+from gateway.records import queue_key
 from gateway.replicas import Replica, Replicas
 from gateway.requests import RequestService
-from gateway.state import State, queue_key
+from gateway.state import State
 from gateway.store import Store
 from gateway.ticket import Ticket
 from gateway.work import Work

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from gateway.memory import Memory
-from gateway.state import Claim
+from gateway.records import Claim
 from gateway.work import Work
 from protos.types_pb2 import GenerationParams
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any, cast
 
-from gateway.state import Claim
+from gateway.records import Claim
 from gateway.work import MAX_WAITING, Progress
 from protos import dit_pb2, types_pb2
 from services.errors import StateStoreDown

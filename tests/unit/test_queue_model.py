@@ -25,8 +25,9 @@ from hypothesis.stateful import (
 )
 
 from gateway.config import RedisSection
+from gateway.records import LEASES, Claim, queue_key
 from gateway.scripts import NAMES, source
-from gateway.state import LEASES, Claim, State, queue_key
+from gateway.state import State
 from gateway.ticket import Offer, Ticket
 from services.errors import Overloaded
 

@@ -10,7 +10,8 @@ from collections.abc import AsyncIterator, Sequence
 import pytest
 
 from gateway.config import RedisSection
-from gateway.state import Claim, State, queue_key
+from gateway.records import Claim, queue_key
+from gateway.state import State
 from gateway.ticket import Offer, Ticket
 from protos import types_pb2
 from services.errors import Overloaded

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from gateway import state as state_module
+from gateway import listener
 from gateway.config import RedisSection
 from gateway.redis_link import open_redis, refusal_of
 from gateway.state import State
@@ -84,7 +84,7 @@ def test_the_acl_allows_what_the_gateway_calls_and_nothing_else() -> None:
 
 async def test_the_listener_follows_a_failover_that_breaks_no_connection(tmp_path: Path, monkeypatch) -> None:
     """The old primary stays up, read-only, and its connections stand: only silence tells."""
-    monkeypatch.setattr(state_module, "SILENCE_S", 0.2)
+    monkeypatch.setattr(listener, "SILENCE_S", 0.2)
     with redis_process(tmp_path / "old") as old, redis_process(tmp_path / "new") as new:
         async with Relay(old.port) as relay:
             one = State(RedisSection(url=f"redis://127.0.0.1:{relay.port}"), "one")

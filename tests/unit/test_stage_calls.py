@@ -7,8 +7,8 @@ from typing import Any, cast
 import pytest
 
 from gateway import stage_calls
+from gateway.records import Claim
 from gateway.stage_calls import Decode, Latents
-from gateway.state import Claim
 from gateway.work import Work
 from protos import types_pb2, vae_pb2
 from services.errors import CorruptTensor

@@ -13,7 +13,8 @@ from prometheus_client import CollectorRegistry
 
 from gateway.config import RedisSection, StoreSection
 from gateway.objects import KINDS
-from gateway.state import Claim, State, queue_key
+from gateway.records import Claim, queue_key
+from gateway.state import State
 from gateway.store import artifact_name, open_store
 from gateway.sweep import Sweep
 from gateway.ticket import Ticket

@@ -62,7 +62,8 @@ async def bad_line_to_the_vae(run: Run, pictures: int, bytes_per_s: float, crowd
         proxy.slow(delay_s=0.05, bytes_per_s=bytes_per_s)
         async with run.gateway_growth():
             for number in range(pictures):
-                task = run.start([LARGE])[0]
+                # At each gateway in turn: they learn from it how large latents are.
+                [task] = run.start([LARGE], gateway=number)
                 if number % 3 == 0:
                     proxy.reset_after("up", run.random.randrange(2_000_000, 15_000_000))
                 elif number % 3 == 1:
