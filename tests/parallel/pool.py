@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import gc
 import multiprocessing
 import tempfile
 import time
@@ -61,9 +61,14 @@ class RankPool:
 
 
 def _serve(rank: int, end: Connection) -> None:
+    gc.disable()
     import torch
     import torch.distributed as dist
 
+    from tests.parallel import jobs
+
+    gc.freeze()
+    gc.enable()
     torch.set_num_threads(1)
     while True:
         try:
@@ -73,8 +78,7 @@ def _serve(rank: int, end: Connection) -> None:
         dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world)
         try:
             with torch.inference_mode():
-                function = getattr(importlib.import_module("tests.parallel.jobs"), name)
-                end.send((call, True, function(rank, world, *arguments)))
+                end.send((call, True, getattr(jobs, name)(rank, world, *arguments)))
         except Exception:  # noqa: BLE001 - the test that asked shows it
             end.send((call, False, traceback.format_exc()))
         finally:

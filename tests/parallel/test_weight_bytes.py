@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -15,9 +16,21 @@ from services.weights import open_source
 from tests.parallel.jobs import Script
 from tests.parallel.test_layouts import NAMES
 
-PRESETS = [(family, preset) for family in FAMILIES for preset in load_family(family).presets]
+
+def denoisers() -> list[tuple[str, str]]:
+    """Family and preset of every full-size denoiser; presets that differ elsewhere share one."""
+    found: dict[str, tuple[str, str]] = {}
+    for family in FAMILIES:
+        for preset, parts in load_family(family).presets.items():
+            configs = [parts.get(name) for name in ("transformer", "transformer_2")]
+            found.setdefault(repr((family, configs)), (family, preset))
+    return list(found.values())
 
 
+PRESETS = denoisers()
+
+
+@cache
 def weights_of(family: str, preset: str, rank: int = 0, shards: int = 1, **degrees: int):
     source = open_source("random:0", family=family, preset=preset)
     return DryRun(source, Degrees(**degrees), rank, torch.bfloat16).weights(shards)
