@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from services.errors import InvalidRequest
@@ -166,11 +166,6 @@ def _default_size(limits: Limits, picture: tuple[int, int] | None) -> tuple[int,
 
     width, height = rounded(round)
     return (width, height) if width * height <= limits.max_pixels else rounded(math.floor)
-
-
-def unresolved(params: ResolvedParams) -> GenerationParams:
-    """The same values as an open request, for the wire."""
-    return GenerationParams(**{f.name: getattr(params, f.name) for f in fields(params)})
 
 
 def with_seed(params: GenerationParams, seed: int) -> GenerationParams:
