@@ -7,32 +7,24 @@ families through their functions and features not at all: they have acted on the
 
 from __future__ import annotations
 
-import io
+import contextlib
 import time
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
-from PIL import Image
 
 from dit_svc.batching import StrideScheduler
 from dit_svc.checkpoint import restore_state, save_state
 from dit_svc.forward import Forward, Pass, Predicted, by_branch
+from dit_svc.preview import PreviewFit, preview_picture
 from services.config import EngineSection
 from services.errors import InvalidRequest, NonFinite, OutOfMemory, ServiceError
 from services.family import DenoiseState, DitModel, DitPart, Tensors
 from services.parallel.mesh import Mesh
 from services.request import Media, ResolvedParams
 from services.tensors import Bundle
-
-
-@dataclass(frozen=True, slots=True)
-class PreviewFit:
-    """Linear latent-to-RGB fit: rgb = latent @ weight + bias, in [0, 1]. weight [C, 3], bias [3]."""
-
-    weight: torch.Tensor
-    bias: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +95,7 @@ class Running:
 
     state: DenoiseState
     preview_fit: PreviewFit | None
+    arrival: int
     busy_s: float = 0.0
     checkpoint_wanted: bool = False
     stop_wanted: bool = False
@@ -158,7 +151,9 @@ class DitEngine:
         self._asynchronous = model.device.type != "cpu"
         self._landed: list[Landed] = []
         self._flights: dict[str, Flight] = {}
+        # Those whose turn is next come first.
         self._requests: dict[str, Running] = {}
+        self._admitted = 0
         self._scheduler = StrideScheduler()
         self._events: deque[Event] = deque()
         self._counters = Counters()
@@ -185,7 +180,8 @@ class DitEngine:
         state = self._part.prepare(self._model, job.request_id, job.params, job.conditions)
         if job.checkpoint is not None:
             restore_state(self._model, state, job.checkpoint.tensors, job.checkpoint.attributes)
-        running = Running(state, job.preview_fit, busy_s=time.perf_counter() - started_s)
+        self._admitted += 1
+        running = Running(state, job.preview_fit, self._admitted, busy_s=time.perf_counter() - started_s)
         self._requests[job.request_id] = running
         if state.done:
             self._finish(running)
@@ -236,6 +232,10 @@ class DitEngine:
         # Behind a pipeline, several batches must be under way for all ranks to work.
         most = min(self._config.max_batch, -(-len(self._requests) // self._forward.depth))
         batch = self._scheduler.choose(idle, self._key, self._cost, max(1, most))
+        for running in batch:
+            # Behind the others: more of one key than fit into a batch take turns. The device is full either way, and
+            # one that holds a slot makes steps: its first preview, and a short request, need not wait for long ones.
+            self._requests[running.state.request_id] = self._requests.pop(running.state.request_id)
         if batch:
             self._step(batch, started_s)
         elif not self._forward.empty:
@@ -267,7 +267,8 @@ class DitEngine:
             # On one rank of several, the others are past this point: the group ends and starts anew.
             if not (self._single and isinstance(error, torch.OutOfMemoryError)):
                 raise
-            self._out_of_memory(batch)
+            # The newest request of the batch goes; the others try again without it.
+            self._out_of_memory(max(batch, key=lambda running: running.arrival))
 
     def _beat(self, entering: Pass | None) -> None:
         for one in self._forward.beat(entering):
@@ -279,35 +280,47 @@ class DitEngine:
 
     def _land(self, flight: Flight) -> None:
         """The batch's predictions are complete: the scheduler's step, for requests that are still here."""
-        here = []
         for running in flight.batch:
-            request_id = running.state.request_id
-            del self._flights[request_id]
+            del self._flights[running.state.request_id]
             running.under_way = False
-            if self._requests.get(request_id) is running:
-                here.append(running)
+        here = [running for running in flight.batch if self._holds(running)]
         if not here:
             return
+        # First, because a lack of memory is nothing here, before any request has made its step.
+        finite = torch.ones(len(here), dtype=torch.bool, device=self._model.device)
         outputs = by_branch(flight.predicted)
-        predictions = {
-            running.state.request_id: self._part.combine(self._model, running.state, outputs[running.state.request_id])
-            for running in here
-        }
-        for running in here:
-            self._part.advance(self._model, running.state, predictions[running.state.request_id])
-        finite = torch.stack([torch.isfinite(running.state.latents).all() for running in here])
+        predictions: dict[str, torch.Tensor] = {}
+        for row, running in enumerate(here):
+            with self._alone(running):
+                state = running.state
+                prediction = self._part.combine(self._model, state, outputs[state.request_id])
+                self._part.advance(self._model, state, prediction)
+                finite[row] = torch.isfinite(state.latents).all()
+                predictions[state.request_id] = prediction
         self._landed.append(Landed(here, predictions, finite, flight.started_s))
+
+    @contextlib.contextmanager
+    def _alone(self, running: Running) -> Iterator[None]:
+        """Running out of memory inside costs this request, and no other."""
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            if not self._single:
+                raise
+            self._out_of_memory(running)
 
     def _check(self, landed: Landed) -> None:
         # The one moment of a step at which the host waits for the device.
         finite: list[bool] = landed.finite.tolist()
         seconds = time.perf_counter() - landed.started_s
+        made = [(r, good) for r, good in zip(landed.here, finite, strict=True) if self._holds(r)]
         self._counters.ticks += 1
-        self._counters.steps += len(landed.here)
+        self._counters.steps += len(made)
         self._counters.busy_s += seconds
-        for running, good in zip(landed.here, finite, strict=True):
+        for running, good in made:
             running.busy_s += seconds
-            self._report(running, good, seconds, len(landed.here), landed.predictions[running.state.request_id])
+            with self._alone(running):
+                self._report(running, good, seconds, len(made), landed.predictions[running.state.request_id])
 
     def _report(self, running: Running, good: bool, seconds: float, batch: int, prediction: torch.Tensor) -> None:
         state = running.state
@@ -338,9 +351,9 @@ class DitEngine:
 
     def _finish(self, running: Running) -> None:
         started_s = time.perf_counter()
-        del self._requests[running.state.request_id]
         # To the host at once: later, the copy would wait behind the next step of the others.
         tensors = {name: tensor.cpu() for name, tensor in self._part.finish(self._model, running.state).items()}
+        del self._requests[running.state.request_id]
         running.busy_s += time.perf_counter() - started_s
         self._events.append(Finished(running.state.request_id, tensors, running.busy_s))
 
@@ -348,10 +361,12 @@ class DitEngine:
         del self._requests[running.state.request_id]
         self._events.append(Failed(running.state.request_id, error))
 
-    def _out_of_memory(self, batch: list[Running]) -> None:
-        """The newest request of the batch goes; the others try again without it."""
+    def _out_of_memory(self, running: Running) -> None:
         torch.cuda.empty_cache()
-        self._fail(batch[-1], OutOfMemory("the device ran out of memory in a step: ask for a smaller size"))
+        self._fail(running, OutOfMemory("the device ran out of memory in a step: ask for a smaller size"))
+
+    def _holds(self, running: Running) -> bool:
+        return self._requests.get(running.state.request_id) is running
 
     def warm_up(self, params: ResolvedParams, conditions: Tensors) -> None:
         """Runs batches of one row and of several, so that everything is compiled and allocated before service.
@@ -379,16 +394,6 @@ class DitEngine:
             "dit_busy_seconds_total": round(counters.busy_s, 6),
             "dit_aborted_total": counters.aborted,
         }
-
-
-def preview_picture(latents: torch.Tensor, fit: PreviewFit) -> Media:
-    """The middle frame of latents [F, C, H, W] through the fit, as JPEG: one pixel a latent."""
-    frame = latents[latents.shape[0] // 2].float().permute(1, 2, 0)
-    rgb = (frame @ fit.weight.to(frame.device) + fit.bias.to(frame.device)).clamp(0, 1)
-    pixels: np.ndarray = (rgb * 255).round().to(torch.uint8).cpu().numpy()
-    file = io.BytesIO()
-    Image.fromarray(pixels).resize((4 * pixels.shape[1], 4 * pixels.shape[0])).save(file, "JPEG", quality=80)
-    return Media("image/jpeg", file.getvalue(), "preview")
 
 
 def _tensor_count(state: DenoiseState) -> int:

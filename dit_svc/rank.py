@@ -13,10 +13,10 @@ from dit_svc.engine import (
     Failed,
     Finished,
     Previewed,
-    PreviewFit,
     Stepped,
 )
 from dit_svc.loading import open_engine
+from dit_svc.preview import PreviewFit
 from protos import dit_pb2, types_pb2
 from services.config import StageConfig
 from services.describe import describe, open_model

@@ -10,7 +10,7 @@ from google.protobuf.message import Message
 
 from gateway.http_errors import service_envelope
 from protos import gateway_pb2, types_pb2
-from services.errors import ErrorRecord, ServiceError
+from services.errors import ErrorRecord, Internal, ServiceError
 
 TERMINAL = frozenset(
     {
@@ -93,7 +93,7 @@ def span_json(span: types_pb2.Span) -> dict[str, Any]:
 
 
 def event_json(event: gateway_pb2.GenerateResponse) -> tuple[str, dict[str, Any]]:
-    """Name and data of an event of a request."""
+    """Name and data of an event of a request: a status, a step or a preview."""
     kind = event.WhichOneof("event")
     if kind == "status":
         return "status", status_json(event.status)
@@ -101,11 +101,7 @@ def event_json(event: gateway_pb2.GenerateResponse) -> tuple[str, dict[str, Any]
         return "step", every_field_json(event.step)
     if kind == "preview":
         return "preview", {"mime": event.preview.mime, "b64": base64.b64encode(event.preview.data).decode()}
-    if kind == "artifact":
-        return "artifact", fields_json(event.artifact)
-    if kind == "error":
-        return "error", error_of(event.error)
-    return "unknown", {}
+    raise Internal(f"a request has an event of no known kind: {kind}")
 
 
 def error_of(detail: types_pb2.ErrorDetail) -> dict[str, Any]:

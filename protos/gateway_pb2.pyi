@@ -101,24 +101,20 @@ class GenerateRequest(_message.Message):
     def __init__(self, params: _Optional[_Union[_types_pb2.GenerationParams, _Mapping]] = ..., detach: _Optional[bool] = ..., inline_artifact: _Optional[bool] = ..., idempotency_key: _Optional[str] = ..., priority: _Optional[int] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
-    __slots__ = ("event_id", "request_id", "status", "step", "preview", "artifact", "chunk", "error")
+    __slots__ = ("event_id", "request_id", "status", "step", "preview", "chunk")
     EVENT_ID_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     STATUS_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     PREVIEW_FIELD_NUMBER: _ClassVar[int]
-    ARTIFACT_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
-    ERROR_FIELD_NUMBER: _ClassVar[int]
     event_id: str
     request_id: str
     status: RequestStatus
     step: StepProgress
     preview: _types_pb2.Media
-    artifact: Artifact
     chunk: _types_pb2.MediaChunk
-    error: _types_pb2.ErrorDetail
-    def __init__(self, event_id: _Optional[str] = ..., request_id: _Optional[str] = ..., status: _Optional[_Union[RequestStatus, _Mapping]] = ..., step: _Optional[_Union[StepProgress, _Mapping]] = ..., preview: _Optional[_Union[_types_pb2.Media, _Mapping]] = ..., artifact: _Optional[_Union[Artifact, _Mapping]] = ..., chunk: _Optional[_Union[_types_pb2.MediaChunk, _Mapping]] = ..., error: _Optional[_Union[_types_pb2.ErrorDetail, _Mapping]] = ...) -> None: ...
+    def __init__(self, event_id: _Optional[str] = ..., request_id: _Optional[str] = ..., status: _Optional[_Union[RequestStatus, _Mapping]] = ..., step: _Optional[_Union[StepProgress, _Mapping]] = ..., preview: _Optional[_Union[_types_pb2.Media, _Mapping]] = ..., chunk: _Optional[_Union[_types_pb2.MediaChunk, _Mapping]] = ...) -> None: ...
 
 class StepProgress(_message.Message):
     __slots__ = ("step", "total", "sigma", "seconds")

@@ -7,7 +7,6 @@ request again instead.
 from __future__ import annotations
 
 import contextlib
-import time
 from typing import Any
 
 import grpc
@@ -107,18 +106,6 @@ def connect(address: str, *, tls: TlsSection | None = None, keepalive_s: float =
     if tls.server_name:
         merged["grpc.ssl_target_name_override"] = tls.server_name
     return grpc.aio.secure_channel(address, channel_credentials(tls), options=tuple(merged.items()))
-
-
-def remaining(deadline_unix_s: float) -> float:
-    """Seconds left until the deadline, for the next call's `timeout`.
-
-    Raises:
-        DeadlineExceeded: none are left.
-    """
-    left_s = deadline_unix_s - time.time()
-    if left_s <= 0:
-        raise DeadlineExceeded(f"the deadline passed {-left_s:.1f} s ago")
-    return left_s
 
 
 def error_from_rpc(error: grpc.RpcError) -> ServiceError:

@@ -182,11 +182,6 @@ def open_params(**values: Any) -> GenerationParams:
     return GenerationParams(**values)
 
 
-def unresolved(params: ResolvedParams) -> GenerationParams:
-    """The same values as an open request, for the wire."""
-    return GenerationParams(**{f.name: getattr(params, f.name) for f in fields(params)})
-
-
 def with_seed(params: GenerationParams, seed: int) -> GenerationParams:
     """The same request with another seed."""
     return replace(params, seed=seed)

@@ -201,8 +201,3 @@ def held_part(weight: torch.Tensor, cut: Cut) -> nn.Parameter:
     """The part of a parameter that a rank holds."""
     # A copy: the whole weight must not stay alive behind a view.
     return nn.Parameter(cut.of(weight.data).clone(memory_format=torch.contiguous_format), requires_grad=False)
-
-
-def cut_bytes(module: nn.Module) -> Mapping[str, int]:
-    """Bytes of a module's parameters by name: what a rank holds."""
-    return {name: weight.numel() * weight.element_size() for name, weight in module.named_parameters()}

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from protos import dit_pb2, types_pb2
-from services.request import unresolved
 from services.tensor_wire import frame_of
 from services.tensors import BundleReader, bundle_frames
 from services.wire import params_to_proto
@@ -89,7 +88,7 @@ async def denoise(stage: StageProcess, params, conditions) -> dict[str, torch.Te
     """One call as a gateway makes it."""
     start = dit_pb2.DenoiseStart(
         context=types_pb2.RequestContext(request_id="r", fence=1),
-        params=params_to_proto(unresolved(params)),
+        params=params_to_proto(params),
         num_bundles=1,
     )
     messages = [dit_pb2.DenoiseRequest(start=start).SerializeToString(), *bundle_frames(conditions)]

@@ -10,7 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from dit_svc.engine import DenoiseJob, PreviewFit
+from dit_svc.engine import DenoiseJob
+from dit_svc.preview import PreviewFit
 from services.weights import open_source
 from tests.oracle.harness import CPU, difference, run
 from tests.parallel.jobs import Report, Script, previews_of

@@ -16,6 +16,10 @@ from tests.oracle.qwen_image import ROWS
 [ROW] = [row for row in ROWS if row.variant == "t2i"]
 
 
+# Steps of three requests in one batch: when the second one meets its end, the first one makes its last step.
+LANDING = {"ends": 2, "large": 4, "goes on": 4}
+
+
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     with torch.inference_mode():
@@ -105,6 +109,84 @@ def test_out_of_memory_fails_the_newest_and_nothing_else(tiny, branches, monkeyp
     after = run(engine, [])
     assert difference(after["after"], tiny.stock(kept)) <= 1e-4
     assert difference(after["and after"], tiny.stock(kept)) <= 1e-4
+
+
+@pytest.mark.parametrize("function", ["combine", "advance"])
+def test_out_of_memory_while_a_batch_lands_costs_the_request_that_it_met(tiny, function, monkeypatch):
+    engine = tiny.engine()
+    wishes = {name: asked(tiny, name, seed, steps=steps) for seed, (name, steps) in enumerate(LANDING.items())}
+    for name, params in wishes.items():
+        engine.admit(tiny.job(name, params))
+    made = getattr(engine._part, function)
+
+    def short_of_memory(model, state, *rest):
+        if state.request_id == "large" and state.step == 1:
+            raise torch.OutOfMemoryError("no memory")
+        return made(model, state, *rest)
+
+    monkeypatch.setattr(engine, "_part", replace(engine._part, **{function: short_of_memory}))
+    events: list = []
+    results = run(engine, events)
+    [failed] = [event for event in events if isinstance(event, Failed)]
+    assert (failed.request_id, type(failed.error)) == ("large", OutOfMemory)
+    assert set(results) == {"ends", "goes on"}
+    for name, latents in results.items():
+        assert difference(latents, tiny.stock(wishes[name])) <= 1e-4
+        steps = [event.step for event in events if isinstance(event, Stepped) and event.request_id == name]
+        assert steps == list(range(1, wishes[name].steps + 1))
+    assert engine.metrics()["dit_live_tensors"] == 0
+
+
+def test_out_of_memory_in_what_follows_a_step_costs_one_request(tiny, monkeypatch):
+    engine = tiny.engine()
+    kept = asked(tiny, "a red circle", 1)
+    for name in ("large", "kept"):
+        engine.admit(tiny.job(name, kept))
+    finish = engine._part.finish
+
+    def short_of_memory(model, state):
+        if state.request_id == "large":
+            raise torch.OutOfMemoryError("no memory")
+        return finish(model, state)
+
+    monkeypatch.setattr(engine, "_part", replace(engine._part, finish=short_of_memory))
+    events: list = []
+    results = run(engine, events)
+    assert [event.request_id for event in events if isinstance(event, Failed)] == ["large"]
+    assert difference(results["kept"], tiny.stock(kept)) <= 1e-4
+    assert not engine.busy
+
+
+def test_requests_of_one_shape_take_turns_when_they_are_more_than_a_batch(tiny):
+    engine, steps = tiny.engine(max_batch=2), dict.fromkeys("abcde", 0)
+    for seed, name in enumerate(steps):
+        engine.admit(tiny.job(name, asked(tiny, "a cat", seed, steps=8)))
+    for _ in range(10):
+        for event in engine.tick():
+            if isinstance(event, Stepped):
+                steps[event.request_id] = event.step
+                assert event.batch == 2
+    assert list(steps.values()) == [4] * 5
+
+
+def test_out_of_memory_fails_the_newest_after_turns_too(tiny, monkeypatch):
+    engine = tiny.engine(max_batch=2)
+    for seed, name in enumerate(("first", "second", "newest")):
+        engine.admit(tiny.job(name, asked(tiny, "a cat", seed)))
+    # In the second tick, the newest is in front of the batch.
+    engine.tick()
+    run_blocks, calls = engine._forward._work, []
+
+    def short_of_memory():
+        calls.append(1)
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("no memory")
+        return run_blocks()
+
+    monkeypatch.setattr(engine._forward, "_work", short_of_memory)
+    events: list = []
+    assert set(run(engine, events)) == {"first", "second"}
+    assert [event.request_id for event in events if isinstance(event, Failed)] == ["newest"]
 
 
 def test_a_bug_in_a_forward_leaves_the_engine_whole(tiny, monkeypatch):

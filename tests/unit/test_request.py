@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 
 from services.errors import InvalidRequest
-from services.request import GenerationParams, Limits, Media, check, resolve, unresolved
+from services.request import GenerationParams, Limits, Media, check, resolve
+from services.wire import params_from_proto, params_to_proto
 
 LIMITS = Limits(max_side_px=1024, max_pixels=512 * 512, default_width=256, default_height=256, default_steps=20)
 VIDEO = replace(LIMITS, output="video", max_frames=81, frame_multiple=4, default_frames=17, default_fps=16.0)
@@ -22,7 +23,7 @@ def test_defaults_come_from_the_limits() -> None:
     resolved = resolve(make(), LIMITS, seed=7)
     assert (resolved.width, resolved.steps, resolved.seed, resolved.output_format) == (256, 20, 7, "png")
     assert resolved.guidance_2 == resolved.guidance == 4.0
-    assert resolve(unresolved(resolved), LIMITS, seed=0) == resolved
+    assert resolve(params_from_proto(params_to_proto(resolved)), LIMITS, seed=0) == resolved
 
 
 def test_given_values_stay() -> None:
