@@ -14,7 +14,7 @@ from services.config import parse
 from services.errors import StartupError
 from services.families import FAMILIES, load_family
 from services.family import DitModel, DitPart
-from services.features import ORDER, Applied
+from services.features import ALWAYS_ON, ORDER, Applied
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class FeatureSet:
 
 
 def apply_features(model: DitModel, part: DitPart, sections: Mapping[str, Mapping[str, Any]]) -> FeatureSet:
-    """Acts on the model.
+    """Acts on the model, with the features that the sections ask for and those that are always on.
 
     Raises:
         StartupError: an unknown feature or option, or one that cannot apply here.
@@ -57,17 +57,20 @@ def apply_features(model: DitModel, part: DitPart, sections: Mapping[str, Mappin
     for name in sections:
         if name not in ORDER:
             raise StartupError(f"unknown feature {name!r}: there are {', '.join(ORDER)}")
-    active = frozenset(sections)
+    wanted: dict[str, Mapping[str, Any]] = {**dict.fromkeys(ALWAYS_ON, {}), **sections}
+    active = frozenset(wanted)
     applied: dict[str, Applied] = {}
     for name in ORDER:
-        if name not in sections:
+        if name not in wanted:
             continue
         feature = importlib.import_module(ORDER[name])
         reason = feature.supports(part.plan, model.device.type, active)
+        if reason and name not in sections:
+            continue
         if reason:
             raise StartupError(f"feature {name!r} cannot be used here: {reason}")
         try:
-            applied[name] = feature.apply(model, part, parse(feature.Config, sections[name], f"features.{name}."))
+            applied[name] = feature.apply(model, part, parse(feature.Config, wanted[name], f"features.{name}."))
         except ValueError as error:
             raise StartupError(str(error)) from error
     return FeatureSet(applied)

@@ -42,3 +42,7 @@ ORDER = {
     "attention": "services.features.attention",
     "compile": "services.features.compile",
 }
+
+# On with their defaults where a config has no section for them and the family allows them: they cost nothing and
+# approximate nothing. The others are asked for.
+ALWAYS_ON = ("attention",)

@@ -77,7 +77,9 @@ async def serve_random(served: StageProcess, count: int) -> int:
 
 async def test_a_hundred_random_requests_never_recompile(tiny: Path, tmp_path: Path) -> None:
     async with stage(tmp_path, **compiled(tiny)) as served:
-        [feature] = (await served.describe()).features
+        by_name = {feature.name: feature for feature in (await served.describe()).features}
+        assert set(by_name) == {"attention", "compile"}
+        feature = by_name["compile"]
         assert (feature.name, feature.config, feature.exact) == ("compile", '{"mode": "default"}', False)
         assert await serve_random(served, 100) > 2
         assert await served.figure("lightloom_rank_dit_steps_total") >= 200

@@ -1,0 +1,72 @@
+"""Which features are on: attention by capability always, the rest where a config asks for them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from services.attention import KERNELS
+from services.errors import StartupError
+from services.families import load_family
+from services.family import DitModel
+from services.feature_set import apply_features
+from services.features import attention
+from services.weights import open_source
+
+FAMILY = load_family("qwen_image")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    FAMILY.tiny(folder, "t2i", 0)
+    return folder
+
+
+def applied(tiny: Path, sections: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> tuple[dict, DitModel]:
+    model = FAMILY.dit.load(open_source(str(tiny)), torch.device("cpu"), dtype)
+    options = apply_features(model, FAMILY.dit, sections).options
+    return {name: json.loads(text) for name, text in options.items()}, model
+
+
+def test_without_a_section_attention_is_chosen_by_capability_and_nothing_is_compiled(tiny):
+    options, _ = applied(tiny, {})
+    assert options == {"attention": {"backend": "sdpa"}}
+
+
+@pytest.mark.parametrize(
+    ("section", "dtype", "kernel"),
+    [
+        ({}, torch.bfloat16, "cudnn"),
+        ({}, torch.float16, "cudnn"),
+        ({}, torch.float32, "sdpa"),
+        ({"attention": {}}, torch.bfloat16, "cudnn"),
+        ({"attention": {"backend": "sdpa"}}, torch.bfloat16, "sdpa"),
+    ],
+)
+def test_on_hopper_it_is_cudnn_for_what_cudnn_computes_unless_a_config_says_otherwise(
+    tiny, monkeypatch, section, dtype, kernel
+):
+    monkeypatch.setattr(attention, "_hopper", lambda _device: True)
+    options, model = applied(tiny, section, dtype)
+    assert options["attention"] == {"backend": kernel}
+    assert {attend.kernel for attend in model.attention.values()} == {KERNELS[kernel]}
+
+
+def test_a_feature_that_is_asked_for_and_unknown_is_refused(tiny):
+    with pytest.raises(StartupError, match="unknown feature 'magic': there are attention, compile"):
+        applied(tiny, {"magic": {}})
+    with pytest.raises(StartupError, match="backend 'magic' is unknown"):
+        applied(tiny, {"attention": {"backend": "magic"}})
+
+
+def test_a_family_without_attention_calls_is_served_unless_the_feature_is_asked_for(tiny, monkeypatch):
+    monkeypatch.setattr(attention, "supports", lambda *_: "it has none")
+    assert applied(tiny, {})[0] == {}
+    with pytest.raises(StartupError, match="it has none"):
+        applied(tiny, {"attention": {}})
