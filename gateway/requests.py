@@ -22,7 +22,7 @@ from gateway.records import TERMINAL, queue_key
 from gateway.replicas import Replicas
 from gateway.state import State
 from gateway.store import Store
-from gateway.ticket import Ticket, batch_key
+from gateway.ticket import Ticket, batch_key, feed_key
 from gateway.withdrawals import Withdrawals
 from protos import gateway_pb2, types_pb2
 from services.errors import InvalidRequest, KeyReused, Overloaded, UnknownModel, UnknownRequest, WrongState
@@ -158,6 +158,7 @@ class RequestService:
             cost=cost_of(params, limits),
             nbytes=nbytes,
             batch=batch_key(params, limits),
+            feed=feed_key(params.model, with_inputs=bool(params.inputs)),
             timeout_s=config.request_timeout_s,
             keep_s=config.keep_s,
             age_s=config.age_s,

@@ -144,6 +144,18 @@ async def test_a_request_whose_latents_are_lost_is_denoised_again(two) -> None:
     assert (record["state"], record["stage"]) == (b"queued", b"vae")
 
 
+async def test_a_request_without_an_encoder_is_given_back_and_its_denoiser_is_not_blamed(two) -> None:
+    own, _ = two
+    await own.submit("r")
+    claim = await own.state.claim((QUEUE,), 10.0)
+    assert claim is not None
+    replica = Replica("dit", "nowhere:1", cast(Any, None))
+    await own.lifecycle.run(claim, replica)
+    record = await own.state.get("r")
+    assert (record["state"], record["attempt"]) == (b"queued", b"0")
+    assert replica.paused_until_s == 0.0
+
+
 async def test_the_deadline_is_what_was_left_by_the_clock_of_redis(two) -> None:
     own, _ = two
     await own.submit("r")
