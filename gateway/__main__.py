@@ -80,6 +80,7 @@ async def serve(config: GatewayConfig) -> None:
             log_config=None,
             access_log=False,
             timeout_graceful_shutdown=2,
+            limit_concurrency=section.max_connections,
             ssl_context_factory=None if certificates is None else lambda *_: certificates.ssl_context(),
         )
     )
