@@ -31,7 +31,9 @@ from services.request import MAX_SEED, GenerationParams, Limits, ResolvedParams,
 from services.telemetry import new_traceparent
 from services.wire import params_to_proto
 
-MAX_LIST = 1000
+MAX_LIST, LISTED_AT_ONCE = 1000, 100
+# A gRPC message takes 16 MiB: a list of long prompts ends before that.
+MAX_LIST_BYTES = 8 * 1024 * 1024
 MAX_KEY_CHARS = 128
 _EVENT_ID = re.compile(r"[0-9]{1,19}(-[0-9]{1,19})?")
 _STAGES = {b"dit": types_pb2.STAGE_DIT, b"vae": types_pb2.STAGE_VAE}
@@ -226,12 +228,19 @@ class RequestService:
         return await self._state.tenant_of(request_id)
 
     async def newest(self, limit: int, tenant: str | None = None) -> list[gateway_pb2.RequestStatus]:
-        """The newest requests of one tenant, or of all; at most 1000."""
-        statuses = []
-        for request_id in await self._state.newest(min(limit or 100, MAX_LIST), tenant):
-            record = await self._state.get(request_id)
-            if record:
-                statuses.append(await self._status(request_id, record))
+        """The newest requests of one tenant, or of all; at most 1000, and no more than MAX_LIST_BYTES."""
+        statuses: list[gateway_pb2.RequestStatus] = []
+        ids, left_bytes = await self._state.newest(min(limit or 100, MAX_LIST), tenant), MAX_LIST_BYTES
+        for start in range(0, len(ids), LISTED_AT_ONCE):
+            some = ids[start : start + LISTED_AT_ONCE]
+            for request_id, record in zip(some, await self._state.records(some), strict=True):
+                if not record:
+                    continue
+                status = await self._status(request_id, record)
+                left_bytes -= status.ByteSize()
+                if left_bytes < 0:
+                    return statuses
+                statuses.append(status)
         return statuses
 
     async def abort(self, request_id: str) -> gateway_pb2.RequestState:

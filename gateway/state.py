@@ -229,6 +229,18 @@ class State:
         )
         return {key.decode(): value for key, value in record.items()}
 
+    async def records(self, request_ids: Sequence[str]) -> list[dict[str, bytes]]:
+        """The stored records, in one go; empty for unknown requests."""
+
+        async def ask() -> list[dict[bytes, bytes]]:
+            async with self._scripts.redis.pipeline(transaction=False) as pipe:
+                for request_id in request_ids:
+                    pipe.hgetall(request_key(request_id))
+                return cast(list[dict[bytes, bytes]], await pipe.execute())
+
+        found = await self._scripts.call(ask) if request_ids else []
+        return [{key.decode(): value for key, value in record.items()} for record in found]
+
     async def inputs(self, request_id: str) -> bytes | None:
         """What a request was submitted with; None once it has ended, or if that was nothing."""
         key = inputs_key(request_id)
