@@ -110,20 +110,14 @@ class RequestService:
             raise refusal
         model = self.model_of(params.model)
         params = GenerationParams(**{name: getattr(params, name) for name in _FIELDS} | {"model": model})
-        limits = self._replicas.limits(model)
-        picture = first_picture(params.inputs[: limits.max_inputs])
-        resolved = resolve(params, limits, seed=secrets.randbelow(MAX_SEED), picture=picture)
-        if resolved.preview_every:
-            self._check_previews(model)
+        resolved, limits = self._resolve(params)
         request_id = _new_id(key.tenant, idempotency_key)
         body = _digest(params, priority)
         if idempotency_key and await self._repeats(request_id, body):
             return request_id
         charge = megapixel_steps(resolved)
         await self._quotas.take(key, charge)
-        message = params_to_proto(resolved)
-        inputs = _inputs_out_of(message)
-        stored_params = message.SerializeToString()
+        stored_params, inputs = _stored(resolved)
         fields: dict[str, str | bytes | float] = {
             "params": stored_params,
             "model": model,
@@ -150,6 +144,14 @@ class RequestService:
             await self._quotas.give_back(key, charge)
             await self._repeats(request_id, body)
         return request_id
+
+    def _resolve(self, params: GenerationParams) -> tuple[ResolvedParams, Limits]:
+        limits = self._replicas.limits(params.model)
+        picture = first_picture(params.inputs[: limits.max_inputs])
+        resolved = resolve(params, limits, seed=secrets.randbelow(MAX_SEED), picture=picture)
+        if resolved.preview_every:
+            self._check_previews(params.model)
+        return resolved, limits
 
     def _ticket(self, params: ResolvedParams, limits: Limits, priority: int, tenant: str, nbytes: int) -> Ticket:
         config = self._config
@@ -358,12 +360,16 @@ def _digest(params: GenerationParams, priority: int) -> str:
     return hashlib.sha256(b"%d/%b" % (priority, asked)).hexdigest()
 
 
-def _inputs_out_of(message: types_pb2.GenerationParams) -> bytes:
-    """Takes the pictures out, of which the kinds stay; b"" when there are none. Work.take_inputs puts them back."""
+def _stored(params: ResolvedParams) -> tuple[bytes, bytes]:
+    """The parameters as the record has them, with the kinds of pictures only: it goes along with every status.
+
+    And the pictures, b"" when there are none; Work.take_inputs puts them back.
+    """
+    message = params_to_proto(params)
     inputs = types_pb2.GenerationParams(inputs=message.inputs).SerializeToString()
     for media in message.inputs:
         media.data = b""
-    return inputs
+    return message.SerializeToString(), inputs
 
 
 _FIELDS = tuple(GenerationParams.__dataclass_fields__)
