@@ -10,11 +10,12 @@ import socket
 from collections.abc import Sequence
 
 import uvicorn
+from fastapi import FastAPI
 from prometheus_client import REGISTRY
 
 from gateway.access import Door, open_keys
 from gateway.backlog import Backlog
-from gateway.config import GatewayConfig
+from gateway.config import GatewayConfig, GatewaySection
 from gateway.dispatch import Dispatcher
 from gateway.http import create_app
 from gateway.image_fetch import ImageFetcher
@@ -74,16 +75,7 @@ async def serve(config: GatewayConfig) -> None:
     certificates = ServerCertificates(config.tls) if config.tls.on else None
     bind(grpc_server, section.host, section.grpc_port, certificates)
     http_socket = _http_socket(section.host, section.http_port)
-    rest = uvicorn.Server(
-        uvicorn.Config(
-            create_app(door, Backlog(state, replicas), section),
-            log_config=None,
-            access_log=False,
-            timeout_graceful_shutdown=2,
-            ssl_context_factory=None if certificates is None else lambda *_: certificates.ssl_context(),
-        )
-    )
-    rest.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
+    rest = _rest_server(create_app(door, Backlog(state, replicas), section), section, certificates)
     stop = stop_event()
     await grpc_server.start()
     await health.set_serving(True)
@@ -121,6 +113,21 @@ async def _end(tasks: Sequence[asyncio.Task[None]]) -> None:
         for task in pending:
             task.cancel()
         await asyncio.wait(pending, timeout=0.5)
+
+
+def _rest_server(app: FastAPI, section: GatewaySection, certificates: ServerCertificates | None) -> uvicorn.Server:
+    rest = uvicorn.Server(
+        uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            timeout_graceful_shutdown=2,
+            limit_concurrency=section.max_connections,
+            ssl_context_factory=None if certificates is None else lambda *_: certificates.ssl_context(),
+        )
+    )
+    rest.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
+    return rest
 
 
 async def _serve_rest(rest: uvicorn.Server, http_socket: socket.socket) -> None:

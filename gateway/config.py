@@ -14,12 +14,16 @@ MIN_WEIGHT, MAX_WEIGHT = 0.01, 100.0
 _POSITIVE = (
     *("max_queued", "max_queued_tenant", "max_queued_cost", "max_queued_bytes"),
     *("max_held_bytes", "age_s", "request_timeout_s", "keep_s"),
+    *("body_timeout_s", "max_connections"),
 )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GatewaySection:
-    """Where it listens, and what it allows. Times in seconds; `max_body_bytes` of a REST request.
+    """Where it listens, and what it allows. Times in seconds.
+
+    A REST request's body may have `max_body_bytes` and take `body_timeout_s`; the REST front keeps `max_connections`
+    open, and answers those beyond with 503.
 
     `checkpoint_every_s` is the denoising that a fault may cost: requests that take no longer have no checkpoints.
 
@@ -49,6 +53,8 @@ class GatewaySection:
     request_timeout_s: float = 3600.0
     keep_s: float = 86_400.0
     max_body_bytes: int = 12 * 1024 * 1024
+    body_timeout_s: float = 60.0
+    max_connections: int = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

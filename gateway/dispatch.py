@@ -13,7 +13,7 @@ from gateway.records import Claim, queue_key
 from gateway.replicas import Replica, Replicas
 from gateway.state import Fields, State
 from gateway.store_writes import StoreWrites
-from gateway.ticket import Ticket
+from gateway.ticket import Offer, Ticket
 from services.errors import DeviceLost, ServiceError
 from services.wire import error_to_proto
 
@@ -93,13 +93,12 @@ class Dispatcher:
             raise
 
     async def _submit(self, request_id: str, queue: str, ticket: Ticket, fields: Fields, inputs: bytes) -> bool:
-        replica = None if self._stopping else self._free().get(queue)
-        if replica is None:
+        replica, offer = ({} if self._stopping else self._free()).get(queue, (None, Offer()))
+        if replica is None or not offer.feeds_one(ticket.feed):
             return (await self._state.submit(request_id, queue, ticket, fields, inputs=inputs))[0]
         with replica.in_use(ticket.batch):
-            lease_s, offer = self._config.lease_s, replica.offer()
             stored, claim = await self._state.submit(
-                request_id, queue, ticket, fields, inputs=inputs, lease_s=lease_s, offer=offer
+                request_id, queue, ticket, fields, inputs=inputs, lease_s=self._config.lease_s, offer=offer
             )
             if claim is not None:
                 await self._start(claim, replica)
@@ -118,7 +117,7 @@ class Dispatcher:
         # Replicas without a slot, by what Redis knows of all gateways.
         full: set[str] = set()
         while not self._stopping and (free := self._free(full)):
-            offers = {queue: replica.offer() for queue, replica in free.items()}
+            offers = {queue: offer for queue, (_, offer) in free.items()}
             claim = await self._state.claim(list(free), self._config.lease_s, offers)
             found = {offer.replica_id for offer in offers.values() if offer.full}
             full |= found
@@ -126,25 +125,27 @@ class Dispatcher:
                 if found:
                     continue
                 return
-            await self._start(claim, free[claim.queue])
+            await self._start(claim, free[claim.queue][0])
             if not claim.left:
                 return
 
-    def _free(self, full: Collection[str] = ()) -> dict[str, Replica]:
+    def _free(self, full: Collection[str] = ()) -> dict[str, tuple[Replica, Offer]]:
         """The queues that a replica may have a slot for, in the order of claiming, with the least busy such replica.
 
-        None while the store takes nothing, as what is made then would have to wait in memory; nor while that is full.
+        A denoiser takes what there are free encoders for, and nothing without any. No queue while the store takes
+        nothing, as what is made then would have to wait in memory; nor while that is full.
         """
-        free: dict[str, Replica] = {}
+        free: dict[str, tuple[Replica, Offer]] = {}
         if self._writes.refusal is not None or not self._lifecycle.memory.has_room:
             return free
-        encoders = any(encoder.has_credit for encoder in self._replicas.of_stage("text_encoder"))
         for stage in CLAIMED_STAGES:
             for replica in self._replicas.of_stage(stage):
                 if replica.facts is None or not replica.available or replica.facts.replica_id in full:
                     continue
-                if encoders or stage != "dit":
-                    free.setdefault(queue_key(stage, replica.facts.component_id), replica)
+                component = replica.facts.component_id
+                offer = replica.offer(self._replicas.feeds(component) if stage == "dit" else None)
+                if offer.feeds is None or offer.feeds:
+                    free.setdefault(queue_key(stage, component), (replica, offer))
         return free
 
     async def _run(self, request_id: str, work: object) -> None:

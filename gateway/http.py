@@ -47,7 +47,7 @@ def create_app(door: Door, backlog: Backlog, config: GatewaySection) -> FastAPI:
     install(app, door.log)
     app.add_middleware(KeyCheck, door=door)
     # Text, JSON and picture: a body that is parsed takes several times its bytes.
-    app.add_middleware(BodyCredits, max_bytes=config.max_held_bytes // 4)
+    app.add_middleware(BodyCredits, max_bytes=config.max_held_bytes // 4, timeout_s=config.body_timeout_s)
     app.add_middleware(Border, max_body_bytes=config.max_body_bytes, log=door.log)
     _add_images(app, config.public_url.rstrip("/"))
     add_requests(app, door.service)

@@ -26,8 +26,10 @@ _log = logging.getLogger(__name__)
 _HTTP_CODES = {
     404: "unknown_route",
     405: "method_not_allowed",
+    408: "request_timeout",
     413: "request_too_large",
     416: "range_not_satisfiable",
+    429: "overloaded",
     503: "not_ready",
 }
 _EXPECTED = {

@@ -284,9 +284,8 @@ class Lifecycle:
         if not error.retryable or time.monotonic() > work.deadline_s:
             await self._end(work, "expired" if isinstance(error, DeadlineExceeded) else "failed", error)
             return
-        store_failed = isinstance(error, (ArtifactStoreDown, ArtifactStoreFull))
         # A full or starting replica is nobody's fault; only what may be the request's own doing counts.
-        counts = not store_failed and not isinstance(error, (NotReady, Overloaded))
+        counts = not isinstance(error, (ArtifactStoreDown, ArtifactStoreFull, NotReady, Overloaded))
         detail = error_to_proto(error).SerializeToString()
         await self._requeue(work, counts, detail)
 

@@ -8,7 +8,7 @@ import logging
 import math
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import grpc
 
 from gateway.config import StagesSection
 from gateway.pace import Pace, units
-from gateway.ticket import Offer
+from gateway.ticket import Offer, feed_key
 from protos import dit_pb2_grpc, gateway_pb2, text_encoder_pb2_grpc, types_pb2, vae_pb2_grpc
 from services.client import connect, error_from_rpc
 from services.config import TlsSection
@@ -93,12 +93,12 @@ class Replica:
         """Whether it may take one more beside those of other gateways."""
         return self.facts is not None and self.available and self.ours + self.others < self.facts.max_in_flight
 
-    def offer(self) -> Offer:
-        """For a claim. Redis knows what all gateways have claimed for it."""
+    def offer(self, feeds: Collection[str] | None = None) -> Offer:
+        """For a claim of what needs one of these feeds. Redis knows what all gateways have claimed for it."""
         if self.facts is None:
             return Offer()
         max_cost = self.facts.max_cost or math.inf
-        return Offer(self.facts.replica_id, self.facts.max_in_flight, max_cost, set(self.batches))
+        return Offer(self.facts.replica_id, self.facts.max_in_flight, max_cost, set(self.batches), feeds)
 
     def serves(self, model: str) -> bool:
         """Whether it takes that model's requests."""
@@ -169,10 +169,27 @@ class Replicas:
         Raises:
             NotReady: there is none now.
         """
-        for replica in self.of_stage(stage):
-            if replica.serves(model) and replica.has_credit:
-                return replica
-        raise NotReady(f"no {stage} replica is free for model {model!r}", retry_after_s=1.0)
+        replica = self._with_credit(stage, model)
+        if replica is None:
+            raise NotReady(f"no {stage} replica is free for model {model!r}", retry_after_s=1.0)
+        return replica
+
+    def _with_credit(self, stage: str, model: str) -> Replica | None:
+        return next((r for r in self.of_stage(stage) if r.serves(model) and r.has_credit), None)
+
+    def feeds(self, component_id: str) -> list[str] | None:
+        """What requests of a DiT component may need of other stages and can have now, as feed keys; None for all."""
+        served, held = [], False
+        for (stage, model), facts in self._last.items():
+            if stage != "dit" or facts.component_id != component_id:
+                continue
+            # Where latents go must be known, too, though not free yet.
+            text = self._with_credit("text_encoder", model) is not None and ("vae", model) in self._last
+            vae = text and self._with_credit("vae", model) is not None
+            wanted = {False: text, True: vae} if facts.limits.max_inputs else {False: text}
+            served += [feed_key(model, with_inputs=inputs) for inputs, free in wanted.items() if free]
+            held = held or not all(wanted.values())
+        return served if held else None
 
     def component(self, stage: str, model: str) -> str:
         """The component id of a model's stage; the last known one when no replica is here now.

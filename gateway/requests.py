@@ -22,7 +22,7 @@ from gateway.records import TERMINAL, queue_key
 from gateway.replicas import Replicas
 from gateway.state import State
 from gateway.store import Store
-from gateway.ticket import Ticket, batch_key
+from gateway.ticket import Ticket, batch_key, feed_key
 from gateway.withdrawals import Withdrawals
 from protos import gateway_pb2, types_pb2
 from services.errors import InvalidRequest, KeyReused, Overloaded, UnknownModel, UnknownRequest, WrongState
@@ -31,7 +31,9 @@ from services.request import MAX_SEED, GenerationParams, Limits, ResolvedParams,
 from services.telemetry import new_traceparent
 from services.wire import params_to_proto
 
-MAX_LIST = 1000
+MAX_LIST, LISTED_AT_ONCE = 1000, 100
+# A gRPC message takes 16 MiB: a list of long prompts ends before that.
+MAX_LIST_BYTES = 8 * 1024 * 1024
 MAX_KEY_CHARS = 128
 _EVENT_ID = re.compile(r"[0-9]{1,19}(-[0-9]{1,19})?")
 _STAGES = {b"dit": types_pb2.STAGE_DIT, b"vae": types_pb2.STAGE_VAE}
@@ -108,20 +110,14 @@ class RequestService:
             raise refusal
         model = self.model_of(params.model)
         params = GenerationParams(**{name: getattr(params, name) for name in _FIELDS} | {"model": model})
-        limits = self._replicas.limits(model)
-        picture = first_picture(params.inputs[: limits.max_inputs])
-        resolved = resolve(params, limits, seed=secrets.randbelow(MAX_SEED), picture=picture)
-        if resolved.preview_every:
-            self._check_previews(model)
+        resolved, limits = self._resolve(params)
         request_id = _new_id(key.tenant, idempotency_key)
         body = _digest(params, priority)
         if idempotency_key and await self._repeats(request_id, body):
             return request_id
         charge = megapixel_steps(resolved)
         await self._quotas.take(key, charge)
-        message = params_to_proto(resolved)
-        inputs = _inputs_out_of(message)
-        stored_params = message.SerializeToString()
+        stored_params, inputs = _stored(resolved)
         fields: dict[str, str | bytes | float] = {
             "params": stored_params,
             "model": model,
@@ -149,6 +145,14 @@ class RequestService:
             await self._repeats(request_id, body)
         return request_id
 
+    def _resolve(self, params: GenerationParams) -> tuple[ResolvedParams, Limits]:
+        limits = self._replicas.limits(params.model)
+        picture = first_picture(params.inputs[: limits.max_inputs])
+        resolved = resolve(params, limits, seed=secrets.randbelow(MAX_SEED), picture=picture)
+        if resolved.preview_every:
+            self._check_previews(params.model)
+        return resolved, limits
+
     def _ticket(self, params: ResolvedParams, limits: Limits, priority: int, tenant: str, nbytes: int) -> Ticket:
         config = self._config
         return Ticket(
@@ -158,6 +162,7 @@ class RequestService:
             cost=cost_of(params, limits),
             nbytes=nbytes,
             batch=batch_key(params, limits),
+            feed=feed_key(params.model, with_inputs=bool(params.inputs)),
             timeout_s=config.request_timeout_s,
             keep_s=config.keep_s,
             age_s=config.age_s,
@@ -225,12 +230,19 @@ class RequestService:
         return await self._state.tenant_of(request_id)
 
     async def newest(self, limit: int, tenant: str | None = None) -> list[gateway_pb2.RequestStatus]:
-        """The newest requests of one tenant, or of all; at most 1000."""
-        statuses = []
-        for request_id in await self._state.newest(min(limit or 100, MAX_LIST), tenant):
-            record = await self._state.get(request_id)
-            if record:
-                statuses.append(await self._status(request_id, record))
+        """The newest requests of one tenant, or of all; at most 1000, and no more than MAX_LIST_BYTES."""
+        statuses: list[gateway_pb2.RequestStatus] = []
+        ids, left_bytes = await self._state.newest(min(limit or 100, MAX_LIST), tenant), MAX_LIST_BYTES
+        for start in range(0, len(ids), LISTED_AT_ONCE):
+            some = ids[start : start + LISTED_AT_ONCE]
+            for request_id, record in zip(some, await self._state.records(some), strict=True):
+                if not record:
+                    continue
+                status = await self._status(request_id, record)
+                left_bytes -= status.ByteSize()
+                if left_bytes < 0:
+                    return statuses
+                statuses.append(status)
         return statuses
 
     async def abort(self, request_id: str) -> gateway_pb2.RequestState:
@@ -348,12 +360,16 @@ def _digest(params: GenerationParams, priority: int) -> str:
     return hashlib.sha256(b"%d/%b" % (priority, asked)).hexdigest()
 
 
-def _inputs_out_of(message: types_pb2.GenerationParams) -> bytes:
-    """Takes the pictures out, of which the kinds stay; b"" when there are none. Work.take_inputs puts them back."""
+def _stored(params: ResolvedParams) -> tuple[bytes, bytes]:
+    """The parameters as the record has them, with the kinds of pictures only: it goes along with every status.
+
+    And the pictures, b"" when there are none; Work.take_inputs puts them back.
+    """
+    message = params_to_proto(params)
     inputs = types_pb2.GenerationParams(inputs=message.inputs).SerializeToString()
     for media in message.inputs:
         media.data = b""
-    return inputs
+    return message.SerializeToString(), inputs
 
 
 _FIELDS = tuple(GenerationParams.__dataclass_fields__)

@@ -8,6 +8,7 @@ knows nothing of gRPC or stages' work.
 
 from __future__ import annotations
 
+import json
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
@@ -98,7 +99,7 @@ class State:
         size = (ticket.priority_class, ticket.tenant, ticket.cost, ticket.nbytes)
         terms = (ticket.keep_s, ticket.timeout_s, *bounds, *size)
         before = (request_id, self._owner, *terms, lease, secrets.token_hex(8))
-        kept = {name: getattr(ticket, name) for name in ("priority", "weight", "batch", "age_s")}
+        kept = {name: getattr(ticket, name) for name in ("priority", "weight", "batch", "feed", "age_s")}
         end_s, stored = time.monotonic() + PATIENCE_S, TOO_LATE
         while stored == TOO_LATE:
             # Late while we still wait: this Redis has another clock than the one we knew. Now we know it.
@@ -126,7 +127,7 @@ class State:
             offers: by queue, who would get the request.
         """
         offered = [(offers or {}).get(queue) or Offer() for queue in queues]
-        arguments = [part for offer in offered for part in (*slots_of(offer), " ".join(offer.batches))]
+        arguments = [part for offer in offered for part in (*slots_of(offer), *_wanted(offer))]
         keys = [LEASES, FENCE, *queues]
         answer = await self._scripts.run("claim", keys, self._owner, lease_s, _TOO_LONG, *arguments)
         claimed, expired, full = answer
@@ -227,6 +228,18 @@ class State:
             lambda: cast(Awaitable[Any], self._scripts.redis.hgetall(request_key(request_id)))
         )
         return {key.decode(): value for key, value in record.items()}
+
+    async def records(self, request_ids: Sequence[str]) -> list[dict[str, bytes]]:
+        """The stored records, in one go; empty for unknown requests."""
+
+        async def ask() -> list[dict[bytes, bytes]]:
+            async with self._scripts.redis.pipeline(transaction=False) as pipe:
+                for request_id in request_ids:
+                    pipe.hgetall(request_key(request_id))
+                return cast(list[dict[bytes, bytes]], await pipe.execute())
+
+        found = await self._scripts.call(ask) if request_ids else []
+        return [{key.decode(): value for key, value in record.items()} for record in found]
 
     async def inputs(self, request_id: str) -> bytes | None:
         """What a request was submitted with; None once it has ended, or if that was nothing."""
@@ -345,6 +358,11 @@ def _overloaded(ticket: Ticket, stored: int, drained_s: float) -> Overloaded:
         return Overloaded(message, retry_after_s=retry_after_s)
     message = f"{ticket.max_queued_tenant} of your requests wait already: try again when some have run"
     return Overloaded(message, retry_after_s=retry_after_s)
+
+
+def _wanted(offer: Offer) -> tuple[str, str]:
+    """What suits a replica, and what its requests may need of other stages."""
+    return " ".join(offer.batches), "" if offer.feeds is None else json.dumps(list(offer.feeds))
 
 
 def _flat(fields: Fields) -> list[Any]:

@@ -20,6 +20,7 @@ class Ticket:
         cost: see `gateway.cost.cost_of`.
         nbytes: what its parameters take in Redis.
         batch: see `batch_key`.
+        feed: see `feed_key`.
         timeout_s: from the submit to its deadline.
         keep_s: how long it is remembered after its deadline at least.
         age_s: after so long in a queue it moves up a class.
@@ -33,6 +34,7 @@ class Ticket:
     cost: float = 1.0
     nbytes: int = 0
     batch: str = ""
+    feed: str = ""
     timeout_s: float = 3600.0
     keep_s: float = 86_400.0
     age_s: float = 300.0
@@ -56,6 +58,7 @@ class Offer:
         max_in_flight: requests that it takes at once, from all gateways.
         max_cost: their cost, of all together; one larger request runs by itself.
         batches: the batch keys that it runs.
+        feeds: the feed keys that can be served now; None for all.
         full: set when a claim found no room.
     """
 
@@ -63,9 +66,22 @@ class Offer:
     max_in_flight: int = 0
     max_cost: float = math.inf
     batches: Collection[str] = ()
+    feeds: Collection[str] | None = None
     full: bool = False
+
+    def feeds_one(self, feed: str) -> bool:
+        """Whether a request with that feed key can be served now."""
+        return self.feeds is None or feed in self.feeds
 
 
 def batch_key(params: ResolvedParams, limits: Limits) -> str:
     """Equal for requests that can share a denoise step: shape, frames, branches."""
     return f"{params.width}x{params.height}x{params.num_frames}/{branches(params, limits)}"
+
+
+def feed_key(model: str, *, with_inputs: bool) -> str:
+    """Equal for requests whose conditions the same encoders make: the model's text encoder, and its VAE for inputs.
+
+    Models with equal weights share a denoiser and its queue, but not what feeds it.
+    """
+    return f"{'vae' if with_inputs else 'text'}:{model}"

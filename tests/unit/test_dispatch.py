@@ -14,7 +14,7 @@ from gateway.memory import Memory
 from gateway.records import Claim, queue_key
 from gateway.replicas import Replica, Replicas
 from gateway.state import State
-from gateway.ticket import Ticket
+from gateway.ticket import Ticket, feed_key
 from protos import types_pb2
 
 DIT = queue_key("dit", "d")
@@ -30,6 +30,9 @@ class Runs:
         self.memory = Memory(1)
         self.state = state
         self.claims: list[Claim] = []
+
+    def hand_back(self) -> None:
+        pass
 
     async def run(self, claim: Claim, replica: Replica) -> None:
         self.claims.append(claim)
@@ -59,7 +62,9 @@ class Gateway:
     def __init__(self, url: str, *replicas: Replica) -> None:
         self.state = State(RedisSection(url=url), "gateway")
         self.replicas = Replicas(StagesSection(), lambda: None)
-        self.replicas.known |= {(one.stage, one.address): one for one in replicas}
+        for one in replicas:
+            self.replicas.known[one.stage, one.address] = one
+            self.replicas._last |= {(one.stage, model): one.facts for model in one.facts.models}
         self.runs = Runs(self.state)
         parts = cast(Any, self.runs), cast(Any, Writes())
         self.dispatcher = Dispatcher(self.state, self.replicas, *parts, GatewaySection())
@@ -72,6 +77,44 @@ async def gateway(url: str) -> AsyncIterator[Gateway]:
     await made.state._scripts.redis.flushall()
     yield made
     await made.state.close()
+
+
+async def test_a_model_without_an_encoder_holds_no_other_model_up(url) -> None:
+    gateway = Gateway(url, *(replica(stage, stage, "a") for stage in ("text_encoder", "dit", "vae")))
+    await gateway.state._scripts.redis.flushall()
+    facts = types_pb2.DescribeResponse(component_id="dit", models=["b"])
+    gateway.replicas._last |= {("dit", "b"): facts, ("vae", "b"): facts}
+    queue = queue_key("dit", "dit")
+    for request_id in ("b1", "b2", "a1", "b3", "a2"):
+        ticket = Ticket(feed=feed_key(request_id[0], with_inputs=False))
+        await gateway.dispatcher.submit(request_id, queue, ticket, FIELDS)
+    await gateway.dispatcher._claim_all()
+    assert [claim.request_id for claim in gateway.runs.claims] == ["a1", "a2"]
+    encoder = replica("text_encoder", "text_b", "b")
+    gateway.replicas.known["text_encoder", encoder.address] = encoder
+    await gateway.dispatcher._claim_all()
+    assert [claim.request_id for claim in gateway.runs.claims] == ["a1", "a2", "b1", "b2", "b3"]
+    await gateway.dispatcher.stop()
+    await gateway.state.close()
+
+
+@pytest.mark.parametrize("busy", ["text_encoder", "vae"])
+async def test_requests_with_pictures_wait_for_both_encoders(url, busy) -> None:
+    gateway = Gateway(url, *(replica(stage, stage, "m") for stage in ("text_encoder", "dit", "vae")))
+    await gateway.state._scripts.redis.flushall()
+    gateway.replicas._last["dit", "m"].limits.max_inputs = 1
+    [only] = gateway.replicas.of_stage(busy)
+    only.others = 8
+    queue = queue_key("dit", "dit")
+    await gateway.dispatcher.submit("edit", queue, Ticket(feed=feed_key("m", with_inputs=True)), FIELDS)
+    await gateway.dispatcher.submit("plain", queue, Ticket(feed=feed_key("m", with_inputs=False)), FIELDS)
+    await gateway.dispatcher._claim_all()
+    assert [claim.request_id for claim in gateway.runs.claims] == ([] if busy == "text_encoder" else ["plain"])
+    only.others = 0
+    await gateway.dispatcher._claim_all()
+    assert {claim.request_id for claim in gateway.runs.claims} == {"edit", "plain"}
+    await gateway.dispatcher.stop()
+    await gateway.state.close()
 
 
 async def test_a_submit_that_is_cancelled_leaves_no_claim_without_an_owner(gateway) -> None:

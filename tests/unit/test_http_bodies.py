@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+from starlette.exceptions import HTTPException
 
 from gateway.http_bodies import BodyCredits
-from services.errors import Overloaded
 
 
 class Caller:
@@ -37,9 +37,9 @@ async def application(scope, receive, send) -> None:
 
 
 async def test_bodies_are_bounded_until_their_calls_are_answered() -> None:
-    app = BodyCredits(application, max_bytes=30)
+    app = BodyCredits(application, max_bytes=30, timeout_s=60.0)
     first, second, third = Caller(app, 2), Caller(app, 1), Caller(app, 1)
-    with pytest.raises(Overloaded, match="too many large requests"):
+    with pytest.raises(HTTPException, match="too many large requests"):
         await third.task
     assert (first.read, second.read, third.read) == (20, 10, 0)
     first.answer.set()
@@ -52,7 +52,7 @@ async def test_bodies_are_bounded_until_their_calls_are_answered() -> None:
 
 
 async def test_one_alone_is_never_refused() -> None:
-    app = BodyCredits(application, max_bytes=30)
+    app = BodyCredits(application, max_bytes=30, timeout_s=60.0)
     for _ in range(2):
         only = Caller(app, 9)
         only.answer.set()

@@ -144,6 +144,37 @@ async def test_a_request_whose_latents_are_lost_is_denoised_again(two) -> None:
     assert (record["state"], record["stage"]) == (b"queued", b"vae")
 
 
+async def test_a_request_without_an_encoder_is_given_back_and_its_denoiser_is_not_blamed(two) -> None:
+    own, _ = two
+    await own.submit("r")
+    claim = await own.state.claim((QUEUE,), 10.0)
+    assert claim is not None
+    replica = Replica("dit", "nowhere:1", cast(Any, None))
+    await own.lifecycle.run(claim, replica)
+    record = await own.state.get("r")
+    assert (record["state"], record["attempt"]) == (b"queued", b"0")
+    assert replica.paused_until_s == 0.0
+
+
+async def test_a_list_is_the_newest_that_one_message_takes_read_in_few_calls(two, monkeypatch) -> None:
+    own, _ = two
+    for number in range(250):
+        params = types_pb2.GenerationParams(prompt=f"{number} " + "x" * 40_000)
+        await own.state.submit(f"r{number}", QUEUE, Ticket(), {"params": params.SerializeToString()})
+    calls, call = [], own.state._scripts.call
+
+    async def counted(*arguments):
+        calls.append(arguments)
+        return await call(*arguments)
+
+    monkeypatch.setattr(own.state._scripts, "call", counted)
+    assert [one.request_id for one in await own.service.newest(120)] == [f"r{249 - n}" for n in range(120)]
+    assert len(calls) == 3
+    found = await own.service.newest(1000)
+    assert [one.request_id for one in found] == [f"r{249 - n}" for n in range(len(found))]
+    assert 7_900_000 < sum(one.ByteSize() for one in found) <= 8 * 1024 * 1024
+
+
 async def test_the_deadline_is_what_was_left_by_the_clock_of_redis(two) -> None:
     own, _ = two
     await own.submit("r")

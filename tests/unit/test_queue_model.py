@@ -125,25 +125,31 @@ class Model:
         load = sum(r.ticket.cost for r in there)
         return len(there) >= SLOTS or any(r.alone for r in there) or bool(there) and load + cost > ROOM
 
-    def choose(self, name: str, running: set[str]) -> tuple[str, list[str]]:
-        flows = sorted(self.queues[name].waiting, key=lambda f: (f[0], self.queues[name].waiting[f], f[1]))
-        due, passed = self.line(name, flows[0])[0], []
-        flows = [f for f in flows if f[0] == flows[0][0]]
-        for flow in flows if running else ():
-            for i in self.line(name, flow)[: WINDOW // len(flows)]:
-                if self.requests[i].ticket.batch in running:
-                    return i, passed
-                if self.requests[i].passed >= MOST_PASSED:
-                    return due, []
-                passed.append(i)
-        return due, []
+    def front(self, queue: str, flow: tuple[int, str], feeds: list[str] | None) -> list[str]:
+        return [i for i in self.line(queue, flow) if feeds is None or self.requests[i].ticket.feed in feeds]
 
-    def claim(self, names: list[str], running: set[str]) -> tuple[str | None, list[str], bool]:
+    def choose(self, name: str, running: set[str], feeds: list[str] | None) -> tuple[str, list[str], str]:
+        """The request, those that it passes over, and the one that is due."""
+        flows = sorted(self.queues[name].waiting, key=lambda f: (f[0], self.queues[name].waiting[f], f[1]))
+        due, passed = next((line[0] for f in flows if (line := self.front(name, f, feeds))), ""), []
+        flows = [f for f in flows if f[0] == self.requests[due].cls] if due else []
+        for flow in flows if running else ():
+            for i in self.front(name, flow, feeds)[: WINDOW // len(flows)]:
+                if self.requests[i].ticket.batch in running:
+                    return i, passed, due
+                if self.requests[i].passed >= MOST_PASSED:
+                    return due, [], due
+                passed.append(i)
+        return due, [], due
+
+    def claim(self, names: list[str], running: set[str], feeds: list[str] | None) -> tuple[str | None, list[str], bool]:
         expired: list[str] = []
         full = self.full()
         for name in names if not full else ():
             while self.line(name):
-                i, passed = self.choose(name, running)
+                i, passed, due = self.choose(name, running, feeds)
+                if not i:
+                    break
                 r, queue = self.requests[i], self.queues[name]
                 if r.deadline > self.now:
                     if self.full(0.0 if r.alone else r.ticket.cost):
@@ -151,7 +157,9 @@ class Model:
                         break
                     for other in passed:
                         self.requests[other].passed += 1
-                    queue.virtual[r.cls] = min(tag for flow, tag in queue.waiting.items() if flow[0] == r.cls)
+                    now = queue.virtual[r.cls] = queue.waiting[self.requests[due].flow]
+                    same = {flow: max(tag, now) for flow, tag in queue.waiting.items() if flow[0] == r.cls}
+                    queue.waiting |= same
                     self.leave(i, "running", r.ticket.cost / r.ticket.weight)
                     self.take(i)
                     return i, expired, full
@@ -218,6 +226,7 @@ NEWEST = range(10)
 CALLS = ("beat", "beat", "commit", "commit", "requeue")
 OUTCOMES = ("running", "queued", "queued", "done", "failed", "cancelled")
 RUNNING = (set(), {"x"}, {"y"}, {"x", "y"})
+FEEDS = (None, None, ["p"], ["q q"], ["p", "q q"], ["other"])
 ORDERS = ([DIT, VAE], [VAE, DIT])
 THEN = ("sweep", "reap", "nothing")
 TERMS = {
@@ -226,6 +235,7 @@ TERMS = {
     "cost": (1.0, 3.0),
     "nbytes": (1, 8),
     "batch": ("x", "y"),
+    "feed": ("p", "q q"),
     "timeout_s": (7.0, 60.0, 60.0),
 }
 one = st.sampled_from
@@ -287,7 +297,7 @@ class Machine(RuleBasedStateMachine):
             owner = n, draw.choice(CALLS), draw.choice(OUTCOMES), draw.random() < 0.5
             calls = [
                 *[lambda terms=terms: self.submit(terms, draw.random() < 0.5)] * 3,
-                lambda: self.claim(draw.choice(ORDERS), draw.choice(RUNNING), draw.randint(1, 3)),
+                lambda: self.claim(draw.choice(ORDERS), draw.choice(RUNNING), draw.choice(FEEDS), draw.randint(1, 3)),
                 lambda: self.time_passes(draw.randrange(5), draw.choice(THEN)),
             ]
             if self.claims:
@@ -335,12 +345,12 @@ class Machine(RuleBasedStateMachine):
         known = alive if alive and n < 8 else list(self.model.requests)
         return known[-1 - n % len(known)]
 
-    @rule(queues=one(ORDERS), running=one(RUNNING), times=st.integers(1, 4))
-    def claim(self, queues: list[str], running: set[str], times: int) -> None:
+    @rule(queues=one(ORDERS), running=one(RUNNING), feeds=one(FEEDS), times=st.integers(1, 4))
+    def claim(self, queues: list[str], running: set[str], feeds: list[str] | None, times: int) -> None:
         for _ in range(times):
-            offer = Offer("replica", SLOTS, ROOM, running)
+            offer = Offer("replica", SLOTS, ROOM, running, feeds)
             claim = self.run(self.state.claim(queues, LEASE_S, dict.fromkeys(queues, offer)))
-            chosen, expired, full = self.model.claim(queues, running)
+            chosen, expired, full = self.model.claim(queues, running, feeds)
             assert offer.full == full
             assert (claim and claim.request_id, self.expired) == (chosen, expired)
             self.expired.clear()
