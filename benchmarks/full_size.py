@@ -87,6 +87,8 @@ def _figures(measured: list[Outcome], setting: Setting, ready_s: float) -> tuple
         "busy_s": measured[-1].busy_s,
         "outside_s": outside_s,
         "outside_share": outside_s / timing.end_to_end_s,
+        "between_steps_s": statistics.median(o.turns_s for o in measured),
+        "spans": measured[-1].spans,
     }
     return timing, facts
 

@@ -32,7 +32,7 @@ class Outcome:
 
     `busy_s` is what the rank processes spent on it, by stage; `seconds` runs from the planned arrival. `queued_s` is
     the time in queues, `turns_s` the time that it spent in a stage's rank while that did not work on it: when others
-    had their turn, and between two steps.
+    had their turn, and between two steps. `spans` are name, start and length in milliseconds, from the first start on.
     """
 
     seconds: float
@@ -40,6 +40,7 @@ class Outcome:
     error: str = ""
     queued_s: float = 0.0
     turns_s: float = 0.0
+    spans: tuple[tuple[str, float, float], ...] = ()
 
     @property
     def outside_s(self) -> float:
@@ -93,7 +94,12 @@ async def timed_request(stub: gateway_pb2_grpc.GatewayStub, work: Work, index: i
     trace = await stub.Trace(gateway_pb2.TraceRequest(request_id=done.request_id))
     in_stages_s = sum(span.duration_ns for span in trace.spans if span.name in STAGE_SPANS) / 1e9
     turns_s = max(0.0, in_stages_s - sum(done.busy_s.values()))
-    return Outcome(seconds, dict(done.busy_s), "", done.queued_s, turns_s)
+    first_ns = min(span.start_unix_ns for span in trace.spans)
+    spans = tuple(
+        (span.name, round((span.start_unix_ns - first_ns) / 1e6, 2), round(span.duration_ns / 1e6, 2))
+        for span in sorted(trace.spans, key=lambda span: int(span.start_unix_ns))
+    )
+    return Outcome(seconds, dict(done.busy_s), "", done.queued_s, turns_s, spans)
 
 
 def summary(outcomes: Sequence[Outcome], wall_s: float, slo_s: float | None = None) -> dict[str, Any]:
