@@ -96,7 +96,7 @@ def _kernel_with_lse(heads_first: list[torch.Tensor], bias: torch.Tensor | None,
     query, key, value = heads_first
     if query.device.type == "cpu":
         mixed, lse = aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, attn_mask=bias)
-    elif bias is not None:
+    elif bias is not None or query.dtype == torch.float32:
         mixed, lse, *_ = aten._scaled_dot_product_efficient_attention(query, key, value, bias, True)
     elif kernel == "cudnn":
         mixed, lse, *_ = aten._scaled_dot_product_cudnn_attention(query, key, value, None, True)
