@@ -13,6 +13,9 @@ RETRY_AFTER_S = 1
 class BodyCredits:
     """ASGI layer inside `Border`: a body is counted as it arrives, until its call has been answered.
 
+    The app gets one body in each turn of the event loop: parsing takes a millisecond or more, and a crowd of bodies
+    would keep quick calls, aborts above all, from their turn.
+
     Args:
         max_bytes: of all calls together; who would exceed it is refused with 429. One body alone may.
         timeout_s: from the first look at a body to its end; who takes longer is refused with 408.
@@ -23,6 +26,7 @@ class BodyCredits:
         self._max_bytes = max_bytes
         self._timeout_s = timeout_s
         self._held = 0
+        self._parsing = asyncio.Lock()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         own, end_s, whole = 0, 0.0, False
@@ -42,6 +46,9 @@ class BodyCredits:
             own += nbytes
             self._held += nbytes
             whole = not message.get("more_body", False)
+            if message["type"] == "http.request" and own and whole:
+                async with self._parsing:
+                    await asyncio.sleep(0)
             return message
 
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -57,12 +58,21 @@ class Scripts:
         self._turns = asyncio.Semaphore(AT_ONCE)
         self.by_name = {name: self.redis.register_script(source(name)) for name in NAMES}
 
-    async def run(self, name: str, keys: list[str], *arguments: Any, patience_s: float = PATIENCE_S) -> Any:
+    async def run(
+        self, name: str, keys: list[str], *arguments: Any, patience_s: float = PATIENCE_S, ahead: bool = False
+    ) -> Any:
         """One EVALSHA."""
-        return await self.call(lambda: self.by_name[name](keys=keys, args=list(arguments)), patience_s)
+        return await self.call(lambda: self.by_name[name](keys=keys, args=list(arguments)), patience_s, ahead)
 
-    async def call(self, command: Callable[[], Awaitable[Any]], patience_s: float = PATIENCE_S) -> Any:
-        """A command, tried again for `patience_s` while Redis is away."""
+    async def call(
+        self, command: Callable[[], Awaitable[Any]], patience_s: float = PATIENCE_S, ahead: bool = False
+    ) -> Any:
+        """A command, tried again for `patience_s` while Redis is away.
+
+        Args:
+            ahead: it waits for none of the commands that others have asked for before.
+        """
+        turn = contextlib.nullcontext() if ahead else self._turns
         # A script may have run although its answer was lost. Each may run again: a second claim takes another request,
         # and the first one's lease runs out.
         refusal: RedisError | None = None
@@ -71,7 +81,7 @@ class Scripts:
                 while True:
                     try:
                         # A server that stands still must not keep the turns of those whose patience is short.
-                        async with self._turns, asyncio.timeout(PATIENCE_S):
+                        async with turn, asyncio.timeout(PATIENCE_S):
                             answer = await command()
                         heed_cancel()
                         return answer

@@ -198,7 +198,7 @@ class State:
 
     async def _abort(self, request_id: str, *, never: bool) -> str | None:
         arguments = (request_id, self._owner, int(never))
-        result = await self._scripts.run("abort", [request_key(request_id)], *arguments)
+        result = await self._scripts.run("abort", [request_key(request_id)], *arguments, ahead=True)
         if not result:
             return None
         state = str(result.decode())
@@ -336,13 +336,18 @@ class State:
         await self._listener.close()
 
     async def _change(
-        self, name: str, claim: Claim, before: tuple[Any, ...], after: tuple[Any, ...], **options: float
+        self,
+        name: str,
+        claim: Claim,
+        before: tuple[Any, ...],
+        after: tuple[Any, ...],
+        patience_s: float = PATIENCE_S,
     ) -> str:
         """A script under a fence; what it tells goes to the followers without another reading. Returns the state."""
         seen = self._followers.seen_by_all(claim.request_id)
         arguments = (claim.request_id, claim.fence, self._owner, *before, seen, READ_EVENTS, *after)
         keys = [request_key(claim.request_id), LEASES]
-        state, entries, flat = await self._scripts.run(name, keys, *arguments, **options)
+        state, entries, flat = await self._scripts.run(name, keys, *arguments, patience_s=patience_s)
         self._followers.give(claim.request_id, seen, stored_events(entries, flat))
         if len(entries) == READ_EVENTS:
             self._followers.wake(claim.request_id)

@@ -36,11 +36,30 @@ async def application(scope, receive, send) -> None:
     await caller.answer.wait()
 
 
+async def settle() -> None:
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+async def test_a_crowd_of_bodies_does_not_keep_others_from_their_turn() -> None:
+    app = BodyCredits(application, max_bytes=10_000)
+    crowd = [Caller(app, 1) for _ in range(100)]
+    read = []
+    while sum(caller.read for caller in crowd) < 1000:
+        read.append(sum(caller.read for caller in crowd))
+        await asyncio.sleep(0)
+    assert max(after - before for before, after in zip(read, read[1:], strict=False)) <= 10
+    for caller in crowd:
+        caller.answer.set()
+        await caller.task
+
+
 async def test_bodies_are_bounded_until_their_calls_are_answered() -> None:
     app = BodyCredits(application, max_bytes=30, timeout_s=60.0)
     first, second, third = Caller(app, 2), Caller(app, 1), Caller(app, 1)
     with pytest.raises(HTTPException, match="too many large requests"):
         await third.task
+    await settle()
     assert (first.read, second.read, third.read) == (20, 10, 0)
     first.answer.set()
     await first.task
