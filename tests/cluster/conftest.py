@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import httpx
 import pytest
 
+from lightloom.cli import main
 from lightloom.client import Client
 from tests.cluster.running import RunningCluster
 
@@ -26,6 +29,21 @@ def monkeypatch_session():
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(Path(__file__).parents[2])
         yield patch
+
+
+@pytest.fixture
+def here(monkeypatch, capsys):
+    """Runs a `lightloom` command in this process, which has torch: one of its own would take seconds to import it."""
+
+    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+        monkeypatch.setenv("COLUMNS", "200")
+        monkeypatch.setattr(sys, "argv", ["lightloom", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        said = capsys.readouterr()
+        return subprocess.CompletedProcess(sys.argv, ended.value.code, said.out, said.err)
+
+    return run
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from tests.cluster.gateway_process import GatewayProcess, gateway
 from tests.cluster.running import RunningCluster, wait_for
 
 OFTEN = {"gateway": {"checkpoint_every_s": 0.2}}
-BODY = {"prompt": "a red circle on a white background", "steps": 80, "seed": 3}
+BODY = {"prompt": "a red circle on a white background", "width": 128, "height": 128, "steps": 150, "seed": 3}
 
 
 @pytest.fixture(scope="module")

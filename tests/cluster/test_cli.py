@@ -108,7 +108,7 @@ def test_ctrl_c_aborts_what_is_being_made(running_cluster, client, tmp_path):
     making = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
     wait_for(lambda: [status for status in client.list(3) if status.params.prompt == "a lost cat" and status.step])
     making.send_signal(signal.SIGINT)
-    _, said = making.communicate(timeout=10)
+    _, said = making.communicate(timeout=30)
     assert making.returncode == 130
     [ours] = [status for status in client.list(3) if status.params.prompt == "a lost cat"]
     wait_for(lambda: client.abort(ours.request_id) == "cancelled")
@@ -162,8 +162,8 @@ def test_version():
     assert shown.returncode == 0 and shown.stdout.startswith("lightloom ")
 
 
-def test_features_prints_the_matrix():
-    shown = lightloom("features")
+def test_features_prints_the_matrix(here):
+    shown = here("features")
     assert shown.returncode == 0, shown.stderr
     rows = [line.split() for line in shown.stdout.splitlines()]
     assert ["qwen_image", "attention", "yes", "works"] in rows

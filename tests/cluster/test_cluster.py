@@ -82,10 +82,10 @@ def test_events_can_be_resumed_through_the_other_gateway(rest, running_cluster):
 
 def test_a_rank_killed_during_a_step_costs_no_request(rest, client, running_cluster):
     store = running_cluster.run_dir / "artifacts/artifacts"
-    undisturbed = [client.generate(PROMPT, steps=40, seed=seed).data for seed in range(3)]
+    undisturbed = [client.generate(PROMPT, seed=seed, width=128, height=128, steps=60).data for seed in range(3)]
     before = {path.name for path in store.iterdir()}
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        bodies = [{"prompt": PROMPT, "steps": 40, "seed": seed} for seed in range(3)]
+        bodies = [{"prompt": PROMPT, "seed": seed, "size": "128x128", "steps": 60} for seed in range(3)]
         jobs = [pool.submit(rest.post, "/v1/images/generations", json=body) for body in bodies]
         wait_for(lambda: [r for r in client.list(3) if r.state == gateway_pb2.REQUEST_STATE_RUNNING and r.step > 1])
         victim = max(running_cluster.names("dit"), key=lambda name: running_cluster.figures(name)["rank_dit_requests"])

@@ -19,6 +19,7 @@ from protos import gateway_pb2
 from tests.cluster.running import RunningCluster, wait_for
 
 PROMPT = "a large green square above a small red circle on a white background"
+LONG = {"width": 128, "height": 128, "steps": 100}
 FILE = """
 [models.demo]
 source = "demo/checkpoints/qwen_image"
@@ -105,7 +106,7 @@ def test_an_abort_frees_both_ranks(group, client):
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_rank_takes_the_group_down_and_the_request_goes_on(group, client, victim):
     old = ranks(group)
-    request_id = client.submit(PROMPT, model="demo", steps=100, seed=3)
+    request_id = client.submit(PROMPT, model="demo", seed=3, **LONG)
     wait_for(lambda: client.get(request_id).step > 1)
     os.kill(old[victim].pid, signal.SIGKILL)
     wait_for(lambda: not any(process.is_running() for process in old), 5)
@@ -119,7 +120,7 @@ def test_a_killed_rank_takes_the_group_down_and_the_request_goes_on(group, clien
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_frozen_rank_is_found_and_the_request_goes_on(group, client, victim):
     old = ranks(group)
-    request_id = client.submit(PROMPT, model="demo", steps=100, seed=4)
+    request_id = client.submit(PROMPT, model="demo", seed=4, **LONG)
     wait_for(lambda: client.get(request_id).step > 1)
     old[victim].suspend()
     # It beats once a second; ten seconds of silence are too many.

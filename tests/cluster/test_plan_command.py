@@ -1,14 +1,11 @@
-"""`lightloom plan` as people type it: tiny and full-size models, what it recommends, what it refuses."""
+"""`lightloom plan` as people type it: tiny and full-size models, what it recommends and refuses."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import tomllib
 
 import pytest
 
-from lightloom.cli import main
 from services.config import ParallelSection
 from services.families import load_family
 from services.parallel.degrees import Degrees
@@ -29,21 +26,6 @@ def rows(output: str) -> dict[str, list[str]]:
     return {line[: line.index("  ")]: line[line.index("  ") :].split() for line in table if "  " in line}
 
 
-@pytest.fixture
-def plan(monkeypatch, capsys):
-    """Runs the command in this process, which has torch; the first test runs it as a process."""
-
-    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-        monkeypatch.setenv("COLUMNS", "200")
-        monkeypatch.setattr(sys, "argv", ["lightloom", "plan", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        said = capsys.readouterr()
-        return subprocess.CompletedProcess(sys.argv, ended.value.code, said.out, said.err)
-
-    return run
-
-
 def test_a_folder_with_rates_of_its_own(tmp_path):
     file = tmp_path / "rates.toml"
     file.write_text("reserve_gib = 5\n")
@@ -56,8 +38,8 @@ def test_a_folder_with_rates_of_its_own(tmp_path):
     assert Degrees.of(recommended(done.stdout)).world == 2
 
 
-def test_a_full_size_model_that_one_gpu_cannot_hold(plan):
-    done = plan(*FULL, "--gpus", 2, "--memory", "32GiB")
+def test_a_full_size_model_that_one_gpu_cannot_hold(here):
+    done = here("plan", *FULL, "--gpus", 2, "--memory", "32GiB")
     assert done.returncode == 0, done
     table = rows(done.stdout)
     assert table["cfg_parallel_size 2"][-6:] == ["weights", "and", "reserve", "need", "41.1", "GiB"]
@@ -66,9 +48,9 @@ def test_a_full_size_model_that_one_gpu_cannot_hold(plan):
     assert not done.stderr
 
 
-def test_heads_that_do_not_divide_are_in_the_table(tmp_path, plan):
+def test_heads_that_do_not_divide_are_in_the_table(tmp_path, here):
     load_family("wan").tiny(tmp_path / "m", "t2v", 0)
-    done = plan("--model", tmp_path / "m", "--gpus", 4, "--size", "64x96", "--frames", 9, "--all")
+    done = here("plan", "--model", tmp_path / "m", "--gpus", 4, "--size", "64x96", "--frames", 9, "--all")
     cells = rows(done.stdout)["tensor_parallel_size 4"]
     assert " ".join(cells).endswith("does not divide the 6 attention heads: use 1, 2, 3, 6")
 
@@ -82,5 +64,5 @@ def test_heads_that_do_not_divide_are_in_the_table(tmp_path, plan):
         (("--model", "nowhere", "--gpus", 2), 2, "model folder nowhere does not exist"),
     ],
 )
-def test_what_cannot_be_planned_is_refused_in_one_line(plan, arguments, code, words):
-    refused(plan(*arguments), code, words)
+def test_what_cannot_be_planned_is_refused_in_one_line(here, arguments, code, words):
+    refused(here("plan", *arguments), code, words)

@@ -1,4 +1,4 @@
-"""What a dry run computes is what ranks do: bytes sent and weights held, for every row and family in every layout."""
+"""What a dry run computes is what ranks do: bytes sent and weights held, for every family in every layout."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ EIGHTS = [
 def test_bytes_sent_and_held_are_those_of_a_dry_run(pool, prepared, name, world):
     subject = prepared(name)
     [job], _ = subject.jobs_of(replace(subject.row.wishes[0], steps=STEPS))
-    layouts = TWO if world == 2 else share_of(name, FOUR)
+    layouts = share_of(name, {2: TWO, 4: FOUR}[world])
     runs = [(parallel, Script([job])) for parallel in layouts.values()]
     by_rank = pool.run("denoise_each", world, str(subject.folder), runs, {})
     for index, (layout, parallel) in enumerate(layouts.items()):

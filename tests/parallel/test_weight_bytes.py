@@ -14,7 +14,9 @@ from services.families import FAMILIES, load_family
 from services.parallel.degrees import Degrees
 from services.weights import open_source
 from tests.parallel.jobs import Script
-from tests.parallel.test_layouts import NAMES
+from tests.parallel.test_layouts import FOUR, NAMES, TWO, share_of
+
+SHARDED = {"hsdp": TWO["hsdp"], "hsdp-tensor": FOUR["hsdp-tensor"]}
 
 
 def denoisers() -> list[tuple[str, str]]:
@@ -77,15 +79,12 @@ def test_a_pipelines_ranks_hold_every_block_once_and_all_else_each(family, prese
     assert sum(held) == in_blocks + ranks * (whole - in_blocks)
 
 
-@pytest.mark.parametrize(
-    "parallel", [{"hsdp_shard_size": 2}, {"hsdp_shard_size": 2, "tensor_parallel_size": 2}], ids=["hsdp", "tensor"]
-)
-@pytest.mark.parametrize("name", NAMES)
-def test_at_most_two_blocks_are_whole_when_a_block_runs(pool, prepared, name, parallel):
+@pytest.mark.parametrize(("name", "layout"), [(name, layout) for name in NAMES for layout in share_of(name, SHARDED)])
+def test_at_most_two_blocks_are_whole_when_a_block_runs(pool, prepared, name, layout):
     subject = prepared(name)
     [job], _ = subject.jobs_of(replace(subject.row.wishes[0], steps=2))
-    degrees = Degrees.of(ParallelSection(**parallel))
-    by_rank = pool.run("gathered_bytes", degrees.world, str(subject.folder), parallel, Script([job]))
+    degrees = Degrees.of(ParallelSection(**SHARDED[layout]))
+    by_rank = pool.run("gathered_bytes", degrees.world, str(subject.folder), SHARDED[layout], Script([job]))
     for rank, seen in enumerate(by_rank):
         weights = DryRun(open_source(str(subject.folder)), degrees, rank, torch.float32).weights(2)
         assert max(seen) == weights.peak - weights.held > 0

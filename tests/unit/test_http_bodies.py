@@ -42,7 +42,7 @@ async def settle() -> None:
 
 
 async def test_a_crowd_of_bodies_does_not_keep_others_from_their_turn() -> None:
-    app = BodyCredits(application, max_bytes=10_000)
+    app = BodyCredits(application, max_bytes=10_000, timeout_s=60.0)
     crowd = [Caller(app, 1) for _ in range(100)]
     read = []
     while sum(caller.read for caller in crowd) < 1000:
