@@ -14,6 +14,8 @@ from gateway.work import Work
 
 # Before a model's first latents: float32, 16 channels, one for each 8 x 8 pixels; those of videos are smaller.
 FIRST_BYTES_A_PIXEL = 1.0
+# Latents on their way to the VAE or the store, and a checkpoint of them or what the connections hold.
+COPIES = 2
 
 
 class Memory:
@@ -34,7 +36,7 @@ class Memory:
         """Counts a request for the length of the block."""
         place = object()
         a_pixel = self._bytes_a_pixel.get(work.params.model, FIRST_BYTES_A_PIXEL)
-        self._held[place] = int(work.claim.record.get("bytes", b"0")) + pixels(work.params) * a_pixel
+        self._held[place] = int(work.claim.record.get("bytes", b"0")) + COPIES * pixels(work.params) * a_pixel
         try:
             yield
         finally:

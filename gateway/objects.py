@@ -125,7 +125,8 @@ class Folder:
         try:
             with os.scandir(self._root / kind) as entries:
                 for entry in entries:
-                    if not entry.name.startswith(start):
+                    # An unfinished one has a dot before its name.
+                    if not entry.name.removeprefix(".").startswith(start):
                         continue
                     # It may have gone since.
                     with contextlib.suppress(FileNotFoundError):

@@ -17,7 +17,7 @@ def work(model: str = "m", side_px: int = 1024, frames: int = 0) -> Work:
 
 
 def test_there_is_room_until_it_is_full_and_one_may_exceed_it() -> None:
-    memory = Memory(3 * MIB)
+    memory = Memory(6 * MIB)
     with memory.held_by(work()), memory.held_by(work()):
         assert memory.has_room
         with memory.held_by(work()):
@@ -29,7 +29,7 @@ def test_there_is_room_until_it_is_full_and_one_may_exceed_it() -> None:
 
 
 def test_sizes_are_learnt_for_each_model() -> None:
-    memory = Memory(16 * MIB)
+    memory = Memory(32 * MIB)
     memory.learn(work(), 20 * MIB)
     with memory.held_by(work(model="other")):
         assert memory.has_room

@@ -237,6 +237,17 @@ def test_one_that_alone_has_no_room_waits_alone_but_not_too_much_waits(tmp_path)
     assert sorted(files) == ["large", "small.1", "small.1.json"]
 
 
+async def test_what_a_writer_that_died_left_is_listed_with_the_rest(tmp_path) -> None:
+    place = Place(tmp_path)
+    for name in ("artifacts/.a.1.77aa.part", "artifacts/b.1", "latents/.a.1.5.77aa.part", "latents/.a.77aa.part"):
+        place.put(name, b"cut")
+    artifacts, checkpoints = await place.store.names_of("a"), await place.store.checkpoints_of("a")
+    assert (len(artifacts), len(checkpoints)) == (1, 2)
+    await place.store.drop(*artifacts)
+    await place.store.drop_latents(*checkpoints)
+    assert place.names() == ["artifacts/b.1"]
+
+
 async def test_of_a_write_that_fails_in_its_second_part_nothing_stays(tmp_path) -> None:
     place = Place(tmp_path / "store")
     store = place.store
