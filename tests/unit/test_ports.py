@@ -7,7 +7,7 @@ import socket
 
 import pytest
 
-from lightloom.ports import address_of, free_port, listens, try_port
+from lightloom.ports import HANDED_OUT, address_of, free_port, listens, try_port
 from services.errors import StartupError
 
 
@@ -41,3 +41,10 @@ def test_only_the_process_that_listens_has_the_port() -> None:
 def test_a_host_of_another_machine_is_refused() -> None:
     with pytest.raises(StartupError, match="gRPC port 192.0.2.1:.*cannot be bound"):
         try_port("gRPC", "192.0.2.1", free_port())
+
+
+def test_free_ports_are_not_those_of_outgoing_connections() -> None:
+    first, last = map(int, HANDED_OUT.read_text().split())
+    ports = {free_port() for _ in range(50)}
+    assert len(ports) > 40
+    assert not any(first <= port <= last for port in ports)
