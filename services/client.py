@@ -108,6 +108,10 @@ def connect(address: str, *, tls: TlsSection | None = None, keepalive_s: float =
     return grpc.aio.secure_channel(address, channel_credentials(tls), options=tuple(merged.items()))
 
 
+# What grpc.aio says when a call has ended while a message was being written.
+WRITE_FAILED = "Internal error from Core"
+
+
 def error_from_rpc(error: grpc.RpcError) -> ServiceError:
     """A failed call (sync or async) as one of our errors: from its ErrorDetail, else by its status."""
     call: Any = error
@@ -120,6 +124,10 @@ def error_from_rpc(error: grpc.RpcError) -> ServiceError:
     code, details = call.code(), call.details() or ""
     if code is grpc.StatusCode.UNAVAILABLE:
         return _unavailable(details)
+    if code is grpc.StatusCode.INTERNAL and details == WRITE_FAILED:
+        # What the peer ended the call with is lost. Most often it refused the call while the first messages were under
+        # way, and nothing has been worked on: that must not count as an attempt.
+        return NotReady("the call was over before its messages were written")
     if code is grpc.StatusCode.INTERNAL:
         # Our servers send their own detail with it. Without one, gRPC lost the stream or, when the peer refused the
         # call before its headers were out, the true status.

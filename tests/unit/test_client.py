@@ -154,3 +154,14 @@ def test_the_sync_api_is_understood_too() -> None:
 
 def test_every_code_has_a_status() -> None:
     assert {code.value for code in Code} <= {status.name for status in grpc.StatusCode}
+
+
+def test_a_call_that_was_over_before_it_was_written_is_no_attempt() -> None:
+    from services.errors import DeviceLost, NotReady
+
+    def failed(details: str) -> Exception:
+        metadata = grpc.aio.Metadata()
+        return error_from_rpc(grpc.aio.AioRpcError(grpc.StatusCode.INTERNAL, metadata, metadata, details))
+
+    assert isinstance(failed("Internal error from Core"), NotReady)
+    assert isinstance(failed("Received RST_STREAM with error code 2"), DeviceLost)
