@@ -24,11 +24,11 @@ import grpc
 from benchmarks.load import Work, timed_request, write_result
 from benchmarks.sleeping_rank import STEP_S
 from lightloom.cluster_config import write_toml
-from lightloom.ports import free_port
 from lightloom.redis_server import start_redis
 from protos import gateway_pb2, gateway_pb2_grpc
 from services.client import CHANNEL_OPTIONS
 from services.config import environment_with_malloc
+from services.free_port import free_port
 
 WORK = Work("sleeping", 256, 20, 4.0)
 REPLICAS = (1, 2, 4)

@@ -20,10 +20,11 @@ from lightloom.child import Child, first_failure
 from lightloom.cluster_config import STAGES, ClusterConfig, ModelEntry, write_toml
 from lightloom.control import ControlServer
 from lightloom.member import Member, ProcessRow
-from lightloom.ports import address_of, free_port, try_port
+from lightloom.ports import address_of, try_port
 from lightloom.redis_server import RedisServer, start_redis
 from services.config import TlsSection, environment_with_malloc
 from services.errors import StartupError
+from services.free_port import free_port
 
 POLL_S = 0.1
 REDIS_POLL_S = 0.5

@@ -1,36 +1,15 @@
-"""Ports of this machine: a free one, whether one can be had, and who listens on it."""
+"""Ports of this machine: whether one can be had, and who listens on it."""
 
 from __future__ import annotations
 
 import contextlib
-import secrets
 import socket
-from pathlib import Path
 
 import psutil
 
 from services.errors import StartupError
 
 ANY_HOST = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}  # noqa: S104 - what is listened on, not by us
-
-
-# First and last port that the kernel gives to outgoing connections.
-HANDED_OUT = Path("/proc/sys/net/ipv4/ip_local_port_range")
-FIRST_PORT = 10_000
-
-
-def free_port() -> int:
-    """A loopback port that nothing listens on now, and that no outgoing connection takes before its server does."""
-    below = int(HANDED_OUT.read_text().split()[0]) if HANDED_OUT.exists() else FIRST_PORT
-    while below > FIRST_PORT:
-        port = FIRST_PORT + secrets.randbelow(below - FIRST_PORT)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        given: int = probe.getsockname()[1]
-        return given
 
 
 def try_port(name: str, host: str, port: int) -> None:

@@ -22,10 +22,10 @@ import redis
 from gateway.config import RedisSection
 from gateway.redis_link import examine, open_redis, refusal_of
 from lightloom.member import ProcessRow
-from lightloom.ports import free_port
 from lightloom.with_parent import with_parent
 from services.config import environment
 from services.errors import StartupError
+from services.free_port import free_port
 
 START_TIMEOUT_S = 10.0
 STOP_TIMEOUT_S = 5.0

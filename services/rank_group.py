@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import json
 import logging
-import socket
 import tempfile
 import time
 from collections import deque
@@ -24,6 +23,7 @@ from protos import types_pb2
 from services.channel import Fatal, Frame, Kind, OpenCall, error_from_bytes
 from services.config import StageConfig
 from services.errors import Cancelled, DeviceLost, NotReady, ServiceError, StartupError
+from services.free_port import free_port
 from services.parallel.degrees import Degrees
 from services.rank_handle import LocalRank, Place, Rank, RemoteRank
 
@@ -161,7 +161,7 @@ class RankLife:
         world = Degrees.of(parallel).world
         rendezvous = f"file://{Path(self._folder.name) / 'rendezvous'}"
         if parallel.hosts:
-            rendezvous = f"tcp://{parallel.leader_address}:{_free_port(parallel.leader_address)}"
+            rendezvous = f"tcp://{parallel.leader_address}:{_rendezvous_port(parallel.leader_address)}"
         share = world // (len(parallel.hosts) + 1)
         self._waiting = set(range(world))
         for rank in range(world):
@@ -394,11 +394,8 @@ class RankGroup:
         self._changed()
 
 
-def _free_port(host: str) -> int:
-    with socket.socket() as probe:
-        try:
-            probe.bind((host, 0))
-        except OSError as error:
-            raise StartupError(f"parallel.leader_address {host} is no address of this host") from error
-        port: int = probe.getsockname()[1]
-        return port
+def _rendezvous_port(host: str) -> int:
+    try:
+        return free_port(host)
+    except OSError as error:
+        raise StartupError(f"parallel.leader_address {host} is no address of this host") from error

@@ -14,8 +14,8 @@ import httpx
 
 from lightloom.cluster_config import write_toml
 from services.config import environment_with_malloc
+from services.free_port import free_port
 from tests.cluster.running import wait_for
-from tests.cluster.stage_process import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import redis
 
 from lightloom.redis_server import find_server
+from services.free_port import free_port
 from tests.cluster.running import wait_for
-from tests.cluster.stage_process import free_port
 
 SERVICE = "lightloom"
 

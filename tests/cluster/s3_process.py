@@ -13,8 +13,8 @@ import boto3
 import httpx
 from botocore.config import Config
 
+from services.free_port import free_port
 from tests.cluster.running import wait_for
-from tests.cluster.stage_process import free_port
 
 BUCKET = "pictures"
 SECRET = "a-secret-that-nobody-may-read"

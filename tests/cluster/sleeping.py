@@ -19,9 +19,9 @@ from benchmarks.scale import stage_table
 from lightloom.cluster_config import write_toml
 from lightloom.redis_server import start_redis
 from services.config import environment_with_malloc
+from services.free_port import free_port
 from tests.cluster.gateway_process import ROOT, GatewayProcess, gateway
 from tests.cluster.running import figures, wait_for
-from tests.cluster.stage_process import free_port
 
 
 @contextmanager

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
-import socket
 import sys
 import urllib.request
 from collections.abc import AsyncIterator, Mapping
@@ -18,15 +17,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from protos import dit_pb2, dit_pb2_grpc, types_pb2
 from services.client import connect, error_from_rpc
 from services.errors import ServiceError
+from services.free_port import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def free_port() -> int:
-    """A loopback port that nothing listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 class StageProcess:

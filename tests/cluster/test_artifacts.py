@@ -22,10 +22,10 @@ from lightloom.cluster_config import write_toml
 from lightloom.redis_server import start_redis
 from protos import gateway_pb2
 from services.config import environment_with_malloc
+from services.free_port import free_port
 from tests.cluster.gateway_process import ROOT, GatewayProcess, gateway
 from tests.cluster.running import RunningCluster, wait_for
 from tests.cluster.s3_process import ENVIRONMENT, SECRET, S3Process, s3_server
-from tests.cluster.stage_process import free_port
 
 STAGES = ("text_encoder", "dit", "vae")
 BODY = {"prompt": "a red circle", "steps": 4, "width": 128, "height": 128}

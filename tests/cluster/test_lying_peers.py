@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from lightloom.ports import free_port
 from services.config import environment_with_malloc
+from services.free_port import free_port
 from tests.cluster.gateway_process import ROOT, GatewayProcess, gateway
 from tests.cluster.running import RunningCluster, figures, wait_for
 

@@ -14,9 +14,9 @@ import pytest
 import redis
 
 from lightloom import Client
-from lightloom.ports import free_port
 from lightloom.redis_server import RedisServer, start_redis
 from services.errors import StateStoreDown
+from services.free_port import free_port
 from tests.cluster.gateway_process import GatewayProcess, gateway
 from tests.cluster.running import RunningCluster, wait_for
 

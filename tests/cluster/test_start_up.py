@@ -15,7 +15,8 @@ import pytest
 from lightloom.cluster_config import write_toml
 from services.config import environment_with_malloc
 from services.families import load_family
-from tests.cluster.stage_process import ROOT, free_port
+from services.free_port import free_port
+from tests.cluster.stage_process import ROOT
 
 STAGES = {"text_encoder_svc": "text_encoder", "dit_svc": "transformer", "vae_svc": "vae"}
 

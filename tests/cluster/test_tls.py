@@ -23,11 +23,11 @@ from lightloom import Client
 from lightloom.cluster_config import write_toml
 from services.config import TlsSection, environment_with_malloc
 from services.errors import NotReady
+from services.free_port import free_port
 from tests.cluster.certificates import issue, new_authority
 from tests.cluster.gateway_process import ROOT, GatewayProcess, gateway
 from tests.cluster.redis_process import redis_process
 from tests.cluster.running import RunningCluster, wait_for
-from tests.cluster.stage_process import free_port
 
 CLOSED = "does it speak TLS, ask for a client certificate, or refuse ours?"
 STAGES = ("text_encoder", "dit", "vae")

@@ -14,7 +14,7 @@ import subprocess
 from pathlib import Path
 from typing import Protocol
 
-from tests.cluster.stage_process import free_port
+from services.free_port import free_port
 from tests.deploy.chart import STAGES, Object, container
 
 BRIDGE, SUBNET = "lightloom-pods", "10.77.41"

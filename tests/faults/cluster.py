@@ -12,8 +12,8 @@ from typing import Any
 import httpx
 import psutil
 
-from lightloom.ports import free_port
 from lightloom.redis_server import RedisServer, start_redis
+from services.free_port import free_port
 from tests.cluster.redis_process import Sentinels
 from tests.cluster.running import figures, wait_for
 from tests.faults.history import History, Line, Recorder, read_lines

@@ -13,7 +13,7 @@ from gateway.links import KEY_AGE_S, Links, content_path
 from gateway.state import State
 from lightloom.redis_server import start_redis
 from services.errors import LinkExpired, LinkRefused, StartupError, StateStoreDown
-from tests.cluster.stage_process import free_port
+from services.free_port import free_port
 
 PATH = content_path("r")
 

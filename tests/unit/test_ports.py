@@ -7,8 +7,9 @@ import socket
 
 import pytest
 
-from lightloom.ports import HANDED_OUT, address_of, free_port, listens, try_port
+from lightloom.ports import address_of, listens, try_port
 from services.errors import StartupError
+from services.free_port import HANDED_OUT, free_port
 
 
 @pytest.mark.parametrize(

@@ -21,8 +21,8 @@ from gateway.ticket import Ticket
 from lightloom.redis_server import start_redis
 from protos import gateway_pb2
 from services.errors import StartupError, StateStoreDown
+from services.free_port import free_port
 from tests.cluster.s3_process import ENVIRONMENT, s3_server
-from tests.cluster.stage_process import free_port
 
 QUEUE = queue_key("dit", "d")
 AGE_S, KEEP_S = 600.0, 86_400.0
