@@ -77,7 +77,7 @@ def add_requests(app: FastAPI, service: RequestService) -> None:
         if await service.links.is_signed(content_path(request_id), request.query_params):
             found = await service.content(request_id)
         else:
-            found = await requests_of(request, None).content(request_id)
+            found = await (await requests_of(request, None)).content(request_id)
         return await content_response(found, request)
 
     @app.get("/v1/requests/{request_id}/trace")

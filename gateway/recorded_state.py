@@ -58,9 +58,9 @@ class RecordedState(State):
         state = await super().requeue(request_id, fence, max_attempts, counts, error)
         return self._seen(request_id, state)
 
-    async def abort(self, request_id: str) -> str | None:
+    async def abort(self, request_id: str, tenant: str = "") -> str | None:
         """As State.abort."""
-        state = await super().abort(request_id)
+        state = await super().abort(request_id, tenant)
         return None if state is None else self._seen(request_id, state)
 
     async def listen(

@@ -245,13 +245,13 @@ class RequestService:
                 statuses.append(status)
         return statuses
 
-    async def abort(self, request_id: str) -> gateway_pb2.RequestState:
-        """Cancels a request; one that has ended stays as it is. Returns the state.
+    async def abort(self, request_id: str, tenant: str = "") -> gateway_pb2.RequestState:
+        """Cancels a request of a tenant, or of any (""); one that has ended stays as it is. Returns the state.
 
         Raises:
-            UnknownRequest: as `get`.
+            UnknownRequest: as `get`, or it is another tenant's.
         """
-        state = await self._state.abort(request_id)
+        state = await self._state.abort(request_id, tenant)
         if state is None:
             raise UnknownRequest(f"there is no request {request_id!r}", param="request_id")
         if state == "cancelled":

@@ -188,16 +188,16 @@ class State:
             self._on_queue()
         return state
 
-    async def abort(self, request_id: str) -> str | None:
-        """The state after the abort; None for an unknown request."""
-        return await self._abort(request_id, never=False)
+    async def abort(self, request_id: str, tenant: str = "") -> str | None:
+        """The state after the abort; None for an unknown request, or one that is not this tenant's ("" for any)."""
+        return await self._abort(request_id, tenant, never=False)
 
     async def withdraw(self, request_id: str) -> None:
         """Aborts what a submit without an answer may have stored, or may still store."""
-        await self._abort(request_id, never=True)
+        await self._abort(request_id, "", never=True)
 
-    async def _abort(self, request_id: str, *, never: bool) -> str | None:
-        arguments = (request_id, self._owner, int(never))
+    async def _abort(self, request_id: str, tenant: str, *, never: bool) -> str | None:
+        arguments = (request_id, self._owner, int(never), tenant)
         result = await self._scripts.run("abort", [request_key(request_id)], *arguments, ahead=True)
         if not result:
             return None

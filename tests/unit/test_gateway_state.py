@@ -242,6 +242,24 @@ async def test_an_abort_reaches_the_owner_and_wins_over_a_result(two) -> None:
     assert await own.state.abort("nobody") is None
 
 
+async def test_an_abort_meets_only_the_tenants_own_requests(two) -> None:
+    own, _ = two
+    await own.submit("r", tenant="anna")
+    assert await own.state.abort("r", "bert") is None
+    assert kinds(await own.state._read_events("r", "0")) == ["queued"]
+    assert await own.state.abort("r", "anna") == "cancelled"
+
+
+async def test_an_abort_overtakes_a_crowd(two) -> None:
+    own, _ = two
+    await own.submit("r")
+    crowd = [asyncio.create_task(own.state.get("r")) for _ in range(1000)]
+    await asyncio.sleep(0)
+    assert await own.state.abort("r") == "cancelled"
+    assert sum(task.done() for task in crowd) < len(crowd) / 2
+    await asyncio.gather(*crowd)
+
+
 async def test_a_queue_is_bounded_by_work_and_bytes(two) -> None:
     own, _ = two
     for bound in ({"max_queued_cost": 10.0}, {"max_queued_bytes": 10}):
