@@ -17,6 +17,7 @@ from gateway.access import Door, open_keys
 from gateway.backlog import Backlog
 from gateway.config import GatewayConfig, GatewaySection
 from gateway.dispatch import Dispatcher
+from gateway.grpc_messages import MessageCredits
 from gateway.http import create_app
 from gateway.image_fetch import ImageFetcher
 from gateway.lifecycle import Lifecycle
@@ -69,7 +70,8 @@ async def serve(config: GatewayConfig) -> None:
     service = RequestService(state, dispatcher, replicas, store, links, section, config.tenants)
     fetcher = ImageFetcher(config.inputs)
     door = Door(service, keys, fetcher, requests)
-    grpc_server = create_server()
+    # As for REST bodies.
+    grpc_server = create_server([MessageCredits(section.max_held_bytes // 4)])
     gateway_pb2_grpc.add_GatewayServicer_to_server(GatewayServicer(door), grpc_server)
     health = Health(grpc_server, [gateway_pb2.DESCRIPTOR.services_by_name["Gateway"].full_name])
     certificates = ServerCertificates(config.tls) if config.tls.on else None
@@ -138,8 +140,8 @@ async def _serve_rest(rest: uvicorn.Server, http_socket: socket.socket) -> None:
 
 def _http_socket(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # asyncio sends at once (TCP_NODELAY) only where a socket names its protocol. Otherwise the second piece of an answer
-    # waits until the client has acknowledged the first, which it puts off for 40 ms.
+    # asyncio sends at once (TCP_NODELAY) only where a socket names its protocol. Otherwise the second piece of an
+    # answer waits until the client has acknowledged the first, which it puts off for 40 ms.
     opened = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:

@@ -57,7 +57,8 @@ class Scripts:
         # Tries are counted in time, by `call`.
         self.redis: Redis = open_redis(section)
         self._turns = asyncio.Semaphore(AT_ONCE)
-        # Connections of their own: opening one takes several ways to Redis and back, in a loop that a crowd keeps busy.
+        # Connections of their own, open before they are needed: opening one takes several ways to Redis and back, each
+        # of them a turn of a loop that a crowd keeps busy.
         self._ahead: Redis = open_redis(section)
         self._turns_ahead = asyncio.Semaphore(AT_ONCE_AHEAD)
         self.by_name = {name: self.redis.register_script(source(name)) for name in NAMES}
@@ -71,16 +72,26 @@ class Scripts:
             ahead: it waits for none of the commands that others have asked for before.
         """
         redis, turns = (self._ahead, self._turns_ahead) if ahead else (self.redis, self._turns)
-        script = self.by_name[name]
-        return await self._tried(lambda: script(keys=keys, args=list(arguments), client=redis), redis, turns, patience_s)
+
+        async def ask() -> Any:
+            return await self.by_name[name](keys=keys, args=list(arguments), client=redis)
+
+        return await self._tried(ask, turns, patience_s)
+
+    async def open_ahead(self) -> None:
+        """Opens the connections of those that go ahead, and loads the script of aborts."""
+        text = str(self.by_name["abort"].script)
+
+        async def load() -> None:
+            await self._tried(lambda: self._ahead.script_load(text), self._turns_ahead, PATIENCE_S)
+
+        await asyncio.gather(*(load() for _ in range(AT_ONCE_AHEAD)))
 
     async def call(self, command: Callable[[], Awaitable[Any]], patience_s: float = PATIENCE_S) -> Any:
         """A command to `redis`, tried again for `patience_s` while Redis is away."""
-        return await self._tried(command, self.redis, self._turns, patience_s)
+        return await self._tried(command, self._turns, patience_s)
 
-    async def _tried(
-        self, command: Callable[[], Awaitable[Any]], redis: Redis, turns: asyncio.Semaphore, patience_s: float
-    ) -> Any:
+    async def _tried(self, command: Callable[[], Awaitable[Any]], turns: asyncio.Semaphore, patience_s: float) -> Any:
         # A script may have run although its answer was lost. Each may run again: a second claim takes another request,
         # and the first one's lease runs out.
         refusal: RedisError | None = None
@@ -96,21 +107,27 @@ class Scripts:
                     except AuthenticationError as error:
                         refusal = error
                     except (RedisConnectionError, RedisTimeoutError, OSError):
-                        pass
+                        await self._drop_idle()
                     except ReadOnlyError as error:
                         # After a failover the connections still lead to the old primary.
                         refusal = error
-                        await redis.connection_pool.disconnect(inuse_connections=False)
+                        await self._drop_idle()
                     except RedisError as error:
                         # Full, or unable to save: an answer, but as passing as none.
                         refusal = error
                     heed_cancel()
                     await asyncio.sleep(RETRY_S)
         except TimeoutError as error:
+            await self._drop_idle()
             if refusal is not None:
                 log.error("Redis refuses commands: %s", refusal)
             what = "does not answer" if refusal is None else "refuses commands"
             raise StateStoreDown(f"the state store {what}: try again later", retry_after_s=1.0) from error
+
+    async def _drop_idle(self) -> None:
+        """Where one connection leads to a server that is no more, so do the others: they are not tried in turn."""
+        for redis in (self.redis, self._ahead):
+            await redis.connection_pool.disconnect(inuse_connections=False)
 
     async def close(self) -> None:
         """Closes the connections."""
