@@ -114,10 +114,13 @@ class Model:
         if not self.line(r.queue, r.flow):
             queue.idle[r.flow] = queue.waiting.pop(r.flow)
 
+    def next_fence(self) -> int:
+        self.fence = max(self.fence + 1, self.now * 1_000_000)
+        return self.fence
+
     def take(self, i: str) -> None:
         r = self.requests[i]
-        self.fence += 1
-        r.state, r.fence, r.attempt, r.lease = "running", self.fence, r.attempt + 1, self.now + LEASE_S
+        r.state, r.fence, r.attempt, r.lease = "running", self.next_fence(), r.attempt + 1, self.now + LEASE_S
         r.has_slot = True
 
     def full(self, cost: float = 0.0) -> bool:
@@ -200,8 +203,7 @@ class Model:
             return "lost"
         if fence not in (None, r.fence) or r.state not in ("running", "cancelling"):
             return "lost"
-        self.fence += 1
-        r.fence, r.lease, r.attempt, r.has_slot = self.fence, None, r.attempt - (not counts), False
+        r.fence, r.lease, r.attempt, r.has_slot = self.next_fence(), None, r.attempt - (not counts), False
         if r.state == "cancelling":
             r.state = "cancelled"
         elif r.attempt >= MAX_ATTEMPTS and r.alone:
