@@ -28,7 +28,7 @@ from gateway.config import RedisSection
 from gateway.records import LEASES, Claim, queue_key
 from gateway.scripts import NAMES, source
 from gateway.state import State
-from gateway.ticket import Offer, Ticket
+from gateway.ticket import Offer, Start, Ticket
 from services.errors import Overloaded
 
 DIT, VAE = queue_key("dit", "d"), queue_key("vae", "v")
@@ -317,9 +317,9 @@ class Machine(RuleBasedStateMachine):
         model, i = self.model, f"r{len(self.model.requests):03d}"
         waiting = model.line(DIT)
         own = [w for w in waiting if model.requests[w].ticket.tenant == ticket.tenant]
-        lease_s, at_once = LEASE_S if at_once else None, at_once and not waiting and not model.full(ticket.cost)
-        offer = Offer("replica", SLOTS, ROOM)
-        call = self.state.submit(i, DIT, ticket, {"params": b"p"}, lease_s=lease_s, offer=offer)
+        start = Start(LEASE_S, Offer("replica", SLOTS, ROOM)) if at_once else None
+        at_once = at_once and not waiting and not model.full(ticket.cost)
+        call = self.state.submit(i, DIT, ticket, {"params": b"p"}, start=start)
         work = sum(model.requests[w].ticket.cost for w in waiting) + ticket.cost
         nbytes = sum(model.requests[w].ticket.nbytes for w in waiting) + ticket.nbytes
         too_much = bool(waiting) and (work > MAX_QUEUED_COST or nbytes > MAX_QUEUED_BYTES)
@@ -339,7 +339,7 @@ class Machine(RuleBasedStateMachine):
     @KNOWN
     @rule(n=one(NEWEST))
     def submit_again(self, n: int) -> None:
-        again = self.state.submit(self.request(n), DIT, Ticket(), {}, lease_s=LEASE_S)
+        again = self.state.submit(self.request(n), DIT, Ticket(), {}, start=Start(LEASE_S))
         assert self.run(again) == (False, None)
 
     def request(self, n: int) -> str:
