@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import socket
 from collections.abc import Sequence
 
-import uvicorn
-from fastapi import FastAPI
 from prometheus_client import REGISTRY
 
 from gateway.access import Door, open_keys
 from gateway.backlog import Backlog
-from gateway.config import GatewayConfig, GatewaySection
+from gateway.config import GatewayConfig
 from gateway.dispatch import Dispatcher
-from gateway.http import create_app
+from gateway.fronts import Fronts
 from gateway.image_fetch import ImageFetcher
 from gateway.lifecycle import Lifecycle
 from gateway.links import Links
@@ -25,22 +22,10 @@ from gateway.recorded_state import RecordedState
 from gateway.replicas import Replicas
 from gateway.request_log import RequestLog
 from gateway.requests import RequestService
-from gateway.servicer import GatewayServicer
 from gateway.store import open_store
 from gateway.sweep import Sweep
-from protos import gateway_pb2, gateway_pb2_grpc
-from services.errors import StartupError
-from services.server import (
-    Health,
-    bind,
-    create_server,
-    ensure_malloc,
-    parse_arguments,
-    run_service,
-    stop_event,
-)
+from services.server import ensure_malloc, parse_arguments, run_service, stop_event
 from services.telemetry import setup
-from services.tls import ServerCertificates
 from services.tls import read as read_certificates
 
 log = logging.getLogger("gateway")
@@ -69,16 +54,9 @@ async def serve(config: GatewayConfig) -> None:
     service = RequestService(state, dispatcher, replicas, store, links, section, config.tenants)
     fetcher = ImageFetcher(config.inputs)
     door = Door(service, keys, fetcher, requests)
-    grpc_server = create_server()
-    gateway_pb2_grpc.add_GatewayServicer_to_server(GatewayServicer(door), grpc_server)
-    health = Health(grpc_server, [gateway_pb2.DESCRIPTOR.services_by_name["Gateway"].full_name])
-    certificates = ServerCertificates(config.tls) if config.tls.on else None
-    bind(grpc_server, section.host, section.grpc_port, certificates)
-    http_socket = _http_socket(section.host, section.http_port)
-    rest = _rest_server(create_app(door, Backlog(state, replicas), section), section, certificates)
+    fronts = Fronts(door, Backlog(state, replicas), config)
     stop = stop_event()
-    await grpc_server.start()
-    await health.set_serving(True)
+    await fronts.start()
     loops = [
         asyncio.create_task(work)
         for work in (
@@ -87,17 +65,16 @@ async def serve(config: GatewayConfig) -> None:
             dispatcher.run(),
             dispatcher.reap(),
             sweep.run(),
-            _serve_rest(rest, http_socket),
+            fronts.serve_rest(),
         )
     ]
     log.info("listening on %s: gRPC %d, HTTP %d", section.host, section.grpc_port, section.http_port)
     stopped = asyncio.create_task(stop.wait())
     await asyncio.wait({stopped, *loops}, return_when=asyncio.FIRST_COMPLETED)
     broken = [task for task in loops if task.done()]
-    await health.set_serving(False)
-    rest.should_exit = True
+    await fronts.leave()
     await dispatcher.stop()
-    await grpc_server.stop(grace=0.5)
+    await fronts.stop()
     await _end(loops[:-1])
     await asyncio.wait({loops[-1]})
     await state.close()
@@ -113,37 +90,6 @@ async def _end(tasks: Sequence[asyncio.Task[None]]) -> None:
         for task in pending:
             task.cancel()
         await asyncio.wait(pending, timeout=0.5)
-
-
-def _rest_server(app: FastAPI, section: GatewaySection, certificates: ServerCertificates | None) -> uvicorn.Server:
-    rest = uvicorn.Server(
-        uvicorn.Config(
-            app,
-            log_config=None,
-            access_log=False,
-            timeout_graceful_shutdown=2,
-            limit_concurrency=section.max_connections,
-            ssl_context_factory=None if certificates is None else lambda *_: certificates.ssl_context(),
-        )
-    )
-    rest.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
-    return rest
-
-
-async def _serve_rest(rest: uvicorn.Server, http_socket: socket.socket) -> None:
-    # uvicorn's own `serve` takes the signals over; they are ours.
-    with contextlib.suppress(asyncio.CancelledError):
-        await rest._serve([http_socket])
-
-
-def _http_socket(host: str, port: int) -> socket.socket:
-    opened = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
-    opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        opened.bind((host, port))
-    except OSError as error:
-        raise StartupError(f"HTTP port {host}:{port} cannot be bound: {error.strerror}") from error
-    return opened
 
 
 def main() -> None:

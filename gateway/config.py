@@ -25,6 +25,8 @@ class GatewaySection:
     A REST request's body may have `max_body_bytes` and take `body_timeout_s`; the REST front keeps `max_connections`
     open, and answers those beyond with 503.
 
+    `health_port` answers gRPC health checks alone, in plain text, for probes: those of Kubernetes know no TLS.
+
     `checkpoint_every_s` is the denoising that a fault may cost: requests that take no longer have no checkpoints.
 
     `max_queued` requests may wait for a component, `max_queued_tenant` of one tenant; all of them together may cost
@@ -39,6 +41,7 @@ class GatewaySection:
     host: str = "127.0.0.1"
     http_port: int = 8080
     grpc_port: int = 50050
+    health_port: int = 0
     public_url: str = ""
     name: str = ""
     lease_s: float = 10.0

@@ -13,8 +13,9 @@ from gateway.records import Claim, queue_key
 from gateway.replicas import Replica, Replicas
 from gateway.state import Fields, State
 from gateway.store_writes import StoreWrites
-from gateway.ticket import Offer, Ticket
-from services.errors import DeviceLost, ServiceError
+from gateway.ticket import Offer, Start, Ticket
+from gateway.withdrawals import Withdrawals
+from services.errors import DeviceLost, ServiceError, StateStoreDown
 from services.wire import error_to_proto
 
 log = logging.getLogger(__name__)
@@ -40,6 +41,8 @@ class Dispatcher:
         self._running: dict[str, asyncio.Task[None]] = {}
         self._aborted_early: set[str] = set()
         self._ended: list[str] = []
+        # Submits that may have claimed without an answer, by id and mark.
+        self._unanswered: Withdrawals[tuple[str, str]] = Withdrawals(self._give_back)
         self._stopping = False
 
     @property
@@ -96,13 +99,20 @@ class Dispatcher:
         replica, offer = ({} if self._stopping else self._free()).get(queue, (None, Offer()))
         if replica is None or not offer.feeds_one(ticket.feed):
             return (await self._state.submit(request_id, queue, ticket, fields, inputs=inputs))[0]
+        start = Start(self._config.lease_s, offer)
         with replica.in_use(ticket.batch):
-            stored, claim = await self._state.submit(
-                request_id, queue, ticket, fields, inputs=inputs, lease_s=self._config.lease_s, offer=offer
-            )
+            try:
+                stored, claim = await self._state.submit(request_id, queue, ticket, fields, inputs=inputs, start=start)
+            except StateStoreDown:
+                # It would hold its slot until the lease ends.
+                self._unanswered.add((request_id, start.mark))
+                raise
             if claim is not None:
                 await self._start(claim, replica)
         return stored
+
+    async def _give_back(self, submit: tuple[str, str]) -> None:
+        await self._state.give_back(*submit, self._config.max_attempts)
 
     async def _start(self, claim: Claim, replica: Replica) -> None:
         task = asyncio.create_task(self._run(claim.request_id, self._lifecycle.run(claim, replica)))

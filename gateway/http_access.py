@@ -46,10 +46,10 @@ class KeyCheck:
         await self._app(scope, receive, send)
 
 
-def requests_of(
+async def requests_of(
     request: Request, _key: Annotated[HTTPAuthorizationCredentials | None, Security(_bearer)]
 ) -> CallerRequests:
-    """The requests as the caller may use them.
+    """The requests as the caller may use them. A coroutine: others would each wait for a thread.
 
     Raises:
         Unauthenticated: the call came without a key.

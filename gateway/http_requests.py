@@ -56,6 +56,17 @@ def add_requests(app: FastAPI, service: RequestService) -> None:
         """Aborts; a request that has ended stays as it is."""
         return {"id": request_id, "object": "request", "state": state_name(await requests.abort(request_id))}
 
+    @app.get("/v1/requests/{request_id}/trace")
+    async def request_trace(request_id: str, requests: Requests) -> dict[str, Any]:
+        """The request's timeline over all processes."""
+        return {"id": request_id, "spans": [span_json(span) for span in await requests.trace(request_id)]}
+
+    _add_outputs(app, service)
+
+
+def _add_outputs(app: FastAPI, service: RequestService) -> None:
+    """What a request says while it runs, and what it made."""
+
     @app.get(
         "/v1/requests/{request_id}/events",
         response_model=None,
@@ -77,13 +88,8 @@ def add_requests(app: FastAPI, service: RequestService) -> None:
         if await service.links.is_signed(content_path(request_id), request.query_params):
             found = await service.content(request_id)
         else:
-            found = await requests_of(request, None).content(request_id)
+            found = await (await requests_of(request, None)).content(request_id)
         return await content_response(found, request)
-
-    @app.get("/v1/requests/{request_id}/trace")
-    async def request_trace(request_id: str, requests: Requests) -> dict[str, Any]:
-        """The request's timeline over all processes."""
-        return {"id": request_id, "spans": [span_json(span) for span in await requests.trace(request_id)]}
 
 
 async def _events(events: AsyncIterator[gateway_pb2.GenerateResponse]) -> AsyncGenerator[str]:

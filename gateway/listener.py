@@ -46,6 +46,7 @@ class Listener:
                     await channel.subscribe(WAKE)
                     if refusal := refusal_of(await examine(self._redis)):
                         raise StartupError(refusal)
+                    await self._scripts.open_ahead()
                     self.connected = True
                     on_queue()
                     await self._hear_all(channel, on_queue, on_cancel)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
 from typing import Any
 
 from gateway.config import RedisSection
-from gateway.records import TERMINAL, Claim
+from gateway.records import TERMINAL
 from gateway.request_log import Ending, RequestLog
 from gateway.state import Fields, State
-from gateway.ticket import Offer, Ticket
+from gateway.ticket import Ticket
 from services.errors import StateStoreDown
 
 # What is told of an end waits so long.
@@ -28,62 +27,16 @@ class RecordedState(State):
         self._requests = requests
         self._telling: set[asyncio.Task[None]] = set()
 
-    async def submit(
-        self,
-        request_id: str,
-        queue: str,
-        ticket: Ticket,
-        fields: Fields,
-        *,
-        inputs: bytes = b"",
-        lease_s: float | None = None,
-        offer: Offer | None = None,
-    ) -> tuple[bool, Claim | None]:
-        """As State.submit."""
-        stored, claim = await super().submit(
-            request_id, queue, ticket, fields, inputs=inputs, lease_s=lease_s, offer=offer
-        )
-        if stored:
-            model, traceparent = str(fields.get("model", "")), str(fields.get("traceparent", ""))
-            self._requests.accepted(request_id, model, ticket.tenant, traceparent)
-        return stored, claim
+    def _accepted(self, request_id: str, ticket: Ticket, fields: Fields) -> None:
+        model, traceparent = str(fields.get("model", "")), str(fields.get("traceparent", ""))
+        self._requests.accepted(request_id, model, ticket.tenant, traceparent)
 
-    async def commit(self, claim: Claim, state: str, stage: str, queue: str, fields: Fields) -> str:
-        """As State.commit."""
-        committed = await super().commit(claim, state, stage, queue, fields)
-        return self._seen(claim.request_id, committed)
-
-    async def requeue(self, request_id: str, fence: int | None, max_attempts: int, counts: bool, error: bytes) -> str:
-        """As State.requeue."""
-        state = await super().requeue(request_id, fence, max_attempts, counts, error)
-        return self._seen(request_id, state)
-
-    async def abort(self, request_id: str) -> str | None:
-        """As State.abort."""
-        state = await super().abort(request_id)
-        return None if state is None else self._seen(request_id, state)
-
-    async def listen(
-        self,
-        on_queue: Callable[[], None],
-        on_cancel: Callable[[str], None],
-        on_expired: Callable[[str], None],
-    ) -> None:
-        """As State.listen."""
-
-        def expired(request_id: str) -> None:
-            self._seen(request_id, "expired")
-            on_expired(request_id)
-
-        await super().listen(on_queue, on_cancel, expired)
-
-    def _seen(self, request_id: str, state: str) -> str:
+    def _changed(self, request_id: str, state: str) -> None:
         if state in TERMINAL:
             # Beside the work: nobody waits for the log.
             telling = asyncio.create_task(self._tell(request_id))
             self._telling.add(telling)
             telling.add_done_callback(self._telling.discard)
-        return state
 
     async def _tell(self, request_id: str) -> None:
         # The client's answer is on its way through this event loop: it goes first.

@@ -81,7 +81,7 @@ class RequestService:
         self._config = config
         self._weights = weights
         self._quotas = Quotas(state)
-        self._withdrawals = Withdrawals(state.withdraw)
+        self._withdrawals: Withdrawals[str] = Withdrawals(state.withdraw)
 
     async def submit(
         self,
@@ -109,27 +109,19 @@ class RequestService:
         if refusal := self._store.writes.refusal:
             raise refusal
         model = self.model_of(params.model)
-        params = GenerationParams(**{name: getattr(params, name) for name in _FIELDS} | {"model": model})
+        params = GenerationParams(**{name: getattr(params, name) for name in _NAMES} | {"model": model})
         resolved, limits = self._resolve(params)
         request_id = _new_id(key.tenant, idempotency_key)
         body = _digest(params, priority)
         if idempotency_key and await self._repeats(request_id, body):
             return request_id
-        charge = megapixel_steps(resolved)
-        await self._quotas.take(key, charge)
-        stored_params, inputs = _stored(resolved)
-        fields: dict[str, str | bytes | float] = {
-            "params": stored_params,
-            "model": model,
-            "body": body,
-            "input_bytes": " ".join(str(len(media.data)) for media in resolved.inputs),
-            "total": resolved.steps,
-            "pixels": pixels(resolved),
-            "step": 0,
-            "traceparent": new_traceparent(traceparent),
-        }
         queue = queue_key("dit", self._replicas.component("dit", model))
+        stored_params, inputs = _stored(resolved)
+        fields = _fields(resolved, stored_params) | {"body": body, "traceparent": new_traceparent(traceparent)}
         ticket = self._ticket(resolved, limits, priority, key.tenant, len(stored_params) + len(inputs))
+        charge = megapixel_steps(resolved)
+        # Last: what is refused above costs nothing.
+        await self._quotas.take(key, charge)
         try:
             stored = await self._dispatcher.submit(request_id, queue, ticket, fields, inputs)
         except Overloaded:
@@ -245,13 +237,13 @@ class RequestService:
                 statuses.append(status)
         return statuses
 
-    async def abort(self, request_id: str) -> gateway_pb2.RequestState:
-        """Cancels a request; one that has ended stays as it is. Returns the state.
+    async def abort(self, request_id: str, tenant: str = "") -> gateway_pb2.RequestState:
+        """Cancels a request of a tenant, or of any (""); one that has ended stays as it is. Returns the state.
 
         Raises:
-            UnknownRequest: as `get`.
+            UnknownRequest: as `get`, or it is another tenant's.
         """
-        state = await self._state.abort(request_id)
+        state = await self._state.abort(request_id, tenant)
         if state is None:
             raise UnknownRequest(f"there is no request {request_id!r}", param="request_id")
         if state == "cancelled":
@@ -372,7 +364,19 @@ def _stored(params: ResolvedParams) -> tuple[bytes, bytes]:
     return message.SerializeToString(), inputs
 
 
-_FIELDS = tuple(GenerationParams.__dataclass_fields__)
+def _fields(params: ResolvedParams, stored: bytes) -> dict[str, str | bytes | float]:
+    """What a record has of the parameters, beside them as they are stored."""
+    return {
+        "params": stored,
+        "model": params.model,
+        "input_bytes": " ".join(str(len(media.data)) for media in params.inputs),
+        "total": params.steps,
+        "pixels": pixels(params),
+        "step": 0,
+    }
+
+
+_NAMES = tuple(GenerationParams.__dataclass_fields__)
 
 
 def state_number(name: str) -> gateway_pb2.RequestState:

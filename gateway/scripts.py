@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -31,6 +30,8 @@ RETRY_S = 0.1
 # Commands under way at once, each on a connection of its own: Redis does one after the other, and a crowd that opened
 # hundreds of connections would keep the event loop from all else meanwhile.
 AT_ONCE = 16
+# Of those that go ahead: they are short, and a few connections that stay open carry many.
+AT_ONCE_AHEAD = 4
 
 
 def source(name: str) -> str:
@@ -56,23 +57,41 @@ class Scripts:
         # Tries are counted in time, by `call`.
         self.redis: Redis = open_redis(section)
         self._turns = asyncio.Semaphore(AT_ONCE)
+        # Connections of their own, open before they are needed: opening one takes several ways to Redis and back, each
+        # of them a turn of a loop that a crowd keeps busy.
+        self._ahead: Redis = open_redis(section)
+        self._turns_ahead = asyncio.Semaphore(AT_ONCE_AHEAD)
         self.by_name = {name: self.redis.register_script(source(name)) for name in NAMES}
 
     async def run(
         self, name: str, keys: list[str], *arguments: Any, patience_s: float = PATIENCE_S, ahead: bool = False
     ) -> Any:
-        """One EVALSHA."""
-        return await self.call(lambda: self.by_name[name](keys=keys, args=list(arguments)), patience_s, ahead)
-
-    async def call(
-        self, command: Callable[[], Awaitable[Any]], patience_s: float = PATIENCE_S, ahead: bool = False
-    ) -> Any:
-        """A command, tried again for `patience_s` while Redis is away.
+        """One EVALSHA.
 
         Args:
             ahead: it waits for none of the commands that others have asked for before.
         """
-        turn = contextlib.nullcontext() if ahead else self._turns
+        redis, turns = (self._ahead, self._turns_ahead) if ahead else (self.redis, self._turns)
+
+        async def ask() -> Any:
+            return await self.by_name[name](keys=keys, args=list(arguments), client=redis)
+
+        return await self._tried(ask, turns, patience_s)
+
+    async def open_ahead(self) -> None:
+        """Opens the connections of those that go ahead, and loads the script of aborts."""
+        text = str(self.by_name["abort"].script)
+
+        async def load() -> None:
+            await self._tried(lambda: self._ahead.script_load(text), self._turns_ahead, PATIENCE_S)
+
+        await asyncio.gather(*(load() for _ in range(AT_ONCE_AHEAD)))
+
+    async def call(self, command: Callable[[], Awaitable[Any]], patience_s: float = PATIENCE_S) -> Any:
+        """A command to `redis`, tried again for `patience_s` while Redis is away."""
+        return await self._tried(command, self._turns, patience_s)
+
+    async def _tried(self, command: Callable[[], Awaitable[Any]], turns: asyncio.Semaphore, patience_s: float) -> Any:
         # A script may have run although its answer was lost. Each may run again: a second claim takes another request,
         # and the first one's lease runs out.
         refusal: RedisError | None = None
@@ -81,29 +100,36 @@ class Scripts:
                 while True:
                     try:
                         # A server that stands still must not keep the turns of those whose patience is short.
-                        async with turn, asyncio.timeout(PATIENCE_S):
+                        async with turns, asyncio.timeout(PATIENCE_S):
                             answer = await command()
                         heed_cancel()
                         return answer
                     except AuthenticationError as error:
                         refusal = error
                     except (RedisConnectionError, RedisTimeoutError, OSError):
-                        pass
+                        await self._drop_idle()
                     except ReadOnlyError as error:
                         # After a failover the connections still lead to the old primary.
                         refusal = error
-                        await self.redis.connection_pool.disconnect(inuse_connections=False)
+                        await self._drop_idle()
                     except RedisError as error:
                         # Full, or unable to save: an answer, but as passing as none.
                         refusal = error
                     heed_cancel()
                     await asyncio.sleep(RETRY_S)
         except TimeoutError as error:
+            await self._drop_idle()
             if refusal is not None:
                 log.error("Redis refuses commands: %s", refusal)
             what = "does not answer" if refusal is None else "refuses commands"
             raise StateStoreDown(f"the state store {what}: try again later", retry_after_s=1.0) from error
 
+    async def _drop_idle(self) -> None:
+        """Where one connection leads to a server that is no more, so do the others: they are not tried in turn."""
+        for redis in (self.redis, self._ahead):
+            await redis.connection_pool.disconnect(inuse_connections=False)
+
     async def close(self) -> None:
         """Closes the connections."""
         await self.redis.aclose()
+        await self._ahead.aclose()

@@ -35,13 +35,15 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
                 priority=request.priority,
                 traceparent=_metadata(context, "traceparent"),
             )
-        ended = False
+        inline, detach, ended = request.inline_artifact, request.detach, False
+        # Its pictures are in Redis by now.
+        del request
         try:
-            async for event in self._follow(requests, request_id, "", request.inline_artifact):
+            async for event in self._follow(requests, request_id, "", inline):
                 yield event
             ended = True
         finally:
-            if not ended and not request.detach:
+            if not ended and not detach:
                 await asyncio.shield(requests.abort(request_id))
 
     async def Watch(  # noqa: N802

@@ -36,7 +36,7 @@ from gateway.records import (
     slots_of,
 )
 from gateway.scripts import PATIENCE_S, Scripts
-from gateway.ticket import Offer, Ticket
+from gateway.ticket import Offer, Start, Ticket
 from services.errors import DeadlineExceeded, Overloaded, StateStoreDown, UnknownRequest
 from services.wire import error_to_proto
 
@@ -81,25 +81,37 @@ class State:
         fields: Fields,
         *,
         inputs: bytes = b"",
-        lease_s: float | None = None,
-        offer: Offer | None = None,
+        start: Start | None = None,
     ) -> tuple[bool, Claim | None]:
         """Stores a request and queues it. False when the id exists.
 
         Args:
             inputs: what `inputs` gives until the request has ended.
-            lease_s: claims the request at once if nobody waits before it, and the offered replica has a slot.
+            start: claims the request at once, where that may be.
 
         Raises:
             Overloaded: too many wait, or too many of that tenant, or too much work or too many bytes.
         """
         keys = [request_key(request_id), queue, IDS, events_key(request_id), ids_key(ticket.tenant)]
         bounds = (ticket.max_queued, ticket.max_queued_tenant, ticket.max_queued_cost, ticket.max_queued_bytes)
-        lease = "" if lease_s is None else lease_s
         size = (ticket.priority_class, ticket.tenant, ticket.cost, ticket.nbytes)
         terms = (ticket.keep_s, ticket.timeout_s, *bounds, *size)
-        before = (request_id, self._owner, *terms, lease, secrets.token_hex(8))
+        lease, slots = (start.lease_s, start.mark) if start else ("", ""), slots_of(start.offer if start else Offer())
+        before = (request_id, self._owner, *terms, *lease)
         kept = {name: getattr(ticket, name) for name in ("priority", "weight", "batch", "feed", "age_s")}
+        stored, rest = await self._submit(keys, before, (*slots, *_flat(kept), *_flat(fields), inputs))
+        if stored in (QUEUE_FULL, TENANT_FULL, WORK_FULL):
+            raise _overloaded(ticket, stored, float(rest[0]))
+        if stored:
+            self._accepted(request_id, ticket, fields)
+        if rest:
+            return bool(stored), Claim(request_id, int(rest[0]), record_of(rest[1]), queue, 0)
+        if stored:
+            self._on_queue()
+        return bool(stored), None
+
+    async def _submit(self, keys: list[str], before: tuple[Any, ...], after: tuple[Any, ...]) -> tuple[int, list[Any]]:
+        """What the script says, with the moment between its arguments at which nobody waits for it any more."""
         end_s, stored = time.monotonic() + PATIENCE_S, TOO_LATE
         while stored == TOO_LATE:
             # Late while we still wait: this Redis has another clock than the one we knew. Now we know it.
@@ -107,16 +119,9 @@ class State:
                 raise StateStoreDown("the state store answered too late: try again", retry_after_s=1.0)
             # A Redis that stood still finds the call in its buffers when the caller has been told that it failed.
             not_after = "" if self._clock_ahead_s is None else end_s + self._clock_ahead_s
-            arguments = (*before, not_after, *slots_of(offer or Offer()), *_flat(kept), *_flat(fields), inputs)
-            now, stored, *rest = await self._scripts.run("submit", keys, *arguments)
+            now, stored, *rest = await self._scripts.run("submit", keys, *before, not_after, *after)
             self._clock_ahead_s = float(now) - time.monotonic()
-        if stored in (QUEUE_FULL, TENANT_FULL, WORK_FULL):
-            raise _overloaded(ticket, stored, float(rest[0]))
-        if rest:
-            return bool(stored), Claim(request_id, int(rest[0]), record_of(rest[1]), queue, 0)
-        if stored:
-            self._on_queue()
-        return bool(stored), None
+        return stored, rest
 
     async def claim(
         self, queues: Sequence[str], lease_s: float, offers: Mapping[str, Offer] | None = None
@@ -151,6 +156,7 @@ class State:
     def _expire(self, expired: Sequence[bytes]) -> None:
         for request_id in expired:
             self._followers.wake(request_id.decode())
+            self._changed(request_id.decode(), "expired")
             self._on_expired(request_id.decode())
 
     async def beat(
@@ -175,6 +181,7 @@ class State:
         if committed in ("queued", "running"):
             # It waits, or it has left a slot for another one.
             self._on_queue()
+        self._changed(claim.request_id, committed)
         return committed
 
     async def requeue(self, request_id: str, fence: int | None, max_attempts: int, counts: bool, error: bytes) -> str:
@@ -186,18 +193,34 @@ class State:
         self._followers.wake(request_id)
         if state == "queued":
             self._on_queue()
+        self._changed(request_id, state)
         return state
 
-    async def abort(self, request_id: str) -> str | None:
-        """The state after the abort; None for an unknown request."""
-        return await self._abort(request_id, never=False)
+    async def give_back(self, request_id: str, mark: str, max_attempts: int) -> None:
+        """Back to the queue with what a submit with that Start's mark has claimed, if it has; it is no attempt."""
+
+        async def ask() -> list[bytes | None]:
+            names = ["try", "fence"]
+            return await cast(Awaitable[list[bytes | None]], self._scripts.redis.hmget(request_key(request_id), names))
+
+        found, fence = await self._scripts.call(ask)
+        # Only a claim leaves its mark, and it goes with the claim.
+        if found == mark.encode():
+            await self.requeue(request_id, int(fence), max_attempts, False, b"")
+
+    async def abort(self, request_id: str, tenant: str = "") -> str | None:
+        """The state after the abort; None for an unknown request, or one that is not this tenant's ("" for any)."""
+        state = await self._abort(request_id, tenant, never=False)
+        if state is not None:
+            self._changed(request_id, state)
+        return state
 
     async def withdraw(self, request_id: str) -> None:
         """Aborts what a submit without an answer may have stored, or may still store."""
-        await self._abort(request_id, never=True)
+        await self._abort(request_id, "", never=True)
 
-    async def _abort(self, request_id: str, *, never: bool) -> str | None:
-        arguments = (request_id, self._owner, int(never))
+    async def _abort(self, request_id: str, tenant: str, *, never: bool) -> str | None:
+        arguments = (request_id, self._owner, int(never), tenant)
         result = await self._scripts.run("abort", [request_key(request_id)], *arguments, ahead=True)
         if not result:
             return None
@@ -334,6 +357,12 @@ class State:
         """Closes the connections."""
         await self._scripts.close()
         await self._listener.close()
+
+    def _accepted(self, request_id: str, ticket: Ticket, fields: Fields) -> None:
+        """A request has been stored: for who keeps a log."""
+
+    def _changed(self, request_id: str, state: str) -> None:
+        """A request of ours, or one that was to be aborted, is in this state now: for who keeps a log."""
 
     async def _change(
         self,

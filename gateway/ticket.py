@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import secrets
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from gateway.cost import branches
 from services.request import Limits, ResolvedParams
@@ -72,6 +73,20 @@ class Offer:
     def feeds_one(self, feed: str) -> bool:
         """Whether a request with that feed key can be served now."""
         return self.feeds is None or feed in self.feeds
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """That a submit claims its request at once, if nobody waits before it and the offered replica has a slot.
+
+    Args:
+        lease_s: of the claim.
+        mark: names the submit in its claim, should the answer be lost.
+    """
+
+    lease_s: float
+    offer: Offer = field(default_factory=Offer)
+    mark: str = field(default_factory=lambda: secrets.token_hex(8))
 
 
 def batch_key(params: ResolvedParams, limits: Limits) -> str:

@@ -102,10 +102,9 @@ def stop_event() -> asyncio.Event:
     return event
 
 
-def create_server(interceptors: Sequence[grpc.aio.ServerInterceptor] | None = None) -> grpc.aio.Server:
-    """A server with our options; `ErrorInterceptor` is there unless other interceptors are given."""
-    chosen = [ErrorInterceptor()] if interceptors is None else list(interceptors)
-    return grpc.aio.server(options=SERVER_OPTIONS, interceptors=chosen)
+def create_server(interceptors: Sequence[grpc.aio.ServerInterceptor] = ()) -> grpc.aio.Server:
+    """A server with our options; `ErrorInterceptor` is around the other interceptors."""
+    return grpc.aio.server(options=SERVER_OPTIONS, interceptors=[ErrorInterceptor(), *interceptors])
 
 
 def bind(server: grpc.aio.Server, host: str, port: int, certificates: ServerCertificates | None = None) -> int:

@@ -1,5 +1,5 @@
--- KEYS: request. ARGV: id, sender, never (1 or 0). Cancels a queued request at once, marks a running one, leaves an
--- ended one. Returns the state afterwards, or nothing for an unknown id.
+-- KEYS: request. ARGV: id, sender, never (1 or 0), tenant ('' for any). Cancels a queued request at once, marks a running
+-- one, leaves an ended one. Returns the state afterwards, or nothing for an unknown id and for another tenant's request.
 local state = redis.call('HGET', KEYS[1], 'state')
 if not state then
   -- A submit of that id may still come, out of the buffer of a connection that was given up: it will find the id taken.
@@ -9,6 +9,7 @@ if not state then
   end
   return false
 end
+if ARGV[4] ~= '' and redis.call('HGET', KEYS[1], 'tenant') ~= ARGV[4] then return false end
 if state == 'queued' then
   local request = redis.call('HMGET', KEYS[1], 'queue', 'class', 'tenant')
   leave(ARGV[1], request[1], request[2] .. ':' .. request[3], 0)

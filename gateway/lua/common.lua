@@ -43,10 +43,19 @@ local function free(id)
   if slots and slots ~= '' then redis.call('ZREM', slots, id) end
 end
 
+-- A fence above all before it. It is the time in microseconds, not a count: a failover may lose the newest fences, and the
+-- new primary must not give them to others.
+local function next_fence()
+  local newest, time = redis.call('GET', '{ll}:fence') or 0, now():gsub('%.', '')
+  local fence = string.format('%.0f', math.max(newest + 1, time + 0))
+  redis.call('SET', '{ll}:fence', fence)
+  return fence
+end
+
 -- Gives a request to an owner, with a lease, a new fence, and a slot of its replica; returns the fence.
 local function take(id, owner, lease_s, slots)
   local key, time = '{ll}:req:' .. id, now()
-  local fence = redis.call('INCR', '{ll}:fence')
+  local fence = next_fence()
   -- A queued request was last updated when it came into its queue.
   redis.call('HINCRBYFLOAT', key, 'queued_s', tonumber(time) - tonumber(redis.call('HGET', key, 'updated')))
   redis.call('HSET', key, 'state', 'running', 'fence', fence, 'owner', owner, 'updated', time, 'slots', slots)

@@ -13,6 +13,8 @@ local state = redis.call('HGET', KEYS[1], 'state')
 redis.call('ZREM', KEYS[2], ARGV[1])
 if state ~= 'running' and state ~= 'cancelling' then return 'lost' end
 free(ARGV[1])
+-- From now on, it is nobody's who submitted it.
+redis.call('HDEL', KEYS[1], 'try')
 local target = 'queued'
 local attempts, most = redis.call('HINCRBY', KEYS[1], 'attempt', ARGV[5] == '0' and -1 or 0), tonumber(ARGV[4])
 if state == 'cancelling' then target = 'cancelled'
@@ -23,7 +25,7 @@ elseif attempts >= math.max(most - 1, 1) then
   redis.call('HSET', KEYS[1], 'alone', 1)
 end
 -- A new fence shuts out the owner that had it, whatever that one still does.
-redis.call('HSET', KEYS[1], 'state', target, 'updated', now(), 'fence', redis.call('INCR', KEYS[3]), 'step',
+redis.call('HSET', KEYS[1], 'state', target, 'updated', now(), 'fence', next_fence(), 'step',
   redis.call('HGET', KEYS[1], 'checkpoint_step') or 0)
 if target == 'queued' then enqueue(ARGV[1], ARGV[3], redis.call('HGET', KEYS[1], 'queue')) else forget(ARGV[1]) end
 tell(ARGV[1], ARGV[3], 'status', 's', target)

@@ -1,17 +1,23 @@
-"""REST callers that never finish their bodies, or never go: a gateway bounds their time, bytes and number."""
+"""Callers that send much or slowly, or never go: a gateway bounds their time, bytes and number."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
+import signal
 import socket
 import time
 from collections.abc import Iterator
 
+import grpc
 import pytest
 
+from protos import gateway_pb2, gateway_pb2_grpc
+from services.client import error_from_rpc
+from services.errors import Overloaded
 from tests.cluster.gateway_process import GatewayProcess, gateway
-from tests.cluster.redis_process import redis_process
+from tests.cluster.redis_process import RedisProcess, redis_process
 
 MIB = 1024 * 1024
 # The gateway lets bodies hold a quarter of it.
@@ -19,14 +25,16 @@ SETTINGS = {"body_timeout_s": 1.5, "max_held_bytes": 8 * MIB, "max_connections":
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory) -> Iterator[GatewayProcess]:
+def redis(tmp_path_factory) -> Iterator[RedisProcess]:
+    with redis_process(tmp_path_factory.mktemp("redis"), "maxmemory-policy noeviction") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, redis) -> Iterator[GatewayProcess]:
     """A gateway without stages: what is tested comes before them."""
-    folder = tmp_path_factory.mktemp("slow")
-    nobody = dict.fromkeys(("text_encoder", "dit", "vae"), "127.0.0.1:1")
-    with (
-        redis_process(folder / "redis", "maxmemory-policy noeviction") as server,
-        gateway(folder, f"redis://127.0.0.1:{server.port}/0", nobody, 503, settings={"gateway": SETTINGS}) as running,
-    ):
+    url, nobody = f"redis://127.0.0.1:{redis.port}/0", dict.fromkeys(("text_encoder", "dit", "vae"), "127.0.0.1:1")
+    with gateway(tmp_path_factory.mktemp("slow"), url, nobody, 503, settings={"gateway": SETTINGS}) as running:
         yield running
 
 
@@ -61,6 +69,41 @@ def test_bodies_that_arrive_at_once_are_bounded_in_bytes(alone) -> None:
         refused = alone.rest.post("/v1/requests", json={"prompt": "a" * MIB})
         assert (refused.status_code, refused.json()["error"]["code"]) == (429, "overloaded"), refused.text
         assert refused.headers["retry-after"] == "1"
+
+
+async def test_grpc_messages_are_bounded_in_bytes(alone, redis) -> None:
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{alone.grpc_port}") as channel:
+        stub = gateway_pb2_grpc.GatewayStub(channel)
+        large = gateway_pb2.AbortRequest(request_id="a" * MIB)
+        # What Redis does not answer is held until the gateway's patience ends.
+        redis.process.send_signal(signal.SIGSTOP)
+        try:
+            held = [stub.Abort(large), stub.Watch(gateway_pb2.WatchRequest(request_id="a" * (MIB - 100)))]
+            # Not before both have been counted: gRPC promises no order of calls.
+            await asyncio.sleep(0.3)
+            started_s = time.monotonic()
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await stub.Abort(large)
+            assert time.monotonic() - started_s < 1.0
+        finally:
+            redis.process.send_signal(signal.SIGCONT)
+        error = error_from_rpc(refused.value)
+        assert isinstance(error, Overloaded) and error.retry_after_s == 1.0
+        assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        for call in held:
+            with pytest.raises(grpc.aio.AioRpcError) as unknown:
+                await (call if call is held[0] else call.read())
+            assert unknown.value.code() is grpc.StatusCode.NOT_FOUND
+        with pytest.raises(grpc.aio.AioRpcError) as unknown:
+            await stub.Abort(large)
+        assert unknown.value.code() is grpc.StatusCode.NOT_FOUND
+
+
+async def test_a_grpc_message_of_another_type_is_the_callers_fault(alone) -> None:
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{alone.grpc_port}") as channel:
+        with pytest.raises(grpc.aio.AioRpcError, match="cannot be parsed") as refused:
+            await channel.unary_unary("/lightloom.v1.Gateway/Get")(b"\x0a\x05ab")
+        assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
 def test_connections_are_bounded(alone) -> None:

@@ -110,6 +110,8 @@ class Loopback:
                 "gateway.http_port": ports[8080],
                 "gateway.grpc_port": ports[50050],
             }
+            if 50052 in ports:
+                settings["gateway.health_port"] = ports[50052]
             for stage in (module.removesuffix("_svc") for module in STAGES):
                 settings[f"stages.{stage}"] = f"file:{self._folder / 'pix-lightloom'}-{stage.replace('_', '-')}"
         elif 50051 in ports:

@@ -138,6 +138,7 @@ def test_the_schema_of_values_has_the_keys_of_the_services() -> None:
         ("tls.stageSecret", "lightloom-stage-tls", "go together"),
         ("tls.frontSecret", "lightloom-front-tls", "serviceMonitor.gatewayTlsConfig"),
         ("tls.certificate", "x", "certificate"),
+        ("tls.clientCertificates", True, "ca.crt of tls.frontSecret"),
         ("redis.clientCertificate", True, "redis.tlsSecret, which is empty"),
         ("redis.internal.tlsSecret", "lightloom-redis-tls", "needs redis.tlsSecret"),
         ("redis.internal.maxmemory", "lots", "maxmemory"),

@@ -52,13 +52,11 @@ def test_pods_start_and_stop_in_their_own_time(objects: list[Object], tmp_path: 
         config = started_with(objects, pod, tmp_path)
         section = config.gateway if module == "gateway" else config.service
         port = section.grpc_port if module == "gateway" else section.port
-        health_port = getattr(section, "health_port", 0)
+        health_port = section.health_port
         service = f"lightloom.v1.{STAGES.get(module, 'Gateway')}"
         ready, live = ({"grpc": {"port": health_port or port, "service": which}} for which in (service, LIVE))
         # The kubelet speaks no TLS to gRPC.
-        assert bool(health_port) == (module != "gateway" and config.tls.on), name
-        if module == "gateway" and config.tls.on:
-            ready = live = {"httpGet": {"path": "/", "port": "http", "scheme": "HTTPS"}}
+        assert bool(health_port) == config.tls.on, name
         startup = main["startupProbe"]
         assert asked(startup) == asked(main["readinessProbe"]) == ready, name
         assert asked(main["livenessProbe"]) == live, name

@@ -19,6 +19,7 @@ from gateway.keys import ApiKey, create_key
 from lightloom.client import Client
 from protos import dit_pb2_grpc, types_pb2
 from services.config import TlsSection
+from services.errors import ServiceError
 from tests.cluster.certificates import new_authority
 from tests.cluster.running import wait_for
 from tests.cluster.s3_process import ENVIRONMENT, S3Process, s3_server
@@ -46,10 +47,15 @@ class Release:
     bucket: S3Process
 
     def rest(self, **options: object) -> httpx.Client:
-        """A client that trusts the release's authority."""
-        context = ssl.create_default_context(cafile=str(self.secrets / "lightloom-front-tls/ca.crt"))
+        """A client that trusts the release's authority and has a certificate of it."""
+        context = self.trusting()
+        context.load_cert_chain(self.secrets / "client/tls.crt", self.secrets / "client/tls.key")
         url = f"https://{self.gateway.address}:{self.gateway.port('http')}"
         return httpx.Client(base_url=url, verify=context, timeout=60, **options)
+
+    def trusting(self) -> ssl.SSLContext:
+        """For a client without a certificate."""
+        return ssl.create_default_context(cafile=str(self.secrets / "lightloom-front-tls/ca.crt"))
 
 
 def certificates(authority: trustme.CA, folder: Path, *names: str) -> None:
@@ -96,6 +102,7 @@ def started(kubelet: Kubelet, authority: trustme.CA, secrets: Path, bucket: S3Pr
     certificates(authority, secrets / "lightloom-gateway-tls", "gateway.lightloom")
     certificates(authority, secrets / "lightloom-stage-tls", "stage.lightloom")
     certificates(authority, secrets / "lightloom-s3-ca", "unused")
+    certificates(authority, secrets / "client", "client.example.com")
     redis_user(secrets / "lightloom-redis")
     for name in ("keys", "s3"):
         (secrets / f"lightloom-{name}").mkdir()
@@ -138,12 +145,19 @@ def makes_pictures(release: Release) -> None:
         answer = rest.post("/v1/images/generations", json=body)
         assert answer.status_code == 200, answer.text
         picture = base64.b64decode(answer.json()["data"][0]["b64_json"])
-    tls = TlsSection(ca=str(release.secrets / "lightloom-front-tls/ca.crt"))
-    address = f"{release.gateway.address}:{release.gateway.port('grpc')}"
-    with Client(address, api_key=release.api_key, tls=tls) as client:
+    shown = {"cert": str(release.secrets / "client/tls.crt"), "key": str(release.secrets / "client/tls.key")}
+    with Client(grpc_address(release), api_key=release.api_key, tls=TlsSection(ca=trusted(release), **shown)) as client:
         other = client.generate("a blue star", seed=2).data
     kept = [name for name in release.bucket.names() if name.startswith("artifacts/") and not name.endswith(".json")]
     assert sorted(map(release.bucket.get, kept)) == sorted([picture, other])
+
+
+def grpc_address(release: Release) -> str:
+    return f"{release.gateway.address}:{release.gateway.port('grpc')}"
+
+
+def trusted(release: Release) -> str:
+    return str(release.secrets / "lightloom-front-tls/ca.crt")
 
 
 def refuses_strangers(release: Release) -> None:
@@ -152,6 +166,10 @@ def refuses_strangers(release: Release) -> None:
         assert rest.get("/v1/models").status_code == 401
     with pytest.raises(httpx.TransportError):
         httpx.get(f"http://{release.gateway.address}:{release.gateway.port('http')}/health")
+    with pytest.raises(httpx.TransportError):
+        httpx.get(f"https://{release.gateway.address}:{release.gateway.port('http')}/health", verify=release.trusting())
+    with pytest.raises(ServiceError), Client(grpc_address(release), tls=TlsSection(ca=trusted(release))) as client:
+        client.list()
     authority = trustme.CA()
     certificates(authority, release.secrets / "stranger", "gateway.lightloom")
     ours, strangers = release.secrets / "lightloom-gateway-tls", release.secrets / "stranger"

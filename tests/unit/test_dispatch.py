@@ -16,6 +16,7 @@ from gateway.replicas import Replica, Replicas
 from gateway.state import State
 from gateway.ticket import Ticket, feed_key
 from protos import types_pb2
+from services.errors import StateStoreDown
 
 DIT = queue_key("dit", "d")
 FIELDS = {"params": b"", "traceparent": ""}
@@ -115,6 +116,31 @@ async def test_requests_with_pictures_wait_for_both_encoders(url, busy) -> None:
     assert {claim.request_id for claim in gateway.runs.claims} == {"edit", "plain"}
     await gateway.dispatcher.stop()
     await gateway.state.close()
+
+
+@pytest.mark.parametrize("withdrawn", [False, True])
+async def test_a_claim_whose_answer_never_came_gives_its_slot_back_at_once(gateway, monkeypatch, withdrawn) -> None:
+    script, slots = gateway.state._scripts.by_name["submit"], "{ll}:slots:dit-d:1"
+
+    async def unanswered(**arguments):
+        await script(**arguments)
+        await asyncio.sleep(60)
+
+    monkeypatch.setitem(gateway.state._scripts.by_name, "submit", unanswered)
+    with pytest.raises(StateStoreDown):
+        await gateway.dispatcher.submit("r", DIT, Ticket(), FIELDS)
+    assert await gateway.state._scripts.redis.zcard(slots) == 1
+    if withdrawn:
+        await gateway.state.withdraw("r")
+    # Leases last ten seconds.
+    async with asyncio.timeout(2):
+        while await gateway.state._scripts.redis.zcard(slots):
+            await asyncio.sleep(0.01)
+    record = await gateway.state.get("r")
+    assert (record["state"], record["attempt"]) == (b"cancelled" if withdrawn else b"queued", b"0")
+    await gateway.dispatcher._claim_all()
+    assert [claim.request_id for claim in gateway.runs.claims] == ([] if withdrawn else ["r"])
+    await gateway.dispatcher.stop()
 
 
 async def test_a_submit_that_is_cancelled_leaves_no_claim_without_an_owner(gateway) -> None:

@@ -13,7 +13,7 @@ from gateway.followers import READ_EVENTS, StoredEvent
 from gateway.records import Claim, queue_key
 from gateway.scripts import AT_ONCE
 from gateway.state import TOO_LATE, State
-from gateway.ticket import Offer, Ticket
+from gateway.ticket import Offer, Start, Ticket
 from services.errors import Overloaded, StateStoreDown, UnknownRequest
 
 DIT, VAE = queue_key("dit", "d"), queue_key("vae", "v")
@@ -135,11 +135,11 @@ async def test_queues_are_asked_in_order_and_hold_priorities(two) -> None:
 
 async def test_a_submit_claims_when_nobody_waits_before(two) -> None:
     own, other = two
-    stored, claim = await own.state.submit("first", DIT, Ticket(), FIELDS, lease_s=LEASE_S)
+    stored, claim = await own.state.submit("first", DIT, Ticket(), FIELDS, start=Start(LEASE_S))
     assert stored and claim is not None and (claim.request_id, claim.record["state"]) == ("first", b"running")
-    assert await own.state.submit("first", DIT, Ticket(), FIELDS, lease_s=LEASE_S) == (False, None)
+    assert await own.state.submit("first", DIT, Ticket(), FIELDS, start=Start(LEASE_S)) == (False, None)
     await own.submit("second")
-    assert await own.state.submit("third", DIT, Ticket(), FIELDS, lease_s=LEASE_S) == (True, None)
+    assert await own.state.submit("third", DIT, Ticket(), FIELDS, start=Start(LEASE_S)) == (True, None)
     assert [(await other.claim()).request_id for _ in range(2)] == ["second", "third"]
     follower = asyncio.create_task(follow(other, "first"))
     assert await own.state.commit(claim, "done", "", "", {}) == "done"
@@ -158,7 +158,7 @@ async def test_a_submit_whose_answer_was_lost_brings_its_claim_when_tried_again(
         return answer
 
     monkeypatch.setitem(own.state._scripts.by_name, "submit", losing)
-    stored, claim = await own.state.submit("r", DIT, Ticket(), FIELDS, lease_s=LEASE_S)
+    stored, claim = await own.state.submit("r", DIT, Ticket(), FIELDS, start=Start(LEASE_S))
     assert (stored, len(tries)) == (False, 2)
     assert claim is not None and await own.state.commit(claim, "done", "", "", {}) == "done"
 
@@ -240,6 +240,24 @@ async def test_an_abort_reaches_the_owner_and_wins_over_a_result(two) -> None:
     assert await own.state.abort("waits") == "cancelled"
     assert await own.state.claim((DIT,), LEASE_S) is None
     assert await own.state.abort("nobody") is None
+
+
+async def test_an_abort_meets_only_the_tenants_own_requests(two) -> None:
+    own, _ = two
+    await own.submit("r", tenant="anna")
+    assert await own.state.abort("r", "bert") is None
+    assert kinds(await own.state._read_events("r", "0")) == ["queued"]
+    assert await own.state.abort("r", "anna") == "cancelled"
+
+
+async def test_an_abort_overtakes_a_crowd(two) -> None:
+    own, _ = two
+    await own.submit("r")
+    crowd = [asyncio.create_task(own.state.get("r")) for _ in range(1000)]
+    await asyncio.sleep(0)
+    assert await own.state.abort("r") == "cancelled"
+    assert sum(task.done() for task in crowd) < len(crowd) / 2
+    await asyncio.gather(*crowd)
 
 
 async def test_a_queue_is_bounded_by_work_and_bytes(two) -> None:

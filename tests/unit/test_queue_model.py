@@ -28,7 +28,7 @@ from gateway.config import RedisSection
 from gateway.records import LEASES, Claim, queue_key
 from gateway.scripts import NAMES, source
 from gateway.state import State
-from gateway.ticket import Offer, Ticket
+from gateway.ticket import Offer, Start, Ticket
 from services.errors import Overloaded
 
 DIT, VAE = queue_key("dit", "d"), queue_key("vae", "v")
@@ -114,10 +114,13 @@ class Model:
         if not self.line(r.queue, r.flow):
             queue.idle[r.flow] = queue.waiting.pop(r.flow)
 
+    def next_fence(self) -> int:
+        self.fence = max(self.fence + 1, self.now * 1_000_000)
+        return self.fence
+
     def take(self, i: str) -> None:
         r = self.requests[i]
-        self.fence += 1
-        r.state, r.fence, r.attempt, r.lease = "running", self.fence, r.attempt + 1, self.now + LEASE_S
+        r.state, r.fence, r.attempt, r.lease = "running", self.next_fence(), r.attempt + 1, self.now + LEASE_S
         r.has_slot = True
 
     def full(self, cost: float = 0.0) -> bool:
@@ -200,8 +203,7 @@ class Model:
             return "lost"
         if fence not in (None, r.fence) or r.state not in ("running", "cancelling"):
             return "lost"
-        self.fence += 1
-        r.fence, r.lease, r.attempt, r.has_slot = self.fence, None, r.attempt - (not counts), False
+        r.fence, r.lease, r.attempt, r.has_slot = self.next_fence(), None, r.attempt - (not counts), False
         if r.state == "cancelling":
             r.state = "cancelled"
         elif r.attempt >= MAX_ATTEMPTS and r.alone:
@@ -315,9 +317,9 @@ class Machine(RuleBasedStateMachine):
         model, i = self.model, f"r{len(self.model.requests):03d}"
         waiting = model.line(DIT)
         own = [w for w in waiting if model.requests[w].ticket.tenant == ticket.tenant]
-        lease_s, at_once = LEASE_S if at_once else None, at_once and not waiting and not model.full(ticket.cost)
-        offer = Offer("replica", SLOTS, ROOM)
-        call = self.state.submit(i, DIT, ticket, {"params": b"p"}, lease_s=lease_s, offer=offer)
+        start = Start(LEASE_S, Offer("replica", SLOTS, ROOM)) if at_once else None
+        at_once = at_once and not waiting and not model.full(ticket.cost)
+        call = self.state.submit(i, DIT, ticket, {"params": b"p"}, start=start)
         work = sum(model.requests[w].ticket.cost for w in waiting) + ticket.cost
         nbytes = sum(model.requests[w].ticket.nbytes for w in waiting) + ticket.nbytes
         too_much = bool(waiting) and (work > MAX_QUEUED_COST or nbytes > MAX_QUEUED_BYTES)
@@ -337,7 +339,7 @@ class Machine(RuleBasedStateMachine):
     @KNOWN
     @rule(n=one(NEWEST))
     def submit_again(self, n: int) -> None:
-        again = self.state.submit(self.request(n), DIT, Ticket(), {}, lease_s=LEASE_S)
+        again = self.state.submit(self.request(n), DIT, Ticket(), {}, start=Start(LEASE_S))
         assert self.run(again) == (False, None)
 
     def request(self, n: int) -> str:

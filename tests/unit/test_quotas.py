@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import cast
 
 import pytest
 
-from gateway.config import RedisSection
+from gateway.config import GatewaySection, RedisSection, StagesSection
+from gateway.dispatch import Dispatcher
 from gateway.keys import ApiKey
+from gateway.links import Links
+from gateway.objects import Folder
 from gateway.quotas import Quotas
+from gateway.replicas import Replicas
+from gateway.requests import RequestService
 from gateway.state import State
-from services.errors import QuotaExceeded
+from gateway.store import Store
+from services.errors import NotReady, QuotaExceeded
+from services.request import GenerationParams, Limits
 from tests.cluster.redis_process import RedisProcess, redis_process
 
 
@@ -44,6 +53,28 @@ async def test_a_quota_refills_evenly(quotas: Quotas) -> None:
     assert 0 < error.value.retry_after_s <= 0.06
     await asyncio.sleep(error.value.retry_after_s)
     await quotas.take(fast, 1)
+
+
+class Leaving(Replicas):
+    """A denoiser that is there when its limits are asked for, and away right after."""
+
+    def limits(self, model: str) -> Limits:
+        return Limits()
+
+    def component(self, stage: str, model: str) -> str:
+        raise NotReady(f"no {stage} of {model} is here")
+
+
+async def test_a_request_that_finds_no_replica_costs_nothing(quotas: Quotas, tmp_path: Path) -> None:
+    replicas, links = Leaving(StagesSection(), lambda: None), Links(quotas.state.shared_key, "", 60.0)
+    parts = cast(Dispatcher, None), replicas, Store(Folder(tmp_path)), links
+    service = RequestService(quotas.state, *parts, GatewaySection(), {})
+    one = key(requests_per_minute=1)
+    with pytest.raises(NotReady):
+        await service.submit(GenerationParams(prompt="p", model="m"), one)
+    await quotas.take(one, 1)
+    with pytest.raises(QuotaExceeded):
+        await quotas.take(one, 1)
 
 
 async def test_both_quotas_are_taken_or_none(quotas: Quotas) -> None:

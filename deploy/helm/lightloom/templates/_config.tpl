@@ -31,9 +31,17 @@
 {{- else }}
 {{- fail "gateway.keysSecret: name a Secret with the key `keys.jsonl` (made by `lightloom key create`), or set gateway.allowAnonymous: true if all who reach the Service may use it" }}
 {{- end }}
-{{- $own := dict "access" $access "gateway" (dict "host" "0.0.0.0" "http_port" 8080 "grpc_port" 50050) "redis" (include "lightloom.gatewayRedis" .Values.redis | fromYaml) "store" (include "lightloom.gatewayStore" .Values.artifacts.s3 | fromYaml) "stages" $stages }}
+{{- $listen := dict "host" "0.0.0.0" "http_port" 8080 "grpc_port" 50050 }}
 {{- if .Values.tls.frontSecret }}
-{{- $_ := set $own "tls" (dict "cert" "/etc/lightloom-tls/tls.crt" "key" "/etc/lightloom-tls/tls.key") }}
+{{- /* The kubelet's gRPC probes know no TLS. */}}
+{{- $_ := set $listen "health_port" 50052 }}
+{{- end }}
+{{- $own := dict "access" $access "gateway" $listen "redis" (include "lightloom.gatewayRedis" .Values.redis | fromYaml) "store" (include "lightloom.gatewayStore" .Values.artifacts.s3 | fromYaml) "stages" $stages }}
+{{- if .Values.tls.frontSecret }}
+{{- $tls := dict "cert" "/etc/lightloom-tls/tls.crt" "key" "/etc/lightloom-tls/tls.key" }}
+{{- $_ := set $own "tls" (.Values.tls.clientCertificates | ternary (set $tls "ca" "/etc/lightloom-tls/ca.crt") $tls) }}
+{{- else if .Values.tls.clientCertificates }}
+{{- fail "tls.clientCertificates: it is ca.crt of tls.frontSecret that must have signed them, and that is empty" }}
 {{- end }}
 {{- if include "lightloom.stagesHaveTls" . }}
 {{- $_ := set $own "stage_tls" (merge (dict "server_name" .Values.tls.stageName) (include "lightloom.certificates" "/etc/lightloom-stage-tls" | fromYaml)) }}

@@ -22,7 +22,7 @@ secrets:
   - {name: keys, secret: {{ . }}, keys: [keys.jsonl]}
 {{- end }}
 {{- with .Values.tls.frontSecret }}
-  - {name: tls, secret: {{ . }}, keys: {{ toJson $pair }}}
+  - {name: tls, secret: {{ . }}, keys: {{ $.Values.tls.clientCertificates | ternary (append $pair "ca.crt") $pair | toJson }}}
 {{- end }}
 {{- if include "lightloom.stagesHaveTls" . }}
   - {name: stage-tls, secret: {{ .Values.tls.gatewaySecret }}, keys: {{ append $pair "ca.crt" | toJson }}}

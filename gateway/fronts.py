@@ -1,0 +1,90 @@
+"""The gateway's servers: gRPC, REST, and health checks in plain text for probes that have no certificate."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+
+import uvicorn
+
+from gateway.access import Door
+from gateway.backlog import Backlog
+from gateway.config import GatewayConfig
+from gateway.grpc_messages import MessageCredits
+from gateway.http import create_app
+from gateway.servicer import GatewayServicer
+from protos import gateway_pb2, gateway_pb2_grpc
+from services.errors import StartupError
+from services.server import Health, bind, create_server
+from services.tls import ServerCertificates
+
+GRACE_S = 0.5
+
+
+class Fronts:
+    """All of them, bound; they answer from `start` on.
+
+    Raises:
+        StartupError: a port cannot be had.
+    """
+
+    def __init__(self, door: Door, backlog: Backlog, config: GatewayConfig) -> None:
+        section = config.gateway
+        certificates = ServerCertificates(config.tls) if config.tls.on else None
+        # As for REST bodies.
+        self._grpc = create_server([MessageCredits(section.max_held_bytes // 4)])
+        gateway_pb2_grpc.add_GatewayServicer_to_server(GatewayServicer(door), self._grpc)
+        self._health = Health(self._grpc, [gateway_pb2.DESCRIPTOR.services_by_name["Gateway"].full_name])
+        bind(self._grpc, section.host, section.grpc_port, certificates)
+        self._probes = create_server()
+        if section.health_port:
+            self._health.answer_on(self._probes)
+            bind(self._probes, section.host, section.health_port)
+        self._socket = _http_socket(section.host, section.http_port)
+        self._rest = uvicorn.Server(
+            uvicorn.Config(
+                create_app(door, backlog, section),
+                log_config=None,
+                access_log=False,
+                timeout_graceful_shutdown=2,
+                limit_concurrency=section.max_connections,
+                ssl_context_factory=None if certificates is None else lambda *_: certificates.ssl_context(),
+            )
+        )
+        self._rest.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
+
+    async def start(self) -> None:
+        """Answers gRPC and probes."""
+        await self._grpc.start()
+        await self._probes.start()
+        await self._health.set_serving(True)
+
+    async def serve_rest(self) -> None:
+        """Answers REST until `leave`."""
+        # uvicorn's own `serve` takes the signals over; they are ours.
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._rest._serve([self._socket])
+
+    async def leave(self) -> None:
+        """Says that it stops, and takes no REST calls any more."""
+        await self._health.set_serving(False)
+        self._rest.should_exit = True
+
+    async def stop(self) -> None:
+        """Ends the gRPC calls that are still there."""
+        await self._grpc.stop(GRACE_S)
+        await self._probes.stop(None)
+
+
+def _http_socket(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # asyncio sends at once (TCP_NODELAY) only where a socket names its protocol. Otherwise the second piece of an
+    # answer waits until the client has acknowledged the first, which it puts off for 40 ms.
+    opened = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        opened.bind((host, port))
+    except OSError as error:
+        raise StartupError(f"HTTP port {host}:{port} cannot be bound: {error.strerror}") from error
+    return opened
