@@ -65,6 +65,7 @@ class Forward:
         if self._region is not None:
             for module in model.modules.values():
                 self._region.apply(module)
+        self._gathers = bool(mesh and mesh.degrees.hsdp)
         if mesh and mesh.degrees.hsdp:
             device_mesh = mesh.hsdp()
             for name, module in model.modules.items():
@@ -100,6 +101,9 @@ class Forward:
 
     def _rows_together(self, state: DenoiseState) -> bool:
         if self._branches == "auto":
+            if self._gathers and not self._pipeline:
+                # Every forward gathers all weights once.
+                return True
             most = ROWS_IN_PIPELINE_UP_TO_TOKENS if self._pipeline else ROWS_UP_TO_TOKENS
             return self._part.token_count(self._model, state.params) <= most
         return self._branches == "rows"
