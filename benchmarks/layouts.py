@@ -47,6 +47,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "hsdp-ulysses": {"hsdp_shard_size": 2, "ulysses_degree": 2},
     "hsdp": {"hsdp_shard_size": 2},
 }
+# Those whose launches a graph can hold (`services/features/graphs.py`).
+GRAPHS = ("one", "cfg", "ulysses", "pipeline")
 WARMUP_STEPS = 3
 TEXT_TOKENS = 24
 
@@ -64,6 +66,7 @@ class Setting:
     frames: int
     steps: int
     compiled: bool
+    graphs: bool
     profiled: bool
 
 
@@ -100,6 +103,9 @@ def measure(setting: Setting, layout: str, rank: int) -> dict[str, Any]:
     options = OPTIONS[layout]
     section = ParallelSection(**options)
     mesh = Mesh(Degrees.of(section), rank, setting.device) if options else None
+    features: dict[str, dict[str, Any]] = {"attention": {}} | ({"compile": {}} if setting.compiled else {})
+    if setting.graphs and layout in GRAPHS:
+        features["graphs"] = {}
     config = StageConfig(
         service=ServiceSection(port=0),
         model=ModelSection(
@@ -107,7 +113,7 @@ def measure(setting: Setting, layout: str, rank: int) -> dict[str, Any]:
         ),
         parallel=section,
         engine=EngineSection(),
-        features={"attention": {}} | ({"compile": {}} if setting.compiled else {}),
+        features=features,
     )
     engine, _ = open_engine(config, mesh)
     figures: dict[str, Any] = {"step_s": seconds_a_step(config, engine, setting, requests=1, guidance=4.0)}
@@ -188,6 +194,7 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=1)
     parser.add_argument("--steps", type=int, default=10, help="measured steps of each run")
     parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--graphs", action="store_true", help=f"CUDA graphs, in {', '.join(GRAPHS)}")
     parser.add_argument("--profile", action="store_true", help="keep the kernels of a step that take longest")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -202,6 +209,7 @@ def main() -> None:
         frames=args.frames,
         steps=args.steps,
         compiled=not args.no_compile,
+        graphs=args.graphs,
         profiled=args.profile,
     )
     layouts = ["one", *args.layouts]

@@ -15,7 +15,14 @@ import triton.language as tl
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _copy(sources: Any, targets: Any, firsts: Any, counts: Any, stride: Any, BLOCK: tl.constexpr) -> None:
+def _copy(  # type: ignore[no-untyped-def]  # noqa: ANN202
+    sources,  # noqa: ANN001
+    targets,  # noqa: ANN001
+    firsts,  # noqa: ANN001
+    counts,  # noqa: ANN001
+    stride,  # noqa: ANN001
+    BLOCK: tl.constexpr,
+):
     token = tl.program_id(0)
     offsets = tl.arange(0, BLOCK)
     for kind in tl.static_range(3):

@@ -7,7 +7,7 @@ hooks hang on a module's call; here blocks are run by the block list, so when to
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -23,16 +23,30 @@ from services.parallel.experts import SpreadExperts
 from services.parallel.peer_memory import PeerMemory
 
 
-def shard_model(module: nn.Module, blocks: Sequence[Block], mesh: DeviceMesh) -> list[Block]:
-    """The same blocks with sharded weights: at most two blocks' weights are whole at a time.
+class ShardedBlocks:
+    """Blocks with sharded weights: at most two blocks' weights are whole at a time.
 
     What lies outside the blocks is sharded too, a part at a time, and gathered by FSDP2's own hooks when it is called.
     """
-    for part in outside(module, blocks):
-        _shard(part, mesh, reshard_after_forward=True)
-    for block in blocks:
-        _shard(block.module, mesh, ignored_params=_spread(block.module))
-    return [replace(block, run=_gathered(blocks, index)) for index, block in enumerate(blocks)]
+
+    def __init__(self, module: nn.Module, blocks: Sequence[Block], mesh: DeviceMesh) -> None:
+        for part in outside(module, blocks):
+            _shard(part, mesh, reshard_after_forward=True)
+        for block in blocks:
+            _shard(block.module, mesh, ignored_params=_spread(block.module))
+        self._blocks = blocks
+
+    def whole(self) -> Iterator[Block]:
+        """The blocks one after the other, each with whole weights until the next one is asked for."""
+        for index, block in enumerate(self._blocks):
+            module: Any = block.module
+            # Waits for a gathering under way, or starts one for the first block.
+            module.unshard()
+            if index + 1 < len(self._blocks):
+                following: Any = self._blocks[index + 1].module
+                following.unshard(async_op=True)
+            yield block
+            module.reshard()
 
 
 def outside(module: nn.Module, blocks: Sequence[Block]) -> Iterator[nn.Module]:
@@ -100,23 +114,6 @@ class Gather:
 def _spread(block: nn.Module) -> set[nn.Parameter]:
     """Experts differ from rank to rank, and are spread over the same ranks already."""
     return {weight for module in block.modules() if isinstance(module, SpreadExperts) for weight in module.parameters()}
-
-
-def _gathered(blocks: Sequence[Block], index: int) -> Any:
-    block: Any = blocks[index].module
-    following: Any = blocks[index + 1].module if index + 1 < len(blocks) else None
-    run = blocks[index].run
-
-    def gathered(streams: Any) -> Any:
-        # Waits for a gathering under way, or starts one for the first block.
-        block.unshard()
-        if following is not None:
-            following.unshard(async_op=True)
-        streams = run(streams)
-        block.reshard()
-        return streams
-
-    return gathered
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,6 +55,13 @@ class Mesh:
         """One of AXES."""
         return self._axes[axis]
 
+    @property
+    def active(self) -> frozenset[str]:
+        """The axes with several ranks, "hsdp", and "peers" where the ranks of a sequence write each other's memory."""
+        axes = {axis for axis in AXES if self.degrees.size(axis) > 1}
+        peers = self["ring"].size == 1 and self["ulysses"].name in peer_memory
+        return frozenset(axes | ({"hsdp"} if self.degrees.hsdp else set()) | ({"peers"} if peers else set()))
+
     def hsdp(self) -> DeviceMesh:
         """The mesh of HSDP: replicas of shards, over all ranks that hold the same blocks and heads."""
         mesh = self._hsdp()

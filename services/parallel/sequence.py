@@ -44,20 +44,24 @@ class Places:
 
 
 class SequenceParallel:
-    """Cuts streams before the blocks, joins them after, and is what an `Attend` does across ranks in between."""
+    """Cuts streams before the blocks, joins them after, and is what an `Attend` does across ranks in between.
+
+    Attributes:
+        places: of the streams that blocks run with; `cut` finds them.
+    """
 
     def __init__(self, plan: ModelPlan, mesh: Mesh) -> None:
         self._plan = plan
         self._whole: Axis = mesh.sequence
         self._ulysses: Axis = mesh["ulysses"]
         self._ring: Axis = mesh["ring"]
-        self._places = Places()
+        self.places = Places()
         # Ranks that write into each other's memory exchange heads inside one operator.
         self._at_once = self._ring.size == 1 and self._ulysses.name in peer_memory
 
     def cut(self, streams: Any) -> Any:
         """This rank's piece of every field that the plan says holds tokens."""
-        self._places = self._find_places(streams)
+        self.places = self._find_places(streams)
         pieces = {}
         for tokens in self._plan.sequence:
             if tokens.holds(value := getattr(streams, tokens.field)):
@@ -74,7 +78,7 @@ class SequenceParallel:
     ) -> tuple[torch.Tensor, ...]:
         """[B, L, H, D] of this rank's tokens; `filling` [B] is in front of the whole sequence in its own order."""
         if self._at_once:
-            axis, lengths = self._ulysses, self._places.lengths
+            axis, lengths = self._ulysses, self.places.lengths
             streams = [*queries, *keys, *values]
             return tuple(ulysses_attention(streams, lengths, filling, axis.name, axis.size, kernel.__name__))
         return taken_apart(self._attend(kernel, joined(queries), joined(keys), joined(values), filling), queries)
@@ -88,16 +92,16 @@ class SequenceParallel:
         query, key, value = _scatter_heads(query, key, value, self._ulysses)
         if self._ring.size > 1:
             mixed = self._across_ring(kernel, query, key, value)
-        elif self._places.tokens is None or self._places.back is None:
+        elif self.places.tokens is None or self.places.back is None:
             mixed = kernel(query, key, value, None)
         else:
-            tokens = self._places.tokens
+            tokens = self.places.tokens
             query, key, value = (tensor.index_select(1, tokens) for tensor in (query, key, value))
-            mixed = kernel(query, key, value, filling).index_select(1, self._places.back)
+            mixed = kernel(query, key, value, filling).index_select(1, self.places.back)
         return _gather_heads(mixed, self._ulysses)[:, :, :heads]
 
     def _across_ring(self, kernel: Kernel, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        ring, masks = self._ring, self._places.masks
+        ring, masks = self._ring, self.places.masks
         mixed: torch.Tensor = ring_attention(query, key, value, masks, ring.name, ring.size, kernel.__name__)
         return mixed
 

@@ -96,10 +96,14 @@ class TensorSequence:
         forward = self._forwards.setdefault(cls, _gathering(cls.forward))
         part.whole, part.forward = whole, MethodType(forward, part)
 
-    def cut(self, streams: Any) -> Any:
-        """This rank's piece of the fields that the region reads token by token."""
+    def fit(self, streams: Any) -> None:
+        """Makes ready for blocks with these streams, of which no piece has been cut yet."""
         for layout in self._layouts.values():
             layout.fit(streams)
+
+    def cut(self, streams: Any) -> Any:
+        """This rank's piece of the fields that the region reads token by token."""
+        self.fit(streams)
         pieces = {
             tokens.field: own_piece(getattr(streams, tokens.field), tokens.dim, self._axis)
             for tokens in self._region.fields
