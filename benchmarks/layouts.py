@@ -68,6 +68,7 @@ class Setting:
     compiled: bool
     graphs: bool
     profiled: bool
+    traces: str
 
 
 def run_rank(rank: int, world: int, rendezvous: str, setting: Setting, layouts: list[str], out: str) -> None:
@@ -115,13 +116,15 @@ def measure(setting: Setting, layout: str, rank: int) -> dict[str, Any]:
         engine=EngineSection(),
         features=features,
     )
-    engine, _ = open_engine(config, mesh)
+    engine, applied = open_engine(config, mesh)
     figures: dict[str, Any] = {"step_s": seconds_a_step(config, engine, setting, requests=1, guidance=4.0)}
     figures |= {f"sent_{kind}_bytes": float(count) for kind, count in sent_bytes.items()}
     if layout in ("one", "pipeline"):
         figures["two_requests_step_s"] = seconds_a_step(config, engine, setting, requests=2, guidance=1.0)
     if setting.profiled:
-        figures["kernels"] = kernels(config, engine, setting)
+        trace = f"{setting.traces}/{layout}-{rank}.json.gz" if setting.traces else ""
+        figures["kernels"] = kernels(config, engine, setting, trace)
+    figures |= applied.metrics()
     if setting.device == "cuda":
         figures["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         torch.cuda.reset_peak_memory_stats()
@@ -145,16 +148,18 @@ def seconds_a_step(
     return statistics.median(b - a for a, b in zip(moments[WARMUP_STEPS - 1 :], moments[WARMUP_STEPS:], strict=False))
 
 
-def kernels(config: StageConfig, engine: DitEngine, setting: Setting) -> list[tuple[str, float, int]]:
-    """(name, milliseconds, calls) of the kernels of two steps with guidance, the longest ten."""
+def kernels(config: StageConfig, engine: DitEngine, setting: Setting, trace: str) -> list[tuple[str, float, int]]:
+    """(name, milliseconds, calls) of the kernels of two steps with guidance, the longest first."""
     admit(config, engine, setting, requests=1, guidance=4.0, steps=3)
     engine.tick()
     activity = torch.profiler.ProfilerActivity.CUDA if setting.device == "cuda" else torch.profiler.ProfilerActivity.CPU
     with torch.profiler.profile(activities=[activity]) as profile:
         while engine.busy:
             engine.tick()
+    if trace:
+        profile.export_chrome_trace(trace)
     rows = [(row.key[:80], row.self_device_time_total / 1000, row.count) for row in profile.key_averages()]
-    return sorted(rows, key=lambda row: -row[1])[:10]
+    return sorted(rows, key=lambda row: -row[1])[:30]
 
 
 def admit(
@@ -195,7 +200,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10, help="measured steps of each run")
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--graphs", action="store_true", help=f"CUDA graphs, in {', '.join(GRAPHS)}")
-    parser.add_argument("--profile", action="store_true", help="keep the kernels of a step that take longest")
+    parser.add_argument("--profile", action="store_true", help="keep the kernels of two steps that take longest")
+    parser.add_argument("--traces", default="", help="with --profile: a folder for the timelines, for Perfetto")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     random = args.source.startswith("random:")
@@ -211,6 +217,7 @@ def main() -> None:
         compiled=not args.no_compile,
         graphs=args.graphs,
         profiled=args.profile,
+        traces=args.traces,
     )
     layouts = ["one", *args.layouts]
     with TemporaryDirectory() as folder:

@@ -28,7 +28,8 @@ SEEN = 1000
 class Config:
     """`kept` graphs at most, the least recently used goes; one is made when its shapes come for the `after` + 1st time.
 
-    Each holds its inputs and outputs; what lies between is shared.
+    Each holds its inputs and outputs; what lies between is shared. What is compiled, or allocated for good, at the
+    first time must not happen inside a graph: `after` is 1 or more.
     """
 
     kept: int = 8
@@ -50,7 +51,13 @@ def supports(plan: ModelPlan, device_type: str, active: frozenset[str]) -> str |
 
 
 def apply(model: DitModel, part: DitPart, config: Config) -> Applied:
-    """Wraps the block lists of all experts, each with graphs of its own."""
+    """Wraps the block lists of all experts, each with graphs of its own.
+
+    Raises:
+        ValueError: an option out of range.
+    """
+    if config.kept < 1 or config.after < 1:
+        raise ValueError(f"features.graphs: kept is {config.kept} and after {config.after}, both are 1 or more")
     made: list[Graphs] = []
 
     def wrap(run: BlockRun) -> BlockRun:
