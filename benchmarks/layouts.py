@@ -67,6 +67,7 @@ class Setting:
     steps: int
     compiled: bool
     graphs: bool
+    two_requests: bool
     profiled: bool
     traces: str
 
@@ -104,7 +105,9 @@ def measure(setting: Setting, layout: str, rank: int) -> dict[str, Any]:
     options = OPTIONS[layout]
     section = ParallelSection(**options)
     mesh = Mesh(Degrees.of(section), rank, setting.device) if options else None
-    features: dict[str, dict[str, Any]] = {"attention": {}} | ({"compile": {}} if setting.compiled else {})
+    features: dict[str, dict[str, Any]] = {"attention": {}}
+    if setting.compiled:
+        features["compile"] = {}
     if setting.graphs and layout in GRAPHS:
         features["graphs"] = {}
     config = StageConfig(
@@ -119,7 +122,7 @@ def measure(setting: Setting, layout: str, rank: int) -> dict[str, Any]:
     engine, applied = open_engine(config, mesh)
     figures: dict[str, Any] = {"step_s": seconds_a_step(config, engine, setting, requests=1, guidance=4.0)}
     figures |= {f"sent_{kind}_bytes": float(count) for kind, count in sent_bytes.items()}
-    if layout in ("one", "pipeline"):
+    if setting.two_requests and layout in ("one", "pipeline"):
         figures["two_requests_step_s"] = seconds_a_step(config, engine, setting, requests=2, guidance=1.0)
     if setting.profiled:
         trace = f"{setting.traces}/{layout}-{rank}.json.gz" if setting.traces else ""
@@ -216,6 +219,7 @@ def main() -> None:
         steps=args.steps,
         compiled=not args.no_compile,
         graphs=args.graphs,
+        two_requests="pipeline" in args.layouts,
         profiled=args.profile,
         traces=args.traces,
     )

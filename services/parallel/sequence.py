@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -23,6 +23,9 @@ from services.parallel.collectives import all_gather, all_to_all, peer_memory
 from services.parallel.mesh import Axis, Mesh
 from services.parallel.ring import ring_attention
 from services.parallel.ulysses import ulysses_attention
+
+# Texts have many lengths, and requests of several take turns.
+KEPT_ORDERS = 256
 
 
 @dataclass(slots=True)
@@ -107,15 +110,14 @@ class SequenceParallel:
 
     def _find_places(self, streams: Any) -> Places:
         """Joined pieces stand rank by rank, in each the fields of the joint sequence one after the other."""
-        lengths = [getattr(streams, field).shape[1] for field in self._plan.joint]
+        lengths = tuple(getattr(streams, field).shape[1] for field in self._plan.joint)
         filling = getattr(streams, "filling", None)
-        if filling is None and all(length % self._whole.size == 0 for length in lengths):
+        if self._at_once or (filling is None and all(length % self._whole.size == 0 for length in lengths)):
             return Places(lengths=torch.tensor(lengths))
-        order = joined_order(lengths, self._whole.size)
         if self._ring.size == 1:
-            tokens, back = real_tokens(order, sum(lengths))
-            device = streams.hidden.device
-            return Places(tokens.to(device), back.to(device), lengths=torch.tensor(lengths))
+            tokens, back = token_orders(lengths, self._whole.size, streams.hidden.device)
+            return Places(tokens, back, lengths=torch.tensor(lengths))
+        order = joined_order(lengths, self._whole.size)
         return Places(masks=_ring_masks(order, filling, streams.hidden, self._ring.size))
 
 
@@ -150,6 +152,13 @@ def real_tokens(order: torch.Tensor, total: int) -> tuple[torch.Tensor, torch.Te
     tokens = torch.empty(total, dtype=torch.int64)
     tokens[order[real]] = real
     return tokens, order.clamp(min=0)
+
+
+@lru_cache(maxsize=KEPT_ORDERS)
+def token_orders(lengths: tuple[int, ...], ranks: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """`real_tokens` of fields of these lengths, on the device."""
+    tokens, back = real_tokens(joined_order(lengths, ranks), sum(lengths))
+    return tokens.to(device), back.to(device)
 
 
 def _ring_masks(order: torch.Tensor, filling: torch.Tensor | None, hidden: torch.Tensor, ring: int) -> torch.Tensor:

@@ -24,7 +24,7 @@ from services.parallel.peer_memory import PeerMemory, Window
 
 # Sequences of so many tokens are attended to in so many portions at least: in fewer, nothing would go on beside the
 # first sending; shorter ones would leave multiprocessors idle in each.
-LONG_TOKENS, PORTIONS = 8192, 4
+LONG_TOKENS, PORTIONS = 8192, 5
 
 
 @torch.library.custom_op("lightloom::ulysses_attention", mutates_args=())
@@ -171,44 +171,53 @@ class Exchange:
         outputs = [torch.empty_like(query, memory_format=torch.contiguous_format) for query in streams[:count]]
         words = [stream.view(self._word) for stream in (*streams, *outputs)]
         *sent, taken = (fields_of(words[first : first + count], lengths) for first in range(0, 4 * count, count))
-        fields = list(zip(*sent, strict=True))
-        arrivals = [self._send(index, portion, fields) for index, portion in enumerate(self._layout.portions)]
-        given_back = None
-        for index, (portion, arrived) in enumerate(zip(self._layout.portions, arrivals, strict=True)):
-            self._peers.wait(arrived)
-            self._window.meet()
-            mixed = self._mix(index, portion, filling[portion.row] if filling else 0, kernel)
-            given_back = self._give_back(index, mixed)
-            self._take(portion.row, portion.heads[self._rank], mixed, taken, whole=True)
-        self._peers.wait(given_back)
+        packed = self._scatter(list(zip(*sent, strict=True)))
+        self._window.meet()
+        # Only now: what meets crosses the same link, and would wait behind all that copy engines have to carry.
+        arrivals = [self._send(index, pieces) for index, pieces in enumerate(packed)]
+        # All are kept to the end: their memory must not be used again while copies read it.
+        mixed: list[torch.Tensor] = []
+        for index, portion in enumerate(self._layout.portions):
+            if index:
+                self._peers.wait(arrivals[index])
+                self._window.meet()
+                self._give_back(index - 1, mixed[-1])
+            mixed.append(self._mix(index, portion, filling[portion.row] if filling else 0, kernel))
+            self._take(portion.row, portion.heads[self._rank], mixed[-1], taken, whole=True)
+        self._peers.wait(self._give_back(len(packed) - 1, mixed[-1]))
         self._window.meet()
         self._collect(taken)
         return outputs
 
-    def _send(self, index: int, portion: Portion, fields: Sequence[tuple[torch.Tensor, ...]]) -> torch.Event | None:
-        """A portion to all ranks; returns when it will be there, None where the present stream brings it."""
-        slots = self._layout.slots[self._rank]
-        targets = [self._attended(rank, index, heads) for rank, heads in enumerate(portion.heads)]
-        length = self._layout.length
-        packed = {rank: targets[rank].new_empty(length, *targets[rank].shape[1:]) for rank in self._others if index}
-        for rank in self._others:
-            count_sent("all_to_all", targets[rank][:1], sum(slot.real for slot in slots))
-        for slot, field in zip(slots, fields, strict=True):
-            places = [
-                packed[rank][slot.piece : slot.piece + slot.real]
-                if rank in packed
-                else target[slot.whole : slot.whole + slot.real]
-                for rank, target in enumerate(targets)
-            ]
-            copy_heads([tensor[portion.row, : slot.real] for tensor in field], places, portion.heads)
-        if not packed:
-            return None
+    def _scatter(self, fields: Sequence[tuple[torch.Tensor, ...]]) -> list[dict[int, torch.Tensor]]:
+        """The first portion to all ranks, and this rank's of the others; what is to be sent of those, by rank."""
+        slots, length = self._layout.slots[self._rank], self._layout.length
+        packed: list[dict[int, torch.Tensor]] = []
+        for index, portion in enumerate(self._layout.portions):
+            targets = [self._attended(rank, index, heads) for rank, heads in enumerate(portion.heads)]
+            others = self._others if index else []
+            packed.append({rank: targets[rank].new_empty(length, *targets[rank].shape[1:]) for rank in others})
+            for slot, field in zip(slots, fields, strict=True):
+                places = [
+                    packed[index][rank][slot.piece : slot.piece + slot.real]
+                    if rank in packed[index]
+                    else target[slot.whole : slot.whole + slot.real]
+                    for rank, target in enumerate(targets)
+                ]
+                copy_heads([tensor[portion.row, : slot.real] for tensor in field], places, portion.heads)
+                for rank in self._others:
+                    count_sent("all_to_all", places[rank])
+        return packed
+
+    def _send(self, index: int, packed: dict[int, torch.Tensor]) -> torch.Event | None:
+        """A packed portion to the other ranks; returns when it will be there."""
         with self._peers.aside():
             for rank, pieces in packed.items():
-                for slot in slots:
+                target = self._attended(rank, index, self._layout.portions[index].heads[rank])
+                for slot in self._layout.slots[self._rank]:
                     # Contiguous on both sides: copy engines take it, and no multiprocessor.
                     mine = pieces[slot.piece : slot.piece + slot.real]
-                    targets[rank][slot.whole : slot.whole + slot.real].copy_(mine)
+                    target[slot.whole : slot.whole + slot.real].copy_(mine)
             return self._peers.mark()
 
     def _mix(self, index: int, portion: Portion, filling: int, kernel: str) -> torch.Tensor:
