@@ -47,6 +47,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "hsdp-ulysses": {"hsdp_shard_size": 2, "ulysses_degree": 2},
     "hsdp": {"hsdp_shard_size": 2},
 }
+# Those whose launches a graph can hold (`services/features/graphs.py`).
+GRAPHS = ("one", "cfg", "ulysses", "pipeline")
 WARMUP_STEPS = 3
 TEXT_TOKENS = 24
 
@@ -64,7 +66,10 @@ class Setting:
     frames: int
     steps: int
     compiled: bool
+    graphs: bool
+    two_requests: bool
     profiled: bool
+    traces: str
 
 
 def run_rank(rank: int, world: int, rendezvous: str, setting: Setting, layouts: list[str], out: str) -> None:
@@ -100,6 +105,11 @@ def measure(setting: Setting, layout: str, rank: int) -> dict[str, Any]:
     options = OPTIONS[layout]
     section = ParallelSection(**options)
     mesh = Mesh(Degrees.of(section), rank, setting.device) if options else None
+    features: dict[str, dict[str, Any]] = {"attention": {}}
+    if setting.compiled:
+        features["compile"] = {}
+    if setting.graphs and layout in GRAPHS:
+        features["graphs"] = {}
     config = StageConfig(
         service=ServiceSection(port=0),
         model=ModelSection(
@@ -107,15 +117,17 @@ def measure(setting: Setting, layout: str, rank: int) -> dict[str, Any]:
         ),
         parallel=section,
         engine=EngineSection(),
-        features={"attention": {}} | ({"compile": {}} if setting.compiled else {}),
+        features=features,
     )
-    engine, _ = open_engine(config, mesh)
+    engine, applied = open_engine(config, mesh)
     figures: dict[str, Any] = {"step_s": seconds_a_step(config, engine, setting, requests=1, guidance=4.0)}
     figures |= {f"sent_{kind}_bytes": float(count) for kind, count in sent_bytes.items()}
-    if layout in ("one", "pipeline"):
+    if setting.two_requests and layout in ("one", "pipeline"):
         figures["two_requests_step_s"] = seconds_a_step(config, engine, setting, requests=2, guidance=1.0)
     if setting.profiled:
-        figures["kernels"] = kernels(config, engine, setting)
+        trace = f"{setting.traces}/{layout}-{rank}.json.gz" if setting.traces else ""
+        figures["kernels"] = kernels(config, engine, setting, trace)
+    figures |= applied.metrics()
     if setting.device == "cuda":
         figures["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         torch.cuda.reset_peak_memory_stats()
@@ -139,16 +151,18 @@ def seconds_a_step(
     return statistics.median(b - a for a, b in zip(moments[WARMUP_STEPS - 1 :], moments[WARMUP_STEPS:], strict=False))
 
 
-def kernels(config: StageConfig, engine: DitEngine, setting: Setting) -> list[tuple[str, float, int]]:
-    """(name, milliseconds, calls) of the kernels of two steps with guidance, the longest ten."""
+def kernels(config: StageConfig, engine: DitEngine, setting: Setting, trace: str) -> list[tuple[str, float, int]]:
+    """(name, milliseconds, calls) of the kernels of two steps with guidance, the longest first."""
     admit(config, engine, setting, requests=1, guidance=4.0, steps=3)
     engine.tick()
     activity = torch.profiler.ProfilerActivity.CUDA if setting.device == "cuda" else torch.profiler.ProfilerActivity.CPU
     with torch.profiler.profile(activities=[activity]) as profile:
         while engine.busy:
             engine.tick()
+    if trace:
+        profile.export_chrome_trace(trace)
     rows = [(row.key[:80], row.self_device_time_total / 1000, row.count) for row in profile.key_averages()]
-    return sorted(rows, key=lambda row: -row[1])[:10]
+    return sorted(rows, key=lambda row: -row[1])[:30]
 
 
 def admit(
@@ -188,7 +202,9 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=1)
     parser.add_argument("--steps", type=int, default=10, help="measured steps of each run")
     parser.add_argument("--no-compile", action="store_true")
-    parser.add_argument("--profile", action="store_true", help="keep the kernels of a step that take longest")
+    parser.add_argument("--graphs", action="store_true", help=f"CUDA graphs, in {', '.join(GRAPHS)}")
+    parser.add_argument("--profile", action="store_true", help="keep the kernels of two steps that take longest")
+    parser.add_argument("--traces", default="", help="with --profile: a folder for the timelines, for Perfetto")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     random = args.source.startswith("random:")
@@ -202,7 +218,10 @@ def main() -> None:
         frames=args.frames,
         steps=args.steps,
         compiled=not args.no_compile,
+        graphs=args.graphs,
+        two_requests="pipeline" in args.layouts,
         profiled=args.profile,
+        traces=args.traces,
     )
     layouts = ["one", *args.layouts]
     with TemporaryDirectory() as folder:

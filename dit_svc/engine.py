@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -22,6 +22,7 @@ from dit_svc.preview import PreviewFit, preview_picture
 from services.config import EngineSection
 from services.errors import InvalidRequest, NonFinite, OutOfMemory, ServiceError
 from services.family import DenoiseState, DitModel, DitPart, Tensors
+from services.features import BlockRun
 from services.parallel.mesh import Mesh
 from services.request import Media, ResolvedParams
 from services.tensors import Bundle
@@ -137,15 +138,25 @@ class DitEngine:
     """Holds the running requests of one replica. Not thread-safe: one thread calls everything.
 
     Several ranks hold the same requests and call the same methods in the same order; so they decide alike.
+
+    Args:
+        wrap: what features put around the run of a block list.
     """
 
-    def __init__(self, model: DitModel, part: DitPart, config: EngineSection, mesh: Mesh | None = None) -> None:
+    def __init__(
+        self,
+        model: DitModel,
+        part: DitPart,
+        config: EngineSection,
+        mesh: Mesh | None = None,
+        wrap: Callable[[BlockRun], BlockRun] = lambda run: run,
+    ) -> None:
         if config.branches not in ("rows", "serial", "auto"):
             raise InvalidRequest(f"engine.branches is {config.branches!r}: use rows, serial or auto")
         self._model = model
         self._part = part
         self._config = config
-        self._forward = Forward(model, part, config.branches, mesh)
+        self._forward = Forward(model, part, config.branches, mesh, wrap)
         self._single = mesh is None
         # A device of its own works on while the host says what came of the last step.
         self._asynchronous = model.device.type != "cpu"

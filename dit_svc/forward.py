@@ -9,17 +9,19 @@ ranks keep the same states. Every rank calls the same things in the same order.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from services.family import Block, DenoiseState, DitModel, DitPart, Row
+from services.features import BlockRun
 from services.parallel.collectives import all_gather
-from services.parallel.hsdp import shard_model
+from services.parallel.hsdp import ShardedBlocks
 from services.parallel.mesh import Axis, Mesh
 from services.parallel.pipeline import PipelineRank
-from services.parallel.sequence import SequenceParallel
+from services.parallel.sequence import Places, SequenceParallel
 from services.parallel.tensor_sequence import TensorSequence
 
 # Up to this many tokens a row, branches gain from sharing a forward: weights are read once, and collectives are fewer.
@@ -50,10 +52,37 @@ class Predicted:
     output: torch.Tensor
 
 
-class Forward:
-    """Runs passes. `mesh` is None on one rank."""
+@dataclass(slots=True)
+class Part:
+    """Rows that go through the blocks together.
 
-    def __init__(self, model: DitModel, part: DitPart, branches: str, mesh: Mesh | None = None) -> None:
+    Attributes:
+        whole: their streams as the family made them; shared: this rank's piece of the sequence.
+        places: of the piece's tokens.
+        streams: what the next block takes.
+    """
+
+    whole: Any
+    shared: Any
+    places: Places
+    streams: Any
+
+
+class Forward:
+    """Runs passes. `mesh` is None on one rank.
+
+    Args:
+        wrap: what features put around the run of a block list.
+    """
+
+    def __init__(
+        self,
+        model: DitModel,
+        part: DitPart,
+        branches: str,
+        mesh: Mesh | None = None,
+        wrap: Callable[[BlockRun], BlockRun] = lambda run: run,
+    ) -> None:
         self._model = model
         self._part = part
         self._branches = branches
@@ -61,14 +90,16 @@ class Forward:
         self._sequence = SequenceParallel(part.plan, mesh) if mesh and mesh.sequence.size > 1 else None
         self._region = TensorSequence(part.plan, mesh["tensor"]) if mesh and mesh.degrees.tensor_sequence else None
         self._pipeline = PipelineRank(part.plan, mesh["pipeline"]) if mesh and mesh["pipeline"].size > 1 else None
-        self._blocks = {name: self._own(part.blocks(module)) for name, module in model.modules.items()}
+        blocks = {name: self._own(part.blocks(module)) for name, module in model.modules.items()}
         if self._region is not None:
             for module in model.modules.values():
                 self._region.apply(module)
+        self._sharded: dict[str, ShardedBlocks] = {}
         if mesh and mesh.degrees.hsdp:
             device_mesh = mesh.hsdp()
             for name, module in model.modules.items():
-                self._blocks[name] = shard_model(module, self._blocks[name], device_mesh)
+                self._sharded[name] = ShardedBlocks(module, blocks[name], device_mesh)
+        self._through = {name: wrap(_run_of(own)) for name, own in blocks.items()}
         if self._sequence is not None:
             for kind in part.plan.spread:
                 model.attention[kind].across = self._sequence.attend
@@ -99,10 +130,15 @@ class Forward:
         ]
 
     def _rows_together(self, state: DenoiseState) -> bool:
-        if self._branches == "auto":
-            most = ROWS_IN_PIPELINE_UP_TO_TOKENS if self._pipeline else ROWS_UP_TO_TOKENS
-            return self._part.token_count(self._model, state.params) <= most
-        return self._branches == "rows"
+        if self._branches != "auto":
+            return self._branches == "rows"
+        if self._pipeline:
+            return self._tokens(state) <= ROWS_IN_PIPELINE_UP_TO_TOKENS
+        # Weights that have to be gathered are gathered once for both branches.
+        return bool(self._sharded) or self._tokens(state) <= ROWS_UP_TO_TOKENS
+
+    def _tokens(self, state: DenoiseState) -> int:
+        return self._part.token_count(self._model, state.params)
 
     def beat(self, entering: Pass | None) -> list[Predicted]:
         """Takes a pass in, works, and returns the predictions of the pass that has come out."""
@@ -136,20 +172,58 @@ class Forward:
         rows = reached.by_rank[self._cfg.rank if self._cfg else 0]
         self.rows += len(rows)
         module = self._model.modules[reached.expert]
+        places = self._parts(rows)
+        parts = [self._enter(module, [rows[place] for place in together]) for together in places]
+        if reached.expert in self._sharded:
+            for block in self._sharded[reached.expert].whole():
+                self._run(parts, block.run)
+        else:
+            self._run(parts, self._through[reached.expert])
+        if self._pipeline and not self._pipeline.last:
+            for part in parts:
+                self._pipeline.send(part.streams)
+            return None
+        outputs = [self._leave(module, part) for part in parts]
+        if len(outputs) == 1:
+            return outputs[0]
+        order = torch.tensor([place for together in places for place in together]).argsort()
+        return torch.cat(outputs)[order.to(outputs[0].device)]
+
+    def _parts(self, rows: Sequence[Row]) -> list[list[int]]:
+        """Which rows share kernels. Long ones share the gathering of weights only."""
+        together = list(range(len(rows)))
+        if not self._sharded or self._branches != "auto" or self._tokens(rows[0].state) <= ROWS_UP_TO_TOKENS:
+            return [together]
+        branches = dict.fromkeys(row.branch for row in rows)
+        return [[place for place in together if rows[place].branch == branch] for branch in branches]
+
+    def _enter(self, module: torch.nn.Module, rows: Sequence[Row]) -> Part:
         whole = self._part.embed(module, self._part.collate(self._model, rows))
         shared = self._sequence.cut(whole) if self._sequence else whole
+        places = self._sequence.places if self._sequence else Places()
         streams = self._region.cut(shared) if self._region else shared
         if self._pipeline:
             streams = self._pipeline.receive(streams)
-        for block in self._blocks[reached.expert]:
-            streams = block.run(streams)
-        if self._pipeline and not self._pipeline.last:
-            self._pipeline.send(streams)
-            return None
-        hidden = self._region.join(streams.hidden) if self._region else streams.hidden
+        return Part(whole, shared, places, streams)
+
+    def _run(self, parts: Sequence[Part], run: BlockRun) -> None:
+        for part in parts:
+            self._fit(part)
+            part.streams = run(part.streams)
+
+    def _fit(self, part: Part) -> None:
+        """What ranks know of the tokens is of the part in hand."""
         if self._sequence:
-            hidden = self._sequence.join(hidden, whole.hidden.shape[1])
-        return self._part.head(module, replace(whole, hidden=hidden))
+            self._sequence.places = part.places
+        if self._region:
+            self._region.fit(part.shared)
+
+    def _leave(self, module: torch.nn.Module, part: Part) -> torch.Tensor:
+        self._fit(part)
+        hidden = self._region.join(part.streams.hidden) if self._region else part.streams.hidden
+        if self._sequence:
+            hidden = self._sequence.join(hidden, part.whole.hidden.shape[1])
+        return self._part.head(module, replace(part.whole, hidden=hidden))
 
     def _own(self, blocks: Sequence[Block]) -> Sequence[Block]:
         return self._pipeline.own(blocks) if self._pipeline else blocks
@@ -158,6 +232,15 @@ class Forward:
         """Where a rank without the last blocks puts predictions: they have the latents' shape."""
         shape = (len(rows), *rows[0].state.latents.shape[1:])
         return torch.empty(shape, dtype=self._model.dtype, device=self._model.device)
+
+
+def _run_of(blocks: Sequence[Block]) -> BlockRun:
+    def run(streams: Any) -> Any:
+        for block in blocks:
+            streams = block.run(streams)
+        return streams
+
+    return run
 
 
 def by_branch(predicted: Sequence[Predicted]) -> Mapping[str, dict[str, torch.Tensor]]:

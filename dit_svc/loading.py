@@ -36,8 +36,9 @@ def open_engine(config: StageConfig, mesh: Mesh | None = None) -> tuple[DitEngin
     if mesh is not None and (mesh.degrees.tensor * mesh.degrees.pipeline > 1 or mesh.degrees.expert):
         source = replace(source, partition=Partition(family.dit.plan, family.dit.blocks, mesh))
     model = family.dit.load(source, *placement(config.model))
-    features = apply_features(model, family.dit, config.features)
-    engine = DitEngine(model, family.dit, config.engine, mesh)
+    axes = mesh.active if mesh is not None else frozenset()
+    features = apply_features(model, family.dit, config.features, axes)
+    engine = DitEngine(model, family.dit, config.engine, mesh, features.wrap)
     if config.engine.warmup:
         for guidance in WARMUP_GUIDANCES:
             # Pictures come as latents, among the conditions.

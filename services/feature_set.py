@@ -14,7 +14,7 @@ from services.config import parse
 from services.errors import StartupError
 from services.families import FAMILIES, load_family
 from services.family import DitModel, DitPart
-from services.features import ALWAYS_ON, ORDER, Applied
+from services.features import ALWAYS_ON, ORDER, Applied, BlockRun
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,13 +43,24 @@ class FeatureSet:
         for applied in self._applied.values():
             applied.seal()
 
+    def wrap(self, run: BlockRun) -> BlockRun:
+        """The run of a block list with all that features put around it, the first feature's innermost."""
+        for applied in self._applied.values():
+            run = applied.wrap(run)
+        return run
+
     def metrics(self) -> dict[str, float]:
         """The features' own figures."""
         return {key: value for applied in self._applied.values() for key, value in applied.metrics().items()}
 
 
-def apply_features(model: DitModel, part: DitPart, sections: Mapping[str, Mapping[str, Any]]) -> FeatureSet:
+def apply_features(
+    model: DitModel, part: DitPart, sections: Mapping[str, Mapping[str, Any]], axes: frozenset[str] = frozenset()
+) -> FeatureSet:
     """Acts on the model, with the features that the sections ask for and those that are always on.
+
+    Args:
+        axes: of parallelism, those with several ranks.
 
     Raises:
         StartupError: an unknown feature or option, or one that cannot apply here.
@@ -58,7 +69,7 @@ def apply_features(model: DitModel, part: DitPart, sections: Mapping[str, Mappin
         if name not in ORDER:
             raise StartupError(f"unknown feature {name!r}: there are {', '.join(ORDER)}")
     wanted: dict[str, Mapping[str, Any]] = {**dict.fromkeys(ALWAYS_ON, {}), **sections}
-    active = frozenset(wanted)
+    active = frozenset(wanted) | axes
     applied: dict[str, Applied] = {}
     for name in ORDER:
         if name not in wanted:

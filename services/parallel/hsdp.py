@@ -7,7 +7,8 @@ hooks hang on a module's call; here blocks are run by the block list, so when to
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -17,20 +18,35 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
 from services.family import Block
-from services.parallel.collectives import count_sent
+from services.parallel.collectives import count_sent, peer_memory
 from services.parallel.experts import SpreadExperts
+from services.parallel.peer_memory import PeerMemory
 
 
-def shard_model(module: nn.Module, blocks: Sequence[Block], mesh: DeviceMesh) -> list[Block]:
-    """The same blocks with sharded weights: at most two blocks' weights are whole at a time.
+class ShardedBlocks:
+    """Blocks with sharded weights: at most two blocks' weights are whole at a time.
 
     What lies outside the blocks is sharded too, a part at a time, and gathered by FSDP2's own hooks when it is called.
     """
-    for part in outside(module, blocks):
-        _shard(part, mesh, reshard_after_forward=True)
-    for block in blocks:
-        _shard(block.module, mesh, ignored_params=_spread(block.module))
-    return [replace(block, run=_gathered(blocks, index)) for index, block in enumerate(blocks)]
+
+    def __init__(self, module: nn.Module, blocks: Sequence[Block], mesh: DeviceMesh) -> None:
+        for part in outside(module, blocks):
+            _shard(part, mesh, reshard_after_forward=True)
+        for block in blocks:
+            _shard(block.module, mesh, ignored_params=_spread(block.module))
+        self._blocks = blocks
+
+    def whole(self) -> Iterator[Block]:
+        """The blocks one after the other, each with whole weights until the next one is asked for."""
+        for index, block in enumerate(self._blocks):
+            module: Any = block.module
+            # Waits for a gathering under way, or starts one for the first block.
+            module.unshard()
+            if index + 1 < len(self._blocks):
+                following: Any = self._blocks[index + 1].module
+                following.unshard(async_op=True)
+            yield block
+            module.reshard()
 
 
 def outside(module: nn.Module, blocks: Sequence[Block]) -> Iterator[nn.Module]:
@@ -49,11 +65,27 @@ def _shard(part: Any, mesh: DeviceMesh, **options: Any) -> None:
     fully_shard(part, mesh=mesh, **options)
     # Inference needs no gradients, so nothing is kept for a backward pass.
     part.set_requires_gradient_sync(False)
-    part.set_custom_all_gather(CountedGather())
+    part.set_custom_all_gather(Gather())
 
 
-class CountedGather:
-    """FSDP2's own way of gathering, with a count of what it sends."""
+class Gathered(dist.Work):
+    """Weights that copy engines bring."""
+
+    def __init__(self, peers: PeerMemory) -> None:
+        super().__init__()
+        self._peers, self._mark = peers, peers.mark()
+
+    def wait(self, _timeout: timedelta = timedelta(0)) -> bool:
+        """What follows on this stream comes after their arrival; the host does not wait."""
+        self._peers.wait(self._mark)
+        return True
+
+
+class Gather:
+    """How FSDP2 gathers a block's weights: out of the peers' memory where there is a way to it, beside the work.
+
+    NCCL's kernels would take multiprocessors from the block that runs meanwhile.
+    """
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """Where a block's weights arrive."""
@@ -62,32 +94,26 @@ class CountedGather:
     def __call__(
         self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: dist.ProcessGroup, async_op: bool = False
     ) -> dist.Work | None:
-        """Every rank's piece on every rank."""
+        """Every rank's piece on every rank; `input_tensor` is this one's place in the output."""
         count_sent("hsdp", input_tensor, group.size() - 1)
-        work: dist.Work | None = dist.all_gather_into_tensor(output_tensor, input_tensor, group, async_op)
-        return work
+        if (peers := peer_memory.get(group.group_name)) is None:
+            work: dist.Work | None = dist.all_gather_into_tensor(output_tensor, input_tensor, group, async_op)
+            return work
+        places = output_tensor.view(group.size(), -1)
+        with peers.aside():
+            for rank, piece in enumerate(peers.show(input_tensor, group.size())):
+                if rank != peers.rank:
+                    places[rank].copy_(piece)
+            gathered = Gathered(peers)
+        if async_op:
+            return gathered
+        gathered.wait()
+        return None
 
 
 def _spread(block: nn.Module) -> set[nn.Parameter]:
     """Experts differ from rank to rank, and are spread over the same ranks already."""
     return {weight for module in block.modules() if isinstance(module, SpreadExperts) for weight in module.parameters()}
-
-
-def _gathered(blocks: Sequence[Block], index: int) -> Any:
-    block: Any = blocks[index].module
-    following: Any = blocks[index + 1].module if index + 1 < len(blocks) else None
-    run = blocks[index].run
-
-    def gathered(streams: Any) -> Any:
-        # Waits for a gathering under way, or starts one for the first block.
-        block.unshard()
-        if following is not None:
-            following.unshard(async_op=True)
-        streams = run(streams)
-        block.reshard()
-        return streams
-
-    return gathered
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,8 +55,20 @@ class Mesh:
         """One of AXES."""
         return self._axes[axis]
 
+    @property
+    def active(self) -> frozenset[str]:
+        """The axes with several ranks, "hsdp", and "peers" where the ranks of a sequence write each other's memory."""
+        axes = {axis for axis in AXES if self.degrees.size(axis) > 1}
+        peers = self["ring"].size == 1 and self["ulysses"].name in peer_memory
+        return frozenset(axes | ({"hsdp"} if self.degrees.hsdp else set()) | ({"peers"} if peers else set()))
+
     def hsdp(self) -> DeviceMesh:
         """The mesh of HSDP: replicas of shards, over all ranks that hold the same blocks and heads."""
+        mesh = self._hsdp()
+        self._connect(mesh.get_group("shard"))
+        return mesh
+
+    def _hsdp(self) -> DeviceMesh:
         shape = (self.degrees.hsdp_replicate, self.degrees.hsdp_shard)
         if self.degrees.pipeline * self.degrees.tensor == 1:
             return init_device_mesh(self.device_type, shape, mesh_dim_names=("replicate", "shard"))
@@ -80,12 +92,16 @@ class Mesh:
             # Every rank makes every group, in the same order: that is the library's rule.
             group = self._group(ranks)
             if self.rank in ranks:
-                if group is not None and self.device_type == "cuda" and (peers := connect(group)) is not None:
-                    peer_memory[group.group_name] = peers
+                self._connect(group)
                 name = group.group_name if group else "planned"
                 mine = Axis(name, size, ranks.index(self.rank), group, tuple(ranks))
         assert mine is not None
         return mine
+
+    def _connect(self, group: dist.ProcessGroup | None) -> None:
+        """Ranks whose GPUs see each other's memory use it."""
+        if group is not None and self.device_type == "cuda" and (peers := connect(group)) is not None:
+            peer_memory[group.group_name] = peers
 
     def _group(self, ranks: list[int]) -> dist.ProcessGroup | None:
         group: dist.ProcessGroup | None = dist.new_group(ranks, timeout=TIMEOUT)

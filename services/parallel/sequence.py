@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -23,6 +23,9 @@ from services.parallel.collectives import all_gather, all_to_all, peer_memory
 from services.parallel.mesh import Axis, Mesh
 from services.parallel.ring import ring_attention
 from services.parallel.ulysses import ulysses_attention
+
+# Texts have many lengths, and requests of several take turns.
+KEPT_ORDERS = 256
 
 
 @dataclass(slots=True)
@@ -44,20 +47,24 @@ class Places:
 
 
 class SequenceParallel:
-    """Cuts streams before the blocks, joins them after, and is what an `Attend` does across ranks in between."""
+    """Cuts streams before the blocks, joins them after, and is what an `Attend` does across ranks in between.
+
+    Attributes:
+        places: of the streams that blocks run with; `cut` finds them.
+    """
 
     def __init__(self, plan: ModelPlan, mesh: Mesh) -> None:
         self._plan = plan
         self._whole: Axis = mesh.sequence
         self._ulysses: Axis = mesh["ulysses"]
         self._ring: Axis = mesh["ring"]
-        self._places = Places()
+        self.places = Places()
         # Ranks that write into each other's memory exchange heads inside one operator.
         self._at_once = self._ring.size == 1 and self._ulysses.name in peer_memory
 
     def cut(self, streams: Any) -> Any:
         """This rank's piece of every field that the plan says holds tokens."""
-        self._places = self._find_places(streams)
+        self.places = self._find_places(streams)
         pieces = {}
         for tokens in self._plan.sequence:
             if tokens.holds(value := getattr(streams, tokens.field)):
@@ -74,7 +81,7 @@ class SequenceParallel:
     ) -> tuple[torch.Tensor, ...]:
         """[B, L, H, D] of this rank's tokens; `filling` [B] is in front of the whole sequence in its own order."""
         if self._at_once:
-            axis, lengths = self._ulysses, self._places.lengths
+            axis, lengths = self._ulysses, self.places.lengths
             streams = [*queries, *keys, *values]
             return tuple(ulysses_attention(streams, lengths, filling, axis.name, axis.size, kernel.__name__))
         return taken_apart(self._attend(kernel, joined(queries), joined(keys), joined(values), filling), queries)
@@ -88,30 +95,29 @@ class SequenceParallel:
         query, key, value = _scatter_heads(query, key, value, self._ulysses)
         if self._ring.size > 1:
             mixed = self._across_ring(kernel, query, key, value)
-        elif self._places.tokens is None or self._places.back is None:
+        elif self.places.tokens is None or self.places.back is None:
             mixed = kernel(query, key, value, None)
         else:
-            tokens = self._places.tokens
+            tokens = self.places.tokens
             query, key, value = (tensor.index_select(1, tokens) for tensor in (query, key, value))
-            mixed = kernel(query, key, value, filling).index_select(1, self._places.back)
+            mixed = kernel(query, key, value, filling).index_select(1, self.places.back)
         return _gather_heads(mixed, self._ulysses)[:, :, :heads]
 
     def _across_ring(self, kernel: Kernel, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        ring, masks = self._ring, self._places.masks
+        ring, masks = self._ring, self.places.masks
         mixed: torch.Tensor = ring_attention(query, key, value, masks, ring.name, ring.size, kernel.__name__)
         return mixed
 
     def _find_places(self, streams: Any) -> Places:
         """Joined pieces stand rank by rank, in each the fields of the joint sequence one after the other."""
-        lengths = [getattr(streams, field).shape[1] for field in self._plan.joint]
+        lengths = tuple(getattr(streams, field).shape[1] for field in self._plan.joint)
         filling = getattr(streams, "filling", None)
-        if filling is None and all(length % self._whole.size == 0 for length in lengths):
+        if self._at_once or (filling is None and all(length % self._whole.size == 0 for length in lengths)):
             return Places(lengths=torch.tensor(lengths))
-        order = joined_order(lengths, self._whole.size)
         if self._ring.size == 1:
-            tokens, back = real_tokens(order, sum(lengths))
-            device = streams.hidden.device
-            return Places(tokens.to(device), back.to(device), lengths=torch.tensor(lengths))
+            tokens, back = token_orders(lengths, self._whole.size, streams.hidden.device)
+            return Places(tokens, back, lengths=torch.tensor(lengths))
+        order = joined_order(lengths, self._whole.size)
         return Places(masks=_ring_masks(order, filling, streams.hidden, self._ring.size))
 
 
@@ -146,6 +152,13 @@ def real_tokens(order: torch.Tensor, total: int) -> tuple[torch.Tensor, torch.Te
     tokens = torch.empty(total, dtype=torch.int64)
     tokens[order[real]] = real
     return tokens, order.clamp(min=0)
+
+
+@lru_cache(maxsize=KEPT_ORDERS)
+def token_orders(lengths: tuple[int, ...], ranks: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """`real_tokens` of fields of these lengths, on the device."""
+    tokens, back = real_tokens(joined_order(lengths, ranks), sum(lengths))
+    return tokens.to(device), back.to(device)
 
 
 def _ring_masks(order: torch.Tensor, filling: torch.Tensor | None, hidden: torch.Tensor, ring: int) -> torch.Tensor:

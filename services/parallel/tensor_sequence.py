@@ -12,7 +12,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import lru_cache
 from types import MethodType
 from typing import Any
 
@@ -23,11 +22,8 @@ from torch import nn
 from services.family import RESULT, ModelPlan
 from services.parallel.collectives import all_gather, plan_sent, reduce_scatter
 from services.parallel.mesh import Axis
-from services.parallel.sequence import joined_order, own_piece, real_tokens
+from services.parallel.sequence import own_piece, token_orders
 from services.parallel.tensor import SumOverRanks, by_name, matches
-
-# Texts have many lengths, and requests of several take turns.
-KEPT_ORDERS = 256
 
 
 class Layout:
@@ -41,7 +37,7 @@ class Layout:
     def fit(self, streams: Any) -> None:
         """Before a forward, whose streams are still whole."""
         lengths = tuple(getattr(streams, field).shape[1] for field in self._fields)
-        self._tokens, self._places = _orders(lengths, self._axis.size, streams.hidden.device)
+        self._tokens, self._places = token_orders(lengths, self._axis.size, streams.hidden.device)
 
     def gather(self, piece: torch.Tensor) -> torch.Tensor:
         """Pieces [B, L, ...] of all ranks to the whole [B, S, ...]."""
@@ -96,10 +92,14 @@ class TensorSequence:
         forward = self._forwards.setdefault(cls, _gathering(cls.forward))
         part.whole, part.forward = whole, MethodType(forward, part)
 
-    def cut(self, streams: Any) -> Any:
-        """This rank's piece of the fields that the region reads token by token."""
+    def fit(self, streams: Any) -> None:
+        """Makes ready for blocks with these streams, of which no piece has been cut yet."""
         for layout in self._layouts.values():
             layout.fit(streams)
+
+    def cut(self, streams: Any) -> Any:
+        """This rank's piece of the fields that the region reads token by token."""
+        self.fit(streams)
         pieces = {
             tokens.field: own_piece(getattr(streams, tokens.field), tokens.dim, self._axis)
             for tokens in self._region.fields
@@ -131,13 +131,6 @@ def _gathering(forward: Callable[..., Any]) -> Callable[..., Any]:
         return (part.whole[RESULT].gather(made[0]), *made[1:]) if RESULT in part.whole else made
 
     return gathering
-
-
-@lru_cache(maxsize=KEPT_ORDERS)
-def _orders(lengths: tuple[int, ...], ranks: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of each token its place among the joined pieces [S], and of each place its token [n L]; filling takes any."""
-    tokens, places = real_tokens(joined_order(lengths, ranks), sum(lengths))
-    return tokens.to(device), places.to(device)
 
 
 @torch.library.custom_op("lightloom::gather_tokens", mutates_args=())

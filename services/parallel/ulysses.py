@@ -1,10 +1,11 @@
 """Ulysses attention (arXiv 2309.14509) for GPUs that read and write each other's memory, as one operator.
 
-Every rank has a piece of each field of the sequence (text, image) with all heads. Row by row, and in long sequences
-some heads after the others, it writes the heads of another rank straight to where that rank attends over the whole
-sequence, in the sequence's own order and without filling; what was attended to goes back the same way. While one turn
-is attended to, the next one's heads and the last one's results are under way. Shapes: B rows, F fields, L tokens of a
-rank's pieces, S of the whole sequence, n ranks, H heads, h of them a rank's in one turn, D width of a head.
+Every rank has a piece of each field of the sequence (text, image) with all heads. Portion by portion - a row, and in
+long sequences some of a row's heads - it writes the heads of another rank straight to where that rank attends over the
+whole sequence, in the sequence's own order and without filling; what was attended to goes back the same way. The first
+portion is written by a kernel, since all wait for it; the others are packed, and copy engines carry them while the one
+before is attended to. Shapes: B rows, F fields, L tokens of a rank's pieces, S of the whole sequence, n ranks, H heads,
+h of them a rank's in one portion, W words in a head's width.
 """
 
 from __future__ import annotations
@@ -12,19 +13,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import product
+from functools import lru_cache
 
 import torch
 
 from services.attention import KERNELS
 from services.parallel.collectives import count_sent, peer_memory
+from services.parallel.copies import copy_heads, word_of
 from services.parallel.peer_memory import PeerMemory, Window
 
-# Sequences of so many tokens are attended to in so many turns: in fewer, nothing would go on beside the first sending;
-# shorter ones would leave multiprocessors idle in each.
-LONG_TOKENS, TURNS = 8192, 4
-# 16, 8, 4, 2 and 1 bytes.
-WORDS = (torch.complex128, torch.int64, torch.int32, torch.int16, torch.int8)
+# Sequences of so many tokens are attended to in so many portions at least: in fewer, nothing would go on beside the
+# first sending; shorter ones would leave multiprocessors idle in each.
+LONG_TOKENS, PORTIONS = 8192, 5
 
 
 @torch.library.custom_op("lightloom::ulysses_attention", mutates_args=())
@@ -73,6 +73,58 @@ class Slot:
     length: int
 
 
+@dataclass(frozen=True, slots=True)
+class Portion:
+    """What is sent and attended to at once: one row, and of each rank some heads."""
+
+    row: int
+    heads: tuple[slice, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Who has what, and where in the windows; the same for every block of a model.
+
+    A window holds for each portion what is attended to, and behind those for each portion what comes back from every
+    rank.
+
+    Attributes:
+        slots: by rank and field.
+        heads: the most that a rank has in a portion.
+        total: S; length: L.
+    """
+
+    slots: tuple[tuple[Slot, ...], ...]
+    portions: tuple[Portion, ...]
+    heads: int
+    total: int
+    length: int
+
+    def attended(self, portion: int) -> int:
+        """Where a portion begins, in heads' widths from the start of the window."""
+        return 3 * self.total * self.heads * portion
+
+    def returned(self, portion: int, rank: int) -> int:
+        """The same of what a rank gives back."""
+        return self.attended(len(self.portions)) + self.length * self.heads * (portion * len(self.slots) + rank)
+
+    @property
+    def size(self) -> int:
+        """Of the window, in heads' widths."""
+        return self.returned(len(self.portions), 0)
+
+
+@lru_cache(maxsize=64)
+def layout_of(lengths: tuple[int, ...], ranks: int, rows: int, heads: int, turns: int) -> Layout:
+    """The layout for fields of these lengths, with a row's heads in so many turns."""
+    slots = tuple(tuple(slots_of(lengths, ranks, rank)) for rank in range(ranks))
+    share = -(-heads // ranks)
+    turns = max(1, min(share, turns))
+    by_rank = [turns_of(range(heads)[share * rank : share * (rank + 1)], share, turns) for rank in range(ranks)]
+    portions = tuple(Portion(row, turn) for turn in zip(*by_rank, strict=True) for row in range(rows))
+    return Layout(slots, portions, -(-share // turns), sum(lengths), sum(slot.length for slot in slots[0]))
+
+
 def slots_of(lengths: Sequence[int], ranks: int, rank: int) -> list[Slot]:
     """A rank's pieces of fields of these lengths."""
     slots, piece, first = [], 0, 0
@@ -84,139 +136,6 @@ def slots_of(lengths: Sequence[int], ranks: int, rank: int) -> list[Slot]:
     return slots
 
 
-class Exchange:
-    """One call. It moves numbers in words as wide as they allow: copies then take fewer and larger steps.
-
-    Args:
-        lengths: tokens of the whole fields.
-        like: any of this rank's queries.
-    """
-
-    def __init__(self, peers: PeerMemory, ranks: int, lengths: Sequence[int], like: torch.Tensor) -> None:
-        self._peers, self._rank, self._ranks = peers, peers.rank, ranks
-        self._dtype, self._word = like.dtype, _word(like.shape[-1] * like.element_size())
-        self._rows, _, heads, width = like.shape
-        self._width = width * like.element_size() // self._word.itemsize
-        self._slots = [slots_of(lengths, ranks, rank) for rank in range(ranks)]
-        self._total = sum(lengths)
-        self._length = sum(slot.length for slot in self._slots[0])
-        share = -(-heads // ranks)
-        turns = max(1, min(share, TURNS // self._rows)) if self._total >= LONG_TOKENS else 1
-        self._heads = [turns_of(range(heads)[share * rank : share * (rank + 1)], share, turns) for rank in range(ranks)]
-        self._turns = range(len(self._heads[0]))
-        # A window holds for each turn what is attended to, then what comes back from every rank.
-        self._attended_words = 3 * self._rows * self._total * -(-share // turns) * self._width
-        self._returned_words = self._rows * self._length * -(-share // turns) * self._width
-        words = len(self._turns) * (self._attended_words + ranks * self._returned_words)
-        self._window: Window = peers.window(words * self._word.itemsize)
-        self._memory = [self._window.of(rank, (words,), self._word) for rank in range(ranks)]
-
-    def attend(self, streams: Sequence[torch.Tensor], filling: Sequence[int] | None, kernel: str) -> list[torch.Tensor]:
-        """See `ulysses_attention`."""
-        lengths = [slot.length for slot in self._slots[self._rank]]
-        count = len(streams) // 3
-        outputs = [torch.empty_like(query, memory_format=torch.contiguous_format) for query in streams[:count]]
-        words = [stream.view(self._word) for stream in (*streams, *outputs)]
-        kinds = [fields_of(words[first : first + count], lengths) for first in range(0, 4 * count, count)]
-        *sent, taken = kinds
-        triples = list(zip(*sent, strict=True))
-        there: list[torch.Event | None] = []
-        for turn in self._turns:
-            there += self._scatter(turn, triples)
-            self._keep(turn, triples)
-        back = []
-        for (turn, row), arrived in zip(product(self._turns, range(self._rows)), there, strict=True):
-            self._peers.wait(arrived)
-            self._window.meet()
-            mixed = self._mix(turn, row, filling[row] if filling else 0, kernel)
-            back.append(self._give_back(turn, row, mixed))
-            for slot, output in zip(self._slots[self._rank], taken, strict=True):
-                output[row, : slot.real, self._heads[self._rank][turn]] = mixed[slot.whole : slot.whole + slot.real]
-        self._peers.wait(back[-1])
-        self._window.meet()
-        self._collect(taken)
-        return outputs
-
-    def _scatter(self, turn: int, triples: Sequence[tuple[torch.Tensor, ...]]) -> list[torch.Event | None]:
-        """The others' heads to them, row by row; returns when each row will be there."""
-        slots = self._slots[self._rank]
-        packed: dict[int, torch.Tensor] = {}
-        for rank, turns in enumerate(self._heads):
-            if rank == self._rank:
-                continue
-            heads = turns[turn]
-            shape = (self._rows, self._length, 3, heads.stop - heads.start, self._width)
-            packed[rank] = triples[0][0].new_empty(shape)
-            for slot, triple in zip(slots, triples, strict=True):
-                part = packed[rank][:, slot.piece : slot.piece + slot.length]
-                torch.stack([tensor[:, :, heads] for tensor in triple], dim=2, out=part)
-            count_sent("all_to_all", packed[rank])
-        there = []
-        with self._peers.aside():
-            for row in range(self._rows):
-                for rank, pieces in packed.items():
-                    target = self._attended(rank, turn)[row]
-                    for slot in slots:
-                        # Contiguous on both sides: copy engines take it, and no multiprocessor.
-                        mine = pieces[row, slot.piece : slot.piece + slot.real]
-                        target[slot.whole : slot.whole + slot.real].copy_(mine)
-                there.append(self._peers.mark())
-        return there
-
-    def _keep(self, turn: int, triples: Sequence[tuple[torch.Tensor, ...]]) -> None:
-        """This rank's own heads of its own tokens."""
-        heads, target = self._heads[self._rank][turn], self._attended(self._rank, turn)
-        for slot, triple in zip(self._slots[self._rank], triples, strict=True):
-            own = [tensor[:, : slot.real, heads] for tensor in triple]
-            torch.stack(own, dim=2, out=target[:, slot.whole : slot.whole + slot.real])
-
-    def _mix(self, turn: int, row: int, filling: int, kernel: str) -> torch.Tensor:
-        """Attention over the whole sequence with this rank's heads, [S, h, D]."""
-        attended = self._attended(self._rank, turn)[row : row + 1]
-        if not attended.shape[3]:
-            return attended[0, :, 0]
-        query, key, value = attended.view(self._dtype).unbind(2)
-        mixed = KERNELS[kernel](query, key[:, filling:], value[:, filling:], None)
-        return mixed[0].contiguous().view(self._word)
-
-    def _give_back(self, turn: int, row: int, mixed: torch.Tensor) -> torch.Event | None:
-        """The others' tokens of a row to them; returns when they will be there."""
-        with self._peers.aside():
-            for rank, slots in enumerate(self._slots):
-                if rank == self._rank:
-                    continue
-                target = self._returned(rank, self._rank, turn)[row]
-                count_sent("all_to_all", target)
-                for slot in slots:
-                    tokens = mixed[slot.whole : slot.whole + slot.real]
-                    target[slot.piece : slot.piece + slot.real].copy_(tokens)
-            return self._peers.mark()
-
-    def _collect(self, outputs: Sequence[torch.Tensor]) -> None:
-        """What the others gave back, into fields [B, l, H, D]; filling is 0."""
-        for slot, output in zip(self._slots[self._rank], outputs, strict=True):
-            if slot.real < slot.length:
-                output[:, slot.real :] = 0
-            for rank, turn in product(range(self._ranks), self._turns):
-                if rank != self._rank:
-                    mixed = self._returned(self._rank, rank, turn)
-                    output[:, : slot.real, self._heads[rank][turn]] = mixed[:, slot.piece : slot.piece + slot.real]
-
-    def _attended(self, rank: int, turn: int) -> torch.Tensor:
-        """Where a rank attends: queries, keys and values of its heads, [B, S, 3, h, D]."""
-        heads, first = self._heads[rank][turn], turn * self._attended_words
-        return self._view(rank, first, (self._rows, self._total, 3, heads.stop - heads.start, self._width))
-
-    def _returned(self, rank: int, of: int, turn: int) -> torch.Tensor:
-        """Where a rank takes back what rank `of` mixed with its heads: [B, L, h, D]."""
-        heads, place = self._heads[of][turn], of * len(self._turns) + turn
-        first = len(self._turns) * self._attended_words + place * self._returned_words
-        return self._view(rank, first, (self._rows, self._length, heads.stop - heads.start, self._width))
-
-    def _view(self, rank: int, first: int, shape: tuple[int, ...]) -> torch.Tensor:
-        return self._memory[rank][first : first + math.prod(shape)].view(shape)
-
-
 def turns_of(heads: range, share: int, turns: int) -> list[slice]:
     """A rank's heads turn by turn. All ranks have the same turns; those of a rank with fewer heads than `share`, which
     is the most that one has, may be empty."""
@@ -225,9 +144,133 @@ def turns_of(heads: range, share: int, turns: int) -> list[slice]:
     return [slice(part.start, part.stop) for part in parts]
 
 
-def _word(size: int) -> torch.dtype:
-    """The widest type of which `size` bytes are a multiple."""
-    return next(word for word in WORDS if size % word.itemsize == 0)
+class Exchange:
+    """One call.
+
+    Args:
+        lengths: tokens of the whole fields.
+        like: any of this rank's queries.
+    """
+
+    def __init__(self, peers: PeerMemory, ranks: int, lengths: Sequence[int], like: torch.Tensor) -> None:
+        rows, _, heads, width = like.shape
+        self._peers, self._rank, self._dtype = peers, peers.rank, like.dtype
+        turns = PORTIONS // rows if sum(lengths) >= LONG_TOKENS else 1
+        self._layout = layout_of(tuple(lengths), ranks, rows, heads, turns)
+        self._others = [rank for rank in range(ranks) if rank != peers.rank]
+        self._word = word_of(width * like.element_size())
+        self._width = width * like.element_size() // self._word.itemsize
+        words = self._layout.size * self._width
+        self._window: Window = peers.window(words * self._word.itemsize)
+        self._memory = [self._window.of(rank, (words,), self._word) for rank in range(ranks)]
+
+    def attend(self, streams: Sequence[torch.Tensor], filling: Sequence[int] | None, kernel: str) -> list[torch.Tensor]:
+        """See `ulysses_attention`."""
+        lengths = [slot.length for slot in self._layout.slots[self._rank]]
+        count = len(streams) // 3
+        outputs = [torch.empty_like(query, memory_format=torch.contiguous_format) for query in streams[:count]]
+        words = [stream.view(self._word) for stream in (*streams, *outputs)]
+        *sent, taken = (fields_of(words[first : first + count], lengths) for first in range(0, 4 * count, count))
+        packed = self._scatter(list(zip(*sent, strict=True)))
+        self._window.meet()
+        # Only now: what meets crosses the same link, and would wait behind all that copy engines have to carry.
+        arrivals = [self._send(index, pieces) for index, pieces in enumerate(packed)]
+        # All are kept to the end: their memory must not be used again while copies read it.
+        mixed: list[torch.Tensor] = []
+        for index, portion in enumerate(self._layout.portions):
+            if index:
+                self._peers.wait(arrivals[index])
+                self._window.meet()
+                self._give_back(index - 1, mixed[-1])
+            mixed.append(self._mix(index, portion, filling[portion.row] if filling else 0, kernel))
+            self._take(portion.row, portion.heads[self._rank], mixed[-1], taken, whole=True)
+        self._peers.wait(self._give_back(len(packed) - 1, mixed[-1]))
+        self._window.meet()
+        self._collect(taken)
+        return outputs
+
+    def _scatter(self, fields: Sequence[tuple[torch.Tensor, ...]]) -> list[dict[int, torch.Tensor]]:
+        """The first portion to all ranks, and this rank's of the others; what is to be sent of those, by rank."""
+        slots, length = self._layout.slots[self._rank], self._layout.length
+        packed: list[dict[int, torch.Tensor]] = []
+        for index, portion in enumerate(self._layout.portions):
+            targets = [self._attended(rank, index, heads) for rank, heads in enumerate(portion.heads)]
+            others = self._others if index else []
+            packed.append({rank: targets[rank].new_empty(length, *targets[rank].shape[1:]) for rank in others})
+            for slot, field in zip(slots, fields, strict=True):
+                places = [
+                    packed[index][rank][slot.piece : slot.piece + slot.real]
+                    if rank in packed[index]
+                    else target[slot.whole : slot.whole + slot.real]
+                    for rank, target in enumerate(targets)
+                ]
+                copy_heads([tensor[portion.row, : slot.real] for tensor in field], places, portion.heads)
+                for rank in self._others:
+                    count_sent("all_to_all", places[rank])
+        return packed
+
+    def _send(self, index: int, packed: dict[int, torch.Tensor]) -> torch.Event | None:
+        """A packed portion to the other ranks; returns when it will be there."""
+        with self._peers.aside():
+            for rank, pieces in packed.items():
+                target = self._attended(rank, index, self._layout.portions[index].heads[rank])
+                for slot in self._layout.slots[self._rank]:
+                    # Contiguous on both sides: copy engines take it, and no multiprocessor.
+                    mine = pieces[slot.piece : slot.piece + slot.real]
+                    target[slot.whole : slot.whole + slot.real].copy_(mine)
+            return self._peers.mark()
+
+    def _mix(self, index: int, portion: Portion, filling: int, kernel: str) -> torch.Tensor:
+        """Attention over the whole sequence with this rank's heads, [S, h, W]."""
+        attended = self._attended(self._rank, index, portion.heads[self._rank])
+        if not attended.shape[2]:
+            return attended[:, 0]
+        query, key, value = attended.view(self._dtype)[None].unbind(2)
+        mixed = KERNELS[kernel](query, key[:, filling:], value[:, filling:], None)
+        return mixed[0].contiguous().view(self._word)
+
+    def _give_back(self, index: int, mixed: torch.Tensor) -> torch.Event | None:
+        """The others' tokens to them; returns when they will be there."""
+        with self._peers.aside():
+            for rank in self._others:
+                target = self._returned(rank, index, self._rank, mixed.shape[1])
+                for slot in self._layout.slots[rank]:
+                    tokens = mixed[slot.whole : slot.whole + slot.real]
+                    count_sent("all_to_all", tokens)
+                    target[slot.piece : slot.piece + slot.real].copy_(tokens)
+            return self._peers.mark()
+
+    def _collect(self, fields: Sequence[torch.Tensor]) -> None:
+        """What the others gave back, into fields [B, l, H, W]; filling is 0."""
+        for slot, output in zip(self._layout.slots[self._rank], fields, strict=True):
+            if slot.real < slot.length:
+                output[:, slot.real :] = 0
+        for index, portion in enumerate(self._layout.portions):
+            for rank in self._others:
+                heads = portion.heads[rank]
+                mixed = self._returned(self._rank, index, rank, heads.stop - heads.start)
+                self._take(portion.row, heads, mixed, fields, whole=False)
+
+    def _take(
+        self, row: int, heads: slice, mixed: torch.Tensor, fields: Sequence[torch.Tensor], *, whole: bool
+    ) -> None:
+        """This rank's tokens with some heads, out of the whole sequence or out of its pieces."""
+        for slot, output in zip(self._layout.slots[self._rank], fields, strict=True):
+            first = slot.whole if whole else slot.piece
+            output[row, : slot.real, heads] = mixed[first : first + slot.real]
+
+    def _attended(self, rank: int, portion: int, heads: slice) -> torch.Tensor:
+        """Where a rank attends to a portion: queries, keys and values, [S, 3, h, W]."""
+        shape = (self._layout.total, 3, heads.stop - heads.start, self._width)
+        return self._view(rank, self._layout.attended(portion), shape)
+
+    def _returned(self, rank: int, portion: int, of: int, heads: int) -> torch.Tensor:
+        """Where a rank takes back what rank `of` mixed: [L, h, W]."""
+        return self._view(rank, self._layout.returned(portion, of), (self._layout.length, heads, self._width))
+
+    def _view(self, rank: int, first: int, shape: tuple[int, ...]) -> torch.Tensor:
+        first *= self._width
+        return self._memory[rank][first : first + math.prod(shape)].view(shape)
 
 
 def fields_of(streams: Sequence[torch.Tensor], pieces: Sequence[int]) -> list[torch.Tensor]:

@@ -18,7 +18,7 @@ from services.families import load_family
 from services.family import Tensors
 from services.parallel.collectives import sent_bytes
 from services.parallel.degrees import Degrees
-from services.parallel.hsdp import CountedGather
+from services.parallel.hsdp import Gather
 from services.parallel.mesh import Mesh
 from services.parallel.sequence import own_piece
 from services.parallel.tensor_sequence import Layout
@@ -63,6 +63,12 @@ def config_of(folder: str, parallel: ParallelSection, engine: dict) -> StageConf
         parallel=parallel,
         engine=EngineSection(warmup=False, **engine),
     )
+
+
+def denoise_long(rank: int, world: int, folder: str, parallel: dict[str, int], engine: dict, script: Script) -> Report:
+    """`denoise`, where every sequence counts as long."""
+    with patch("dit_svc.forward.ROWS_UP_TO_TOKENS", 0):
+        return denoise(rank, world, folder, parallel, engine, script)
 
 
 def denoise(rank: int, world: int, folder: str, parallel: dict[str, int], engine: dict, script: Script) -> Report:
@@ -126,7 +132,7 @@ def held(weight: torch.Tensor) -> torch.Tensor:
 def gathered_bytes(rank: int, world: int, folder: str, parallel: dict[str, int], script: Script) -> list[int]:
     """Bytes of weights that HSDP has gathered or is gathering, whenever a block runs."""
     buffers: list[weakref.ref[torch.Tensor]] = []
-    allocate = CountedGather.allocate
+    allocate = Gather.allocate
 
     def noted(*arguments, **options) -> torch.Tensor:
         buffer = allocate(*arguments, **options)
@@ -156,7 +162,7 @@ def gathered_bytes(rank: int, world: int, folder: str, parallel: dict[str, int],
 
     for block in blocks:
         block.forward = watched(block.forward)
-    with patch.object(CountedGather, "allocate", noted):
+    with patch.object(Gather, "allocate", noted):
         for job in script.jobs:
             dit.admit(job)
         while dit.busy:

@@ -77,3 +77,17 @@ def test_a_layout_gives_what_one_process_gives(pool, prepared, name, layout):
             for request_id, tensors in report.finished.items()
             for key, tensor in tensors.items()
         ), "the ranks' states have drifted apart"
+
+
+@pytest.mark.parametrize("layout", ["hsdp", "hsdp-ulysses", "tensor-sequence-hsdp"])
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith(("qwen_image-t2i", "wan-t2v"))])
+def test_branches_that_share_no_kernels_share_a_gathering_of_weights(pool, prepared, name, layout):
+    parallel = (TWO | FOUR)[layout]
+    subject = prepared(name)
+    jobs, stock = subject.jobs(2)
+    arguments = (world_of(parallel), str(subject.folder), parallel, {"max_batch": 8}, Script(jobs))
+    short, long = pool.run("denoise", *arguments)[0], pool.run("denoise_long", *arguments)[0]
+    # What lies outside the blocks is small at full size; here it is a fifth, and gathered for each branch.
+    assert short.sent["hsdp"] < long.sent["hsdp"] < 1.3 * short.sent["hsdp"]
+    for request_id, tensors in long.finished.items():
+        assert difference(tensors, stock[request_id]) <= 1e-4, request_id
