@@ -84,6 +84,7 @@ class DryRun:
         self, source: ModelSource, degrees: Degrees, rank: int, dtype: torch.dtype, branches: str = "auto"
     ) -> None:
         self.part = load_family(source.family).dit
+        self._branches = branches
         # FSDP needs process groups; what it holds and sends is arithmetic.
         self._mesh = PlannedMesh(replace(degrees, hsdp_shard=1, hsdp_replicate=1), rank)
         partition = Partition(self.part.plan, self.part.blocks, self._mesh)
@@ -116,9 +117,12 @@ class DryRun:
             return 0, 0
         # Of several experts one runs in a step, and they are alike.
         blocks, parts = self._plans(next(iter(self.model.modules)), shards)
-        sent = step.passes * sum(plan.sent for plan in blocks)
+        # Branches share a gathering where one rank runs all of them and all blocks (`Forward`).
+        shared = self._branches == "auto" and self._mesh["cfg"].size * self._mesh["pipeline"].size == 1
+        gatherings = 1 if shared else step.passes
+        sent = gatherings * sum(plan.sent for plan in blocks)
         sent += sum(calls * plan.sent for calls, plan in zip(step.outside_calls, parts, strict=True))
-        return sent, step.passes * len(blocks) + sum(step.outside_calls)
+        return sent, gatherings * len(blocks) + sum(step.outside_calls)
 
     def _plans(self, name: str, shards: int) -> tuple[list[Shards], list[Shards]]:
         index = self._mesh.sharing.rank % shards

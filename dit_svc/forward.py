@@ -67,6 +67,11 @@ class Part:
     places: Places
     streams: Any
 
+    def take(self) -> Any:
+        """The streams, which are kept no longer here: a block's input goes when the next block runs."""
+        streams, self.streams = self.streams, None
+        return streams
+
 
 class Forward:
     """Runs passes. `mesh` is None on one rank.
@@ -209,7 +214,7 @@ class Forward:
     def _run(self, parts: Sequence[Part], run: BlockRun) -> None:
         for part in parts:
             self._fit(part)
-            part.streams = run(part.streams)
+            part.streams = run(part.take())
 
     def _fit(self, part: Part) -> None:
         """What ranks know of the tokens is of the part in hand."""

@@ -177,7 +177,8 @@ def test_slower_links_cost_time_where_they_are_used(full):
         if "tensor" in key:
             assert slow[key].step_s - layout.step_s == pytest.approx(layout.sent_bytes * 9 / 274e9, rel=0.05)
         else:
-            assert slow[key] == layout
+            # Places of tokens are remembered: the second planner makes none.
+            assert replace(slow[key], activation_bytes=layout.activation_bytes) == layout
 
 
 def test_what_does_not_fit_says_what_it_needs():
