@@ -13,9 +13,10 @@ import torch
 from services.attention import KERNELS
 from services.errors import StartupError
 from services.families import load_family
+from services.families.qwen_image.cut import QwenStreams
 from services.family import DitModel
 from services.feature_set import apply_features
-from services.features import attention
+from services.features import attention, graphs
 from services.weights import open_source
 
 FAMILY = load_family("qwen_image")
@@ -70,3 +71,24 @@ def test_a_family_without_attention_calls_is_served_unless_the_feature_is_asked_
     assert applied(tiny, {})[0] == {}
     with pytest.raises(StartupError, match="it has none"):
         applied(tiny, {"attention": {}})
+
+
+def test_graphs_are_refused_where_launches_are_not_a_gpus_or_change(tiny):
+    with pytest.raises(StartupError, match="'graphs' cannot be used here: a graph is of a CUDA device's launches"):
+        applied(tiny, {"graphs": {}})
+    plan = FAMILY.dit.plan
+    alone, spread = frozenset({"graphs"}), frozenset({"graphs", "ulysses"})
+    assert graphs.supports(plan, "cuda", alone) is None
+    assert graphs.supports(plan, "cuda", spread | {"peers"}) is None
+    assert "2 windows" in graphs.supports(plan, "cuda", spread)
+    assert "2 or more places" in graphs.supports(plan, "cuda", alone | {"hsdp"})
+    assert "each expert" in graphs.supports(load_family("hidream").dit.plan, "cuda", alone)
+
+
+def test_a_graph_is_for_shapes_and_for_the_values_of_what_lies_on_the_cpu():
+    def key(tokens: int, filling: list[int]) -> Any:
+        meta = torch.empty(2, tokens, 8, device="meta")
+        return graphs.key_of(QwenStreams(meta, meta, torch.tensor(filling), meta[:, 0], (meta[0], meta[0]), 4))
+
+    assert key(5, [0, 2]) == key(5, [0, 2])
+    assert len({key(5, [0, 2]), key(6, [0, 2]), key(5, [0, 3])}) == 3
