@@ -137,3 +137,51 @@ def all_to_all_uneven(
 def _(tensor: torch.Tensor, sent: Sequence[int], received: Sequence[int], rank: int, group: str) -> torch.Tensor:
     plan_sent("all_to_all_uneven", tensor, 1 - sent[rank] / max(1, tensor.shape[0]))
     return tensor.new_empty((sum(received), *tensor.shape[1:]))
+
+
+@torch.library.custom_op("lightloom::halo", mutates_args=())
+def halo(tensor: torch.Tensor, dim: int, before: int, behind: int, group: str, rank: int, size: int) -> torch.Tensor:
+    """A piece of a whole with the edges of its neighbours: `before` rows of the piece before it in dimension `dim`, and
+    `behind` of the one behind it. The first piece has none before it, the last none behind."""
+    process_group = group_of(group)
+    above = tensor.new_empty(_with_rows(tensor, dim, before if rank else 0))
+    below = tensor.new_empty(_with_rows(tensor, dim, behind if rank < size - 1 else 0))
+    # The piece behind wants our last rows, the piece before our first.
+    last = tensor.narrow(dim, tensor.shape[dim] - before, before).contiguous()
+    first = tensor.narrow(dim, 0, behind).contiguous()
+    exchanged: list[tuple[Any, torch.Tensor, int]] = []
+    if rank < size - 1:
+        exchanged += [(dist.isend, last, rank + 1), (dist.irecv, below, rank + 1)]
+    if rank:
+        exchanged += [(dist.isend, first, rank - 1), (dist.irecv, above, rank - 1)]
+    operations = [
+        dist.P2POp(operation, edge, group=process_group, group_peer=peer)
+        for operation, edge, peer in exchanged
+        if edge.numel()
+    ]
+    for work in dist.batch_isend_irecv(operations) if operations else ():
+        work.wait()
+    for operation, edge, _ in exchanged:
+        if operation is dist.isend:
+            count_sent("halo", edge)
+    layout = _layout(tensor)
+    return torch.cat([above.contiguous(memory_format=layout), tensor, below.contiguous(memory_format=layout)], dim)
+
+
+@halo.register_fake
+def _(tensor: torch.Tensor, dim: int, before: int, behind: int, _group: str, rank: int, size: int) -> torch.Tensor:
+    rows = tensor.shape[dim] + (before if rank else 0) + (behind if rank < size - 1 else 0)
+    return tensor.new_empty(_with_rows(tensor, dim, rows)).contiguous(memory_format=_layout(tensor))
+
+
+def _with_rows(tensor: torch.Tensor, dim: int, rows: int) -> tuple[int, ...]:
+    shape = list(tensor.shape)
+    shape[dim] = rows
+    return tuple(shape)
+
+
+def _layout(tensor: torch.Tensor) -> torch.memory_format:
+    """Of a picture or clip, or of a piece of one, which is not dense."""
+    if tensor.stride(1) != 1:
+        return torch.contiguous_format
+    return torch.channels_last_3d if tensor.ndim == 5 else torch.channels_last
