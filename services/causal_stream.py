@@ -1,13 +1,17 @@
 """Clips through causal video VAEs chunk by chunk, and single pictures as pictures.
 
 A causal convolution sees only frames that came before. Of each clip it therefore keeps the last frames of its input
-(a `Stream` holds them), and a chunk of frames gives what it would give inside of the whole clip, bit for bit. Memory
+(a `Stream` holds them), and a chunk of frames gives what it would give inside of the whole clip. Memory
 does not grow with the clip, several clips or tiles can be on their way at once, and frames leave while later ones are
 still latents.
 
+Libraries are better at 2-D convolutions than at 3-D ones. A decoder's convolutions therefore take the frames that a
+kernel meets as more channels of one picture, conv3d(x, W) = conv2d(frames side by side, slices side by side): the same
+sums in another order (4e-6 apart in fp32), five times faster (tiny Wan, 128x192, nine frames, one CPU core).
 For a single picture there is no history: only the last temporal slice of a kernel meets data, and
 conv3d(pad(x), W) = conv2d(x, W[:, :, -1]). It is the same sum with the zero terms left out (2e-6 apart in fp32), and
-fourteen times faster with weights in channels_last order (256x256, two CPU cores).
+fourteen times faster with weights in channels_last order (256x256, two CPU cores). An encoder gives clips bit for bit
+what the library gives, since denoising goes on from there.
 """
 
 from __future__ import annotations
@@ -61,11 +65,18 @@ class CausalCodec:
         self._work = Work()
         # Only some decoders have layers to which the first chunk is special.
         self._says_first = "first_chunk" in inspect.signature(vae.decoder.forward).parameters
+        decoding = {vae.post_quant_conv, *vae.decoder.modules()}
         for module in list(vae.modules()):
             if isinstance(module, nn.Conv3d) and hasattr(module, "_padding"):
                 padding: Any = module._padding
                 module.padding = (0, padding[2], padding[0])
-                _rebind(module, self._work, module.weight[:, :, -1], _convolve_in_time)
+                forward = _convolve_side_by_side if module in decoding else _convolve_in_time
+                _rebind(module, self._work, module.weight[:, :, -1], forward)
+                if module in decoding:
+                    # [out, in, F, h, w] to [out, F in, h, w].
+                    slices = module.weight.detach().transpose(1, 2).flatten(1, 2)
+                    slices = slices.contiguous(memory_format=torch.channels_last)
+                    module.register_buffer("weight_side_by_side", slices, persistent=False)
             elif isinstance(module, nn.Conv2d):
                 # One layout through the whole VAE: nothing is reordered between its convolutions.
                 _rebind(module, self._work, module.weight, _convolve)
@@ -136,12 +147,32 @@ def _convolve_in_time(conv: Any, x: torch.Tensor) -> torch.Tensor:
     stream: Stream = conv.work.stream
     if stream.one_frame:
         return F.conv2d(x[:, :, 0], conv.weight_2d, conv.bias, conv.stride[1:], conv.padding[1:]).unsqueeze(2)
-    if kept := conv.kernel_size[0] - conv.stride[0]:
-        before = stream.history.get(conv)
-        x = F.pad(x, (0, 0, 0, 0, kept, 0)) if before is None else torch.cat([before, x], dim=2)
-        stream.history[conv] = x[:, :, -kept:].clone()
-    out: torch.Tensor = conv._conv_forward(x, conv.weight, conv.bias)
+    out: torch.Tensor = conv._conv_forward(_with_history(conv, stream, x), conv.weight, conv.bias)
     return out
+
+
+def _convolve_side_by_side(conv: Any, x: torch.Tensor) -> torch.Tensor:
+    stream: Stream = conv.work.stream
+    if stream.one_frame:
+        return _convolve_in_time(conv, x)
+    batch, frames = x.shape[0], x.shape[2]
+    x = _with_history(conv, stream, x)
+    if conv.kernel_size[0] > 1:
+        x = torch.cat([x[:, :, start : start + frames] for start in range(conv.kernel_size[0])], dim=1)
+    out = F.conv2d(x.transpose(1, 2).flatten(0, 1), conv.weight_side_by_side, conv.bias, padding=conv.padding[1:])
+    clip: torch.Tensor = out.unflatten(0, (batch, frames)).transpose(1, 2)
+    return clip
+
+
+def _with_history(conv: Any, stream: Stream, x: torch.Tensor) -> torch.Tensor:
+    """The frames that the convolution meets beside the new ones, before them; the last ones are kept for the next."""
+    kept = conv.kernel_size[0] - conv.stride[0]
+    if not kept:
+        return x
+    before = stream.history.get(conv)
+    x = F.pad(x, (0, 0, 0, 0, kept, 0)) if before is None else torch.cat([before, x], dim=2)
+    stream.history[conv] = x[:, :, -kept:].clone()
+    return x
 
 
 def _convolve(conv: Any, x: torch.Tensor) -> torch.Tensor:

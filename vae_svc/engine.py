@@ -22,9 +22,13 @@ from services.parallel.degrees import Degrees, check_patches
 from services.parallel.mesh import Mesh
 from services.parallel.vae_patch import PatchCodec
 from services.parallel.vae_tiles import TileCodec, check_tile
-from services.request import ResolvedParams
+from services.request import Limits, ResolvedParams
+from services.vae_on_gpu import speed_up
 from services.weights import ModelSource
 from vae_svc.latent_rgb_fit import LatentRgbFit, fit_latent_rgb
+
+# The first has no history, the second has none where the frame rate rises, the third and all others have.
+WARM_UP_LATENT_FRAMES = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,7 +220,21 @@ def open_engine(config: StageConfig, mesh: Mesh | None = None) -> VaeEngine:
     check_sharing(config, part, source)
     model = part.load(source, *placement(config.model))
     model = share_pictures(config, part, model, mesh)
+    if model.module.device.type == "cuda":
+        speed_up(model.module)
+        if config.engine.warmup:
+            warm_up(part, model, limits_of(config, source))
     return VaeEngine(part, model, config.engine.max_batch, fit_latent_rgb(part, model), single=mesh is None)
+
+
+def warm_up(part: VaePart, model: VaeModel, limits: Limits) -> None:
+    """Decodes what requests ask for by default, cut short: kernels are compiled and chosen before the first of them."""
+    channels, compression, frames_each = part.latent_geometry(model)
+    frames = min((limits.default_frames - 1) // frames_each + 1, WARM_UP_LATENT_FRAMES)
+    sides = (limits.default_height // compression, limits.default_width // compression)
+    shape = (1, channels, *((frames,) if frames_each > 1 else ()), *sides)
+    for _ in model.codec.decode(torch.zeros(shape, device=model.module.device, dtype=model.module.dtype)):
+        """The frames are black."""
 
 
 def check_sharing(config: StageConfig, part: VaePart, source: ModelSource) -> None:

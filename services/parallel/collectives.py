@@ -143,29 +143,43 @@ def _(tensor: torch.Tensor, sent: Sequence[int], received: Sequence[int], rank: 
 def halo(tensor: torch.Tensor, dim: int, before: int, behind: int, group: str, rank: int, size: int) -> torch.Tensor:
     """A piece of a whole with the edges of its neighbours: `before` rows of the piece before it in dimension `dim`, and
     `behind` of the one behind it. The first piece has none before it, the last none behind."""
-    process_group = group_of(group)
-    above = tensor.new_empty(_with_rows(tensor, dim, before if rank else 0))
-    below = tensor.new_empty(_with_rows(tensor, dim, behind if rank < size - 1 else 0))
     # The piece behind wants our last rows, the piece before our first.
     last = tensor.narrow(dim, tensor.shape[dim] - before, before).contiguous()
     first = tensor.narrow(dim, 0, behind).contiguous()
-    exchanged: list[tuple[Any, torch.Tensor, int]] = []
-    if rank < size - 1:
-        exchanged += [(dist.isend, last, rank + 1), (dist.irecv, below, rank + 1)]
-    if rank:
-        exchanged += [(dist.isend, first, rank - 1), (dist.irecv, above, rank - 1)]
+    if (peers := peer_memory.get(group)) is not None:
+        shown = peers.show(torch.cat([first.flatten(), last.flatten()]), size)
+        above = shown[rank - 1][first.numel() :].view(last.shape) if rank else None
+        below = shown[rank + 1][: first.numel()].view(first.shape) if rank < size - 1 else None
+    else:
+        above, below = _exchange(first, last, group_of(group), rank, size)
+    for edge, there in ((first, rank > 0), (last, rank < size - 1)):
+        if there:
+            count_sent("halo", edge)
+    layout = _layout(tensor)
+    edges = [edge if edge is None else edge.contiguous(memory_format=layout) for edge in (above, below)]
+    return torch.cat([part for part in (edges[0], tensor, edges[1]) if part is not None], dim)
+
+
+def _exchange(
+    first: torch.Tensor, last: torch.Tensor, group: dist.ProcessGroup, rank: int, size: int
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Edges to the neighbours, and theirs back: that of the one before, and of the one behind."""
+    above = torch.empty_like(last) if rank else None
+    below = torch.empty_like(first) if rank < size - 1 else None
+    exchanged = [
+        (dist.isend, last if below is not None else None, rank + 1),
+        (dist.irecv, below, rank + 1),
+        (dist.isend, first if above is not None else None, rank - 1),
+        (dist.irecv, above, rank - 1),
+    ]
     operations = [
-        dist.P2POp(operation, edge, group=process_group, group_peer=peer)
+        dist.P2POp(operation, edge, group=group, group_peer=peer)
         for operation, edge, peer in exchanged
-        if edge.numel()
+        if edge is not None and edge.numel()
     ]
     for work in dist.batch_isend_irecv(operations) if operations else ():
         work.wait()
-    for operation, edge, _ in exchanged:
-        if operation is dist.isend:
-            count_sent("halo", edge)
-    layout = _layout(tensor)
-    return torch.cat([above.contiguous(memory_format=layout), tensor, below.contiguous(memory_format=layout)], dim)
+    return above, below
 
 
 @halo.register_fake

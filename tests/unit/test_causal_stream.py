@@ -80,10 +80,10 @@ def test_a_picture_is_nearly_the_same(stock, codec):
     assert apart(codec.encode(pixels), moments(stock, pixels)) <= 1e-5
 
 
-def test_a_clip_is_the_same_bit_for_bit_also_after_a_picture(stock, codec):
+def test_a_clip_is_nearly_the_same_and_its_latents_are_bit_for_bit_also_after_a_picture(stock, codec):
     list(codec.decode(latents_of(stock, 1)))
     latents, pixels = latents_of(stock, 4), torch.rand(1, 3, 9, 64, 96) * 2 - 1
-    assert torch.equal(decoded(codec, latents), stock.decode(latents).sample)
+    assert apart(decoded(codec, latents), stock.decode(latents).sample) <= 1e-5
     assert torch.equal(codec.encode(pixels), moments(stock, pixels))
 
 
@@ -92,7 +92,7 @@ def test_clips_that_take_turns_do_not_see_each_other(stock, codec):
     chunks = list(zip(*map(codec.decode, clips), strict=True))
     for latents, ours in zip(clips, zip(*chunks, strict=True), strict=True):
         assert [chunk.shape[2] for chunk in ours] == [1, 4, 4]
-        assert torch.equal(torch.cat(ours, dim=2).clamp(-1, 1), stock.decode(latents).sample)
+        assert apart(torch.cat(ours, dim=2).clamp(-1, 1), stock.decode(latents).sample) <= 1e-5
 
 
 def test_several_latent_frames_a_step_are_nearly_the_same(stock):
@@ -113,8 +113,9 @@ def test_memory_does_not_grow_with_the_clip(stock, codec):
     assert alive[2] == alive[5] > 0
 
 
-def test_a_picture_runs_no_3d_convolution_and_keeps_no_history(stock, codec, monkeypatch):
+def test_decoding_and_pictures_run_no_3d_convolution_and_pictures_keep_no_history(stock, codec, monkeypatch):
     monkeypatch.setattr(torch.nn.functional, "conv3d", None)
+    list(codec.decode(latents_of(stock, 3)))
     list(codec.decode(latents_of(stock, 1)))
     assert not codec._work.stream.history
     codec.encode(torch.rand(1, 3, 1, 64, 96))
