@@ -11,13 +11,16 @@ that fails is kept with its error. Rehearsal without a GPU: `--device cpu`, with
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import statistics
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import MethodType
@@ -35,8 +38,10 @@ from services.family import VaeModel
 from services.parallel.degrees import Degrees
 from services.parallel.mesh import Axis, Mesh
 from services.parallel.vae_patch import PatchCodec
-from services.vae_on_gpu import channels_last, speed_up
+from services.vae_on_gpu import channels_last, compile_decoder, speed_up
 from services.weights import ModelSource, open_source
+
+Figures = dict[str, Any]
 
 SMALL_PX = (192, 128)
 SMALL_FRAMES = 9
@@ -91,34 +96,44 @@ CANDIDATES = {
     "conv3d": Candidate(conv3d=True),
     "conv3d_tuned": Candidate(conv3d=True, tuned=True),
     "compiled": Candidate(compiled=True),
-    "compiled_tuned": Candidate(compiled=True, tuned=True),
 }
 CLIPS_ONLY = ("step2", "step4", "conv3d", "conv3d_tuned")
 RANKS = ("service", "tuned")
 
 
-@dataclass(frozen=True)
 class Bench:
-    """Where and how often."""
+    """Where and how often; weights are drawn once for each case and dtype.
 
-    device: torch.device
-    runs: int
-    folder: Path
+    Args:
+        folder: for the tiny models of a run without a GPU, this process's own.
+    """
 
-    def source(self, case: Case) -> ModelSource:
-        """Full size on a GPU, tiny on the CPU."""
-        if self.device.type == "cuda":
-            return open_source("random:0", family=case.family, preset=case.preset)
-        folder = self.folder / case.variant
-        if not folder.exists():
-            load_family(case.family).tiny(folder, case.variant, 0)
-        return open_source(str(folder))
+    def __init__(self, device: torch.device, runs: int, folder: Path) -> None:
+        self.device, self.runs = device, runs
+        self._folder = folder
+        self._untouched: dict[tuple[Case, torch.dtype], Any] = {}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What a service would take."""
+        return torch.bfloat16 if self.device.type == "cuda" else torch.float32
+
+    def outline(self, case: Case) -> VaeModel:
+        """The model without weights."""
+        source = self._source(case).without_weights()
+        return load_family(case.family).vae.load(source, torch.device("meta"), torch.float32)
+
+    def library(self, case: Case, dtype: torch.dtype) -> Any:
+        """The library's VAE, untouched."""
+        key = (case, dtype)
+        if key not in self._untouched:
+            cls = type(self.outline(case).module)
+            self._untouched[key] = self._source(case).load(cls, "vae", self.device, dtype)
+        return self._untouched[key]
 
     def latents(self, case: Case, dtype: torch.dtype, *, small: bool = False) -> torch.Tensor:
         """Noise, the same for everybody."""
-        part = load_family(case.family).vae
-        model = part.load(self.source(case).without_weights(), torch.device("meta"), dtype)
-        channels, compression, frames_each = part.latent_geometry(model)
+        channels, compression, frames_each = load_family(case.family).vae.latent_geometry(self.outline(case))
         sides, frames = case.sides, case.frames
         if small or self.device.type == "cpu":
             sides, frames = SMALL_PX, min(case.frames, SMALL_FRAMES)
@@ -132,50 +147,53 @@ class Bench:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
+    def _source(self, case: Case) -> ModelSource:
+        """Full size on a GPU, tiny on the CPU."""
+        if self.device.type == "cuda":
+            return open_source("random:0", family=case.family, preset=case.preset)
+        folder = self._folder / case.variant
+        if not folder.exists():
+            load_family(case.family).tiny(folder, case.variant, 0)
+        return open_source(str(folder))
+
 
 def prepared(bench: Bench, case: Case, candidate: Candidate, dtype: torch.dtype, axis: Axis | None = None) -> VaeModel:
-    """A freshly loaded VAE with the candidate's options; over an axis, pictures are shared exactly."""
-    part = load_family(case.family).vae
-    model = part.load(bench.source(case), bench.device, dtype)
+    """A VAE with the candidate's options; over an axis, pictures are shared exactly."""
+    part, outline = load_family(case.family).vae, bench.outline(case)
+    vae = copy.deepcopy(bench.library(case, dtype))
+    model = VaeModel(vae, type(outline.codec)(vae))  # type: ignore[call-arg]
     if isinstance(model.codec, CausalCodec):
-        if candidate.step > 1:
-            model.codec._frames_a_step = candidate.step
+        model.codec._frames_a_step = candidate.step
         if candidate.conv3d:
-            _in_3d(model.module)
+            _in_3d(vae)
     if axis is not None:
-        model = VaeModel(model.module, PatchCodec(model, part.plan, part.latent_geometry(model)[1], axis))
+        model = VaeModel(vae, PatchCodec(model, part.plan, part.latent_geometry(outline)[1], axis))
     if candidate.fused:
-        speed_up(model.module)
+        speed_up(vae)
     elif candidate.layout:
-        channels_last(model.module)
+        channels_last(vae)
     if candidate.compiled:
-        decoder: Any = model.module.decoder
-        decoder.forward = torch.compile(decoder.forward, dynamic=False)
+        compile_decoder(vae)
     torch.backends.cudnn.benchmark = candidate.tuned
     return model
 
 
-def baseline(
-    bench: Bench, case: Case, dtype: torch.dtype, *, small: bool = False
-) -> tuple[dict[str, Any], torch.Tensor]:
-    """The library's class, untouched: figures and frames."""
-    part = load_family(case.family).vae
-    cls = type(part.load(bench.source(case).without_weights(), torch.device("meta"), dtype).module)
-    library: Any = bench.source(case).load(cls, "vae", bench.device, dtype)
+def baseline(bench: Bench, case: Case, dtype: torch.dtype, *, small: bool = False) -> tuple[Figures, torch.Tensor]:
+    """The library's eager decode: figures and frames."""
+    library, latents = bench.library(case, dtype), bench.latents(case, dtype, small=small)
     torch.backends.cudnn.benchmark = False
-    latents = bench.latents(case, dtype, small=small)
     facts, frames = timed(bench, lambda: iter([library.decode(latents).sample]), runs=1 if small else bench.runs)
     return facts, frames[0]
 
 
 def timed(
     bench: Bench, chunks: Callable[[], Iterator[torch.Tensor]], runs: int = 0
-) -> tuple[dict[str, Any], list[torch.Tensor]]:
+) -> tuple[Figures, list[torch.Tensor]]:
     """Median milliseconds of a decode and to its first chunk, and the frames."""
     started_s = time.perf_counter()
     frames = [chunk.clamp(-1, 1) for chunk in chunks()]
     bench.sync()
-    facts: dict[str, Any] = {"first_run_s": time.perf_counter() - started_s}
+    facts: Figures = {"first_run_s": time.perf_counter() - started_s}
     whole_ms, first_ms = [], []
     if bench.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -200,50 +218,61 @@ def apart(ours: list[torch.Tensor], theirs: torch.Tensor) -> float:
     return float((joined.clamp(-1, 1) - theirs).abs().max() / theirs.abs().max())
 
 
-def run_case(bench: Bench, name: str, wanted: list[str], say: Callable[[dict[str, Any]], None]) -> None:
-    """The baseline and every candidate of a case."""
-    case, dtype = CASES[name], torch.bfloat16 if bench.device.type == "cuda" else torch.float32
-    expected_small = baseline(bench, case, torch.float32, small=True)[1]
-    facts, expected = baseline(bench, case, dtype)
-    say({"case": name, "candidate": "diffusers", **facts})
-    small, latents = (bench.latents(case, kind, small=each) for kind, each in ((torch.float32, True), (dtype, False)))
-    for candidate in wanted:
-        if case.frames == 1 and candidate in CLIPS_ONLY:
+def run_cases(bench: Bench, names: list[str], wanted: list[str], limit_s: float, notes: Notes) -> None:
+    """The baselines, then every candidate of every case, until the time is up."""
+    end_s = time.monotonic() + limit_s
+    expected: dict[str, tuple[torch.Tensor, torch.Tensor, float]] = {}
+    for name in names:
+        with notes.kept({"case": name, "candidate": "diffusers"}) as row:
+            small = baseline(bench, CASES[name], torch.float32, small=True)[1]
+            facts, whole = baseline(bench, CASES[name], bench.dtype)
+            row |= facts
+            expected[name] = (small, whole, facts["ms"])
+    for candidate, name in product(wanted, expected):
+        if CASES[name].frames == 1 and candidate in CLIPS_ONLY:
             continue
-        row: dict[str, Any] = {"case": name, "candidate": candidate}
-        try:
-            options = CANDIDATES[candidate]
-            exact = prepared(bench, case, options, torch.float32)
-            row["apart_fp32"] = apart(list(exact.codec.decode(small)), expected_small)
-            del exact
-            ours = prepared(bench, case, options, dtype)
-            facts, frames = timed(bench, partial(ours.codec.decode, latents))
-            row |= facts | {"apart": apart(frames, expected), "speedup": _ratio(say, facts["ms"])}
-            row["first_share"] = facts["first_ms"] / facts["ms"]
-            del ours, frames
-        except Exception as error:  # noqa: BLE001 - the others are measured
-            row |= {"error": f"{type(error).__name__}: {error}"[:1500], "trace": traceback.format_exc()[-1500:]}
-        say(row)
+        with notes.kept({"case": name, "candidate": candidate}) as row:
+            if time.monotonic() > end_s:
+                raise TimeoutError(f"not run: {limit_s:.0f} s are over")
+            row |= run_candidate(bench, CASES[name], CANDIDATES[candidate], *expected[name])
         torch.compiler.reset()
         if bench.device.type == "cuda":
             torch.cuda.empty_cache()
 
 
-def _ratio(say: Any, ms: float) -> float:
-    rows = [row for row in say.__self__.rows if row["candidate"] == "diffusers"]
-    return float(rows[-1]["ms"] / ms)
+def run_candidate(
+    bench: Bench, case: Case, options: Candidate, small: torch.Tensor, whole: torch.Tensor, stock_ms: float
+) -> Figures:
+    """Figures, and how far its frames are from the baseline's."""
+    row: Figures = {}
+    if not options.compiled:
+        # A graph for each shape and dtype takes a while: what is compiled is compared at full size only.
+        exact = prepared(bench, case, options, torch.float32)
+        row["apart_fp32"] = apart(list(exact.codec.decode(bench.latents(case, torch.float32, small=True))), small)
+        del exact
+    ours = prepared(bench, case, options, bench.dtype)
+    facts, frames = timed(bench, partial(ours.codec.decode, bench.latents(case, bench.dtype)))
+    row |= facts | {"apart": apart(frames, whole), "speedup": stock_ms / facts["ms"]}
+    return row | {"first_share": facts["first_ms"] / facts["ms"]}
 
 
 class Notes:
     """Rows of figures, printed as they come."""
 
-    def __init__(self) -> None:
-        self.rows: list[dict[str, Any]] = []
+    def __init__(self, *, silent: bool = False) -> None:
+        self.rows: list[Figures] = []
+        self._silent = silent
 
-    def add(self, row: dict[str, Any]) -> None:
-        """One more."""
+    @contextmanager
+    def kept(self, row: Figures) -> Iterator[Figures]:
+        """One more, filled in inside; what goes wrong there is kept in its place."""
+        try:
+            yield row
+        except Exception as error:  # noqa: BLE001 - the others are measured
+            row |= {"error": f"{type(error).__name__}: {error}"[:1500], "trace": traceback.format_exc()[-1500:]}
         self.rows.append(row)
-        print(json.dumps({key: value for key, value in row.items() if key != "trace"}), flush=True)
+        if not self._silent:
+            print(json.dumps({key: value for key, value in row.items() if key != "trace"}), flush=True)
 
 
 # ---- Convolutions in time as the library has them -------------------------------------------------------------------
@@ -263,40 +292,39 @@ def run_rank(rank: int, world: int, rendezvous: str, device: str, runs: int, cas
     """One process: every case alone on rank 0, then over all ranks."""
     if device == "cuda":
         torch.cuda.set_device(rank)
-    bench = Bench(torch.device(device, rank) if device == "cuda" else torch.device("cpu"), runs, Path(out).parent)
+    own = Path(out).parent / str(rank)
+    bench = Bench(torch.device(device, rank) if device == "cuda" else torch.device("cpu"), runs, own)
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     dist.init_process_group(backend, init_method=rendezvous, rank=rank, world_size=world)
+    torch.backends.cudnn.allow_tf32 = False
     axis = Mesh(Degrees(patch=world), rank, device)["patch"]
-    notes = Notes()
+    notes = Notes(silent=rank > 0)
     with torch.inference_mode():
-        for name in cases:
-            for candidate in RANKS:
-                row = _over_ranks(bench, name, candidate, axis)
-                if not rank:
-                    notes.add(row)
-    if not rank:
-        Path(out).write_text(json.dumps(notes.rows))
+        for name, candidate in product(cases, RANKS):
+            with notes.kept({"case": name, "candidate": candidate, "ranks": world}) as row:
+                row |= over_ranks(bench, CASES[name], CANDIDATES[candidate], axis)
+            if not rank:
+                Path(out).write_text(json.dumps(notes.rows))
     dist.destroy_process_group()
 
 
-def _over_ranks(bench: Bench, name: str, candidate: str, axis: Axis) -> dict[str, Any]:
+def over_ranks(bench: Bench, case: Case, options: Candidate, axis: Axis) -> Figures:
     """One GPU and all of them, by the same options; every rank measures both, so that none waits for long."""
-    case, options = CASES[name], CANDIDATES[candidate]
-    row: dict[str, Any] = {"case": name, "candidate": candidate, "ranks": axis.size}
     small = bench.latents(case, torch.float32, small=True)
     expected = list(prepared(bench, case, options, torch.float32).codec.decode(small))
     got = list(prepared(bench, case, options, torch.float32, axis).codec.decode(small))
-    row["apart_fp32"] = max(
-        float((a - b).abs().max() / b.abs().max().clamp(min=1e-6)) for a, b in zip(got, expected, strict=True)
-    )
-    dtype = torch.bfloat16 if bench.device.type == "cuda" else torch.float32
-    latents = bench.latents(case, dtype)
-    alone = prepared(bench, case, options, dtype)
+    latents = bench.latents(case, bench.dtype)
+    alone = prepared(bench, case, options, bench.dtype)
     single, frames = timed(bench, partial(alone.codec.decode, latents))
-    shared = prepared(bench, case, options, dtype, axis)
+    shared = prepared(bench, case, options, bench.dtype, axis)
     several, shared_frames = timed(bench, partial(shared.codec.decode, latents))
-    row["apart"] = max(float((a - b).abs().max()) for a, b in zip(shared_frames, frames, strict=True))
-    return row | {"one": single, "all": several, "speedup": single["ms"] / several["ms"]}
+    return {
+        "apart_fp32": max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(got, expected, strict=True)),
+        "apart": max(float((a - b).abs().max()) for a, b in zip(shared_frames, frames, strict=True)),
+        "one": single,
+        "all": several,
+        "speedup": single["ms"] / several["ms"],
+    }
 
 
 def main() -> None:
@@ -305,27 +333,27 @@ def main() -> None:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--only", nargs="*", choices=CASES, default=list(DEFAULT_CASES), help="cases")
     parser.add_argument("--candidates", nargs="*", choices=CANDIDATES, default=list(CANDIDATES))
+    parser.add_argument("--limit-s", type=float, default=210.0, help="no candidate begins later")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--world", type=int, default=1, help="ranks, each with a GPU; 1: every candidate on one GPU")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    # What is compared in float32 is to be float32.
+    torch.backends.cudnn.allow_tf32 = False
     device_name = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
     with TemporaryDirectory() as folder:
         out = Path(folder) / "rows.json"
+        notes = Notes()
         if args.world > 1:
             given = (args.world, f"file://{folder}/rendezvous", args.device, args.runs, args.only, str(out))
             spawn: Any = multiprocessing.spawn  # type: ignore[attr-defined]
-            spawn(run_rank, given, nprocs=args.world, join=True)
-            rows = json.loads(out.read_text())
+            with notes.kept({"case": "all", "ranks": args.world}):
+                spawn(run_rank, given, nprocs=args.world, join=True)
+            rows = [*(json.loads(out.read_text()) if out.exists() else ()), *notes.rows]
         else:
-            notes = Notes()
             bench = Bench(torch.device(args.device), args.runs, Path(folder))
             with torch.inference_mode():
-                for name in args.only:
-                    try:
-                        run_case(bench, name, args.candidates, notes.add)
-                    except Exception as error:  # noqa: BLE001 - the other cases are measured
-                        notes.add({"case": name, "candidate": "diffusers", "error": f"{type(error).__name__}: {error}"})
+                run_cases(bench, args.only, args.candidates, args.limit_s, notes)
             rows = notes.rows
     facts = {"device": device_name, "torch": torch.__version__, "ranks": args.world, "rows": rows}
     write_result(args.json, "vae", facts)

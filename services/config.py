@@ -125,12 +125,14 @@ class EngineSection:
     `max_batch` rows at most share a forward. `branches` runs guidance branches as `rows` of one batch, one
     after the other (`serial`), or by a rule of thumb on the token count (`auto`).
     `cache_bytes` bounds the text encoder's embedding cache. `tile_px` is the VAE's tile side; 0: no tiling.
+    `vae_compile` compiles the VAE's decoder for the default size (other sizes run as without it).
     """
 
     max_batch: int = 8
     branches: str = "auto"
     cache_bytes: int = 256 * 1024 * 1024
     tile_px: int = 0
+    vae_compile: bool = False
     warmup: bool = True
 
 

@@ -61,6 +61,17 @@ def fuse_norms(vae: nn.Module) -> int:
     return count
 
 
+def compile_decoder(vae: Any) -> None:
+    """The whole decoder, a graph for each shape and kind of chunk; `seal` ends it."""
+    torch.compiler.set_stance("default")
+    vae.decoder.forward = torch.compile(vae.decoder.forward, dynamic=False)
+
+
+def seal() -> None:
+    """From now on shapes without a graph run eagerly: no request waits for a compiler."""
+    torch.compiler.set_stance("eager_on_recompile")
+
+
 def _own_forward(module: nn.Module) -> bool:
     return "forward" not in vars(module)
 

@@ -23,7 +23,7 @@ from services.parallel.mesh import Mesh
 from services.parallel.vae_patch import PatchCodec
 from services.parallel.vae_tiles import TileCodec, check_tile
 from services.request import Limits, ResolvedParams
-from services.vae_on_gpu import speed_up
+from services.vae_on_gpu import compile_decoder, seal, speed_up
 from services.weights import ModelSource
 from vae_svc.latent_rgb_fit import LatentRgbFit, fit_latent_rgb
 
@@ -222,8 +222,12 @@ def open_engine(config: StageConfig, mesh: Mesh | None = None) -> VaeEngine:
     model = share_pictures(config, part, model, mesh)
     if model.module.device.type == "cuda":
         speed_up(model.module)
-        if config.engine.warmup:
-            warm_up(part, model, limits_of(config, source))
+    if config.engine.vae_compile:
+        compile_decoder(model.module)
+    if config.engine.vae_compile or (config.engine.warmup and model.module.device.type == "cuda"):
+        warm_up(part, model, limits_of(config, source))
+    if config.engine.vae_compile:
+        seal()
     return VaeEngine(part, model, config.engine.max_batch, fit_latent_rgb(part, model), single=mesh is None)
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dit_svc.dry_run import LiveBytes
+from services.config import ParallelSection
 from services.errors import StartupError
 from services.families import FAMILIES, load_family
 from services.parallel.degrees import Degrees, check_patches
@@ -13,8 +14,9 @@ from services.parallel.mesh import PlannedMesh
 from services.parallel.vae_patch import PatchCodec
 from services.parallel.vae_tiles import TileCodec, check_tile
 from services.weights import open_source
-from tests.parallel.jobs import VaeReport, shared
+from tests.parallel.jobs import VaeReport, config_of, shared
 from tests.parallel.vaes import KINDS, latents_of, library_vae, pixels_of, vae_model
+from vae_svc.engine import open_engine
 
 META = torch.device("meta")
 # Height and width in latents: rows that 2 and 4 do not divide, columns longer than rows, fewer latents than 4 ranks.
@@ -120,6 +122,24 @@ def test_tiles_of_no_whole_latents_are_refused(side_px):
 def test_ranks_that_cannot_share_pictures_are_refused(ranks, mode, tile_px, says):
     with pytest.raises(StartupError, match=says):
         check_patches(ranks, mode, tile_px, 256)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "engine", "says"),
+    [
+        ({"vae_patch_parallel_size": 2, "vae_patch_mode": "tiles"}, {}, "engine.tile_px is 0"),
+        ({"vae_patch_parallel_size": 2, "vae_patch_mode": "tiles"}, {"tile_px": 100}, "use 96 or 112"),
+        ({"vae_patch_parallel_size": 1000}, {}, "vae_patch_parallel_size 1000 is more than the .* latents"),
+        ({"vae_patch_parallel_size": 2, "vae_patch_mode": "rows"}, {}, "'rows' is unknown: use exact or tiles"),
+        ({"vae_patch_parallel_size": 0}, {}, "vae_patch_parallel_size is 0: it must be between 1 and 1024"),
+    ],
+)
+def test_what_cannot_be_shared_is_refused_before_a_weight_is_read(tmp_path, parallel, engine, says):
+    load_family("wan").tiny(tmp_path, "t2v", 0)
+    for weights in (tmp_path / "vae").glob("*.safetensors"):
+        weights.unlink()
+    with pytest.raises(StartupError, match=says):
+        open_engine(config_of(str(tmp_path), ParallelSection(**parallel), engine))
 
 
 # ---- Memory, at full size, by tensors without bytes ----------------------------------------------------------------

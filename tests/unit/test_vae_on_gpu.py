@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from services.vae_on_gpu import fuse_norms, speed_up
+from services.vae_on_gpu import compile_decoder, fuse_norms, seal, speed_up
 from tests.parallel.vaes import KINDS, latents_of, pixels_of, vae_model
 
 
@@ -22,6 +22,29 @@ def test_frames_and_latents_are_nearly_the_same(kind: str) -> None:
             assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
         ours, theirs = fast.codec.encode(pixels), plain.codec.encode(pixels)
         assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+
+
+@torch.inference_mode()
+def test_a_compiled_decoder_decodes_other_sizes_eagerly() -> None:
+    plain, fast = vae_model("wan"), vae_model("wan")
+    speed_up(fast.module)
+    compile_decoder(fast.module)
+    try:
+        for sealed, size, frames in ((False, (6, 4), 4), (True, (6, 4), 5), (True, (5, 7), 4), (True, (5, 7), 1)):
+            if sealed:
+                seal()
+            latents = latents_of("wan", *size, frames=frames)
+            graphs = unique_graphs()
+            for ours, theirs in zip(fast.codec.decode(latents), plain.codec.decode(latents), strict=True):
+                assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+            assert (unique_graphs() == graphs) is sealed
+    finally:
+        torch.compiler.set_stance("default")
+
+
+def unique_graphs() -> int:
+    """How many graphs there are in this process."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
