@@ -128,7 +128,7 @@ def test_ranks_that_cannot_share_pictures_are_refused(ranks, mode, tile_px, says
     ("parallel", "engine", "says"),
     [
         ({"vae_patch_parallel_size": 2, "vae_patch_mode": "tiles"}, {}, "engine.tile_px is 0"),
-        ({"vae_patch_parallel_size": 2, "vae_patch_mode": "tiles"}, {"tile_px": 100}, "use 96 or 112"),
+        ({"vae_patch_parallel_size": 2, "vae_patch_mode": "tiles"}, {"tile_px": 100}, "use 96 or 128"),
         ({"vae_patch_parallel_size": 1000}, {}, "vae_patch_parallel_size 1000 is more than the .* latents"),
         ({"vae_patch_parallel_size": 2, "vae_patch_mode": "rows"}, {}, "'rows' is unknown: use exact or tiles"),
         ({"vae_patch_parallel_size": 0}, {}, "vae_patch_parallel_size is 0: it must be between 1 and 1024"),
