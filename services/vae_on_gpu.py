@@ -7,6 +7,7 @@ upsampling     in the picture's own dtype: nearest neighbours are copies, which 
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from types import MethodType
 from typing import Any
@@ -18,12 +19,17 @@ from torch import nn
 # What modules call the activation behind their own norms.
 ACTIVATIONS = ("nonlinearity", "conv_act")
 RECOMPILE_LIMIT = 64
+COMPILERS = ("gcc", "g++", "clang", "clang++")
 
 
 def speed_up(vae: nn.Module) -> None:
-    """All of the above, on a loaded VAE whose layers may have been rebound for ranks already."""
+    """All of the above, on a loaded VAE whose layers may have been rebound for ranks already.
+
+    Where there is no C compiler, norms stay as they are.
+    """
     channels_last(vae)
-    fuse_norms(vae)
+    if any(map(shutil.which, COMPILERS)):
+        fuse_norms(vae)
     for module in vae.modules():
         if isinstance(module, nn.Upsample) and module.mode.startswith("nearest"):
             layer: Any = module
