@@ -235,7 +235,8 @@ def run_cases(bench: Bench, names: list[str], wanted: list[str], limit_s: float,
             if time.monotonic() > end_s:
                 raise TimeoutError(f"not run: {limit_s:.0f} s are over")
             row |= run_candidate(bench, CASES[name], CANDIDATES[candidate], *expected[name])
-        torch.compiler.reset()
+        if CANDIDATES[candidate].compiled:
+            torch.compiler.reset()
         if bench.device.type == "cuda":
             torch.cuda.empty_cache()
 

@@ -18,7 +18,8 @@ from torch import nn
 
 # What modules call the activation behind their own norms.
 ACTIVATIONS = ("nonlinearity", "conv_act")
-RECOMPILE_LIMIT = 64
+# Graphs of a norm, in all: one for each number of channels, and another for single frames.
+RECOMPILE_LIMIT = 256
 COMPILERS = ("gcc", "g++", "clang", "clang++")
 
 

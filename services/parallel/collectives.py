@@ -157,7 +157,8 @@ def halo(tensor: torch.Tensor, dim: int, before: int, behind: int, group: str, r
             count_sent("halo", edge)
     layout = _layout(tensor)
     edges = [edge if edge is None else edge.contiguous(memory_format=layout) for edge in (above, below)]
-    return torch.cat([part for part in (edges[0], tensor, edges[1]) if part is not None], dim)
+    # An empty edge has no layout, and would cost the others theirs.
+    return torch.cat([part for part in (edges[0], tensor, edges[1]) if part is not None and part.numel()], dim)
 
 
 def _exchange(
