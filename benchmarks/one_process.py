@@ -21,9 +21,10 @@ from dit_svc.loading import open_engine as open_dit
 from lightloom.local import Local
 from services.config import EngineSection, ModelSection, ServiceSection, StageConfig
 from services.describe import limits_of, open_model
+from services.media import encode_frames
 from services.request import GenerationParams, ResolvedParams, resolve
 from text_encoder_svc.engine import open_engine as open_text
-from vae_svc.engine import VaeJob
+from vae_svc.engine import VaeChunk, VaeJob
 from vae_svc.engine import open_engine as open_vae
 
 
@@ -82,10 +83,14 @@ class Engines:
                 self._vae.submit(VaeJob(event.request_id, self._jobs[event.request_id], event.tensors))
 
     def _decode(self, numbers: Iterator[int]) -> None:
-        for result in self._vae.tick():
-            if result.error is not None:
-                raise result.error
-            del self._jobs[result.job.request_id]
+        for event in self._vae.tick():
+            params = event.job.params
+            if isinstance(event, VaeChunk):
+                encode_frames(event.frames, params.output_format, params.quality, params.fps)
+                continue
+            if event.error is not None:
+                raise event.error
+            del self._jobs[event.job.request_id]
             self._ask(numbers)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dit_svc.forward import Forward
 from services.families import load_family
-from services.family import Block, DenoiseState, DitModel, DitPart, Tensors
+from services.family import Block, DenoiseState, DitPart, Tensors
 from services.parallel.collectives import sent_bytes, sent_calls
 from services.parallel.degrees import Degrees
 from services.parallel.hsdp import Shards, outside, plan_shards
@@ -145,7 +145,7 @@ class DryRun:
         """
         state = self._state(params, conditions)
         parts = self._outside[self.part.expert(self.model, state)]
-        tally, alive = self._tally, LiveBytes(self.model)
+        tally, alive = self._tally, LiveBytes(self.model.modules.values())
         with torch.no_grad(), tally.counting(parts), alive:
             passes = self._forward.passes([state])
             for entering in passes:
@@ -242,9 +242,9 @@ class Tally:
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of tensors that operators make, for as long as anybody holds them; weights do not count."""
 
-    def __init__(self, model: DitModel) -> None:
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        kept = [tensor for module in model.modules.values() for tensor in (*module.parameters(), *module.buffers())]
+        kept = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
         self._known = {tensor.untyped_storage()._cdata for tensor in kept}
         self._now = self.peak = 0
 

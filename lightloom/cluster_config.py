@@ -16,7 +16,7 @@ from services.config import EngineSection, ParallelSection, TlsSection, parse, r
 from services.errors import StartupError
 from services.families import FAMILIES
 from services.features import ORDER
-from services.parallel.degrees import TEXT_AXES, Degrees, check_axes
+from services.parallel.degrees import DIT_AXES, TEXT_AXES, VAE_AXES, Degrees, check_axes
 from services.request import Limits
 
 STAGES = ("text_encoder", "dit", "vae")
@@ -40,7 +40,8 @@ class GatewayEntry:
 class ModelEntry:
     """One model: its weights (see services.config.ModelSection) and how many replicas each stage gets.
 
-    `parallel` spreads each replica of the denoiser over ranks, `text_parallel` each of the text encoder.
+    `parallel` spreads each replica of the denoiser over ranks, `text_parallel` each of the text encoder,
+    `vae_parallel` each of the VAE.
     """
 
     source: str
@@ -53,6 +54,7 @@ class ModelEntry:
     engine: EngineSection = field(default_factory=EngineSection)
     parallel: ParallelSection = field(default_factory=ParallelSection)
     text_parallel: ParallelSection = field(default_factory=ParallelSection)
+    vae_parallel: ParallelSection = field(default_factory=ParallelSection)
     features: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     limits: Mapping[str, Any] = field(default_factory=dict)
     replicas: Mapping[str, int] = field(default_factory=dict)
@@ -82,8 +84,9 @@ def load_cluster(path: Path) -> ClusterConfig:
         raise StartupError(f"{path} names no model: add a [models.NAME] section with a source")
     for name, entry in config.models.items():
         check_replicas(entry.replicas, f"models.{name}.replicas")
-        Degrees.of(entry.parallel)
+        check_axes(Degrees.of(entry.parallel), DIT_AXES, "Dit")
         check_axes(Degrees.of(entry.text_parallel), TEXT_AXES, "TextEncoder")
+        check_axes(Degrees.of(entry.vae_parallel), VAE_AXES, "Vae")
         parse(Limits, entry.limits, f"models.{name}.limits.")
         for feature in entry.features:
             if feature not in ORDER:

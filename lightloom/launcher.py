@@ -170,7 +170,7 @@ class Cluster:
         self._started += 1
         name = f"{stage}-{model}-{self._started}"
         port, metrics_port = free_port(), free_port()
-        parallel = {"dit": entry.parallel, "text_encoder": entry.text_parallel}
+        parallel = {"dit": entry.parallel, "text_encoder": entry.text_parallel, "vae": entry.vae_parallel}
         table = {
             "service": {"port": port, "metrics_port": metrics_port, "name": name, "max_in_flight": entry.max_in_flight},
             "model": {

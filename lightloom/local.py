@@ -21,12 +21,12 @@ from dit_svc.loading import open_engine as open_dit
 from lightloom.client import Result
 from services.config import EngineSection, ModelSection, ServiceSection, StageConfig
 from services.describe import limits_of, open_model
-from services.errors import Internal, StartupError
+from services.errors import StartupError
 from services.family import Tensors
-from services.media import first_picture
+from services.media import ClipWriter, first_picture
 from services.request import MAX_SEED, ResolvedParams, open_params, resolve
 from text_encoder_svc.engine import open_engine as open_text
-from vae_svc.engine import VaeJob
+from vae_svc.engine import VaeChunk, VaeJob, VaeResult
 from vae_svc.engine import open_engine as open_vae
 
 
@@ -141,6 +141,7 @@ class Local:
             if params.inputs:
                 self._vae.submit(VaeJob(name, params))
                 [encoded_image] = self._vae.tick()
+                assert isinstance(encoded_image, VaeResult)
                 if encoded_image.error is not None:
                     raise encoded_image.error
                 conditions[name] |= encoded_image.tensors
@@ -161,14 +162,24 @@ class Local:
         self, jobs: Mapping[str, ResolvedParams], latents: Mapping[str, Tensors], busy: dict[str, dict[str, float]]
     ) -> dict[str, tuple[str, bytes]]:
         media: dict[str, tuple[str, bytes]] = {}
+        writers: dict[str, ClipWriter] = {}
         for name, tensors in latents.items():
             self._vae.submit(VaeJob(name, jobs[name], tensors))
-        while self._vae.busy:
-            for result in self._vae.tick():
-                if result.error is not None:
-                    raise result.error
-                if result.media is None:
-                    raise Internal("the VAE made no media")
-                media[result.job.request_id] = result.media
-                busy[result.job.request_id]["vae"] = result.busy_s
+        try:
+            while self._vae.busy:
+                for event in self._vae.tick():
+                    name, params = event.job.request_id, event.job.params
+                    if isinstance(event, VaeChunk):
+                        if name not in writers:
+                            options = (params.output_format, params.quality, params.fps, params.num_frames)
+                            writers[name] = ClipWriter(*options)
+                        writers[name].add(event.frames)
+                    elif event.error is not None:
+                        raise event.error
+                    else:
+                        media[name] = writers[name].finish()
+                        busy[name]["vae"] = event.busy_s
+        finally:
+            for writer in writers.values():
+                writer.close()
         return media

@@ -66,7 +66,8 @@ class VaeServicer:
 
     def Decode(self, request_iterator, context):
         """One bundle of latents in. Out: a media header and its chunks, or, with frames_only, bundles of
-        uint8 frames [F, H, W, 3]; then usage.
+        uint8 frames [F, H, W, 3], each starting where the one before ended and leaving as soon as it is
+        decoded; then usage.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

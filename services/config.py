@@ -95,9 +95,10 @@ class ParallelSection:
     """Degrees of the rank group; they multiply to the number of ranks (`services/parallel/degrees.py`).
 
     `world_size` may be left out (0); given, it must be their product. `tensor_sequence_parallel` spreads norms and
-    residuals over the ranks of `tensor_parallel_size`. A group over several hosts names the others'
-    agents (`host:port`; each host gets an equal share of the ranks), this host's address as they reach it, and the
-    file with the token that the agents were started with.
+    residuals over the ranks of `tensor_parallel_size`. `vae_patch_mode` is how the VAE's ranks share a picture: `exact`
+    (rows, with what layers need of their neighbours) or `tiles` (of `engine.tile_px`). A group over several hosts names
+    the others' agents (`host:port`; each host gets an equal share of the ranks), this host's address as they reach it,
+    and the file with the token that the agents were started with.
     """
 
     world_size: int = 0
@@ -110,6 +111,8 @@ class ParallelSection:
     hsdp_shard_size: int = 1
     hsdp_replicate_size: int = 1
     enable_expert_parallel: bool = False
+    vae_patch_parallel_size: int = 1
+    vae_patch_mode: str = "exact"
     hosts: tuple[str, ...] = ()
     leader_address: str = ""
     agent_token_file: str = ""
@@ -122,12 +125,14 @@ class EngineSection:
     `max_batch` rows at most share a forward. `branches` runs guidance branches as `rows` of one batch, one
     after the other (`serial`), or by a rule of thumb on the token count (`auto`).
     `cache_bytes` bounds the text encoder's embedding cache. `tile_px` is the VAE's tile side; 0: no tiling.
+    `vae_compile` compiles the VAE's decoder for the default size (other sizes run as without it).
     """
 
     max_batch: int = 8
     branches: str = "auto"
     cache_bytes: int = 256 * 1024 * 1024
     tile_px: int = 0
+    vae_compile: bool = False
     warmup: bool = True
 
 

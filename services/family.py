@@ -9,7 +9,7 @@ Shape legend: B rows of a batch, S tokens, D width, F frames, C channels, H W la
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -297,13 +297,55 @@ class TextPart:
     plans: Mapping[str, EncoderPlan] = field(default_factory=dict)
 
 
+class Codec(Protocol):
+    """A VAE between latents as its decoder takes them and pixels in [-1, 1]; h and w are the last two dimensions.
+
+    Latents are [B, C, h, w] of a VAE for pictures, [B, C, F', h, w] of one for clips, pixels [B, 3, H, W] or
+    [B, 3, F, H, W]. Codecs wrap each other: whole pictures, tiles, rows of pictures on several ranks.
+    """
+
+    def decode(self, latents: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Pixels, a chunk of frames at a time; a picture is one chunk. Decoders may pass -1 and 1 by a little."""
+
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Means and log variances, side by side in dimension 1."""
+
+
+@dataclass(frozen=True, slots=True)
+class VaeModel:
+    """A loaded VAE: the library's module, and the codec that all work goes through."""
+
+    module: Any
+    codec: Codec
+
+    def mode(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Pixels on any device to the latents that are likeliest."""
+        return self.codec.encode(pixels.to(self.module.device, self.module.dtype)).chunk(2, dim=1)[0]
+
+
+@dataclass(frozen=True, slots=True)
+class VaePlan:
+    """What ranks may know of a VAE to share its pictures: data only.
+
+    Convolutions, group norms and up- and down-sampling tell by themselves how they reach over the border of a piece.
+
+    Attributes:
+        attention: classes of modules that look at whole pictures.
+    """
+
+    attention: tuple[type[nn.Module], ...] = ()
+
+
 @dataclass(frozen=True, slots=True)
 class VaePart:
     """A family's VAE.
 
     Attributes:
-        load: reads the VAE and nothing else; applies the single-frame 2-D fast path where the class allows it.
-        decode: rows of `DitPart.finish` tensors of equal shape to float frames [B, F, 3, H, W] in [-1, 1].
+        load: reads the VAE and nothing else.
+        plan: data for ranks that share pictures, the same for every model of the family.
+        decode: rows of `DitPart.finish` tensors of equal shape to float frames, [B, F, 3, H, W] in [-1, 1], in chunks
+            of consecutive frames. Raises InvalidRequest at once when the tensors have not the shape that the parameters
+            ask for.
         encode: pictures (frames [F, H, W, 3] uint8 each) of one request to the tensors `DitPart.prepare` expects.
         latent_geometry: (channels, spatial compression, temporal compression).
         picture_latents: pixels of single pictures [B, 3, H, W] in [-1, 1] on the CPU, sides multiples of the spatial
@@ -311,11 +353,12 @@ class VaePart:
             VAE has no encoder for pictures, and its models make no previews.
     """
 
-    load: Callable[[ModelSource, torch.device, torch.dtype], Any]
-    decode: Callable[[Any, Sequence[Tensors], ResolvedParams], torch.Tensor]
-    encode: Callable[[Any, Sequence[Frames], ResolvedParams], Tensors]
-    latent_geometry: Callable[[Any], tuple[int, int, int]]
-    picture_latents: Callable[[Any, torch.Tensor], torch.Tensor] | None = None
+    load: Callable[[ModelSource, torch.device, torch.dtype], VaeModel]
+    plan: VaePlan
+    decode: Callable[[VaeModel, Sequence[Tensors], ResolvedParams], Iterator[torch.Tensor]]
+    encode: Callable[[VaeModel, Sequence[Frames], ResolvedParams], Tensors]
+    latent_geometry: Callable[[VaeModel], tuple[int, int, int]]
+    picture_latents: Callable[[VaeModel, torch.Tensor], torch.Tensor] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import io
+import queue
 import struct
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
@@ -34,6 +36,7 @@ INPUT_MIMES = {
 PICTURE_FORMATS = tuple(name.upper() for name, mime in INPUT_MIMES.items() if mime.startswith("image/"))
 MIMES = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp", "mp4": "video/mp4"}
 RAW_MIME = "application/octet-stream"
+CHUNKS_AHEAD = 2
 
 # EXIF orientation -> what brings the picture upright. The library's own function also rewrites the EXIF block, and
 # raises anything on a broken one.
@@ -132,10 +135,10 @@ def encode_frames(frames: Frames, output_format: str, quality: int, fps: float) 
         quality: 1 to 100; lossless formats ignore it.
         fps: frames a second of a clip.
     """
-    if output_format == "raw":
-        return RAW_MIME, frames.tobytes()
-    if output_format == "mp4":
-        return MIMES["mp4"], _mp4(frames, quality, fps)
+    if output_format in ("raw", "mp4"):
+        writer = ClipWriter(output_format, quality, fps, len(frames))
+        writer.add(frames)
+        return writer.finish()
     file = io.BytesIO()
     first, *more = (Image.fromarray(frame) for frame in frames)
     options: dict[str, dict[str, Any]] = {
@@ -150,19 +153,86 @@ def encode_frames(frames: Frames, output_format: str, quality: int, fps: float) 
     return MIMES[output_format], file.getvalue()
 
 
-def _mp4(frames: Frames, quality: int, fps: float) -> bytes:
+class ClipWriter:
+    """Encodes a clip on a thread of its own while its later frames are still being made.
+
+    At most `CHUNKS_AHEAD` chunks wait for the encoder; then `add` waits too, so that memory does not grow with a clip
+    that is decoded faster than it is encoded. Give it up with `close` when no `finish` will come.
+
+    Args:
+        output_format: mp4, raw, or one that is encoded at the end: png and jpeg (the first frame), webp.
+        quality, fps: as `encode_frames`.
+        num_frames: of the whole clip.
+    """
+
+    def __init__(self, output_format: str, quality: int, fps: float, num_frames: int) -> None:
+        self._options = (output_format, quality, fps)
+        self._num_frames = num_frames
+        self._chunks: queue.Queue[Frames | None] = queue.Queue(CHUNKS_AHEAD)
+        self._given_up = self._ended = False
+        self._made: tuple[str, bytes] | BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="clip writer", daemon=True)
+        self._thread.start()
+
+    def add(self, frames: Frames) -> None:
+        """The next frames [F, H, W, 3]."""
+        self._chunks.put(frames)
+
+    def finish(self) -> tuple[str, bytes]:
+        """(mime, bytes), once all frames are encoded.
+
+        Raises:
+            Exception: what the encoder failed with.
+        """
+        self._chunks.put(None)
+        self._thread.join()
+        if isinstance(self._made, tuple):
+            return self._made
+        assert self._made is not None
+        raise self._made
+
+    def close(self) -> None:
+        """Ends the thread; what was added is lost."""
+        self._given_up = True
+        self._chunks.put(None)
+
+    def _run(self) -> None:
+        output_format, quality, fps = self._options
+        try:
+            if output_format == "mp4":
+                self._made = MIMES["mp4"], _mp4(self._taken(), self._num_frames, quality, fps)
+            elif output_format == "raw":
+                self._made = RAW_MIME, b"".join(chunk.tobytes() for chunk in self._taken())
+            else:
+                self._made = encode_frames(np.concatenate(list(self._taken())), output_format, quality, fps)
+        except Exception as error:  # noqa: BLE001 - it is raised by `finish`
+            self._made = error
+            for _ in self._taken():
+                """Whoever adds frames must not wait for ever."""
+
+    def _taken(self) -> Iterator[Frames]:
+        while not self._ended:
+            chunk = self._chunks.get()
+            self._ended = chunk is None
+            if chunk is not None and not self._given_up:
+                yield chunk
+
+
+def _mp4(chunks: Iterator[Frames], num_frames: int, quality: int, fps: float) -> bytes:
     import av
 
     file = io.BytesIO()
     open_container: Callable[..., Any] = av.open
     # The index comes first, so that a player can begin before the end has come; an entry takes less than 64 bytes.
-    index_bytes = 4096 + 64 * len(frames)
+    index_bytes = 4096 + 64 * num_frames
     with open_container(file, "w", format="mp4", options={"moov_size": str(index_bytes)}) as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000))
-        stream.height, stream.width = frames.shape[1], frames.shape[2]
         stream.pix_fmt = "yuv420p"
         stream.options = {"crf": str(round(40 - 0.3 * quality)), "preset": "veryfast"}
-        for pixels in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        for index, frames in enumerate(chunks):
+            if not index:
+                stream.height, stream.width = frames.shape[1], frames.shape[2]
+            for pixels in frames:
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
         container.mux(stream.encode())
     return file.getvalue()

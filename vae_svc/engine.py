@@ -2,84 +2,128 @@
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections import deque
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from services.config import StageConfig
-from services.describe import open_model, placement
+from services.describe import limits_of, open_model, placement
 from services.device_memory import failure_of
 from services.errors import InvalidRequest, NonFinite, ServiceError
 from services.families import load_family
-from services.family import Frames, Tensors, VaePart
-from services.media import decode_image, encode_frames
-from services.request import ResolvedParams
+from services.family import Frames, Tensors, VaeModel, VaePart
+from services.media import decode_image
+from services.parallel.degrees import Degrees, check_patches
+from services.parallel.mesh import Mesh
+from services.parallel.vae_patch import PatchCodec
+from services.parallel.vae_tiles import TileCodec, check_tile
+from services.request import Limits, ResolvedParams
+from services.vae_on_gpu import compile_decoder, seal, speed_up
+from services.weights import ModelSource
 from vae_svc.latent_rgb_fit import LatentRgbFit, fit_latent_rgb
+
+# The first has no history, the second has none where the frame rate rises, the third and all others have.
+WARM_UP_LATENT_FRAMES = 3
 
 
 @dataclass(frozen=True, slots=True)
 class VaeJob:
-    """A decode (with latents), or an encode of `params.inputs` (without). `frames_only`: no encoded media."""
+    """A decode (with latents), or an encode of `params.inputs` (without)."""
 
     request_id: str
     params: ResolvedParams
     latents: Tensors | None = None
-    frames_only: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class VaeChunk:
+    """The next frames of a job's clip, [F, H, W, 3]; a picture is one chunk of one frame."""
+
+    job: VaeJob
+    first_frame: int
+    frames: Frames
 
 
 @dataclass(frozen=True, slots=True)
 class VaeResult:
-    """What became of a job: frames [F, H, W, 3], media as (mime, bytes), tensors of an encode, or an error."""
+    """The end of a job: all its chunks have been given, or here are the tensors of an encode, or an error."""
 
     job: VaeJob
     busy_s: float
-    frames: Frames | None = None
-    media: tuple[str, bytes] | None = None
     tensors: Tensors = field(default_factory=dict)
     error: ServiceError | None = None
 
 
-class VaeEngine:
-    """Jobs wait in order; a tick takes the first and, when it decodes, the others of its shape.
+@dataclass(slots=True)
+class _Decode:
+    """What is in work: jobs of one shape, what they will still give, and the ids of those that have ended."""
 
-    `rgb_fit` is for previews, None where the VAE makes none possible.
+    jobs: list[VaeJob]
+    chunks: Iterator[torch.Tensor] | None = None
+    first_frame: int = 0
+    busy_s: float = 0.0
+    ended: set[str] = field(default_factory=set)
+
+
+class VaeEngine:
+    """Jobs wait in order; a tick encodes one, or decodes the next chunk of frames of the jobs in work.
+
+    Pictures of one shape are decoded together. Clips come alone: together they gain nothing and take each its memory.
+    On several ranks, each of which gets the same calls, all chunks and results are equal on all of them.
+
+    Args:
+        rgb_fit: for previews, None where the VAE makes none possible.
+        single: it is not one rank of several.
     """
 
-    def __init__(self, part: VaePart, model: Any, max_batch: int, rgb_fit: LatentRgbFit | None = None) -> None:
+    def __init__(
+        self,
+        part: VaePart,
+        model: VaeModel,
+        max_batch: int,
+        rgb_fit: LatentRgbFit | None = None,
+        *,
+        single: bool = True,
+    ) -> None:
         self.rgb_fit = rgb_fit
         self._part = part
         self._model = model
         self._max_batch = max_batch
+        self._single = single
         self._waiting: deque[VaeJob] = deque()
+        self._retried: deque[VaeJob] = deque()
+        self._running: _Decode | None = None
 
     @property
     def busy(self) -> bool:
-        """Whether jobs wait."""
-        return bool(self._waiting)
+        """Whether there is work."""
+        return bool(self._waiting or self._retried or self._running)
 
     def submit(self, job: VaeJob) -> None:
         """Queues a job."""
         self._waiting.append(job)
 
     def abort(self, request_id: str) -> None:
-        """Forgets a job that waits."""
+        """Forgets a job. One that is in work gives no more chunks."""
         self._waiting = deque(job for job in self._waiting if job.request_id != request_id)
+        self._retried = deque(job for job in self._retried if job.request_id != request_id)
+        if (running := self._running) is not None:
+            running.ended.add(request_id)
+            if running.ended.issuperset(job.request_id for job in running.jobs):
+                self._running = None
 
-    def tick(self) -> list[VaeResult]:
-        """Works on one batch."""
-        if not self._waiting:
-            return []
-        first = self._waiting[0]
-        if first.latents is None:
-            return [self._encode(self._waiting.popleft())]
-        jobs = [job for job in self._waiting if _shape(job) == _shape(first)][: self._max_batch]
-        self._waiting = deque(job for job in self._waiting if job not in jobs)
-        return self._decode(jobs)
+    def tick(self) -> list[VaeChunk | VaeResult]:
+        """Works on one chunk, or encodes."""
+        if self._running is None:
+            if self._waiting and self._waiting[0].latents is None:
+                return [self._encode(self._waiting.popleft())]
+            self._running = self._next_decode()
+        return [] if self._running is None else self._step(self._running)
 
     def _encode(self, job: VaeJob) -> VaeResult:
         start_s = time.perf_counter()
@@ -89,39 +133,66 @@ class VaeEngine:
                 raise InvalidRequest("there is no input picture to encode", param="inputs")
             tensors = self._part.encode(self._model, pictures, job.params)
         except (ServiceError, torch.OutOfMemoryError) as error:
-            return VaeResult(job, time.perf_counter() - start_s, error=failure_of(error))
+            return VaeResult(job, time.perf_counter() - start_s, error=self._failure(error))
         return VaeResult(job, time.perf_counter() - start_s, tensors=tensors)
 
-    def _decode(self, jobs: list[VaeJob]) -> list[VaeResult]:
+    def _next_decode(self) -> _Decode | None:
+        # Alone, each of those that failed together fails for its own reasons only.
+        if self._retried:
+            return _Decode([self._retried.popleft()])
+        if not self._waiting:
+            return None
+        first = self._waiting[0]
+        at_once = self._max_batch if first.params.num_frames == 1 else 1
+        jobs = [job for job in self._waiting if _shape(job) == _shape(first)][:at_once]
+        self._waiting = deque(job for job in self._waiting if job not in jobs)
+        return _Decode(jobs)
+
+    def _step(self, running: _Decode) -> list[VaeChunk | VaeResult]:
         start_s = time.perf_counter()
         failure: ServiceError | None = None
         try:
-            rows = [job.latents for job in jobs if job.latents is not None]
-            floats = self._part.decode(self._model, rows, jobs[0].params)
-            finite = torch.isfinite(floats).flatten(1).all(1).tolist()
-            pixels = to_pixels(floats)
+            if running.chunks is None:
+                rows = [job.latents for job in running.jobs if job.latents is not None]
+                running.chunks = self._part.decode(self._model, rows, running.jobs[0].params)
+            floats = next(running.chunks, None)
+            if floats is not None:
+                finite = torch.isfinite(floats).flatten(1).all(1).tolist()
+                pixels = to_pixels(floats)
         except (ServiceError, torch.OutOfMemoryError) as error:
-            failure = failure_of(error)
+            failure = self._failure(error)
+        running.busy_s += time.perf_counter() - start_s
         # Outside of the handler, where the exception holds none of the memory that was too little.
-        if failure is not None and len(jobs) > 1:
-            # Alone, each job fails for its own reasons only.
-            return [result for job in jobs for result in self._decode([job])]
         if failure is not None:
-            return [VaeResult(jobs[0], time.perf_counter() - start_s, error=failure)]
-        shared_s = time.perf_counter() - start_s
-        results = []
-        for job, good, frames in zip(jobs, finite, pixels, strict=True):
-            own_s = time.perf_counter()
-            if not good:
-                black = NonFinite("the decoded picture has values that are not finite", request_id=job.request_id)
-                results.append(VaeResult(job, shared_s, error=black))
+            return self._give_up(running, failure)
+        if floats is None:
+            self._running = None
+            return [VaeResult(job, running.busy_s) for job in running.jobs if job.request_id not in running.ended]
+        events: list[VaeChunk | VaeResult] = []
+        for job, good, frames in zip(running.jobs, finite, pixels, strict=True):
+            if job.request_id in running.ended:
                 continue
-            media = None
-            if not job.frames_only:
-                media = encode_frames(frames, job.params.output_format, job.params.quality, job.params.fps)
-            busy_s = shared_s + time.perf_counter() - own_s
-            results.append(VaeResult(job, busy_s, frames=frames, media=media))
-        return results
+            if good:
+                events.append(VaeChunk(job, running.first_frame, frames))
+                continue
+            black = NonFinite("the decoded picture has values that are not finite", request_id=job.request_id)
+            events.append(VaeResult(job, running.busy_s, error=black))
+            self.abort(job.request_id)
+        running.first_frame += pixels.shape[1]
+        return events
+
+    def _give_up(self, running: _Decode, failure: ServiceError) -> list[VaeChunk | VaeResult]:
+        self._running = None
+        if len(running.jobs) == 1:
+            return [VaeResult(running.jobs[0], running.busy_s, error=failure)]
+        self._retried.extend(job for job in running.jobs if job.request_id not in running.ended)
+        return []
+
+    def _failure(self, error: ServiceError | torch.OutOfMemoryError) -> ServiceError:
+        # On one rank of several, the others are past this point: the group ends and starts anew.
+        if not (self._single or isinstance(error, ServiceError)):
+            raise error
+        return failure_of(error)
 
     def metrics(self) -> dict[str, float]:
         """Jobs that wait."""
@@ -135,35 +206,66 @@ def to_pixels(frames: torch.Tensor) -> np.ndarray:
     return pixels
 
 
-def open_engine(config: StageConfig) -> VaeEngine:
+def open_engine(config: StageConfig, mesh: Mesh | None = None) -> VaeEngine:
     """Loads the VAE that a config names.
 
+    Args:
+        mesh: of the group, on a rank of several.
+
     Raises:
-        StartupError: its weights cannot be served.
+        StartupError: its weights cannot be served, or its pictures cannot be shared out as the config says.
     """
     source = open_model(config.model)
     part = load_family(source.family).vae
+    check_sharing(config, part, source)
     model = part.load(source, *placement(config.model))
-    if config.engine.tile_px:
-        enable_tiling(model, config.engine.tile_px)
-    return VaeEngine(part, model, config.engine.max_batch, fit_latent_rgb(part, model))
+    model = share_pictures(config, part, model, mesh)
+    if model.module.device.type == "cuda":
+        speed_up(model.module)
+    if config.engine.vae_compile:
+        compile_decoder(model.module)
+    if config.engine.vae_compile or (config.engine.warmup and model.module.device.type == "cuda"):
+        warm_up(part, model, limits_of(config, source))
+    if config.engine.vae_compile:
+        seal()
+    return VaeEngine(part, model, config.engine.max_batch, fit_latent_rgb(part, model), single=mesh is None)
 
 
-def enable_tiling(model: Any, side_px: int) -> None:
-    """Tiles of `side_px` that overlap by a quarter. The library's VAEs say the same in two ways."""
-    if "tile_sample_min_height" in inspect.signature(model.enable_tiling).parameters:
-        stride_px = side_px * 3 // 4
-        model.enable_tiling(
-            tile_sample_min_height=side_px,
-            tile_sample_min_width=side_px,
-            tile_sample_stride_height=stride_px,
-            tile_sample_stride_width=stride_px,
-        )
+def warm_up(part: VaePart, model: VaeModel, limits: Limits) -> None:
+    """Decodes what requests ask for by default, cut short: kernels are compiled and chosen before the first of them."""
+    channels, compression, frames_each = part.latent_geometry(model)
+    frames = min((limits.default_frames - 1) // frames_each + 1, WARM_UP_LATENT_FRAMES)
+    sides = (limits.default_height // compression, limits.default_width // compression)
+    shape = (1, channels, *((frames,) if frames_each > 1 else ()), *sides)
+    for _ in model.codec.decode(torch.zeros(shape, device=model.module.device, dtype=model.module.dtype)):
+        """The frames are black."""
+
+
+def check_sharing(config: StageConfig, part: VaePart, source: ModelSource) -> None:
+    """Whether tiles and ranks fit the model, by its config alone.
+
+    Raises:
+        StartupError: they do not, with numbers that would.
+    """
+    ranks, mode, tile_px = Degrees.of(config.parallel).patch, config.parallel.vae_patch_mode, config.engine.tile_px
+    if ranks == 1 and not tile_px:
         return
-    model.enable_tiling()
-    model.tile_overlap_factor = 0.25
-    model.tile_sample_min_size = side_px
-    model.tile_latent_min_size = side_px // 2 ** (len(model.config.block_out_channels) - 1)
+    _, compression, _ = part.latent_geometry(part.load(source.without_weights(), torch.device("meta"), torch.float32))
+    if tile_px:
+        check_tile(tile_px, compression)
+    if ranks > 1:
+        check_patches(ranks, mode, tile_px, limits_of(config, source).max_side_px // compression)
+
+
+def share_pictures(config: StageConfig, part: VaePart, model: VaeModel, mesh: Mesh | None) -> VaeModel:
+    """The model with a codec that works in tiles or over ranks, where the config asks for it."""
+    _, compression, _ = part.latent_geometry(model)
+    axis = None if mesh is None else mesh["patch"]
+    if config.engine.tile_px:
+        return replace(model, codec=TileCodec(model.codec, config.engine.tile_px, compression, axis))
+    if axis is not None:
+        return replace(model, codec=PatchCodec(model, part.plan, compression, axis))
+    return model
 
 
 def _shape(job: VaeJob) -> tuple[Any, ...]:

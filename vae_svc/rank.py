@@ -10,13 +10,15 @@ from protos import text_encoder_pb2, types_pb2, vae_pb2
 from services.config import StageConfig
 from services.describe import describe, open_model
 from services.errors import CorruptTensor
+from services.media import ClipWriter
+from services.parallel.mesh import Mesh
 from services.rank_process import Call, run
 from services.request import ResolvedParams
-from services.telemetry import make_span
+from services.telemetry import internal_error, make_span
 from services.tensor_wire import frame_of
 from services.tensors import BundleReader
 from services.wire import resolved_from_proto
-from vae_svc.engine import VaeJob, VaeResult, open_engine
+from vae_svc.engine import VaeChunk, VaeJob, VaeResult, open_engine
 
 SUBFOLDERS = ("vae",)
 CHUNK_BYTES = 1024 * 1024
@@ -32,14 +34,19 @@ class Opened:
         self.params: ResolvedParams | None = None
         self.frames_only = False
         self.queued_ns = 0
+        self.num_frames = 0
+        self.size = (0, 0)
+        self.writer: ClipWriter | None = None
 
 
 class VaeProgram:
     """RankProgram of the service."""
 
-    def __init__(self, config: StageConfig) -> None:
+    def __init__(self, config: StageConfig, mesh: Mesh | None = None) -> None:
         self._config = config
-        self._engine = open_engine(config)
+        self._engine = open_engine(config, mesh)
+        # Rank 0 answers for the group, so it alone encodes media.
+        self._speaks = mesh is None or not mesh.rank
         self._open: dict[str, Opened] = {}
 
     def describe(self) -> types_pb2.DescribeResponse:
@@ -67,7 +74,7 @@ class VaeProgram:
             opened.params = resolved_from_proto(start.params)
             opened.frames_only = start.frames_only
         elif (bundle := opened.reader.feed(frame)) is not None and opened.params is not None:
-            self._queue(opened, VaeJob(str(call.id), opened.params, bundle.tensors, opened.frames_only))
+            self._queue(opened, VaeJob(str(call.id), opened.params, bundle.tensors))
 
     def _queue(self, opened: Opened, job: VaeJob) -> None:
         opened.queued_ns = time.time_ns()
@@ -81,15 +88,37 @@ class VaeProgram:
     def cancelled(self, call: Call) -> None:
         """Forgets the job."""
         self._engine.abort(str(call.id))
-        self._open.pop(str(call.id), None)
+        self._forget(str(call.id))
 
     def tick(self) -> bool:
-        """One batch."""
-        for result in self._engine.tick():
-            opened = self._open.pop(result.job.request_id, None)
-            if opened is not None:
-                self._answer(opened, result)
+        """One chunk of frames."""
+        for event in self._engine.tick():
+            opened = self._open.get(event.job.request_id)
+            if opened is None:
+                continue
+            if isinstance(event, VaeChunk):
+                self._take_frames(opened, event)
+            else:
+                self._answer(opened, event)
+                self._forget(event.job.request_id)
         return self._engine.busy
+
+    def _forget(self, key: str) -> None:
+        opened = self._open.pop(key, None)
+        if opened is not None and opened.writer is not None:
+            opened.writer.close()
+
+    def _take_frames(self, opened: Opened, chunk: VaeChunk) -> None:
+        """Frames leave as they come, or are encoded while later ones are decoded."""
+        params = chunk.job.params
+        if opened.frames_only:
+            opened.call.send_tensors({"frames": torch.from_numpy(chunk.frames)})
+        elif self._speaks:
+            if opened.writer is None:
+                opened.writer = ClipWriter(params.output_format, params.quality, params.fps, params.num_frames)
+            opened.writer.add(chunk.frames)
+        opened.num_frames += len(chunk.frames)
+        opened.size = chunk.frames.shape[1:3]
 
     def _answer(self, opened: Opened, result: VaeResult) -> None:
         call = opened.call
@@ -98,14 +127,18 @@ class VaeProgram:
             return
         if result.tensors:
             call.send_tensors(result.tensors)
-        elif result.media is not None and result.frames is not None:
-            mime, data = result.media
-            frames, height, width, _ = result.frames.shape
+        elif opened.writer is not None:
+            try:
+                mime, data = opened.writer.finish()
+            except Exception as error:  # noqa: BLE001 - one call fails, the others of the batch or group go on
+                call.fail(internal_error(error, call.request_id))
+                return
+            height, width = opened.size
             header = types_pb2.MediaHeader(
                 mime=mime,
                 width=width,
                 height=height,
-                num_frames=frames,
+                num_frames=opened.num_frames,
                 fps=result.job.params.fps,
                 nbytes=len(data),
             )
@@ -113,8 +146,6 @@ class VaeProgram:
             for offset in range(0, len(data), CHUNK_BYTES):
                 chunk = types_pb2.MediaChunk(data=data[offset : offset + CHUNK_BYTES])
                 call.send(vae_pb2.DecodeResponse(chunk=chunk).SerializeToString())
-        else:
-            call.send_tensors({"frames": torch.from_numpy(result.frames)})
         span = make_span(f"vae.{call.method.lower()}", self._config.service.name, opened.queued_ns, time.time_ns())
         usage = types_pb2.StageUsage(busy_s=result.busy_s, spans=[span])
         # Both response types have the usage in field 3.

@@ -12,10 +12,20 @@ from dataclasses import dataclass, fields, replace
 from services.config import ParallelSection
 from services.errors import StartupError
 
-AXES = ("cfg", "pipeline", "replica", "ring", "ulysses", "tensor")
-# Those of the text encoder, and what a config calls them.
+AXES = ("patch", "cfg", "pipeline", "replica", "ring", "ulysses", "tensor")
+# Those of each stage, and what a config calls them.
+DIT_AXES = tuple(axis for axis in AXES if axis != "patch")
 TEXT_AXES = ("tensor",)
-AXIS_KEYS = {"tensor": "tensor_parallel_size"}
+VAE_AXES = ("patch",)
+AXIS_KEYS = {
+    "patch": "vae_patch_parallel_size",
+    "cfg": "cfg_parallel_size",
+    "pipeline": "pipeline_parallel_size",
+    "ring": "ring_degree",
+    "ulysses": "ulysses_degree",
+    "tensor": "tensor_parallel_size",
+}
+PATCH_MODES = ("exact", "tiles")
 MAX_WORLD = 1024
 
 
@@ -32,8 +42,10 @@ class Degrees:
         tensor_sequence: its ranks also share the tokens wherever linears are whole.
         hsdp_shard, hsdp_replicate: weights over the ranks of all axes but pipeline and tensor; 1 and 1: no HSDP.
         expert: experts of MoE blocks are spread over the ranks that share a block.
+        patch: pictures in the VAE.
     """
 
+    patch: int = 1
     cfg: int = 1
     pipeline: int = 1
     replica: int = 1
@@ -57,12 +69,17 @@ class Degrees:
             counted = isinstance(value, int) and not isinstance(value, bool)
             if counted and not (field.name == "world_size" and value == 0):
                 _check_degree(f"parallel.{field.name}", value)
+        if section.vae_patch_mode not in PATCH_MODES:
+            raise StartupError(
+                f"parallel.vae_patch_mode {section.vae_patch_mode!r} is unknown: use {' or '.join(PATCH_MODES)}"
+            )
         if section.tensor_sequence_parallel and section.tensor_parallel_size == 1:
             raise StartupError(
                 "parallel.tensor_sequence_parallel spreads norms over the ranks of tensor_parallel_size, which is 1:"
                 " raise it, or turn this off"
             )
         asked = cls(
+            patch=section.vae_patch_parallel_size,
             cfg=section.cfg_parallel_size,
             pipeline=section.pipeline_parallel_size,
             ring=section.ring_degree,
@@ -166,8 +183,8 @@ def check_axes(degrees: Degrees, axes: Sequence[str], stage: str) -> None:
     if degrees.world > 1 and not axes:
         raise StartupError(f"parallel: the degrees make {degrees.world} ranks, and the {stage} stage runs on 1")
     others = any(degrees.size(axis) > 1 for axis in AXES if axis not in axes)
-    if others or (set(axes) != set(AXES) and (degrees.tensor_sequence or degrees.hsdp or degrees.expert)):
-        keys = ", ".join(AXIS_KEYS[axis] for axis in axes)
+    if others or ("cfg" not in axes and (degrees.tensor_sequence or degrees.hsdp or degrees.expert)):
+        keys = ", ".join(AXIS_KEYS[axis] for axis in axes if axis in AXIS_KEYS)
         raise StartupError(f"parallel: the {stage} stage is spread over ranks by {keys} only: leave other keys out")
 
 
@@ -208,6 +225,31 @@ def check_devices(degrees: Degrees, hosts: int, devices: int) -> None:
         raise StartupError(
             f"parallel: {ranks} ranks need a CUDA device each, and this host has {devices}: let the degrees multiply to"
             f" {max(1, devices * hosts)} at most"
+        )
+
+
+def check_patches(ranks: int, mode: str, tile_px: int, longest: int) -> None:
+    """The VAE's ranks share pictures.
+
+    Args:
+        longest: latents along the longer side of the largest picture.
+
+    Raises:
+        StartupError: nothing says into what they are to be cut, or there are more ranks than pieces.
+    """
+    if mode == "tiles" and not tile_px:
+        raise StartupError(
+            "parallel.vae_patch_mode is tiles, and engine.tile_px is 0: give it a tile's side, as 512, or use exact"
+        )
+    if mode == "exact" and tile_px:
+        raise StartupError(
+            f"parallel.vae_patch_mode is exact, which cuts no tiles, and engine.tile_px is {tile_px}: set it to 0, or"
+            " use tiles"
+        )
+    if ranks > longest:
+        raise StartupError(
+            f"parallel.vae_patch_parallel_size {ranks} is more than the {longest} latents along the longest side of a"
+            f" picture: use 1 to {longest}"
         )
 
 

@@ -26,7 +26,8 @@ class StageProcess:
     """The process, its log and a channel to it.
 
     Args:
-        module: what `python -m` runs; its gRPC service must be Dit.
+        module: what `python -m` runs.
+        serves: its gRPC service.
         settings: what to change in the config, by dotted key.
         service: keys of the config's section `service`.
     """
@@ -36,6 +37,7 @@ class StageProcess:
         folder: Path,
         *,
         module: str = "tests.cluster.fake_stage",
+        serves: str = "Dit",
         preset: str = "",
         settings: Mapping[str, object] | None = None,
         **service: object,
@@ -47,6 +49,7 @@ class StageProcess:
         self._settings = {"service.port": self.port, "service.metrics_port": self.metrics_port, "model.preset": preset}
         self._settings |= {f"service.{key}": value for key, value in service.items()} | dict(settings or {})
         self._module = module
+        self._serves = f"lightloom.v1.{serves}"
         self._config = folder / "stage.toml"
         self._config.write_text(f'[service]\nname = "fake"\n[model]\nname = "fake"\nsource = "{folder / "marker"}"\n')
         self.channel = connect(f"127.0.0.1:{self.port}")
@@ -66,7 +69,7 @@ class StageProcess:
         """SERVING, NOT_SERVING, or UNREACHABLE."""
         try:
             answer = await health_pb2_grpc.HealthStub(self.channel).Check(
-                health_pb2.HealthCheckRequest(service="lightloom.v1.Dit"), timeout=2
+                health_pb2.HealthCheckRequest(service=self._serves), timeout=2
             )
         except grpc.RpcError:
             return "UNREACHABLE"

@@ -32,7 +32,7 @@ async def test_degrees_that_fit_nothing_stop_the_front(tmp_path):
     ("module", "words"),
     [
         ("text_encoder_svc", ("the TextEncoder stage is spread over ranks by tensor_parallel_size only",)),
-        ("vae_svc", ("2 ranks", "Vae stage runs on 1")),
+        ("vae_svc", ("the Vae stage is spread over ranks by vae_patch_parallel_size only",)),
     ],
 )
 async def test_stages_refuse_degrees_that_they_have_not(tmp_path, module, words):

@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from services.attention import KERNELS, by_row, sdpa
 from services.families import load_family
 from services.linear_gelu import fuse_gelu, linear_gelu
+from services.vae_on_gpu import speed_up
 from tests.gpu.work import config_of, denoise
+from tests.parallel.vaes import KINDS, latents_of, vae_model
 
 pytestmark = pytest.mark.gpu
 
@@ -55,3 +57,16 @@ def test_gelu_is_fused_where_it_can_be(tmp_path) -> None:
     assert fuse_gelu(FeedForward(32, activation_fn="gelu-approximate")) == 1
     assert fuse_gelu(FeedForward(32, activation_fn="gelu")) == 0
     assert fuse_gelu(FeedForward(32, activation_fn="gelu-approximate", bias=False)) == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.inference_mode()
+def test_frames_of_a_vae_are_those_of_the_cpu(kind, monkeypatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    plain, fast = vae_model(kind), vae_model(kind)
+    fast.module.cuda()
+    speed_up(fast.module)
+    for size, frames in (((12, 8), 3), ((7, 9), 1)):
+        latents = latents_of(kind, *size, frames=frames)
+        for ours, theirs in zip(fast.codec.decode(latents.cuda()), plain.codec.decode(latents), strict=True):
+            assert relative(ours.cpu(), theirs) < 1e-4

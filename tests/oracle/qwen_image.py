@@ -15,9 +15,9 @@ from PIL import Image
 from transformers import PreTrainedTokenizerFast, Qwen2VLProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from services.causal_stream import CausalCodec
 from services.media import decode_image, encode_frames
 from services.request import GenerationParams, Media, ResolvedParams
-from services.single_frame import use_2d
 from tests.oracle.harness import OracleRow, Stock
 
 
@@ -43,7 +43,7 @@ def load_edit(folder: Path, dtype: torch.dtype) -> Stock:
     pipeline = edit_pipeline(folder, dtype)
     give_token_types(pipeline)
     # The single-frame path of the VAE differs from the library's in the last bits: here both sides have it.
-    use_2d(pipeline.vae)
+    pipeline.vae._encode = CausalCodec(pipeline.vae).encode
     return lambda params: {"latents": edited(pipeline, folder, params)}
 
 

@@ -19,12 +19,15 @@ from services.family import Tensors
 from services.parallel.collectives import sent_bytes
 from services.parallel.degrees import Degrees
 from services.parallel.hsdp import Gather
-from services.parallel.mesh import Mesh
+from services.parallel.mesh import Axis, Mesh
 from services.parallel.sequence import own_piece
 from services.parallel.tensor_sequence import Layout
+from services.parallel.vae_patch import PatchCodec
+from services.parallel.vae_tiles import TileCodec
 from services.request import ResolvedParams
 from services.tensors import Bundle
 from services.weights import open_source
+from tests.parallel.vaes import KINDS, vae_model
 from text_encoder_svc.engine import open_engine as open_text_engine
 
 
@@ -263,3 +266,40 @@ def modules_in(value: object) -> list[torch.nn.Module]:
 def bytes_of(module: torch.nn.Module) -> int:
     """Of its weights; those that are tied count once."""
     return sum(weight.nbytes for weight in module.parameters())
+
+
+@dataclass(frozen=True)
+class VaeReport:
+    """What a rank's VAE made of latents (chunks of frames each) and of pixels, and what it sent."""
+
+    decoded: list[list[torch.Tensor]]
+    encoded: list[torch.Tensor]
+    sent: dict[str, int]
+
+
+def share_vae(
+    rank: int,
+    world: int,
+    kind: str,
+    tile_px: int,
+    latents: Sequence[torch.Tensor],
+    pixels: Sequence[torch.Tensor],
+) -> VaeReport:
+    """Decodes and encodes over the ranks, exactly or in tiles; one rank alone has no others to share with."""
+    axis = Mesh(Degrees(patch=world), rank, "cpu")["patch"] if world > 1 else None
+    return shared(kind, axis, tile_px, latents, pixels)
+
+
+def shared(
+    kind: str, axis: Axis | None, tile_px: int, latents: Sequence[torch.Tensor], pixels: Sequence[torch.Tensor]
+) -> VaeReport:
+    """The same on a rank's axis, or on one rank without."""
+    model, about = vae_model(kind), KINDS[kind]
+    codec = model.codec
+    if tile_px:
+        codec = TileCodec(codec, tile_px, about.compression, axis)
+    elif axis is not None:
+        codec = PatchCodec(model, about.plan, about.compression, axis)
+    sent_bytes.clear()
+    decoded = [list(codec.decode(each)) for each in latents]
+    return VaeReport(decoded, [codec.encode(each) for each in pixels], dict(sent_bytes))

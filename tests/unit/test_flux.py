@@ -227,10 +227,10 @@ def test_decoded_pictures_are_the_stock_pipelines(folders, subjects):
     latents = call(pipeline, params, 256)
     theirs = call(pipeline, params, 256, output_type="pt")
     vae = FAMILY.vae.load(open_source(str(folders["schnell"])), CPU, torch.float32)
-    decoded = FAMILY.vae.decode(vae, [{"latents": latents}], params)
+    [decoded] = FAMILY.vae.decode(vae, [{"latents": latents}], params)
     assert decoded.shape == (1, 1, 3, params.height, params.width)
     assert torch.equal((decoded[:, 0] * 0.5 + 0.5).clamp(0, 1), theirs)
-    again = FAMILY.vae.decode(vae, [{"latents": -latents}, {"latents": latents}], params)
+    [again] = FAMILY.vae.decode(vae, [{"latents": -latents}, {"latents": latents}], params)
     assert (again[1] - decoded[0]).abs().max() <= 1e-5 * decoded.abs().max()
     with pytest.raises(InvalidRequest, match="of shape"):
         FAMILY.vae.decode(vae, [{"latents": latents}], replace(params, height=params.height + 16))
@@ -241,13 +241,13 @@ def test_decoded_pictures_are_the_stock_pipelines(folders, subjects):
 def test_pictures_become_the_latents_that_decode_to_them(folders):
     vae = FAMILY.vae.load(open_source(str(folders["dev"])), CPU, torch.float32)
     pixels = torch.rand(2, 3, 64, 96) * 2 - 1
-    mode = vae.encode(pixels).latent_dist.mode()
+    mode = vae.module.encode(pixels).latent_dist.mode()
     latents = FAMILY.vae.picture_latents(vae, pixels)
     assert latents.shape == (2, 16, 8, 12)
     wish = GenerationParams(model="m", prompt="a", width=96, height=64)
     params = resolve(wish, FAMILY.variants["dev"].limits, seed=0)
-    decoded = FAMILY.vae.decode(vae, [{"latents": row[None]} for row in pack(latents)], params)
-    theirs = vae.decode(mode, return_dict=False)[0]
+    [decoded] = FAMILY.vae.decode(vae, [{"latents": row[None]} for row in pack(latents)], params)
+    theirs = vae.module.decode(mode, return_dict=False)[0]
     assert (decoded[:, 0] - theirs).abs().max() <= 1e-5 * theirs.abs().max()
     fit = fit_latent_rgb(FAMILY.vae, vae)
     assert (fit.weight.shape, fit.bias.shape) == ((16, 3), (3,))

@@ -218,7 +218,7 @@ def test_a_picture_equals_the_stock_pipelines_pixel_for_pixel(folder, subject):
     params = subject.params(FULL.wishes[0])
     pipeline = open_pipeline(folder, torch.float32)
     row_by_row(pipeline)
-    frames = FAMILY.vae.decode(
+    [frames] = FAMILY.vae.decode(
         FAMILY.vae.load(open_source(str(folder)), CPU, torch.float32), [subject.stock(params)], params
     )
     assert frames.shape == (1, 1, 3, params.height, params.width)
@@ -240,8 +240,8 @@ def test_picture_latents_undo_what_decode_does_to_latents(folder):
     pixels = torch.rand(2, 3, 32, 48) * 2 - 1
     latents = FAMILY.vae.picture_latents(vae, pixels)
     assert latents.shape == (2, 16, 4, 6)
-    unscaled = latents / vae.config.scaling_factor + vae.config.shift_factor
-    torch.testing.assert_close(unscaled, vae.encode(pixels).latent_dist.mode())
+    unscaled = latents / vae.module.config.scaling_factor + vae.module.config.shift_factor
+    torch.testing.assert_close(unscaled, vae.module.encode(pixels).latent_dist.mode())
     assert fit_latent_rgb(FAMILY.vae, vae) is not None
 
 

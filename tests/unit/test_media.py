@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import random
 import struct
+import time
 import zlib
 
 import numpy as np
@@ -13,7 +14,15 @@ from PIL import ExifTags, Image, ImageFile, ImageOps
 
 from gateway.http_inputs import media_of_bytes
 from services.errors import InvalidRequest
-from services.media import MAX_INPUT_PIXELS, PICTURE_FORMATS, decode_image, first_picture, image_size
+from services.media import (
+    MAX_INPUT_PIXELS,
+    PICTURE_FORMATS,
+    ClipWriter,
+    decode_image,
+    encode_frames,
+    first_picture,
+    image_size,
+)
 from services.request import Media
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8)
@@ -122,3 +131,33 @@ def test_broken_bytes_give_pixels_or_a_refusal(kind):
         except InvalidRequest:
             refused += 1
     assert refused > 0
+
+
+# ---- Clips that are encoded while they are made ---------------------------------------------------------------------
+
+
+def test_a_clip_in_chunks_is_the_file_of_the_whole_clip():
+    frames = np.random.default_rng(0).integers(0, 256, (9, 32, 48, 3), dtype=np.uint8)
+    for output_format in ("mp4", "raw", "webp"):
+        writer = ClipWriter(output_format, 80, 12.0, len(frames))
+        for chunk in np.split(frames, (1, 5)):
+            writer.add(chunk)
+        assert writer.finish() == encode_frames(frames, output_format, 80, 12.0)
+
+
+def test_frames_are_encoded_before_the_last_has_come():
+    writer = ClipWriter("mp4", 80, 12.0, 100)
+    begun_s = time.monotonic()
+    for _ in range(20):
+        writer.add(np.zeros((1, 32, 48, 3), np.uint8))
+    assert time.monotonic() - begun_s < 30, "it waits for the encoder, not for the end"
+    writer.close()
+
+
+def test_an_encoder_that_fails_holds_up_nobody():
+    writer = ClipWriter("mp4", 80, 12.0, 100)
+    for _ in range(20):
+        writer.add(np.zeros((1, 31, 47, 3), np.uint8))
+    with pytest.raises(Exception, match="31|47|divisible|av"):
+        writer.finish()
+    writer.close()

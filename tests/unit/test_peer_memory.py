@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from services.attention import sdpa
-from services.parallel import ulysses
+from services.parallel import collectives, ulysses
 from services.parallel.mesh import Axis
 from services.parallel.peer_memory import STEP_BYTES, PeerMemory
 from services.parallel.sequence import own_piece
@@ -114,6 +114,27 @@ def test_strided_tensors_are_shown_as_they_read() -> None:
     expected = brought.movedim(2, 0)
     for rank, received in enumerate(results):
         assert torch.equal(received, torch.stack([expected[rank], expected[rank] + 100]))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(("before", "behind"), [(1, 1), (0, 1), (2, 2)])
+def test_a_piece_gets_the_edges_of_its_neighbours(before, behind, layout, monkeypatch) -> None:
+    sizes = [4, 3, 3]
+    picture = torch.randn(2, 3, 10, 10).contiguous(memory_format=layout)
+
+    def work(rank, peers):
+        monkeypatch.setitem(collectives.peer_memory, f"of {rank}", peers)
+        start = sum(sizes[:rank])
+        pieces = [picture.narrow(dim, start, sizes[rank]) for dim in (-2, -1)]
+        given = (before, behind, f"of {rank}", rank, 3)
+        return [collectives.halo(piece, dim, *given) for dim, piece in zip((-2, -1), pieces, strict=True)]
+
+    _, results = everywhere(3, work)
+    for rank, extended in enumerate(results):
+        start, end = max(0, sum(sizes[:rank]) - before), min(10, sum(sizes[: rank + 1]) + behind)
+        for dim, ours in zip((-2, -1), extended, strict=True):
+            assert torch.equal(ours, picture.narrow(dim, start, end - start))
+            assert ours.is_contiguous(memory_format=layout)
 
 
 def pieces_of(fields, ranks: int, rank: int, joined: bool):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -12,13 +12,13 @@ import torch
 from PIL import Image
 
 from services.errors import InvalidRequest, NonFinite, OutOfMemory, ServiceError
-from services.family import Frames, Tensors, VaePart
+from services.family import Frames, Tensors, VaePart, VaePlan
 from services.request import GenerationParams, Limits, Media, ResolvedParams, resolve
-from vae_svc.engine import VaeEngine, VaeJob, to_pixels
+from vae_svc.engine import VaeChunk, VaeEngine, VaeJob, VaeResult, to_pixels
 from vae_svc.latent_rgb_fit import fit_latent_rgb, synthetic_pictures
 
 PARAMS = resolve(GenerationParams(model="m", prompt="a cat", width=64, height=64), Limits(), seed=0)
-COVERED_PX = 8
+COVERED_PX, CHUNK = 8, 4
 
 
 class FakeVae:
@@ -27,14 +27,18 @@ class FakeVae:
     def __init__(self) -> None:
         self.batches: list[int] = []
 
-    def decode(self, _model: object, rows: Sequence[Tensors], params: ResolvedParams) -> torch.Tensor:
+    def decode(self, _model: object, rows: Sequence[Tensors], params: ResolvedParams) -> Iterator[torch.Tensor]:
         self.batches.append(len(rows))
+        for start in range(0, params.num_frames, CHUNK):
+            yield self.chunk(rows, params, min(CHUNK, params.num_frames - start))
+
+    def chunk(self, rows: Sequence[Tensors], params: ResolvedParams, frames: int) -> torch.Tensor:
         colours = torch.cat([row["latents"] for row in rows])
         if bool((colours == 7).any()):
             raise torch.OutOfMemoryError("too large")
         if bool((colours == 9).any()):
             raise InvalidRequest("9 cannot be decoded")
-        return colours[:, None, :, None, None].expand(-1, 1, 3, params.height, params.width)
+        return colours[:, None, :, None, None].expand(-1, frames, 3, params.height, params.width)
 
     def encode(self, _model: object, pictures: Sequence[Frames], _params: ResolvedParams) -> Tensors:
         return {"image/0": torch.from_numpy(pictures[0].astype(np.float32)).mean((0, 1, 2))}
@@ -42,6 +46,7 @@ class FakeVae:
     def part(self, **changes: object) -> VaePart:
         part = VaePart(
             load=lambda *_: None,
+            plan=VaePlan(),
             decode=self.decode,
             encode=self.encode,
             latent_geometry=lambda _model: (5, COVERED_PX, 1),
@@ -60,12 +65,16 @@ def job(name: str, *colour: float, **changes: int) -> VaeJob:
 
 def run(engine: VaeEngine) -> dict[str, ServiceError | tuple[int, ...]]:
     """Each job's error, or the colour of its first pixel."""
+    colours: dict[str, tuple[int, ...]] = {}
     seen: dict[str, ServiceError | tuple[int, ...]] = {}
     while engine.busy:
-        for result in engine.tick():
-            pixel = None if result.frames is None else tuple(result.frames[0, 0, 0].tolist())
-            seen[result.job.request_id] = result.error or pixel or ()
-            assert result.busy_s >= 0
+        for event in engine.tick():
+            name = event.job.request_id
+            if isinstance(event, VaeChunk):
+                colours[name] = tuple(event.frames[0, 0, 0].tolist())
+            else:
+                seen[name] = event.error or colours[name]
+                assert event.busy_s >= 0
     return seen
 
 
@@ -97,6 +106,34 @@ def test_jobs_that_wait_can_be_aborted(fake):
     engine.abort("never there")
     assert engine.metrics() == {"vae_waiting": 1}
     assert list(run(engine)) == ["kept"]
+
+
+def test_a_clip_comes_alone_in_chunks_and_an_abort_ends_it_between_two(fake):
+    engine = VaeEngine(fake.part(), None, 8)
+    for name in ("whole", "aborted"):
+        engine.submit(job(name, 0.0, 0.0, 0.0, num_frames=9))
+    chunks: dict[str, list[tuple[int, int]]] = {"whole": [], "aborted": []}
+    ended = []
+    while engine.busy:
+        for event in engine.tick():
+            if isinstance(event, VaeResult):
+                ended.append(event.job.request_id)
+                continue
+            chunks[event.job.request_id].append((event.first_frame, len(event.frames)))
+            if event.job.request_id == "aborted":
+                engine.abort("aborted")
+    assert chunks == {"whole": [(0, 4), (4, 4), (8, 1)], "aborted": [(0, 4)]}
+    assert (ended, fake.batches) == (["whole"], [1, 1])
+
+
+def test_one_of_a_batch_can_be_aborted_while_it_is_in_work(fake):
+    engine = VaeEngine(fake.part(), None, 8)
+    for name in ("kept", "gone"):
+        engine.submit(job(name, 1.0, 1.0, 1.0))
+    assert len(engine.tick()) == 2
+    engine.abort("gone")
+    [result] = engine.tick()
+    assert (result.job.request_id, result.error, engine.busy) == ("kept", None, False)
 
 
 def test_pictures_are_encoded_or_refused(fake):

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import torch
+from diffusers.models.attention_processor import Attention
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
 from services.errors import InvalidRequest
 from services.families.flux.latents import PATCH, unpack
-from services.family import Frames, Tensors, VaePart
+from services.family import Frames, Tensors, VaeModel, VaePart, VaePlan
+from services.picture_codec import PictureCodec
 from services.request import ResolvedParams
 from services.weights import ModelSource
 
 
-def load(source: ModelSource, device: torch.device, dtype: torch.dtype) -> Any:
+def load(source: ModelSource, device: torch.device, dtype: torch.dtype) -> VaeModel:
     """The autoencoder."""
-    return source.load(AutoencoderKL, "vae", device, dtype)
+    vae = source.load(AutoencoderKL, "vae", device, dtype)
+    return VaeModel(vae, PictureCodec(vae))
 
 
-def decode(vae: Any, rows: Sequence[Tensors], params: ResolvedParams) -> torch.Tensor:
+def decode(vae: VaeModel, rows: Sequence[Tensors], params: ResolvedParams) -> Iterator[torch.Tensor]:
     """Packed normalised latents [1, S, 4 C] each to [B, 1, 3, H, W] in [-1, 1].
 
     Raises:
@@ -32,13 +34,12 @@ def decode(vae: Any, rows: Sequence[Tensors], params: ResolvedParams) -> torch.T
     for row in rows:
         if "latents" not in row or tuple(row["latents"].shape) != shape or not row["latents"].is_floating_point():
             raise InvalidRequest(f"the VAE needs floating-point 'latents' of shape {list(shape)}, not {_describe(row)}")
-    latents = unpack(torch.cat([row["latents"] for row in rows]).to(vae.device, vae.dtype), grid)
-    latents = latents / vae.config.scaling_factor + vae.config.shift_factor
-    pictures: torch.Tensor = vae.decode(latents, return_dict=False)[0]
-    return pictures[:, None]
+    latents = unpack(torch.cat([row["latents"] for row in rows]).to(vae.module.device, vae.module.dtype), grid)
+    latents = latents / vae.module.config.scaling_factor + vae.module.config.shift_factor
+    return (pictures[:, None] for pictures in vae.codec.decode(latents))
 
 
-def encode(_vae: Any, _pictures: Sequence[Frames], _params: ResolvedParams) -> Tensors:
+def encode(_vae: VaeModel, _pictures: Sequence[Frames], _params: ResolvedParams) -> Tensors:
     """No model of the family works on input pictures.
 
     Raises:
@@ -47,20 +48,27 @@ def encode(_vae: Any, _pictures: Sequence[Frames], _params: ResolvedParams) -> T
     raise InvalidRequest("this model takes no input pictures", param="inputs")
 
 
-def picture_latents(vae: Any, pixels: torch.Tensor) -> torch.Tensor:
+def picture_latents(vae: VaeModel, pixels: torch.Tensor) -> torch.Tensor:
     """Pixels [B, 3, H, W] in [-1, 1] to [B, C, H/8, W/8]: the posterior's mode, normalised."""
-    latents: torch.Tensor = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode()
-    normalised: torch.Tensor = (latents - vae.config.shift_factor) * vae.config.scaling_factor
+    latents = vae.mode(pixels)
+    normalised: torch.Tensor = (latents - vae.module.config.shift_factor) * vae.module.config.scaling_factor
     return normalised
 
 
-def latent_geometry(vae: Any) -> tuple[int, int, int]:
+def latent_geometry(vae: VaeModel) -> tuple[int, int, int]:
     """Channels, spatial and temporal compression."""
-    return vae.config.latent_channels, 2 ** (len(vae.config.block_out_channels) - 1), 1
+    return vae.module.config.latent_channels, 2 ** (len(vae.module.config.block_out_channels) - 1), 1
 
 
 def _describe(row: Tensors) -> str:
     return ", ".join(f"{name} {tensor.dtype} {list(tensor.shape)}" for name, tensor in row.items()) or "nothing"
 
 
-VAE = VaePart(load=load, decode=decode, encode=encode, latent_geometry=latent_geometry, picture_latents=picture_latents)
+VAE = VaePart(
+    load=load,
+    plan=VaePlan(attention=(Attention,)),
+    decode=decode,
+    encode=encode,
+    latent_geometry=latent_geometry,
+    picture_latents=picture_latents,
+)

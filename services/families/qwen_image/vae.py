@@ -2,82 +2,80 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from diffusers.models.autoencoders.autoencoder_kl_qwenimage import AutoencoderKLQwenImage
+from diffusers.models.autoencoders.autoencoder_kl_qwenimage import AutoencoderKLQwenImage, QwenImageAttentionBlock
 
+from services.causal_stream import CausalCodec
 from services.errors import InvalidRequest
 from services.families.qwen_image.latents import PATCH, unpack
 from services.families.qwen_image.pictures import scaled, to_tensor
 from services.families.qwen_image.recipes import recipe_of
-from services.family import Frames, Tensors, VaePart
+from services.family import Frames, Tensors, VaeModel, VaePart, VaePlan
 from services.request import ResolvedParams
-from services.single_frame import use_2d
 from services.weights import ModelSource
 
 
-def load(source: ModelSource, device: torch.device, dtype: torch.dtype) -> Any:
-    """The autoencoder, with the fast path for single frames."""
+def load(source: ModelSource, device: torch.device, dtype: torch.dtype) -> VaeModel:
+    """The autoencoder, whose pictures take the path for single frames."""
     vae: Any = source.load(AutoencoderKLQwenImage, "vae", device, dtype)
     vae.register_to_config(latent_area_px=recipe_of(source).latent_area_px)
-    use_2d(vae)
-    return vae
+    return VaeModel(vae, CausalCodec(vae))
 
 
-def decode(vae: Any, rows: Sequence[Tensors], params: ResolvedParams) -> torch.Tensor:
+def decode(vae: VaeModel, rows: Sequence[Tensors], params: ResolvedParams) -> Iterator[torch.Tensor]:
     """Packed normalised latents [1, S, 4 C] each to [B, 1, 3, H, W] in [-1, 1]."""
     patch_px = compression(vae) * PATCH
     grid = (1, params.height // patch_px, params.width // patch_px)
-    shape = (1, grid[1] * grid[2], vae.config.z_dim * PATCH * PATCH)
+    shape = (1, grid[1] * grid[2], vae.module.config.z_dim * PATCH * PATCH)
     for row in rows:
         if "latents" not in row or tuple(row["latents"].shape) != shape:
             raise InvalidRequest(f"the VAE needs 'latents' of shape {list(shape)}, not {_shapes(row)}")
         if not row["latents"].is_floating_point():
             raise InvalidRequest(f"the VAE needs floating-point latents, not {row['latents'].dtype}")
-    latents = unpack(torch.cat([row["latents"] for row in rows]).to(vae.device), grid).to(vae.dtype)
+    latents = unpack(torch.cat([row["latents"] for row in rows]).to(vae.module.device), grid).to(vae.module.dtype)
     mean, std = _statistics(vae, latents)
-    frames: torch.Tensor = vae.decode(latents / (1.0 / std) + mean, return_dict=False)[0]
-    return frames.transpose(1, 2)
+    return (frames.transpose(1, 2) for frames in vae.codec.decode(latents / (1.0 / std) + mean))
 
 
-def encode(vae: Any, pictures: Sequence[Frames], _params: ResolvedParams) -> Tensors:
+def encode(vae: VaeModel, pictures: Sequence[Frames], _params: ResolvedParams) -> Tensors:
     """Each picture, scaled to the model's area, as "image/N" [1, C, h, w].
 
     Raises:
         InvalidRequest: the model takes no pictures, or not one of that shape.
     """
-    if not vae.config.latent_area_px:
+    if not vae.module.config.latent_area_px:
         raise InvalidRequest("this model takes no input pictures", param="inputs")
     encoded = {}
     for index, picture in enumerate(pictures):
-        pixels = to_tensor(scaled(picture, vae.config.latent_area_px))
+        pixels = to_tensor(scaled(picture, vae.module.config.latent_area_px))
         encoded[f"image/{index}"] = picture_latents(vae, pixels)
     return encoded
 
 
-def picture_latents(vae: Any, pixels: torch.Tensor) -> torch.Tensor:
+def picture_latents(vae: VaeModel, pixels: torch.Tensor) -> torch.Tensor:
     """Pixels [B, 3, H, W] in [-1, 1] to [B, C, H/8, W/8]: the posterior's mode, normalised."""
-    latents: torch.Tensor = vae.encode(pixels.to(vae.device, vae.dtype)[:, :, None]).latent_dist.mode()
+    latents = vae.mode(pixels[:, :, None])
     mean, std = _statistics(vae, latents)
     return ((latents - mean) / std)[:, :, 0]
 
 
-def latent_geometry(vae: Any) -> tuple[int, int, int]:
+def latent_geometry(vae: VaeModel) -> tuple[int, int, int]:
     """Channels, spatial and temporal compression."""
-    return vae.config.z_dim, compression(vae), 2 ** sum(vae.config.temperal_downsample)
+    return vae.module.config.z_dim, compression(vae), 2 ** sum(vae.module.config.temperal_downsample)
 
 
-def compression(vae: Any) -> int:
+def compression(vae: VaeModel) -> int:
     """Pixels for one latent along a side."""
-    return int(2 ** len(vae.config.temperal_downsample))
+    return int(2 ** len(vae.module.config.temperal_downsample))
 
 
-def _statistics(vae: Any, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    shape = (1, vae.config.z_dim, 1, 1, 1)
-    mean = torch.tensor(vae.config.latents_mean).view(shape).to(latents.device, latents.dtype)
-    std = torch.tensor(vae.config.latents_std).view(shape)
+def _statistics(vae: VaeModel, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    shape = (1, vae.module.config.z_dim, 1, 1, 1)
+    mean = torch.tensor(vae.module.config.latents_mean).view(shape).to(latents.device, latents.dtype)
+    std = torch.tensor(vae.module.config.latents_std).view(shape)
     return mean, std.to(latents.device, latents.dtype)
 
 
@@ -87,6 +85,7 @@ def _shapes(row: Tensors) -> str:
 
 VAE = VaePart(
     load=load,
+    plan=VaePlan(attention=(QwenImageAttentionBlock,)),
     decode=decode,
     encode=encode,
     latent_geometry=latent_geometry,
