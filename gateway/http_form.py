@@ -78,6 +78,8 @@ def _fields_of(data: FormData, body: type[Body]) -> Body:
     fields: dict[str, str] = {}
     for name, value in data.multi_items():
         if isinstance(value, str):
+            # So do clients write a field of an object, and this one names a picture.
+            name = name.removesuffix("[image_url]")
             if name in fields:
                 raise InvalidRequest(f"{name[:100]} is there twice: send it once", param=name[:100])
             fields[name] = value

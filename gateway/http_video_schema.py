@@ -24,7 +24,11 @@ PROGRESS = {
     types_pb2.STAGE_INTERPOLATION: (97, 99),
 }
 # OpenAI knows fewer states than a request has.
-STATES = {"queued": "queued", "running": "in_progress", "done": "completed"}
+STATES = {"queued": "queued", "running": "in_progress", "cancelling": "in_progress", "done": "completed"}
+
+
+# OpenAI's other way to name a picture: {"image_url": URL}.
+Reference = Annotated[dict[Literal["image_url"], str], Field(min_length=1)]
 
 
 class VideoRequest(StrictBody):
@@ -34,7 +38,7 @@ class VideoRequest(StrictBody):
     prompt: str
     seconds: str | float | None = Field(None, description="Length of the clip; the nearest that the model makes.")
     size: str | None = Field(None, description="WIDTHxHEIGHT in pixels, or auto.")
-    input_reference: str | list[str] | None = Field(
+    input_reference: str | list[str] | Reference | None = Field(
         None, description="Pictures to begin with: data URLs, or https URLs of listed hosts. In a form also files."
     )
     num_frames: Count | None = Field(None, description="Instead of seconds.")
@@ -54,7 +58,8 @@ class VideoRequest(StrictBody):
         return [(f"input_reference.{i}", url) for i, url in enumerate(self._urls()) if is_remote(url)]
 
     def _urls(self) -> list[str]:
-        urls = self.input_reference
+        given = self.input_reference
+        urls = given["image_url"] if isinstance(given, dict) else given
         return [urls] if isinstance(urls, str) else urls or []
 
     def params(
