@@ -18,14 +18,16 @@ from gateway.config import GatewaySection
 from gateway.http_access import KeyCheck, Requests
 from gateway.http_bodies import BodyCredits
 from gateway.http_errors import Border, ErrorEnvelope, install, service_envelope
-from gateway.http_form import form_description, read_form
-from gateway.http_json import error_from, params_json
+from gateway.http_form import EDIT, form_description, read_form
+from gateway.http_json import params_json
 from gateway.http_operations import add_operations
 from gateway.http_requests import add_requests
 from gateway.http_schema import ImageRequest
 from gateway.http_sse import EVENTS, REQUEST_ID, event_stream, typed_event
+from gateway.http_videos import add_videos
+from gateway.http_wait import abort_all, failure, wait_all
 from protos import gateway_pb2
-from services.errors import Cancelled, Internal, ServiceError
+from services.errors import ServiceError
 from services.request import GenerationParams, Media, with_seed
 
 ERRORS: dict[int | str, dict[str, Any]] = {
@@ -50,6 +52,7 @@ def create_app(door: Door, backlog: Backlog, config: GatewaySection) -> FastAPI:
     app.add_middleware(BodyCredits, max_bytes=config.max_held_bytes // 4, timeout_s=config.body_timeout_s)
     app.add_middleware(Border, max_body_bytes=config.max_body_bytes, log=door.log)
     _add_images(app, config.public_url.rstrip("/"))
+    add_videos(app)
     add_requests(app, door.service)
     add_operations(app, door.service, backlog)
     return app
@@ -63,10 +66,10 @@ def _add_images(app: FastAPI, public_url: str) -> None:
         """Makes images and waits for them (OpenAI's call). Leaving aborts."""
         return await _make(body, (), request, requests, public_url)
 
-    @app.post("/v1/images/edits", response_model=None, responses=answers, openapi_extra=form_description())
+    @app.post("/v1/images/edits", response_model=None, responses=answers, openapi_extra=form_description(EDIT))
     async def edit_images(request: Request, requests: Requests) -> Response:
         """Makes images out of the pictures in the form, and waits for them (OpenAI's call). Leaving aborts."""
-        body, pictures = await read_form(request)
+        body, pictures = await read_form(request, EDIT)
         return await _make(body, pictures, request, requests, public_url)
 
 
@@ -89,70 +92,15 @@ async def _make(
         if body.stream:
             kind = "image_edit" if pictures else "image_generation"
             return event_stream(_stream_image(requests, ids[0], kind, body.partial_images or 0), ids[0])
-        statuses = await _wait_all(requests, ids, request)
+        statuses = await wait_all(requests, ids, request)
     except BaseException:
-        await asyncio.shield(_abort_all(requests, ids))
+        await asyncio.shield(abort_all(requests, ids))
         raise
     # What the call itself says stands in Host, and, from a proxy on this machine, in X-Forwarded-Proto.
     base = public_url or str(request.base_url).rstrip("/")
     images = [await _image_json(requests, status, base if body.response_format == "url" else "") for status in statuses]
     answer = {"created": int(time.time()), "data": images, "output_format": body.file_format(), "usage": USAGE}
     return JSONResponse(answer, headers={REQUEST_ID: ids[0]})
-
-
-async def _wait_all(requests: CallerRequests, ids: list[str], request: Request) -> list[gateway_pb2.RequestStatus]:
-    """The final statuses.
-
-    Raises:
-        ServiceError: what one of them failed with.
-        Cancelled: the client left.
-    """
-    waits = asyncio.gather(*(_wait(requests, request_id) for request_id in ids))
-    gone = asyncio.create_task(_disconnected(request))
-    try:
-        watched: set[asyncio.Future[Any]] = {waits, gone}
-        await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
-        if not waits.done():
-            # Before the waits have ended: nothing may stand between a client that leaves and its abort.
-            await asyncio.shield(_abort_all(requests, ids))
-            raise Cancelled("the client left")
-        return await waits
-    finally:
-        gone.cancel()
-        waits.cancel()
-        await asyncio.gather(gone, waits, return_exceptions=True)
-
-
-async def _wait(requests: CallerRequests, request_id: str) -> gateway_pb2.RequestStatus:
-    status = gateway_pb2.RequestStatus()
-    async for event in requests.events(request_id):
-        if event.WhichOneof("event") == "status":
-            status = event.status
-    return _finished(status)
-
-
-def _finished(status: gateway_pb2.RequestStatus) -> gateway_pb2.RequestStatus:
-    if status.state == gateway_pb2.REQUEST_STATE_DONE:
-        return status
-    raise _failure(status)
-
-
-def _failure(status: gateway_pb2.RequestStatus) -> ServiceError:
-    if status.HasField("error"):
-        return error_from(status.error)
-    if status.state == gateway_pb2.REQUEST_STATE_CANCELLED:
-        return Cancelled("the request was aborted", request_id=status.request_id)
-    return Internal("the request failed", request_id=status.request_id)
-
-
-async def _disconnected(request: Request) -> None:
-    # The body has been read, so nothing else can come.
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
-async def _abort_all(requests: CallerRequests, ids: list[str]) -> None:
-    await asyncio.gather(*(requests.abort(request_id) for request_id in ids), return_exceptions=True)
 
 
 async def _image_json(
@@ -193,12 +141,12 @@ async def _stream_image(
                 yield typed_event(f"{name}.completed", common)
             elif kind == "status" and event.status.state >= gateway_pb2.REQUEST_STATE_FAILED:
                 ended = True
-                yield typed_event("error", service_envelope(_failure(event.status)))
+                yield typed_event("error", service_envelope(failure(event.status)))
     except ServiceError as error:
         yield typed_event("error", service_envelope(error))
     finally:
         if not ended:
-            await asyncio.shield(_abort_all(requests, [request_id]))
+            await asyncio.shield(abort_all(requests, [request_id]))
 
 
 def _common(data: dict[str, Any], output_format: str, size: str) -> dict[str, Any]:

@@ -42,24 +42,25 @@ def _call(method: str, path: str, call: Schema, named: Schema) -> str:
         for status, answer in call["responses"].items()
     )
     kind = next(iter(body), "")
+    files = _files(body[kind]["schema"], named) if kind else []
     text = escape(call.get("description", ""))
     return (
         f"<details><summary><code>{method.upper()} {escape(path)}</code> {text}</summary>"
-        f"{''.join(tables)}<p>Answers</p><ul>{answers}</ul>{_form(method, path, call, kind)}</details>"
+        f"{''.join(tables)}<p>Answers</p><ul>{answers}</ul>{_form(method, path, call, kind, files)}</details>"
     )
 
 
-def _form(method: str, path: str, call: Schema, kind: str) -> str:
+def _form(method: str, path: str, call: Schema, kind: str, files: list[str]) -> str:
     parameters = "".join(
         f"<label>{escape(item['name'])} <input name='{escape(item['name'])}' data-in='{item['in']}'></label> "
         for item in call.get("parameters", [])
         if item["in"] in ("path", "query")
     )
     body = f"<textarea name=body>{escape(json.dumps({'prompt': 'a red circle'}))}</textarea>" if kind else ""
-    files = "<label>image <input type=file name=image multiple></label> " if kind.startswith("multipart") else ""
+    choosers = "".join(f"<label>{name} <input type=file name={name} multiple></label> " for name in files)
     return (
         f"<form data-method='{method.upper()}' data-path='{escape(path)}' data-kind='{kind}'>"
-        f"{parameters}{body}{files}<button>Send</button><pre></pre></form>"
+        f"{parameters}{body}{choosers}<button>Send</button><pre></pre></form>"
     )
 
 
@@ -84,6 +85,12 @@ def _fields(schema: Schema, named: Schema, prefix: str = "") -> Iterator[tuple[s
         )
         items = _resolved(field.get("items", {}), named)
         yield from _fields(items, named, f"{prefix}{name}[].")
+
+
+def _files(schema: Schema, named: Schema) -> list[str]:
+    """The fields that are files."""
+    fields = _resolved(schema, named).get("properties", {})
+    return [name for name, field in fields.items() if field.get("items", {}).get("format") == "binary"]
 
 
 def type_text(schema: Schema, named: Schema) -> str:

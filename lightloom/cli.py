@@ -58,8 +58,10 @@ def generate(
     connection: Connection,
     prompt: str,
     output: Annotated[
-        Path, typer.Option("-o", "--output", help="File to write; its ending chooses the format.")
-    ] = Path("out.png"),
+        Path | None,
+        typer.Option("-o", "--output", help="File to write; its ending chooses the format. Default: out.png, out.mp4."),
+    ] = None,
+    video: Annotated[bool, typer.Option("--video", help="Make a clip.")] = False,
     model: Annotated[str, typer.Option(help="Model name; default: the only one served.")] = "",
     negative_prompt: Annotated[str | None, typer.Option()] = None,
     size: Annotated[str, typer.Option(help="WIDTHxHEIGHT in pixels; default: the model's own.")] = "",
@@ -77,9 +79,9 @@ def generate(
     from lightloom.generate import Wish, generate_to_file
 
     wish = Wish(
-        prompt, model, negative_prompt, size, steps, guidance, seed, frames, tuple(image or ()), fps, guidance_2
+        prompt, model, negative_prompt, size, steps, guidance, seed, frames, tuple(image or ()), fps, guidance_2, video
     )
-    generate_to_file(wish, output, connection)
+    generate_to_file(wish, output or Path("out.mp4" if video else "out.png"), connection)
 
 
 @app.command()

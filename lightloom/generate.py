@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from lightloom import client
 from lightloom.connection import Connection
 from services.errors import StartupError
+from services.request import VIDEO_FORMATS
 
 FORMATS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp", ".mp4": "mp4", ".raw": "raw"}
 
@@ -32,6 +33,7 @@ class Wish:
     images: tuple[Path, ...] = ()
     fps: float | None = None
     guidance_2: float | None = None
+    video: bool = False
 
     def options(self, output: Path) -> dict[str, Any]:
         """As fields of GenerationParams.
@@ -48,6 +50,9 @@ class Wish:
             raise StartupError(f"{output} cannot be written: there is no folder {output.parent}")
         if output.suffix.lower() not in FORMATS:
             raise StartupError(f"{output} ends with {output.suffix!r}: use one of {', '.join(FORMATS)}")
+        if self.video and FORMATS[output.suffix.lower()] not in VIDEO_FORMATS:
+            endings = ", ".join(f".{name}" for name in VIDEO_FORMATS)
+            raise StartupError(f"--video writes {endings}: {output} is none of them")
         width, _, height = self.size.partition("x")
         if self.size and not (width.isdigit() and height.isdigit()):
             raise StartupError(f"--size is {self.size!r}: write WIDTHxHEIGHT, for example 256x256")

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import av
 import httpx
 import numpy as np
+import openai
 import pytest
 import torch
 from diffusers import WanPipeline
@@ -110,6 +113,18 @@ def test_a_clip_by_rest_at_the_models_own_rate(rest):
     assert facts(content.content) == (5, 16.0, 96, 64)
 
 
+def test_video_on_the_command_line_chooses_a_clips_format(clips, tmp_path):
+    command = [sys.executable, "-m", "lightloom", "generate", PROMPT, "--video", "--address", clips.grpc_address]
+    small = ["--size", "96x64", "--frames", "5", "--steps", "2"]
+    run = partial(subprocess.run, capture_output=True, text=True, timeout=120, check=False)
+    done = run([*command, *small], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert facts((tmp_path / "out.mp4").read_bytes()) == (5, 16.0, 96, 64)
+    refused = run([*command, *small, "-o", "out.png"], cwd=tmp_path)
+    assert refused.returncode == 2
+    assert "--video writes .mp4, .webp, .raw" in " ".join(refused.stderr.split())
+
+
 def test_a_clip_from_the_command_line(clips, tmp_path):
     target = tmp_path / "clip.mp4"
     command = [sys.executable, "-m", "lightloom", "generate", PROMPT, "-o", str(target), "--address"]
@@ -138,3 +153,102 @@ def test_what_is_not_allowed_is_refused_with_what_is(rest, client, wish, param, 
     assert says in error["message"]
     with pytest.raises(InvalidRequest, match=says):
         client.generate(PROMPT, **{**SMALL, **wish})
+
+
+# ---- OpenAI's videos API ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def theirs(clips):
+    return openai.OpenAI(base_url=f"http://{clips.http_address}/v1", api_key="none", max_retries=0)
+
+
+BRIEF = {"steps": 3, "guidance": 1.0, "seed": 3}
+
+
+def test_the_official_client_makes_polls_fetches_and_lists_a_clip(theirs, rest):
+    video = theirs.videos.create(prompt=PROMPT, model="clips", seconds="0.5", size="96x64", extra_body=BRIEF)
+    assert (video.object, video.model, video.size, video.error) == ("video", "clips", "96x64", None)
+    # 0.5 s at 16 frames a second: 9 frames are nearer than 5.
+    assert float(video.seconds) == pytest.approx(9 / 16)
+    done = theirs.videos.poll(video.id, poll_interval_ms=50)
+    assert (done.status, done.progress) == ("completed", 100)
+    assert done.created_at <= done.completed_at
+    data = theirs.videos.download_content(video.id).read()
+    assert facts(data) == (9, 16.0, 96, 64)
+    part = rest.get(f"/v1/videos/{video.id}/content", headers={"Range": "bytes=4-11"})
+    assert (part.status_code, part.content) == (206, data[4:12])
+    listed = theirs.videos.list(limit=1)
+    assert [one.id for one in listed.data] == [video.id]
+    older = theirs.videos.list(after=video.id).data
+    assert all(one.created_at <= video.created_at and one.id != video.id for one in older)
+    # What is done stays.
+    assert theirs.videos.delete(video.id).deleted is False
+    assert theirs.videos.retrieve(video.id).status == "completed"
+
+
+def test_progress_grows_with_steps_and_delete_aborts(theirs):
+    video = theirs.videos.create(prompt=PROMPT, seconds="4", size="96x64", extra_body={"steps": 100})
+    seen = [video.progress]
+    while seen[-1] < 10:
+        seen.append(theirs.videos.retrieve(video.id).progress)
+    assert seen == sorted(seen)
+    assert theirs.videos.delete(video.id).deleted is True
+    ended = theirs.videos.poll(video.id, poll_interval_ms=20)
+    assert (ended.status, ended.error.code) == ("failed", "cancelled")
+    with pytest.raises(openai.APIStatusError) as refused:
+        theirs.videos.download_content(video.id)
+    assert refused.value.status_code == 409
+
+
+def test_a_clip_in_one_call_from_json(rest):
+    answer = rest.post("/v1/videos/sync", json={"prompt": PROMPT, "num_frames": 5, "size": "96x64", **BRIEF})
+    assert (answer.status_code, answer.headers["content-type"]) == (200, "video/mp4")
+    assert facts(answer.content) == (5, 16.0, 96, 64)
+    assert rest.get(f"/v1/videos/{answer.headers['x-request-id']}").json()["status"] == "completed"
+
+
+@pytest.mark.parametrize(
+    ("wish", "param", "says"),
+    [
+        ({"seconds": "0"}, "seconds", "a number above 0"),
+        ({"seconds": "nan"}, "seconds", "a number above 0"),
+        ({"seconds": "long"}, "seconds", "a number above 0"),
+        ({"seconds": 12}, "seconds", "at most 5.06"),
+        ({"seconds": "0.5", "num_frames": 81}, "seconds", "mean the same and differ"),
+        ({"size": "72x64"}, "width", "use 64 or 80"),
+        ({"remix": "x"}, "remix", "unknown field"),
+        ({"input_reference": "data:image/png;base64,AAAA"}, "input_reference.0", "of no known type"),
+        ({"model": "nobody"}, "model", "clips"),
+    ],
+)
+def test_a_wish_for_a_video_that_cannot_be_is_refused(rest, wish, param, says):
+    body = {"prompt": PROMPT, "size": "96x64", **wish}
+    for path in ("/v1/videos", "/v1/videos/sync"):
+        answer = rest.post(path, json=body)
+        assert answer.status_code in (400, 404), answer.text
+        error = answer.json()["error"]
+        assert error["param"] == param
+        assert says in error["message"]
+    form = rest.post("/v1/videos", data={name: str(value) for name, value in body.items()})
+    assert form.json()["error"]["param"] == param
+
+
+def test_a_reference_is_read_as_url_as_object_and_as_file_and_refused_by_a_model_that_takes_none(rest, theirs):
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(file, "PNG")
+    url = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    for reference in (url, [url], {"image_url": url}):
+        answer = rest.post("/v1/videos", json={"prompt": PROMPT, "size": "96x64", "input_reference": reference})
+        assert "takes no input pictures" in answer.json()["error"]["message"]
+    with pytest.raises(openai.BadRequestError, match="takes no input pictures"):
+        theirs.videos.create(prompt=PROMPT, size="96x64", input_reference=file.getvalue())
+
+
+def test_what_is_no_video_is_unknown_and_what_is_no_json_is_refused(rest):
+    assert rest.get("/v1/videos/nothing").status_code == 404
+    assert rest.get("/v1/videos", params={"after": "nothing"}).status_code == 404
+    assert rest.get("/v1/videos/nothing/content", params={"variant": "thumbnail"}).json()["error"]["param"] == "variant"
+    for content, kind in ((b"{", "application/json"), (b"\xff", "application/json"), (b"", "multipart/form-data")):
+        answer = rest.post("/v1/videos", content=content, headers={"Content-Type": kind})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_request")
