@@ -55,6 +55,7 @@ class Lifecycle:
         self._config = config
         self._process = process
         self._feeds: set[Feed] = set()
+        self._releasing: set[asyncio.Task[None]] = set()
         self._stopping = False
 
     def hand_back(self) -> None:
@@ -71,13 +72,16 @@ class Lifecycle:
         # Listed before: then none of them is a later owner's.
         files = await self._listed(self._store.names_of(request_id))
         checkpoints = await self._listed(self._store.checkpoints_of(request_id))
+        slots = (await self._state.get(request_id)).get("slots", b"").decode()
         state = await self._state.requeue(request_id, None, self._config.max_attempts, True, error)
         if state != "lost":
             log.warning("lease of %s expired: it is %s now", request_id, state)
         # Lost or not: if the answer to a first try was lost, the second one finds no lease.
         record = await self._state.get(request_id)
+        fence = int(record.get("fence", b"0"))
+        self._release(slots.rpartition(":")[2], request_id, fence)
         # What has the record's own fence is left to its owner, if there is one.
-        own = artifact_name(request_id, int(record.get("fence", b"0")))
+        own = artifact_name(request_id, fence)
         await self._store.drop(*(set(files) - {own}))
         noted = {kept.name for kept in kept_in(record)}
         if record.get("state", b"").decode() in TERMINAL:
@@ -86,6 +90,12 @@ class Lifecycle:
             # It may have died between writing one and noting it.
             useless = {name for name in checkpoints if not name.startswith(f"{own}.")} - noted
         await self._store.drop_latents(*useless)
+
+    def _release(self, replica_id: str, request_id: str, fence: int) -> None:
+        """Beside the reaper, which must not wait for a replica: its owner's stream may be silent for long."""
+        releasing = asyncio.create_task(self._replicas.release(replica_id, request_id, fence))
+        self._releasing.add(releasing)
+        releasing.add_done_callback(self._releasing.discard)
 
     async def _listed(self, names: Awaitable[list[str]]) -> list[str]:
         try:

@@ -22,7 +22,7 @@ from google.protobuf.message import DecodeError
 from google.protobuf.message_factory import GetMessageClass
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
-from protos import types_pb2
+from protos import dit_pb2, types_pb2
 from services import telemetry
 from services.admission import RETRY_AFTER_S, Admission
 from services.channel import MAX_FRAME_BYTES, OpenCall
@@ -185,16 +185,17 @@ class Front:
         return self._admission.in_flight
 
     def handlers(self) -> grpc.GenericRpcHandler:
-        """All methods of the service; everything but Describe is relayed."""
-        methods: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
-            "Describe": grpc.unary_unary_rpc_method_handler(
-                self._describe,
-                request_deserializer=types_pb2.DescribeRequest.FromString,
-                response_serializer=types_pb2.DescribeResponse.SerializeToString,
-            )
-        }
+        """All methods of the service; everything but Describe and Release is relayed."""
+        own = {"Describe": self._describe, "Release": self._release}
+        methods: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
         for descriptor in self._service.methods:
-            if descriptor.name not in methods:
+            if descriptor.name in own:
+                methods[descriptor.name] = grpc.unary_unary_rpc_method_handler(
+                    own[descriptor.name],
+                    request_deserializer=GetMessageClass(descriptor.input_type).FromString,
+                    response_serializer=GetMessageClass(descriptor.output_type).SerializeToString,
+                )
+            else:
                 methods[descriptor.name] = self._relay_handler(Method.of(descriptor))
         return grpc.method_handlers_generic_handler(self._service.full_name, methods)
 
@@ -232,6 +233,10 @@ class Front:
         description.in_flight = self.in_flight
         description.draining = self.draining
         return description
+
+    async def _release(self, request: dit_pb2.ReleaseRequest, _context: Context) -> dit_pb2.ReleaseResponse:
+        self._admission.release(request.context)
+        return dit_pb2.ReleaseResponse()
 
     def _known(self) -> types_pb2.DescribeResponse:
         description = self._group.description

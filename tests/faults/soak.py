@@ -41,6 +41,7 @@ SCENARIOS: dict[str, Scenario] = {
     "F1 worker killed": lambda run: deaths.killed_workers(run, requests=60, kills=20),
     "F3 gateways killed before a checkpoint is noted": lambda run: deaths.killed_before_the_note(run, requests=12),
     "F4 gateway frozen": lambda run: deaths.frozen_gateway(run, requests=24),
+    "F4 aborts behind a frozen gateway": lambda run: deaths.aborted_behind_a_frozen_owner(run, requests=9),
     "F5 gateway killed": lambda run: deaths.killed_gateway(run, requests=30),
     "F6 Redis killed": lambda run: deaths.killed_redis(run, requests=40, kills=3, away_s=5.0),
     "F8 worker cut off, F4 worker frozen": lambda run: network.silent_workers(run, requests=12),
