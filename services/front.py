@@ -11,7 +11,7 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from typing import Any
@@ -145,11 +145,7 @@ class Method:
             raise InvalidRequest("the first message cannot be parsed: is the caller of another version?") from error
         holder = message.start if self.request_streaming else message
         context: types_pb2.RequestContext = holder.context
-        if not 0 < len(context.request_id) <= MAX_ID_CHARS:
-            raise InvalidRequest(
-                f"the call must start with a context whose request_id has 1 to {MAX_ID_CHARS} characters",
-                param="request_id",
-            )
+        _check_id(context)
         return context
 
 
@@ -186,7 +182,7 @@ class Front:
 
     def handlers(self) -> grpc.GenericRpcHandler:
         """All methods of the service; everything but Describe and Release is relayed."""
-        own = {"Describe": self._describe, "Release": self._release}
+        own: dict[str, Callable[..., Awaitable[Any]]] = {"Describe": self._describe, "Release": self._release}
         methods: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
         for descriptor in self._service.methods:
             if descriptor.name in own:
@@ -235,6 +231,7 @@ class Front:
         return description
 
     async def _release(self, request: dit_pb2.ReleaseRequest, _context: Context) -> dit_pb2.ReleaseResponse:
+        _check_id(request.context)
         self._admission.release(request.context)
         return dit_pb2.ReleaseResponse()
 
@@ -336,6 +333,14 @@ async def _pump(first: bytes, requests: AsyncIterator[bytes], call: RankCall) ->
         call.half_close()
     except ServiceError as error:
         call.cancel(error)
+
+
+def _check_id(context: types_pb2.RequestContext) -> None:
+    if not 0 < len(context.request_id) <= MAX_ID_CHARS:
+        raise InvalidRequest(
+            f"the call must start with a context whose request_id has 1 to {MAX_ID_CHARS} characters",
+            param="request_id",
+        )
 
 
 def _check_size(message: bytes) -> None:
