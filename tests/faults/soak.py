@@ -212,16 +212,16 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file to keep the figures in")
     args = parser.parse_args()
     folder = args.keep or Path(tempfile.mkdtemp(prefix="soak-"))
+    # Also for a run that does not come to its end.
+    print(f"records and logs: {folder}", flush=True)
     soak = Soak(args.seed)
     asyncio.run(soak.run(folder, args.duration, args.only))
-    if soak.found:
-        print(f"records and logs: {folder}")
-    elif args.keep is None:
+    if not soak.found and args.keep is None:
         shutil.rmtree(folder)
     facts = {"seed": args.seed, "cores": os.cpu_count(), "broken": len(soak.found), "measured": soak.measured}
     if args.json:
         args.json.write_text(json.dumps(facts, indent=2) + "\n")
-    print(f"{len(soak.found)} invariants broken")
+    print(f"{len(soak.found)} invariants broken" + (f": see {folder}" if soak.found else ""))
     sys.exit(bool(soak.found))
 
 
