@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 
 from gateway.state import State
 from gateway.store import Store
+from gateway.to_its_end import to_its_end
 from gateway.work import Kept, Work, kept_in
 from services.errors import ServiceError
 
@@ -75,12 +76,7 @@ class Checkpoints:
 
         Who is cancelled meanwhile waits all the same: a file that is not noted would be nobody's.
         """
-        keeping = asyncio.ensure_future(self._keep(checkpoint))
-        try:
-            await asyncio.shield(keeping)
-        except asyncio.CancelledError:
-            await asyncio.gather(keeping, return_exceptions=True)
-            raise
+        await to_its_end(self._keep(checkpoint))
 
     async def _keep(self, checkpoint: Checkpoint) -> None:
         name = f"{self._work.request_id}.{self._work.claim.fence}.{checkpoint.step}"

@@ -14,6 +14,7 @@ from gateway.replicas import Replica, Replicas
 from gateway.state import Fields, State
 from gateway.store_writes import StoreWrites
 from gateway.ticket import Offer, Start, Ticket
+from gateway.to_its_end import to_its_end
 from gateway.withdrawals import Withdrawals
 from services.errors import DeviceLost, ServiceError, StateStoreDown
 from services.wire import error_to_proto
@@ -88,12 +89,7 @@ class Dispatcher:
         Who is cancelled meanwhile waits all the same: a claim that Redis has made must find its owner, or its replica
         would miss a slot until the lease ends.
         """
-        submitting = asyncio.ensure_future(self._submit(request_id, queue, ticket, fields, inputs))
-        try:
-            return await asyncio.shield(submitting)
-        except asyncio.CancelledError:
-            await asyncio.gather(submitting, return_exceptions=True)
-            raise
+        return await to_its_end(self._submit(request_id, queue, ticket, fields, inputs))
 
     async def _submit(self, request_id: str, queue: str, ticket: Ticket, fields: Fields, inputs: bytes) -> bool:
         replica, offer = ({} if self._stopping else self._free()).get(queue, (None, Offer()))

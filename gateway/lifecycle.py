@@ -19,7 +19,8 @@ from gateway.records import TERMINAL, Claim, queue_key
 from gateway.replicas import Replica, Replicas
 from gateway.stage_calls import Decode, Feed, Latents, denoise
 from gateway.state import State
-from gateway.store import Store
+from gateway.store import Store, artifact_name
+from gateway.to_its_end import to_its_end
 from gateway.work import Progress, Work, kept_in
 from protos import dit_pb2
 from services.errors import (
@@ -54,6 +55,7 @@ class Lifecycle:
         self._config = config
         self._process = process
         self._feeds: set[Feed] = set()
+        self._releasing: set[asyncio.Task[None]] = set()
         self._stopping = False
 
     def hand_back(self) -> None:
@@ -70,16 +72,30 @@ class Lifecycle:
         # Listed before: then none of them is a later owner's.
         files = await self._listed(self._store.names_of(request_id))
         checkpoints = await self._listed(self._store.checkpoints_of(request_id))
+        slots = (await self._state.get(request_id)).get("slots", b"").decode()
         state = await self._state.requeue(request_id, None, self._config.max_attempts, True, error)
-        if state == "lost":
-            return
-        log.warning("lease of %s expired: it is %s now", request_id, state)
-        if files:
-            await self._store.drop(*files)
-        noted = {kept.name for kept in kept_in(await self._state.get(request_id))}
-        # It may have died between writing one and noting it.
-        useless = {request_id, *checkpoints} | noted if state in TERMINAL else set(checkpoints) - noted
+        if state != "lost":
+            log.warning("lease of %s expired: it is %s now", request_id, state)
+        # Lost or not: if the answer to a first try was lost, the second one finds no lease.
+        record = await self._state.get(request_id)
+        fence = int(record.get("fence", b"0"))
+        self._release(slots.rpartition(":")[2], request_id, fence)
+        # What has the record's own fence is left to its owner, if there is one.
+        own = artifact_name(request_id, fence)
+        await self._store.drop(*(set(files) - {own}))
+        noted = {kept.name for kept in kept_in(record)}
+        if record.get("state", b"").decode() in TERMINAL:
+            useless = {request_id, *checkpoints} | noted
+        else:
+            # It may have died between writing one and noting it.
+            useless = {name for name in checkpoints if not name.startswith(f"{own}.")} - noted
         await self._store.drop_latents(*useless)
+
+    def _release(self, replica_id: str, request_id: str, fence: int) -> None:
+        """Beside the reaper, which must not wait for a replica: its owner's stream may be silent for long."""
+        releasing = asyncio.create_task(self._replicas.release(replica_id, request_id, fence))
+        self._releasing.add(releasing)
+        releasing.add_done_callback(self._releasing.discard)
 
     async def _listed(self, names: Awaitable[list[str]]) -> list[str]:
         try:
@@ -119,7 +135,7 @@ class Lifecycle:
             try:
                 await self._run_stage(work, replica)
             except asyncio.CancelledError:
-                await asyncio.shield(self._cancelled(work))
+                await to_its_end(self._cancelled(work))
             finally:
                 beat.cancel()
                 with contextlib.suppress(asyncio.CancelledError):

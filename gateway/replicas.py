@@ -18,7 +18,7 @@ import grpc
 from gateway.config import StagesSection
 from gateway.pace import Pace, units
 from gateway.ticket import Offer, feed_key
-from protos import dit_pb2_grpc, gateway_pb2, text_encoder_pb2_grpc, types_pb2, vae_pb2_grpc
+from protos import dit_pb2, dit_pb2_grpc, gateway_pb2, text_encoder_pb2_grpc, types_pb2, vae_pb2_grpc
 from services.client import connect, error_from_rpc
 from services.config import TlsSection
 from services.errors import NotReady, Overloaded, ServiceError, StartupError, UnknownModel
@@ -206,6 +206,19 @@ class Replicas:
     def components(self) -> dict[tuple[str, str], str]:
         """The component id of every stage and model; the last known one of those that are away."""
         return {place: facts.component_id for place, facts in self._last.items()}
+
+    async def release(self, replica_id: str, request_id: str, fence: int) -> None:
+        """Tells a denoiser that the owners of a request with older fences have lost it. One that does not answer finds
+        out by itself.
+        """
+        context = types_pb2.RequestContext(request_id=request_id, fence=fence)
+        for replica in self.of_stage("dit"):
+            if replica.facts is not None and replica.facts.replica_id == replica_id:
+                try:
+                    stub = dit_pb2_grpc.DitStub(replica.channel)
+                    await stub.Release(dit_pb2.ReleaseRequest(context=context), timeout=DESCRIBE_TIMEOUT_S)
+                except grpc.aio.AioRpcError as error:
+                    log.info("%s keeps %s for now: %s", replica.address, request_id, error_from_rpc(error).message)
 
     def paces(self) -> dict[tuple[str, str], float]:
         """Seconds for a unit of work, by stage and component: the mean over replicas that have worked."""

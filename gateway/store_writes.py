@@ -11,6 +11,7 @@ from concurrent.futures import Executor
 from functools import partial
 
 from gateway.objects import Objects, Pieces
+from gateway.to_its_end import to_its_end
 from services.errors import ArtifactStoreDown, ArtifactStoreFull, ErrorRecord, ServiceError
 
 log = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ class StoreWrites:
         try:
             while True:
                 try:
-                    return await self._to_its_end(lambda: self._objects.write(objects(), durable=durable))
+                    return await self._in_thread(lambda: self._objects.write(objects(), durable=durable))
                 except (ArtifactStoreFull, ArtifactStoreDown) as error:
                     if time.monotonic() >= until_s:
                         raise
@@ -73,14 +74,9 @@ class StoreWrites:
         finally:
             self._waiting_bytes -= waiting
 
-    async def _to_its_end(self, write: Callable[[], None]) -> None:
-        """Runs in a thread. Who is cancelled waits for it all the same: nothing must be written after the clean-up."""
-        writing = asyncio.get_running_loop().run_in_executor(self._threads, write)
-        try:
-            await asyncio.shield(writing)
-        except asyncio.CancelledError:
-            await asyncio.gather(writing, return_exceptions=True)
-            raise
+    async def _in_thread(self, write: Callable[[], None]) -> None:
+        """Who is cancelled waits for it all the same: nothing must be written after the clean-up."""
+        await to_its_end(asyncio.get_running_loop().run_in_executor(self._threads, write))
 
     def _refuse(self, error: ServiceError) -> None:
         if self._refusal is None:
@@ -93,8 +89,8 @@ class StoreWrites:
         name = f"probes/{secrets.token_hex(8)}"
         while True:
             try:
-                await self._to_its_end(partial(self._objects.write, {name: [bytes(PROBE_BYTES)]}, durable=False))
-                await self._to_its_end(partial(self._objects.delete, [name]))
+                await self._in_thread(partial(self._objects.write, {name: [bytes(PROBE_BYTES)]}, durable=False))
+                await self._in_thread(partial(self._objects.delete, [name]))
                 if self._waiting_bytes <= MAX_WAITING_BYTES:
                     break
             except (ArtifactStoreFull, ArtifactStoreDown) as error:

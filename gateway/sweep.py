@@ -59,12 +59,17 @@ class Sweep:
         while True:
             for kind in KINDS:
                 try:
-                    await self._sweep(kind)
+                    await self.once(kind)
                 except ServiceError as error:
                     log.warning("no sweep of %s now: %s", kind, error.message)
             await asyncio.sleep(self._section.sweep_s)
 
-    async def _sweep(self, kind: str) -> None:
+    async def once(self, kind: str) -> None:
+        """Looks through the objects of a kind.
+
+        Raises:
+            ArtifactStoreDown, StateStoreDown: the store or Redis does not answer.
+        """
         files = nbytes = 0
         async for batch in self._store.listed(kind):
             useless = await self._useless(batch)

@@ -25,27 +25,31 @@ _sym_db = _symbol_database.Default()
 from protos import types_pb2 as protos_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x10protos/dit.proto\x12\x0clightloom.v1\x1a\x12protos/types.proto\"\xde\x01\n\x0c\x44\x65noiseStart\x12-\n\x07\x63ontext\x18\x01 \x01(\x0b\x32\x1c.lightloom.v1.RequestContext\x12.\n\x06params\x18\x02 \x01(\x0b\x32\x1e.lightloom.v1.GenerationParams\x12\x13\n\x0bnum_bundles\x18\x03 \x01(\r\x12\x0e\n\x06resume\x18\x04 \x01(\x08\x12\x37\n\x0elatent_rgb_fit\x18\x05 \x01(\x0b\x32\x1a.lightloom.v1.LatentRgbFitH\x00\x88\x01\x01\x42\x11\n\x0f_latent_rgb_fit\"\xa8\x01\n\x0e\x44\x65noiseRequest\x12+\n\x05start\x18\x01 \x01(\x0b\x32\x1a.lightloom.v1.DenoiseStartH\x00\x12*\n\x05\x66rame\x18\x02 \x01(\x0b\x32\x19.lightloom.v1.TensorFrameH\x00\x12\x35\n\ncheckpoint\x18\x03 \x01(\x0b\x32\x1f.lightloom.v1.CheckpointRequestH\x00\x42\x06\n\x04kind\"!\n\x11\x43heckpointRequest\x12\x0c\n\x04stop\x18\x01 \x01(\x08\"W\n\tStepEvent\x12\x0c\n\x04step\x18\x01 \x01(\r\x12\r\n\x05total\x18\x02 \x01(\r\x12\r\n\x05sigma\x18\x03 \x01(\x01\x12\x0f\n\x07seconds\x18\x04 \x01(\x01\x12\r\n\x05\x62\x61tch\x18\x05 \x01(\r\"\x8e\x01\n\x0b\x42undleStart\x12,\n\x04kind\x18\x01 \x01(\x0e\x32\x1e.lightloom.v1.BundleStart.Kind\x12\x0c\n\x04step\x18\x02 \x01(\r\"C\n\x04Kind\x12\x14\n\x10KIND_UNSPECIFIED\x10\x00\x12\x10\n\x0cKIND_LATENTS\x10\x01\x12\x13\n\x0fKIND_CHECKPOINT\x10\x02\"\xee\x01\n\x0f\x44\x65noiseResponse\x12\'\n\x04step\x18\x01 \x01(\x0b\x32\x17.lightloom.v1.StepEventH\x00\x12*\n\x05\x66rame\x18\x02 \x01(\x0b\x32\x19.lightloom.v1.TensorFrameH\x00\x12)\n\x05usage\x18\x03 \x01(\x0b\x32\x18.lightloom.v1.StageUsageH\x00\x12&\n\x07preview\x18\x04 \x01(\x0b\x32\x13.lightloom.v1.MediaH\x00\x12+\n\x06\x62undle\x18\x05 \x01(\x0b\x32\x19.lightloom.v1.BundleStartH\x00\x42\x06\n\x04kind2\x9c\x01\n\x03\x44it\x12I\n\x08\x44\x65scribe\x12\x1d.lightloom.v1.DescribeRequest\x1a\x1e.lightloom.v1.DescribeResponse\x12J\n\x07\x44\x65noise\x12\x1c.lightloom.v1.DenoiseRequest\x1a\x1d.lightloom.v1.DenoiseResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x10protos/dit.proto\x12\x0clightloom.v1\x1a\x12protos/types.proto\"?\n\x0eReleaseRequest\x12-\n\x07\x63ontext\x18\x01 \x01(\x0b\x32\x1c.lightloom.v1.RequestContext\"\x11\n\x0fReleaseResponse\"\xde\x01\n\x0c\x44\x65noiseStart\x12-\n\x07\x63ontext\x18\x01 \x01(\x0b\x32\x1c.lightloom.v1.RequestContext\x12.\n\x06params\x18\x02 \x01(\x0b\x32\x1e.lightloom.v1.GenerationParams\x12\x13\n\x0bnum_bundles\x18\x03 \x01(\r\x12\x0e\n\x06resume\x18\x04 \x01(\x08\x12\x37\n\x0elatent_rgb_fit\x18\x05 \x01(\x0b\x32\x1a.lightloom.v1.LatentRgbFitH\x00\x88\x01\x01\x42\x11\n\x0f_latent_rgb_fit\"\xa8\x01\n\x0e\x44\x65noiseRequest\x12+\n\x05start\x18\x01 \x01(\x0b\x32\x1a.lightloom.v1.DenoiseStartH\x00\x12*\n\x05\x66rame\x18\x02 \x01(\x0b\x32\x19.lightloom.v1.TensorFrameH\x00\x12\x35\n\ncheckpoint\x18\x03 \x01(\x0b\x32\x1f.lightloom.v1.CheckpointRequestH\x00\x42\x06\n\x04kind\"!\n\x11\x43heckpointRequest\x12\x0c\n\x04stop\x18\x01 \x01(\x08\"W\n\tStepEvent\x12\x0c\n\x04step\x18\x01 \x01(\r\x12\r\n\x05total\x18\x02 \x01(\r\x12\r\n\x05sigma\x18\x03 \x01(\x01\x12\x0f\n\x07seconds\x18\x04 \x01(\x01\x12\r\n\x05\x62\x61tch\x18\x05 \x01(\r\"\x8e\x01\n\x0b\x42undleStart\x12,\n\x04kind\x18\x01 \x01(\x0e\x32\x1e.lightloom.v1.BundleStart.Kind\x12\x0c\n\x04step\x18\x02 \x01(\r\"C\n\x04Kind\x12\x14\n\x10KIND_UNSPECIFIED\x10\x00\x12\x10\n\x0cKIND_LATENTS\x10\x01\x12\x13\n\x0fKIND_CHECKPOINT\x10\x02\"\xee\x01\n\x0f\x44\x65noiseResponse\x12\'\n\x04step\x18\x01 \x01(\x0b\x32\x17.lightloom.v1.StepEventH\x00\x12*\n\x05\x66rame\x18\x02 \x01(\x0b\x32\x19.lightloom.v1.TensorFrameH\x00\x12)\n\x05usage\x18\x03 \x01(\x0b\x32\x18.lightloom.v1.StageUsageH\x00\x12&\n\x07preview\x18\x04 \x01(\x0b\x32\x13.lightloom.v1.MediaH\x00\x12+\n\x06\x62undle\x18\x05 \x01(\x0b\x32\x19.lightloom.v1.BundleStartH\x00\x42\x06\n\x04kind2\xe4\x01\n\x03\x44it\x12I\n\x08\x44\x65scribe\x12\x1d.lightloom.v1.DescribeRequest\x1a\x1e.lightloom.v1.DescribeResponse\x12J\n\x07\x44\x65noise\x12\x1c.lightloom.v1.DenoiseRequest\x1a\x1d.lightloom.v1.DenoiseResponse(\x01\x30\x01\x12\x46\n\x07Release\x12\x1c.lightloom.v1.ReleaseRequest\x1a\x1d.lightloom.v1.ReleaseResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.dit_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DENOISESTART']._serialized_start=55
-  _globals['_DENOISESTART']._serialized_end=277
-  _globals['_DENOISEREQUEST']._serialized_start=280
-  _globals['_DENOISEREQUEST']._serialized_end=448
-  _globals['_CHECKPOINTREQUEST']._serialized_start=450
-  _globals['_CHECKPOINTREQUEST']._serialized_end=483
-  _globals['_STEPEVENT']._serialized_start=485
-  _globals['_STEPEVENT']._serialized_end=572
-  _globals['_BUNDLESTART']._serialized_start=575
-  _globals['_BUNDLESTART']._serialized_end=717
-  _globals['_BUNDLESTART_KIND']._serialized_start=650
-  _globals['_BUNDLESTART_KIND']._serialized_end=717
-  _globals['_DENOISERESPONSE']._serialized_start=720
-  _globals['_DENOISERESPONSE']._serialized_end=958
-  _globals['_DIT']._serialized_start=961
-  _globals['_DIT']._serialized_end=1117
+  _globals['_RELEASEREQUEST']._serialized_start=54
+  _globals['_RELEASEREQUEST']._serialized_end=117
+  _globals['_RELEASERESPONSE']._serialized_start=119
+  _globals['_RELEASERESPONSE']._serialized_end=136
+  _globals['_DENOISESTART']._serialized_start=139
+  _globals['_DENOISESTART']._serialized_end=361
+  _globals['_DENOISEREQUEST']._serialized_start=364
+  _globals['_DENOISEREQUEST']._serialized_end=532
+  _globals['_CHECKPOINTREQUEST']._serialized_start=534
+  _globals['_CHECKPOINTREQUEST']._serialized_end=567
+  _globals['_STEPEVENT']._serialized_start=569
+  _globals['_STEPEVENT']._serialized_end=656
+  _globals['_BUNDLESTART']._serialized_start=659
+  _globals['_BUNDLESTART']._serialized_end=801
+  _globals['_BUNDLESTART_KIND']._serialized_start=734
+  _globals['_BUNDLESTART_KIND']._serialized_end=801
+  _globals['_DENOISERESPONSE']._serialized_start=804
+  _globals['_DENOISERESPONSE']._serialized_end=1042
+  _globals['_DIT']._serialized_start=1045
+  _globals['_DIT']._serialized_end=1273
 # @@protoc_insertion_point(module_scope)

@@ -47,6 +47,11 @@ class DitStub:
                 request_serializer=protos_dot_dit__pb2.DenoiseRequest.SerializeToString,
                 response_deserializer=protos_dot_dit__pb2.DenoiseResponse.FromString,
                 _registered_method=True)
+        self.Release = channel.unary_unary(
+                '/lightloom.v1.Dit/Release',
+                request_serializer=protos_dot_dit__pb2.ReleaseRequest.SerializeToString,
+                response_deserializer=protos_dot_dit__pb2.ReleaseResponse.FromString,
+                _registered_method=True)
 
 
 class DitServicer:
@@ -66,6 +71,13 @@ class DitServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Release(self, request, context):
+        """Ends the calls of a request's owner that has lost it and may be silent: those with an older fence.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_DitServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -78,6 +90,11 @@ def add_DitServicer_to_server(servicer, server):
                     servicer.Denoise,
                     request_deserializer=protos_dot_dit__pb2.DenoiseRequest.FromString,
                     response_serializer=protos_dot_dit__pb2.DenoiseResponse.SerializeToString,
+            ),
+            'Release': grpc.unary_unary_rpc_method_handler(
+                    servicer.Release,
+                    request_deserializer=protos_dot_dit__pb2.ReleaseRequest.FromString,
+                    response_serializer=protos_dot_dit__pb2.ReleaseResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -136,6 +153,33 @@ class Dit:
             '/lightloom.v1.Dit/Denoise',
             protos_dot_dit__pb2.DenoiseRequest.SerializeToString,
             protos_dot_dit__pb2.DenoiseResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Release(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lightloom.v1.Dit/Release',
+            protos_dot_dit__pb2.ReleaseRequest.SerializeToString,
+            protos_dot_dit__pb2.ReleaseResponse.FromString,
             options,
             channel_credentials,
             insecure,

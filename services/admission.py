@@ -90,6 +90,25 @@ class Admission:
         Raises:
             StaleFence: a newer owner has called before.
         """
+        self._note_fence(context)
+        older = self._running.pop((method, context.request_id), None)
+        if older is not None:
+            older.call.cancel(StaleFence(f"a call with fence {context.fence} took over from fence {older.fence}"))
+
+    def release(self, context: types_pb2.RequestContext) -> None:
+        """Ends all calls of a request with an older fence: it has been taken away from their owner, which may be
+        silent.
+
+        Raises:
+            StaleFence: a newer owner has called before.
+        """
+        self._note_fence(context)
+        for key, running in list(self._running.items()):
+            if key[1] == context.request_id and running.fence < context.fence:
+                del self._running[key]
+                running.call.cancel(StaleFence(f"the request was taken away from the owner with fence {running.fence}"))
+
+    def _note_fence(self, context: types_pb2.RequestContext) -> None:
         # Of the newest requests: a fence is not remembered for ever.
         highest = max(self._fences.pop(context.request_id, 0), context.fence)
         self._fences[context.request_id] = highest
@@ -99,9 +118,6 @@ class Admission:
             raise StaleFence(
                 f"fence {context.fence} is stale: the request's owner has {highest}", request_id=context.request_id
             )
-        older = self._running.pop((method, context.request_id), None)
-        if older is not None:
-            older.call.cancel(StaleFence(f"a call with fence {context.fence} took over from fence {older.fence}"))
 
     @contextlib.contextmanager
     def running(self, method: str, context: types_pb2.RequestContext, call: RankCall) -> Iterator[None]:

@@ -11,7 +11,7 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from typing import Any
@@ -22,7 +22,7 @@ from google.protobuf.message import DecodeError
 from google.protobuf.message_factory import GetMessageClass
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
-from protos import types_pb2
+from protos import dit_pb2, types_pb2
 from services import telemetry
 from services.admission import RETRY_AFTER_S, Admission
 from services.channel import MAX_FRAME_BYTES, OpenCall
@@ -145,11 +145,7 @@ class Method:
             raise InvalidRequest("the first message cannot be parsed: is the caller of another version?") from error
         holder = message.start if self.request_streaming else message
         context: types_pb2.RequestContext = holder.context
-        if not 0 < len(context.request_id) <= MAX_ID_CHARS:
-            raise InvalidRequest(
-                f"the call must start with a context whose request_id has 1 to {MAX_ID_CHARS} characters",
-                param="request_id",
-            )
+        _check_id(context)
         return context
 
 
@@ -185,16 +181,17 @@ class Front:
         return self._admission.in_flight
 
     def handlers(self) -> grpc.GenericRpcHandler:
-        """All methods of the service; everything but Describe is relayed."""
-        methods: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
-            "Describe": grpc.unary_unary_rpc_method_handler(
-                self._describe,
-                request_deserializer=types_pb2.DescribeRequest.FromString,
-                response_serializer=types_pb2.DescribeResponse.SerializeToString,
-            )
-        }
+        """All methods of the service; everything but Describe and Release is relayed."""
+        own: dict[str, Callable[..., Awaitable[Any]]] = {"Describe": self._describe, "Release": self._release}
+        methods: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
         for descriptor in self._service.methods:
-            if descriptor.name not in methods:
+            if descriptor.name in own:
+                methods[descriptor.name] = grpc.unary_unary_rpc_method_handler(
+                    own[descriptor.name],
+                    request_deserializer=GetMessageClass(descriptor.input_type).FromString,
+                    response_serializer=GetMessageClass(descriptor.output_type).SerializeToString,
+                )
+            else:
                 methods[descriptor.name] = self._relay_handler(Method.of(descriptor))
         return grpc.method_handlers_generic_handler(self._service.full_name, methods)
 
@@ -232,6 +229,11 @@ class Front:
         description.in_flight = self.in_flight
         description.draining = self.draining
         return description
+
+    async def _release(self, request: dit_pb2.ReleaseRequest, _context: Context) -> dit_pb2.ReleaseResponse:
+        _check_id(request.context)
+        self._admission.release(request.context)
+        return dit_pb2.ReleaseResponse()
 
     def _known(self) -> types_pb2.DescribeResponse:
         description = self._group.description
@@ -331,6 +333,14 @@ async def _pump(first: bytes, requests: AsyncIterator[bytes], call: RankCall) ->
         call.half_close()
     except ServiceError as error:
         call.cancel(error)
+
+
+def _check_id(context: types_pb2.RequestContext) -> None:
+    if not 0 < len(context.request_id) <= MAX_ID_CHARS:
+        raise InvalidRequest(
+            f"the call must start with a context whose request_id has 1 to {MAX_ID_CHARS} characters",
+            param="request_id",
+        )
 
 
 def _check_size(message: bytes) -> None:

@@ -225,6 +225,24 @@ async def test_full_replica_says_so(served: StageProcess) -> None:
         call.cancel()
 
 
+async def test_what_was_taken_away_from_its_owner_is_released(served: StageProcess) -> None:
+    async def release(fence: int, request_id: str = "taken") -> None:
+        context = types_pb2.RequestContext(request_id=request_id, fence=fence)
+        await served.stub.Release(dit_pb2.ReleaseRequest(context=context), timeout=10)
+
+    call = await begin(served, "wait", request_id="taken", fence=5)
+    await release(5)
+    await served.until_figure("lightloom_rank_jobs", 1)
+    await release(6, "taken by nobody")
+    await release(6)
+    assert isinstance(await error_of(call), StaleFence)
+    assert isinstance(await failure(served.stub, start_message("steps", request_id="taken", fence=5)), StaleFence)
+    await served.until_figure("lightloom_rank_jobs", 0)
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await release(1, "")
+    assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+
+
 async def test_an_old_owner_is_refused_and_a_new_one_takes_over(served: StageProcess) -> None:
     older = await begin(served, "wait", request_id="owned", fence=5)
     newer = await begin(served, "wait", request_id="owned", fence=6)

@@ -2,16 +2,18 @@
 
 I1  every accepted request reaches exactly one terminal state, which its clients saw; only who was asked to is cancelled
 I2  a DONE request has exactly one artifact, whole, and the same for store, manifest, Redis and client; others have none
+    (what a gateway left that was killed while it cleared up goes with the sweep)
 I3  nothing is committed under a fence when a newer one had begun to work; no replica works under an older one
 I4  states follow the table
 I5  leases, queues, slots, jobs, files under way and processes are given back
-I6  no step later than 2 s after CANCELLED
+I6  no step later than 2 s after CANCELLED, or after the end of what kept its replica from hearing of it
 I7  a recipe gives the same bytes as without faults
 I8  a follower sees every event of the stream once, in order, however often it had to come back
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +29,9 @@ FOLLOWS = {
     **{state: set() for state in TERMINAL},
 }
 AFTER_CANCEL_S = 2.0
+# Pings after 10 s of silence, 5 s for the answer, and one more to act: no cut keeps news from a replica for longer.
+FOUND_S = 16.0
+CLEAN_UP_S = 2.0
 # Workers write by the clock of the machine, Redis by its own of the same machine, rounded down to milliseconds.
 CLOCKS_S = 0.05
 
@@ -70,10 +75,11 @@ def check(
             ("I1", _one_end(request, allowed)),
             ("I1", _lost(lost.get(request_id, 0))),
             ("I2", _artifact(request_id, request, history.final["artifacts"])),
+            ("I2", _swept(request_id, request, history)),
             ("I3", _fences(begun.get(request_id, []), steps.get(request_id, []))),
             ("I3", _commit(request, begun.get(request_id, []))),
             ("I4", _table(request)),
-            ("I6", _late_steps(request, steps.get(request_id, []))),
+            ("I6", _late_steps(request, steps.get(request_id, []), history.faults)),
         )
         found += [Violation(name, request_id, message) for name, messages in checks for message in messages]
     found += [broken for broken in _clients(history) if not (may_be_lost and broken.request_id in lost)]
@@ -119,6 +125,14 @@ def _artifact(request_id: str, request: Line, artifacts: dict[str, Line]) -> Ite
             yield f"file, manifest and record of {name} do not agree: {sorted(sums)}"
 
 
+def _swept(request_id: str, request: Line, history: History) -> Iterator[str]:
+    files = [name for name in history.final["swept"] if request_id in name]
+    killed_s = [line["t"] for line in history.faults if line.get("what") == "kill" and "gateway" in line["name"]]
+    changed_s = [event["t"] for event in _statuses(request)]
+    if files and not any(0 <= killed - changed <= CLEAN_UP_S for killed in killed_s for changed in changed_s):
+        yield f"{files} stayed until the sweep, and no gateway was killed that had to clear up"
+
+
 def _fences(begun: list[Line], steps: list[Line]) -> Iterator[str]:
     newest: dict[str, int] = {}
     for line in sorted([*begun, *steps], key=lambda line: float(line["t"])):
@@ -146,11 +160,41 @@ def _table(request: Line) -> Iterator[str]:
         before = event["state"]
 
 
-def _late_steps(request: Line, steps: list[Line]) -> Iterator[str]:
+def _late_steps(request: Line, steps: list[Line], faults: list[Line]) -> Iterator[str]:
     for event in _statuses(request):
-        late = [line["t"] - event["t"] for line in steps if line["t"] > event["t"] + AFTER_CANCEL_S]
-        if event["state"] == "cancelled" and late:
-            yield f"{len(late)} steps up to {max(late):.1f} s after it was cancelled"
+        if event["state"] != "cancelled":
+            continue
+        heard_s = {line["replica"]: heard_by_s(line["replica"], event["t"], faults) for line in steps}
+        late = [line for line in steps if line["t"] > heard_s[line["replica"]]]
+        if late:
+            places = sorted({line["replica"] for line in late})
+            last_s = max(line["t"] for line in late) - event["t"]
+            yield f"{len(late)} steps up to {last_s:.1f} s after it was cancelled, at {places}"
+
+
+def heard_by_s(replica: str, cancelled_s: float, faults: list[Line]) -> float:
+    """When a replica has heard of a cancel at last: AFTER_CANCEL_S behind the first moment at which nothing keeps it
+    from that. Frozen, it wakes up in the middle of a step.
+    """
+    free_s = cancelled_s
+    for start_s, end_s in _unreachable(replica, faults):
+        if start_s <= free_s + AFTER_CANCEL_S:
+            free_s = max(free_s, end_s)
+    return free_s + AFTER_CANCEL_S
+
+
+def _unreachable(replica: str, faults: list[Line]) -> list[tuple[float, float]]:
+    """From when to when it was frozen or cut off, by start."""
+    found = []
+    for what, ends, bound_s in (("freeze", "thaw", math.inf), ("cut", "heal", FOUND_S)):
+        times = {
+            name: [line["t"] for line in faults if line.get("what") == name and line["name"] == replica]
+            for name in (what, ends)
+        }
+        for start_s in times[what]:
+            end_s = min((end_s for end_s in times[ends] if end_s >= start_s), default=math.inf)
+            found.append((start_s, min(end_s, start_s + bound_s)))
+    return sorted(found)
 
 
 def _clients(history: History) -> list[Violation]:

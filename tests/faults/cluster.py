@@ -199,7 +199,11 @@ class FaultCluster:
     def behind_proxy(self, name: str) -> Iterator[Proxy]:
         """Gateways reach a stage process through a proxy, for the length of the block."""
         direct, stage = self._addresses[name], name.rpartition("-")[0]
-        proxy = self.proxies[name] = Proxy(self._network, direct)
+
+        def note(what: str, directions: list[str]) -> None:
+            self.recorder.write("fault", what=what, name=name, directions=directions)
+
+        proxy = self.proxies[name] = Proxy(self._network, direct, note)
         self._move(name, stage, proxy.address)
         try:
             yield proxy

@@ -11,8 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import redis
+from prometheus_client import CollectorRegistry
 
+from gateway.config import GatewaySection, RedisSection, StoreSection
+from gateway.objects import KINDS
 from gateway.records import LEASES, PREFIX
+from gateway.state import State
+from gateway.store import open_store
+from gateway.sweep import Sweep
 from protos import gateway_pb2
 from tests.faults.cluster import FaultCluster
 from tests.faults.history import Line
@@ -30,6 +36,24 @@ async def settled(cluster: FaultCluster, timeout_s: float) -> float:
     return time.monotonic() - started_s
 
 
+async def sweep(cluster: FaultCluster) -> list[str]:
+    """Sweeps the store as a gateway does, but at once and whatever the age. Returns the files that went."""
+    section = StoreSection(path=str(cluster.store), sweep_age_s=0.0)
+    state = State(RedisSection(url=cluster.redis_url), "sweep")
+    before = _files(cluster.store)
+    try:
+        sweep = Sweep(state, open_store(section), section, GatewaySection().keep_s, CollectorRegistry())
+        for kind in KINDS:
+            await sweep.once(kind)
+    finally:
+        await state.close()
+    return sorted(before - _files(cluster.store))
+
+
+def _files(store: Path) -> set[str]:
+    return {str(path.relative_to(store)) for path in store.rglob("*") if path.is_file()}
+
+
 def leftovers(cluster: FaultCluster) -> list[str]:
     """Leases, queue entries, slots, jobs, files under way and orphaned processes. Empty when all is well."""
     with redis.Redis.from_url(cluster.redis_url) as store:
@@ -43,15 +67,21 @@ def _members(store: redis.Redis, key: bytes) -> list[bytes]:
     return list(store.zrange(key, 0, -1)) if store.type(key) == b"zset" else []
 
 
-def collect(url: str, store: Path, ids: Iterable[str], left: list[str]) -> Line:
-    """The final state of these requests, and what `leftovers` found."""
+def collect(url: str, store: Path, ids: Iterable[str], left: list[str], swept: Iterable[str] = ()) -> Line:
+    """The final state of these requests, what `leftovers` found, and the files of these requests that were swept."""
     with redis.Redis.from_url(url) as client:
         requests = {request_id: _request(client, request_id) for request_id in ids}
     artifacts = {}
     for path in (store / "artifacts").iterdir():
         if path.suffix != ".json" and path.name.partition(".")[0] in requests:
             artifacts[path.name] = _artifact(path)
-    return {"requests": requests, "artifacts": artifacts, "left": left}
+    theirs = [name for name in swept if _owner_of(name) in requests]
+    return {"requests": requests, "artifacts": artifacts, "left": left, "swept": theirs}
+
+
+def _owner_of(name: str) -> str:
+    """Whose request a file of the store belongs to, an unfinished one too."""
+    return Path(name).name.removeprefix(".").partition(".")[0]
 
 
 def _request(client: redis.Redis, request_id: str) -> dict[str, Any]:

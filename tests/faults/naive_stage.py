@@ -14,6 +14,9 @@ class NaiveAdmission(Admission):
     def take_over(self, method: str, context: types_pb2.RequestContext) -> None:
         """Takes them all, and ends none."""
 
+    def release(self, context: types_pb2.RequestContext) -> None:
+        """Ends none."""
+
 
 if __name__ == "__main__":
     services.front.Admission = NaiveAdmission  # type: ignore[misc]

@@ -11,7 +11,7 @@ import contextlib
 import socket
 import struct
 import threading
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -43,12 +43,17 @@ class Network:
 
 
 class Proxy:
-    """Relays a port of its own to `target`. Every method may be called from any thread."""
+    """Relays a port of its own to `target`. Every method may be called from any thread.
 
-    def __init__(self, network: Network, target: str) -> None:
+    Args:
+        note: told of every cut and its end, as what happens ("cut" or "heal") and the directions.
+    """
+
+    def __init__(self, network: Network, target: str, note: Callable[[str, list[str]], None]) -> None:
         host, _, port = target.rpartition(":")
         self._target = host, int(port)
         self._network = network
+        self._note = note
         self._tasks: set[asyncio.Task[None]] = set()
         self._sockets: set[socket.socket] = set()
         self._delay_s = 0.0
@@ -75,10 +80,12 @@ class Proxy:
 
     def cut(self, *directions: str) -> None:
         """Nothing passes in these directions, until `heal`."""
+        self._note("cut", list(directions))
         self._network.loop.call_soon_threadsafe(lambda: [self._way[name].clear() for name in directions])
 
     def heal(self) -> None:
         """Everything passes again, what was held back first."""
+        self._note("heal", [])
         self._network.loop.call_soon_threadsafe(lambda: [way.set() for way in self._way.values()])
 
     def reset(self) -> None:

@@ -15,7 +15,7 @@ from gateway.records import PREFIX
 from tests.faults.checker import pictures
 from tests.faults.clients import Clients, Recipe
 from tests.faults.cluster import FaultCluster
-from tests.faults.final_state import collect, leftovers, settled
+from tests.faults.final_state import collect, leftovers, settled, sweep
 from tests.faults.history import History, Line, Recorder, read_lines
 
 SETTLE_S = 60.0
@@ -81,10 +81,10 @@ class Run:
     async def finish(self) -> History:
         """Waits until nothing is held any more, and reads all records."""
         self.measured["settled_s"] = await settled(self.cluster, SETTLE_S)
+        swept = await sweep(self.cluster)
         left = await asyncio.to_thread(leftovers, self.cluster)
-        final = await asyncio.to_thread(
-            collect, self.cluster.redis_url, self.cluster.store, dict.fromkeys(self.accepted()), left
-        )
+        ids = dict.fromkeys(self.accepted())
+        final = await asyncio.to_thread(collect, self.cluster.redis_url, self.cluster.store, ids, left, swept)
         return self.cluster.history(self._file, final)
 
     @asynccontextmanager

@@ -1,8 +1,8 @@
 """The fault suite in its long form: `python -m tests.faults.soak --duration 1800 --seed 1` (`make soak DURATION=1800`).
 
 First every scenario once, as the issue of faults describes it; then random faults every few seconds under load for the
-rest of the time. The checker reads all records; a broken invariant ends the run with exit code 1. What was measured is
-printed as a table and, with `--json`, kept.
+rest of the time. The checker reads all records; a broken invariant ends the run with exit code 1, and all records and
+logs stay in a folder that is named then. What was measured is printed as a table and, with `--json`, kept.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ import asyncio
 import json
 import os
 import random
+import shutil
 import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -34,11 +35,13 @@ REPLICAS = {"text_encoder": 1, "dit": 3, "vae": 1}
 CLIENTS = 8
 PAUSE_S = (2.0, 5.0)
 FAILOVER = "F7 Sentinel failover"
+RANDOM = "random faults"
 Scenario = Callable[[Run], Awaitable[History]]
 SCENARIOS: dict[str, Scenario] = {
     "F1 worker killed": lambda run: deaths.killed_workers(run, requests=60, kills=20),
     "F3 gateways killed before a checkpoint is noted": lambda run: deaths.killed_before_the_note(run, requests=12),
     "F4 gateway frozen": lambda run: deaths.frozen_gateway(run, requests=24),
+    "F4 aborts behind a frozen gateway": lambda run: deaths.aborted_behind_a_frozen_owner(run, requests=9),
     "F5 gateway killed": lambda run: deaths.killed_gateway(run, requests=30),
     "F6 Redis killed": lambda run: deaths.killed_redis(run, requests=40, kills=3, away_s=5.0),
     "F8 worker cut off, F4 worker frozen": lambda run: network.silent_workers(run, requests=12),
@@ -161,10 +164,13 @@ class Soak:
         self.measured[name] = run.measured
         broken = check(history, reference=reference, may_fail={POISON}, **may)
         self.found.extend(broken)
+        if broken:
+            kept = asdict(history) | {"broken": [asdict(violation) for violation in broken]}
+            (cluster.folder / f"{name}.json").write_text(json.dumps(kept))
         print_part(name, run.measured, broken)
 
     async def run(self, folder: Path, duration_s: float, only: str) -> None:
-        """All parts; with `only`, the scenarios whose names begin so."""
+        """All parts; with `only`, those whose names begin so."""
         end_s = time.monotonic() + duration_s
         if FAILOVER.startswith(only):
             await self._failover(folder / "failover")
@@ -173,11 +179,11 @@ class Soak:
             for name, scenario in SCENARIOS.items():
                 if name.startswith(only):
                     await self.part(cluster, reference, name, scenario)
-            if only:
+            if not RANDOM.startswith(only):
                 return
             with cluster.behind_proxy("dit-2"), cluster.behind_proxy("vae-0"):
                 rest_s = max(10.0, end_s - time.monotonic())
-                await self.part(cluster, reference, "random faults", lambda run: random_faults(run, rest_s))
+                await self.part(cluster, reference, RANDOM, lambda run: random_faults(run, rest_s))
 
     async def _failover(self, folder: Path) -> None:
         with sentinels(folder / "redis") as servers, FaultCluster(folder, REPLICAS, sentinels=servers) as cluster:
@@ -199,17 +205,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--duration", type=float, default=1800.0, help="seconds, scenarios included")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--only", default="", help="nothing but the scenarios whose names begin so, such as F10")
-    parser.add_argument("--keep", type=Path, help="folder for records and logs; a temporary one when left out")
+    parser.add_argument("--only", default="", help="nothing but the parts whose names begin so: F10, random")
+    parser.add_argument(
+        "--keep", type=Path, help="folder for records and logs; without it, one that goes if nothing is broken"
+    )
     parser.add_argument("--json", type=Path, help="file to keep the figures in")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        soak = Soak(args.seed)
-        asyncio.run(soak.run(args.keep or Path(folder), args.duration, args.only))
+    folder = args.keep or Path(tempfile.mkdtemp(prefix="soak-"))
+    # Also for a run that does not come to its end.
+    print(f"records and logs: {folder}", flush=True)
+    soak = Soak(args.seed)
+    asyncio.run(soak.run(folder, args.duration, args.only))
+    if not soak.found and args.keep is None:
+        shutil.rmtree(folder)
     facts = {"seed": args.seed, "cores": os.cpu_count(), "broken": len(soak.found), "measured": soak.measured}
     if args.json:
         args.json.write_text(json.dumps(facts, indent=2) + "\n")
-    print(f"{len(soak.found)} invariants broken")
+    print(f"{len(soak.found)} invariants broken" + (f": see {folder}" if soak.found else ""))
     sys.exit(bool(soak.found))
 
 

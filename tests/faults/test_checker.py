@@ -21,6 +21,14 @@ def worker(t: float, kind: str, fence: int) -> Line:
     return {"t": t, "kind": kind, "replica": "dit-0", "pid": 1, "id": "r", "fence": fence}
 
 
+def fault(t: float, what: str, name: str) -> Line:
+    return {"t": t, "kind": "fault", "what": what, "name": name}
+
+
+def frozen(name: str, from_s: float, to_s: float) -> list[Line]:
+    return [fault(from_s, "freeze", name), fault(to_s, "thaw", name)]
+
+
 def sound() -> History:
     """One request: a worker died under fence 1, the next owner brought it to its end under fence 3."""
     states = ("queued", "running", "queued", "running", "running", "done")
@@ -35,7 +43,7 @@ def sound() -> History:
     workers = [worker(2.1, "begin", 1), worker(2.2, "step", 1), worker(4.1, "begin", 3), worker(4.2, "step", 3)]
     request = {"state": "done", "fence": 3, "attempt": 2, "file": "r.3", "sha256": "aa", "error": "", "events": events}
     artifacts = {"r.3": {"sha256": "aa", "manifest": "aa"}}
-    return History(clients, [], workers, {"requests": {"r": request}, "artifacts": artifacts, "left": []})
+    return History(clients, [], workers, {"requests": {"r": request}, "artifacts": artifacts, "left": [], "swept": []})
 
 
 def lose(history: History) -> None:
@@ -83,6 +91,26 @@ def denoise_after_the_abort(history: History) -> None:
     history.workers.append(worker(8.5, "step", 3))
 
 
+def denoise_while_another_is_frozen(history: History) -> None:
+    denoise_after_the_abort(history)
+    history.faults.extend(frozen("dit-1", 5.5, 8.4))
+
+
+def denoise_long_after_the_thaw(history: History) -> None:
+    denoise_after_the_abort(history)
+    history.faults.extend(frozen("dit-0", 5.5, 6.4))
+
+
+def denoise_in_an_endless_cut(history: History) -> None:
+    denoise_after_the_abort(history)
+    history.faults.append(fault(5.5, "cut", "dit-0"))
+    history.workers.append(worker(24.0, "step", 3))
+
+
+def leave_a_file_to_the_sweep(history: History) -> None:
+    history.final["swept"].append("artifacts/r.1")
+
+
 def make_other_bytes(history: History) -> None:
     for place in (history.final["requests"]["r"], history.clients[-1]):
         place["sha256"] = "bb"
@@ -120,6 +148,10 @@ def test_a_sound_history_passes():
         ("I4", skip_a_state),
         ("I5", hold_a_lease),
         ("I6", denoise_after_the_abort),
+        ("I6", denoise_while_another_is_frozen),
+        ("I6", denoise_long_after_the_thaw),
+        ("I6", denoise_in_an_endless_cut),
+        ("I2", leave_a_file_to_the_sweep),
         ("I7", make_other_bytes),
         ("I8", miss_an_event),
     ],
@@ -137,3 +169,26 @@ def test_what_a_failover_may_lose_must_end_well_all_the_same(lose_it: Callable[[
     assert check(history, may_be_lost=True) == []
     history.final["requests"]["r"]["state"] = "running"
     assert {violation.invariant for violation in check(history, may_be_lost=True)} == {"I1"}
+
+
+@pytest.mark.parametrize(
+    "faults",
+    [
+        frozen("dit-0", 5.5, 8.4),
+        # Cut off first, frozen while it still could not hear.
+        [fault(5.9, "cut", "dit-0"), fault(6.8, "heal", "dit-0"), *frozen("dit-0", 7.0, 8.3)],
+        [fault(4.0, "cut", "dit-0")],
+    ],
+)
+def test_a_step_is_not_late_when_its_replica_could_not_hear_of_the_cancel(faults: list[Line]):
+    history = copy.deepcopy(sound())
+    denoise_after_the_abort(history)
+    history.faults.extend(faults)
+    assert "I6" not in {violation.invariant for violation in check(history)}
+
+
+def test_a_killed_gateway_may_leave_a_file_to_the_sweep():
+    history = copy.deepcopy(sound())
+    leave_a_file_to_the_sweep(history)
+    history.faults.append(fault(3.5, "kill", "gateway-1"))
+    assert check(history) == []

@@ -38,6 +38,13 @@ async def test_f4_a_frozen_gateway_comes_back_as_a_zombie(cluster, reference):
     assert run.measured["adopted_s_max"] < cluster.lease_s + LOADED_S
 
 
+async def test_f4_and_f10_an_abort_while_the_owner_is_frozen(cluster):
+    async with Run(cluster, "f4-abort", 1) as run:
+        history = await deaths.aborted_behind_a_frozen_owner(run, requests=9)
+    assert check(history) == []
+    assert {request["state"] for request in history.final["requests"].values()} == {"cancelled"}
+
+
 async def test_f5_a_killed_gateway(cluster, reference):
     async with Run(cluster, "f5", 1) as run:
         history = await deaths.killed_gateway(run, requests=30)

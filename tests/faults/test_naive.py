@@ -9,7 +9,7 @@ import pytest
 from tests.faults.checker import check
 from tests.faults.cluster import FaultCluster
 from tests.faults.run import Run
-from tests.faults.scenarios.deaths import frozen_gateway
+from tests.faults.scenarios.deaths import aborted_behind_a_frozen_owner, frozen_gateway
 
 # One denoiser with room: the calls of the zombie and of the new owner meet there.
 REPLICAS = {"text_encoder": 1, "dit": 1, "vae": 1}
@@ -33,3 +33,12 @@ async def test_a_design_without_fences_is_found_out(tmp_path, monkeypatch, desig
         if {violation.invariant for violation in check(history)} & FOUND[design]:
             return
     pytest.fail(f"{ATTEMPTS} runs without fences, and the checker found nothing")
+
+
+async def test_a_denoiser_that_hears_of_no_loss_is_found_out(tmp_path, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parents[2])
+    monkeypatch.delenv("REDIS_URL", raising=False)
+    with FaultCluster(tmp_path, REPLICAS, modules=NAIVE["front"]) as cluster:
+        async with Run(cluster, "naive", 1) as run:
+            history = await aborted_behind_a_frozen_owner(run, requests=4)
+    assert {violation.invariant for violation in check(history)} == {"I6"}

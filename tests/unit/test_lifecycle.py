@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -42,6 +45,9 @@ class Decoded:
     async def ended(self) -> types_pb2.StageUsage:
         return types_pb2.StageUsage()
 
+    async def close(self) -> None:
+        """Nothing to end."""
+
 
 class Gateway:
     """One that owns requests and finishes them."""
@@ -56,7 +62,8 @@ class Gateway:
         self.service = RequestService(self.state, dispatcher, REPLICAS, self.store, links, GatewaySection(), {})
 
     async def submit(self, request_id: str) -> None:
-        await self.state.submit(request_id, QUEUE, Ticket(), {"params": b"", "traceparent": ""})
+        params = types_pb2.GenerationParams(width=64, height=64, num_frames=1).SerializeToString()
+        await self.state.submit(request_id, QUEUE, Ticket(), {"params": params, "traceparent": ""})
 
     async def claim(self, lease_s: float) -> Work:
         claim = await self.state.claim((QUEUE,), lease_s)
@@ -111,6 +118,54 @@ async def test_what_a_dead_owner_wrote_goes_when_its_request_is_taken_away(two) 
     await own.store.put(dead.artifact_name, b"dead", gateway_pb2.Artifact(), LATER)
     assert len(own.files()) == 2
     await other.lifecycle.take_away("r", b"e")
+    assert own.files() == set()
+
+
+async def test_what_it_wrote_goes_too_when_the_answer_to_taking_it_away_was_lost(two, monkeypatch) -> None:
+    own, other = two
+    await own.submit("r")
+    dead = await own.claim(lease_s=0.0)
+    await own.store.put(dead.artifact_name, b"dead", gateway_pb2.Artifact(), LATER)
+    once = other.state.requeue
+
+    async def twice(*arguments: Any) -> str:
+        await once(*arguments)
+        return await once(*arguments)
+
+    monkeypatch.setattr(other.state, "requeue", twice)
+    await other.lifecycle.take_away("r", b"e")
+    assert own.files() == set()
+
+
+@pytest.mark.parametrize("cancels", [1, 3])
+async def test_a_cancelled_request_leaves_no_file_however_often_its_owner_hears_of_it(
+    two, monkeypatch, cancels: int
+) -> None:
+    """By the abort, by a second one, and by the beat that finds the lease lost, while the file is being written."""
+    own, _ = two
+    own.lifecycle._replicas._last["vae", ""] = types_pb2.DescribeResponse(component_id="v", models=[""])
+    writing, goes_on = threading.Event(), threading.Event()
+
+    def slow_sync(_file: int) -> None:
+        writing.set()
+        goes_on.wait(10)
+
+    monkeypatch.setattr("gateway.objects.os.fdatasync", slow_sync)
+    monkeypatch.setattr("gateway.lifecycle.Decode", lambda *_: Decoded(b"late"))
+    await own.submit("r")
+    work = await own.claim(lease_s=10.0)
+    await own.store.put_latents("r", [b"latents"], LATER)
+    await own.state.commit(work.claim, "running", "vae", "", {})
+    claim = replace(work.claim, record=await own.state.get("r"))
+    running = asyncio.create_task(own.lifecycle.run(claim, Replica("vae", "nowhere:1", cast(Any, None))))
+    await asyncio.to_thread(writing.wait, 10)
+    await own.state.abort("r")
+    for _ in range(cancels):
+        running.cancel()
+        await asyncio.sleep(0.2)
+    goes_on.set()
+    await asyncio.wait({running})
+    assert (await own.state.get("r"))["state"] == b"cancelled"
     assert own.files() == set()
 
 

@@ -50,7 +50,7 @@ class Swept:
     async def sweep(self) -> set[str]:
         """What is left."""
         for kind in KINDS:
-            await self._sweep._sweep(kind)
+            await self._sweep.once(kind)
         return {str(path.relative_to(self.root)) for path in self.root.rglob("*") if path.is_file()}
 
     async def put(self, request_id: str, fence: int) -> set[str]:
@@ -194,7 +194,7 @@ async def test_a_bucket_is_swept_too(state, tmp_path, monkeypatch) -> None:
         # S3 tells times in whole seconds.
         time.sleep(1.1)
         for kind in KINDS:
-            await sweep._sweep(kind)
+            await sweep.once(kind)
         assert server.names() == [f"artifacts/a.{claim.fence}", f"artifacts/a.{claim.fence}.json"]
 
 

@@ -9,7 +9,8 @@ import time
 
 import httpx
 
-from tests.faults.checker import lost_writes
+from tests.faults.aborter import Aborter
+from tests.faults.checker import AFTER_CANCEL_S, lost_writes
 from tests.faults.clients import Recipe
 from tests.faults.history import History
 from tests.faults.measures import adopted_s, extra_steps, requeued_s
@@ -74,6 +75,25 @@ async def frozen_gateway(run: Run, requests: int, owned_at_least: int = 2, gatew
     history = await run.finish()
     note(run, "adopted_s", adopted_s(history, owned, since_s))
     return history
+
+
+async def aborted_behind_a_frozen_owner(run: Run, requests: int) -> History:
+    """F4 and F10: aborts come to one gateway while the owner of the requests stands still, and for long after."""
+    frozen, other = 0, 1
+    recipes = [Recipe("a very long one", seed=number, steps=200) for number in range(requests)]
+    # Who takes a request that nobody waits before has it.
+    ids = [await run.clients.submit(recipe, gateway=frozen) for recipe in recipes]
+    zombie = run.cluster.of("gateway")[frozen]
+    await _owned(run, zombie.name, requests)
+    zombie.freeze()
+    try:
+        async with Aborter() as aborter:
+            await asyncio.gather(*(run.clients.abort(aborter, request_id, gateway=other) for request_id in ids))
+        await asyncio.gather(*(run.clients.follow(request_id, gateway=other) for request_id in ids))
+        await asyncio.sleep(2 * AFTER_CANCEL_S)
+    finally:
+        zombie.thaw()
+    return await run.finish()
 
 
 async def killed_gateway(run: Run, requests: int) -> History:
