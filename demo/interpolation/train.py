@@ -21,6 +21,7 @@ from demo.interpolation.layers import Clips, Painter, sample_clips
 from demo.interpolation.photographs import HELD_OUT, TRAINING, read_tiles
 from demo.stage import Stage
 from interpolation_svc.ifnet import IFNet, IFNetSpec
+from interpolation_svc.weights import load_ifnet
 
 SPEC = IFNetSpec((128, 80, 64, 32), encodes=True)
 """4.22.lite with narrower coarse blocks: 2.43 M weights, 4.9 MB as fp16."""
@@ -43,6 +44,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=9.0, help="training in all")
     parser.add_argument("--run-minutes", type=float, default=9.0, help="after which this run ends")
     parser.add_argument("--state", type=Path, help="file for what a later run goes on with")
+    parser.add_argument("--start-from", type=Path, help="a checkpoint whose weights are the start")
     parser.add_argument("--batch", type=int, default=48)
     parser.add_argument("--side", type=int, default=256, help="pixels, a multiple of 32")
     parser.add_argument("--judged", type=int, default=256, help="held-out clips of each kind")
@@ -52,6 +54,8 @@ def main() -> None:
     torch.backends.cudnn.benchmark = True
     torch.manual_seed(args.seed)
     net: IFNet = IFNet(SPEC).to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if args.start_from:
+        net.load_state_dict(load_ifnet(args.start_from).state_dict())
     stage = Stage(nn.ModuleDict({"net": net}), peak_lr=PEAK_LR, ema_decay=EMA_DECAY, planned_s=60 * args.minutes)
     if args.state and args.state.exists():
         stage.resume(args.state)
