@@ -25,8 +25,8 @@ VIDEO_FORMATS = ("mp4", "webp", "raw")
 AUDIO_FORMATS = ("wav", "flac", "raw")
 FPS = (1.0, 120.0)
 MIN_CLIP_SIDE_PX = 16
-# What a gateway takes of a stage as one result.
-MAX_RAW_BYTES = 512 * 1024 * 1024
+# What a gateway takes of a stage as one result, whatever it sends: many times what the largest clip needs as MP4.
+MAX_MEDIA_BYTES = 512 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,7 +252,7 @@ def check_interpolation(params: ResolvedParams, allowed: InterpolationLimits) ->
     _between("frame_interpolation_scale", params.frame_interpolation_scale, allowed.min_scale, allowed.max_scale)
     frames, max_frames = interpolated_frames(params), allowed.max_frames
     if params.output_format == "raw":
-        max_frames = min(max_frames, MAX_RAW_BYTES // (3 * pixels))
+        max_frames = min(max_frames, MAX_MEDIA_BYTES // (3 * pixels))
     if frames > max_frames:
         raise InvalidRequest(
             f"frame_interpolation_exp {params.frame_interpolation_exp} makes {frames} frames of {params.num_frames}: "
