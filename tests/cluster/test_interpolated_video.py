@@ -100,6 +100,27 @@ def test_an_mp4_by_rest_and_its_trace(rest, client):
     )
 
 
+def test_a_smooth_clip_by_openais_call_from_json_and_from_a_form(rest):
+    wish = {"prompt": PROMPT, "size": "96x64", "num_frames": 9, "steps": 2, "fps": 8, "frame_interpolation_exp": 2}
+    as_form = {name: str(value) for name, value in wish.items()} | {"enable_frame_interpolation": "true"}
+    for body in ({"json": wish | SMOOTH}, {"data": as_form}):
+        answer = rest.post("/v1/videos/sync", **body)
+        assert (answer.status_code, answer.headers["content-type"]) == (200, "video/mp4"), answer.text
+        with av.open(io.BytesIO(answer.content)) as container:
+            stream = container.streams.video[0]
+            assert (sum(1 for _ in container.decode(stream)), float(stream.average_rate)) == (33, 32.0)
+        length = rest.get(f"/v1/videos/{answer.headers['x-request-id']}").json()["seconds"]
+        assert float(length) == pytest.approx(9 / 8), "that of the model's own frames"
+
+
+def test_a_smooth_clip_from_the_command_line(running, here, tmp_path):
+    target, address = tmp_path / "clip.mp4", running.cluster.grpc_address
+    size = ("--size", "96x64", "--frames", 9, "--fps", 8, "--steps", 2)
+    done = here("generate", PROMPT, "-o", target, "--address", address, "--interpolate", 2, *size)
+    assert done.returncode == 0, done.stderr
+    assert "33 frames at 32 a second" in " ".join(done.stderr.split())
+
+
 @pytest.mark.parametrize(
     ("wish", "param", "says"),
     [
