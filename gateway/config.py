@@ -115,11 +115,15 @@ class StoreSection:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StagesSection:
-    """Where replicas are: `static:host:port,...`, `dns:///name:port`, or `file:PATH` with one host:port a line."""
+    """Where replicas are: `static:host:port,...`, `dns:///name:port`, or `file:PATH` with one host:port a line.
+
+    Those of interpolation serve all models together, and need not be there.
+    """
 
     text_encoder: str = ""
     dit: str = ""
     vae: str = ""
+    interpolation: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

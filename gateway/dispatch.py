@@ -138,7 +138,8 @@ class Dispatcher:
     def _free(self, full: Collection[str] = ()) -> dict[str, tuple[Replica, Offer]]:
         """The queues that a replica may have a slot for, in the order of claiming, with the least busy such replica.
 
-        A denoiser takes what there are free encoders for, and nothing without any. No queue while the store takes
+        A denoiser takes what there are free encoders for, and nothing without any; a VAE leaves what needs an
+        interpolator while none is free. No queue while the store takes
         nothing, as what is made then would have to wait in memory; nor while that is full.
         """
         free: dict[str, tuple[Replica, Offer]] = {}
@@ -149,7 +150,8 @@ class Dispatcher:
                 if replica.facts is None or not replica.available or replica.facts.replica_id in full:
                     continue
                 component = replica.facts.component_id
-                offer = replica.offer(self._replicas.feeds(component) if stage == "dit" else None)
+                feeds = self._replicas.feeds if stage == "dit" else self._replicas.feeds_of_vae
+                offer = replica.offer(feeds(component))
                 if offer.feeds is None or offer.feeds:
                     free.setdefault(queue_key(stage, component), (replica, offer))
         return free

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ def add_operations(app: FastAPI, service: RequestService, backlog: Backlog) -> N
     async def health() -> JSONResponse:
         """200 while Redis takes writes and a model has all its stages, else 503."""
         now = await service.health()
-        return JSONResponse({"redis": now.redis, "models": now.models}, 200 if now.ready else 503)
+        return JSONResponse(asdict(now), 200 if now.ready else 503)
 
     @app.get("/metrics", include_in_schema=False)
     async def metrics() -> Response:

@@ -28,6 +28,15 @@ GUIDANCE_2 = (
 Count = Annotated[int, WithJsonSchema({"type": "integer", "minimum": 1, "maximum": UINT32_MAX})]
 Scale = Annotated[float, WithJsonSchema({"type": "number", "minimum": 0})]
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
+Interpolation = Annotated[
+    bool, Field(description="More frames between those that the model makes (docs/interpolation.md).")
+]
+InterpolationExp = Annotated[
+    Count, Field(description="F frames become (F - 1) * 2^exp + 1, and fps is multiplied by 2^exp.")
+]
+InterpolationScale = Annotated[
+    Scale, Field(description="Of the resolution at which motion is estimated: 0.25 to 4, below 1 for large pictures.")
+]
 
 
 class StrictBody(BaseModel):
@@ -190,6 +199,9 @@ class GenerationRequest(StrictBody):
         0, description="A preview after every so many steps; 0: none."
     )
     inputs: list[InputMedia] = Field(default_factory=list)
+    enable_frame_interpolation: Interpolation = False
+    frame_interpolation_exp: InterpolationExp = 1
+    frame_interpolation_scale: InterpolationScale = 1.0
     priority: Annotated[int, Field(ge=-(2**31), le=2**31 - 1)] = Field(
         0, description="Below 0 is high, 0 normal, above 0 low; a higher class runs first."
     )

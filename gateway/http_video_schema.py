@@ -10,7 +10,18 @@ from pydantic import Field
 
 from gateway.http_inputs import is_remote, media_of_url
 from gateway.http_json import state_name
-from gateway.http_schema import GUIDANCE_2, Count, Scale, Seed, StrictBody, one_of, parse_size
+from gateway.http_schema import (
+    GUIDANCE_2,
+    Count,
+    Interpolation,
+    InterpolationExp,
+    InterpolationScale,
+    Scale,
+    Seed,
+    StrictBody,
+    one_of,
+    parse_size,
+)
 from gateway.http_wait import failure
 from protos import gateway_pb2, types_pb2
 from services.errors import InvalidRequest
@@ -51,6 +62,9 @@ class VideoRequest(StrictBody):
     guidance_scale: Scale | None = Field(None, description="Same as guidance.")
     guidance_2: Scale | None = Field(None, description=GUIDANCE_2)
     output_format: Literal["mp4", "webp"] | None = None
+    enable_frame_interpolation: Interpolation = False
+    frame_interpolation_exp: InterpolationExp = 1
+    frame_interpolation_scale: InterpolationScale = 1.0
     user: str | None = Field(None, description="Ignored.")
 
     def remote(self) -> list[tuple[str, str]]:
@@ -95,6 +109,9 @@ class VideoRequest(StrictBody):
             guidance_2=self.guidance_2,
             seed=self.seed,
             output_format=self.output_format or "mp4",
+            enable_frame_interpolation=self.enable_frame_interpolation,
+            frame_interpolation_exp=self.frame_interpolation_exp,
+            frame_interpolation_scale=self.frame_interpolation_scale,
             inputs=inputs,
         )
 

@@ -1,4 +1,4 @@
-"""What happens to a claimed request: text encoder into denoiser, latents kept, VAE, artifact, commit.
+"""What happens to a claimed request: text encoder into denoiser, latents kept, VAE and interpolator, artifact, commit.
 
 Tensor frames are relayed as the bytes they came as. A stage that breaks gives the request back to the queue; every
 change of state is made under the claim's fence.
@@ -14,10 +14,11 @@ from collections.abc import Awaitable
 
 from gateway.checkpoints import Checkpoint, Checkpoints, drop_between_stages
 from gateway.config import GatewaySection
+from gateway.decode import Decode
 from gateway.memory import Memory
 from gateway.records import TERMINAL, Claim, queue_key
 from gateway.replicas import Replica, Replicas
-from gateway.stage_calls import Decode, Feed, Latents, denoise
+from gateway.stage_calls import Feed, Latents, denoise
 from gateway.state import State
 from gateway.store import Store, artifact_name
 from gateway.to_its_end import to_its_end
@@ -233,9 +234,18 @@ class Lifecycle:
     def _decode_ahead(self, work: Work, latents: Latents) -> Decode | None:
         """A VAE call that opens during the last step, if a VAE is free now: it decodes before the latents are kept."""
         try:
-            return Decode(work, self._replicas.choose("vae", work.params.model), latents)
+            return Decode(work, self._replicas.choose("vae", work.params.model), latents, self._interpolator(work))
         except NotReady:
             return None
+
+    def _interpolator(self, work: Work) -> Replica | None:
+        """For a request that wants one.
+
+        Raises:
+            NotReady: none is free now.
+        """
+        wanted = work.params.enable_frame_interpolation
+        return self._replicas.choose("interpolation", work.params.model) if wanted else None
 
     async def _hand_over(self, work: Work, latents: Latents, decode: Decode | None) -> None:
         """Keeps the latents and moves the request on to its VAE: the call that runs, or the queue."""
@@ -262,7 +272,7 @@ class Lifecycle:
             return
         kept = Latents(latents, whole=True)
         self.memory.learn(work, kept.nbytes)
-        decode = Decode(work, replica, kept)
+        decode = Decode(work, replica, kept, self._interpolator(work))
         try:
             await self._finish(work, decode)
         finally:
@@ -285,7 +295,8 @@ class Lifecycle:
         put = self._store.put(work.artifact_name, data, decode.artifact, work.deadline_s)
         storing = asyncio.create_task(put)
         try:
-            work.add("vae", await decode.ended())
+            for stage, usage in (await decode.ended()).items():
+                work.add(stage, usage)
             work.spans.append(make_span("gateway.decode", self._process, decode.start_unix_ns, time.time_ns()))
         finally:
             await storing

@@ -1,8 +1,8 @@
 """How fast a replica works, learnt from the calls that it finishes.
 
-Work is counted in units that a request's parameters tell: one for a text encoder, pixels for a VAE, pixel-steps for a
-denoiser. By Little's law, a replica that has held n requests all the while and took t seconds for one finishes n in
-those seconds, however it batches them: one unit of work takes it t / n / units seconds.
+Work is counted in units that a request's parameters tell: one for a text encoder, pixels for a VAE and an
+interpolator, pixel-steps for a denoiser. By Little's law, a replica that has held n requests all the while and took t
+seconds for one finishes n in those seconds, however it batches them: one unit of work takes it t / n / units seconds.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def units(stage: str, params: types_pb2.GenerationParams) -> float:
     match stage:
         case "dit":
             return float(pixel_steps(params))
-        case "vae":
+        case "vae" | "interpolation":
             return float(pixels(params))
     return 1.0
 

@@ -18,14 +18,22 @@ import grpc
 from gateway.config import StagesSection
 from gateway.pace import Pace, units
 from gateway.ticket import Offer, feed_key
-from protos import dit_pb2, dit_pb2_grpc, gateway_pb2, text_encoder_pb2_grpc, types_pb2, vae_pb2_grpc
+from protos import (
+    dit_pb2,
+    dit_pb2_grpc,
+    gateway_pb2,
+    interpolation_pb2_grpc,
+    text_encoder_pb2_grpc,
+    types_pb2,
+    vae_pb2_grpc,
+)
 from services.client import connect, error_from_rpc
 from services.config import TlsSection
-from services.errors import NotReady, Overloaded, ServiceError, StartupError, UnknownModel
+from services.errors import NotEnabled, NotReady, Overloaded, ServiceError, StartupError, UnknownModel
 from services.files import Stamp
-from services.request import Limits
+from services.request import InterpolationLimits, Limits
 from services.tls import stamps
-from services.wire import limits_from_proto
+from services.wire import interpolation_limits_from_proto, limits_from_proto
 
 log = logging.getLogger(__name__)
 
@@ -37,15 +45,19 @@ MAX_BACK_OFF_S = 4.0
 # How long calls on a channel may still take: of a replica that left, and after a change of certificates.
 LEAVE_S = 60.0
 RENEW_S = 3600.0
+# What every model needs.
+MODEL_STAGES = ("text_encoder", "dit", "vae")
 STAGES = {
     "text_encoder": types_pb2.STAGE_TEXT_ENCODER,
     "dit": types_pb2.STAGE_DIT,
     "vae": types_pb2.STAGE_VAE,
+    "interpolation": types_pb2.STAGE_INTERPOLATION,
 }
 _STUBS: dict[str, Any] = {
     "text_encoder": text_encoder_pb2_grpc.TextEncoderStub,
     "dit": dit_pb2_grpc.DitStub,
     "vae": vae_pb2_grpc.VaeStub,
+    "interpolation": interpolation_pb2_grpc.InterpolationStub,
 }
 
 
@@ -101,8 +113,8 @@ class Replica:
         return Offer(self.facts.replica_id, self.facts.max_in_flight, max_cost, set(self.batches), feeds)
 
     def serves(self, model: str) -> bool:
-        """Whether it takes that model's requests."""
-        return self.facts is not None and model in self.facts.models
+        """Whether it takes that model's requests; one that names no model takes those of any."""
+        return self.facts is not None and (model in self.facts.models or not self.facts.models)
 
     @contextlib.contextmanager
     def in_use(self, batch: str = "") -> Iterator[None]:
@@ -187,9 +199,35 @@ class Replicas:
             text = self._with_credit("text_encoder", model) is not None and ("vae", model) in self._last
             vae = text and self._with_credit("vae", model) is not None
             wanted = {False: text, True: vae} if facts.limits.max_inputs else {False: text}
-            served += [feed_key(model, with_inputs=inputs) for inputs, free in wanted.items() if free]
+            served += [
+                feed_key(model, with_inputs=inputs, interpolated=interpolated)
+                for inputs, free in wanted.items()
+                for interpolated in (False, True)
+                if free
+            ]
             held = held or not all(wanted.values())
         return served if held else None
+
+    def feeds_of_vae(self, component_id: str) -> list[str] | None:
+        """What requests of a VAE component can have now: without a free interpolator, those that need none."""
+        if self._with_credit("interpolation", "") is not None:
+            return None
+        models = [model for (_, model), facts in self._last.items() if facts.component_id == component_id]
+        return [feed_key(model, with_inputs=inputs) for model in models for inputs in (False, True)]
+
+    def interpolation_limits(self) -> InterpolationLimits:
+        """What interpolation accepts, as its replicas say; the last ones that were here.
+
+        Raises:
+            NotEnabled: there has been none.
+        """
+        facts = self._facts("interpolation", "") or self._last.get(("interpolation", ""))
+        if facts is None:
+            raise NotEnabled(
+                "there is no interpolation service here: ask without enable_frame_interpolation",
+                param="enable_frame_interpolation",
+            )
+        return interpolation_limits_from_proto(facts.interpolation_limits)
 
     def component(self, stage: str, model: str) -> str:
         """The component id of a model's stage; the last known one when no replica is here now.
@@ -293,7 +331,7 @@ class Replicas:
                 if replica.healthy:
                     stages.setdefault(name, set()).add(replica.stage)
         for name, info in models.items():
-            info.ready = stages.get(name, set()) >= set(STAGES)
+            info.ready = stages.get(name, set()) >= set(MODEL_STAGES)
         return models
 
     async def watch(self) -> None:
@@ -358,7 +396,7 @@ class Replicas:
             replica.silent_because = reason
         else:
             replica.told(facts, ours)
-            self._last |= {(replica.stage, model): facts for model in facts.models}
+            self._last |= {(replica.stage, model): facts for model in facts.models or ("",)}
         if replica.healthy and not before:
             log.info("%s replica %s joined", replica.stage, replica.address)
         if replica.has_credit and not credit:

@@ -27,7 +27,7 @@ from gateway.withdrawals import Withdrawals
 from protos import gateway_pb2, types_pb2
 from services.errors import InvalidRequest, KeyReused, Overloaded, UnknownModel, UnknownRequest, WrongState
 from services.media import first_picture
-from services.request import MAX_SEED, GenerationParams, Limits, ResolvedParams, resolve
+from services.request import MAX_SEED, GenerationParams, Limits, ResolvedParams, check_interpolation, resolve
 from services.telemetry import new_traceparent
 from services.wire import params_to_proto
 
@@ -41,10 +41,14 @@ _STAGES = {b"dit": types_pb2.STAGE_DIT, b"vae": types_pb2.STAGE_VAE}
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """Whether the gateway can take requests: Redis takes writes, and which models have all their stages."""
+    """Whether the gateway can take requests: Redis takes writes, and which models have all their stages.
+
+    `interpolation`: whether there is somebody who makes frames between frames.
+    """
 
     redis: bool
     models: dict[str, bool]
+    interpolation: bool
 
     @property
     def ready(self) -> bool:
@@ -101,6 +105,7 @@ class RequestService:
         Raises:
             UnknownModel, NotReady: nobody serves the model (now).
             InvalidRequest: a value is outside the model's limits, or it has no previews and they are asked for.
+            NotEnabled: frames are to be interpolated, and nobody can.
             Overloaded: the queue is full, or has too many of the tenant's requests.
             ArtifactStoreFull, ArtifactStoreDown: nobody could keep what it makes.
             KeyReused: another request has that idempotency key.
@@ -143,6 +148,8 @@ class RequestService:
         resolved = resolve(params, limits, seed=secrets.randbelow(MAX_SEED), picture=picture)
         if resolved.preview_every:
             self._check_previews(params.model)
+        if resolved.enable_frame_interpolation:
+            check_interpolation(resolved, self._replicas.interpolation_limits())
         return resolved, limits
 
     def _ticket(self, params: ResolvedParams, limits: Limits, priority: int, tenant: str, nbytes: int) -> Ticket:
@@ -154,7 +161,9 @@ class RequestService:
             cost=cost_of(params, limits),
             nbytes=nbytes,
             batch=batch_key(params, limits),
-            feed=feed_key(params.model, with_inputs=bool(params.inputs)),
+            feed=feed_key(
+                params.model, with_inputs=bool(params.inputs), interpolated=params.enable_frame_interpolation
+            ),
             timeout_s=config.request_timeout_s,
             keep_s=config.keep_s,
             age_s=config.age_s,
@@ -335,7 +344,8 @@ class RequestService:
 
     async def health(self) -> Health:
         """For probes and the launcher."""
-        return Health(await self._state.writable(), {info.name: info.ready for info in self.models()})
+        models = {info.name: info.ready for info in self.models()}
+        return Health(await self._state.writable(), models, bool(self._replicas.of_stage("interpolation")))
 
 
 def _new_id(tenant: str, idempotency_key: str) -> str:

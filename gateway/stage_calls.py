@@ -1,14 +1,13 @@
 """The gRPC calls of a request to its stages. Tensor frames are relayed as the bytes they came as.
 
 What can run side by side does: embeddings are made while the denoiser's call opens, and the VAE's call opens while the
-latents still come.
+latents still come (`gateway/decode.py`).
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from typing import Any
 
@@ -18,7 +17,7 @@ from gateway.checkpoints import Checkpoint
 from gateway.replicas import Replica
 from gateway.scripts import heed_cancel
 from gateway.work import Work
-from protos import dit_pb2, gateway_pb2, text_encoder_pb2, types_pb2, vae_pb2
+from protos import dit_pb2, text_encoder_pb2, types_pb2
 from services.client import error_from_rpc
 from services.errors import CorruptTensor, NotReady, ServiceError
 from services.telemetry import internal_error
@@ -27,10 +26,8 @@ from services.tensor_wire import frame_of, is_end
 _ENCODE = {"text_encoder": "/lightloom.v1.TextEncoder/Encode", "vae": "/lightloom.v1.Vae/Encode"}
 _DENOISE = "/lightloom.v1.Dit/Denoise"
 _CHECKPOINT = dit_pb2.BundleStart.KIND_CHECKPOINT
-_DECODE = "/lightloom.v1.Vae/Decode"
 # What one request may hold in the gateway's memory, whatever its stages send: many times what the largest video needs.
 MAX_LATENTS_BYTES = 512 * 1024 * 1024
-MAX_MEDIA_BYTES = 512 * 1024 * 1024
 
 
 class Latents:
@@ -101,9 +98,9 @@ async def denoise(
                     if checkpoint.whole:
                         yield Checkpoint(step, checkpoint.messages)
         except grpc.aio.AioRpcError as error:
-            raise (feed.failure or _failed(replica, error)) from error
+            raise (feed.failure or failed(replica, error)) from error
         except CorruptTensor as error:
-            raise _refused(replica, error) from None
+            raise refused(replica, error) from None
         except asyncio.CancelledError:
             # The end of the call says the same as an abort of ours, but for the count.
             heed_cancel()
@@ -115,9 +112,9 @@ async def denoise(
             feeding.cancel()
             await asyncio.gather(feeding, return_exceptions=True)
     if checkpoint is not None and checkpoint.whole:
-        raise _refused(replica, NotReady(f"the replica left: it handed the request back after step {step}"))
+        raise refused(replica, NotReady(f"the replica left: it handed the request back after step {step}"))
     if not latents.whole:
-        raise _refused(replica, CorruptTensor("the denoiser's stream ended before its latents were whole"))
+        raise refused(replica, CorruptTensor("the denoiser's stream ended before its latents were whole"))
 
 
 class Feed:
@@ -210,102 +207,19 @@ async def _frames(work: Work, replica: Replica, call: Any) -> AsyncIterator[byte
                 if replica.stage == "text_encoder":
                     replica.took(usage, work.params)
     except grpc.aio.AioRpcError as failure:
-        raise _failed(replica, failure) from failure
+        raise failed(replica, failure) from failure
     if not whole:
         # The denoiser would wait for the rest for ever: its stream stays open, for what is asked of it later.
         cut = CorruptTensor(f"the {replica.stage}'s stream ended before the conditions were whole")
-        raise _refused(replica, cut)
+        raise refused(replica, cut)
 
 
-class Decode:
-    """A Decode call, which begins at once and runs beside its maker. `close` it in any case."""
-
-    def __init__(self, work: Work, replica: Replica, latents: Latents) -> None:
-        self.artifact = gateway_pb2.Artifact()
-        self.start_unix_ns = time.time_ns()
-        self._work = work
-        self._data = bytearray()
-        self._expected = -1
-        self._whole = asyncio.Event()
-        self._usage = types_pb2.StageUsage()
-        method: Any = replica.channel.stream_stream(_DECODE)
-        self._call = method(self._requests(latents), **work.call_options())
-        self._task = asyncio.create_task(self._run(replica))
-        self._task.add_done_callback(lambda _task: self._whole.set())
-
-    async def media(self) -> bytes:
-        """The encoded media, as soon as its last byte is here.
-
-        Raises:
-            ServiceError: the call failed before.
-        """
-        await self._whole.wait()
-        if self._task.done():
-            self._task.result()
-        return bytes(self._data)
-
-    async def ended(self) -> types_pb2.StageUsage:
-        """What the VAE spent, at the end of the call.
-
-        Raises:
-            ServiceError: the call failed.
-        """
-        await self._task
-        return self._usage
-
-    async def close(self) -> None:
-        """Ends the call if it still runs."""
-        self._call.cancel()
-        self._task.cancel()
-        await asyncio.gather(self._task, return_exceptions=True)
-
-    async def _run(self, replica: Replica) -> None:
-        with replica.in_use(self._work.batch):
-            try:
-                async for message in self._call:
-                    self._take(vae_pb2.DecodeResponse.FromString(message))
-                replica.took(self._usage, self._work.params)
-            except grpc.aio.AioRpcError as failure:
-                raise _failed(replica, failure) from failure
-            except CorruptTensor as error:
-                raise _refused(replica, error) from None
-            finally:
-                self._call.cancel()
-        if len(self._data) != self._expected:
-            cut = CorruptTensor(f"the VAE announced {self._expected} bytes and sent {len(self._data)}")
-            raise _refused(replica, cut)
-
-    async def _requests(self, latents: Latents) -> AsyncIterator[bytes]:
-        start = vae_pb2.DecodeStart(context=self._work.context(), params=self._work.params)
-        del start.params.inputs[:]
-        yield vae_pb2.DecodeRequest(start=start).SerializeToString()
-        async for message in latents.follow():
-            yield message
-
-    def _take(self, response: vae_pb2.DecodeResponse) -> None:
-        match response.WhichOneof("kind"):
-            case "media":
-                header, artifact = response.media, self.artifact
-                if self._expected >= 0 or header.nbytes > MAX_MEDIA_BYTES:
-                    raise CorruptTensor(f"the VAE announced media twice, or {header.nbytes} bytes: too many")
-                self._expected = header.nbytes
-                artifact.mime, artifact.width, artifact.height = header.mime, header.width, header.height
-                artifact.num_frames, artifact.fps = header.num_frames, header.fps
-            case "chunk":
-                if len(self._data) + len(response.chunk.data) > self._expected:
-                    raise CorruptTensor(f"the VAE announced {self._expected} bytes and sent more")
-                self._data += response.chunk.data
-                if len(self._data) == self._expected:
-                    self._whole.set()
-            case "usage":
-                self._usage = response.usage
+def failed(replica: Replica, failure: grpc.aio.AioRpcError) -> ServiceError:
+    """What a replica's call failed with; the replica learns of it here."""
+    return refused(replica, error_from_rpc(failure))
 
 
-def _failed(replica: Replica, failure: grpc.aio.AioRpcError) -> ServiceError:
-    return _refused(replica, error_from_rpc(failure))
-
-
-def _refused(replica: Replica, error: ServiceError) -> ServiceError:
+def refused(replica: Replica, error: ServiceError) -> ServiceError:
     """A failure that is the replica's own, which learns of it here."""
     if error.retryable:
         replica.refused(error)

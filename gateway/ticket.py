@@ -94,9 +94,10 @@ def batch_key(params: ResolvedParams, limits: Limits) -> str:
     return f"{params.width}x{params.height}x{params.num_frames}/{branches(params, limits)}"
 
 
-def feed_key(model: str, *, with_inputs: bool) -> str:
-    """Equal for requests whose conditions the same encoders make: the model's text encoder, and its VAE for inputs.
+def feed_key(model: str, *, with_inputs: bool, interpolated: bool = False) -> str:
+    """Equal for requests that need the same stages beside the one that they wait for.
 
-    Models with equal weights share a denoiser and its queue, but not what feeds it.
+    Their conditions come from the model's text encoder, and from its VAE for inputs; models with equal weights share a
+    denoiser and its queue, but not what feeds it. Beside their VAE, some need an interpolator.
     """
-    return f"{'vae' if with_inputs else 'text'}:{model}"
+    return f"{'vae' if with_inputs else 'text'}{'+interpolation' if interpolated else ''}:{model}"

@@ -71,6 +71,7 @@ def generate(
     seed: Annotated[int | None, typer.Option()] = None,
     frames: Annotated[int | None, typer.Option(help="Frames of a clip.")] = None,
     fps: Annotated[float | None, typer.Option(help="Frames a second of a clip.")] = None,
+    interpolate: Annotated[int, typer.Option(help="How often to double a clip's frames and rate.")] = 0,
     image: Annotated[
         list[Path] | None, typer.Option("--image", help="Input picture of an edit model, repeatable.")
     ] = None,
@@ -79,7 +80,19 @@ def generate(
     from lightloom.generate import Wish, generate_to_file
 
     wish = Wish(
-        prompt, model, negative_prompt, size, steps, guidance, seed, frames, tuple(image or ()), fps, guidance_2, video
+        prompt,
+        model,
+        negative_prompt,
+        size,
+        steps,
+        guidance,
+        seed,
+        frames,
+        tuple(image or ()),
+        fps,
+        guidance_2,
+        video,
+        interpolate,
     )
     generate_to_file(wish, output or Path("out.mp4" if video else "out.png"), connection)
 

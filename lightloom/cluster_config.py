@@ -6,7 +6,7 @@ Read by the launcher only; each service gets a config of its own made from this 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,11 @@ from services.errors import StartupError
 from services.families import FAMILIES
 from services.features import ORDER
 from services.parallel.degrees import DIT_AXES, TEXT_AXES, VAE_AXES, Degrees, check_axes
-from services.request import Limits
+from services.request import InterpolationLimits, Limits
 
 STAGES = ("text_encoder", "dit", "vae")
+INTERPOLATION = "interpolation"
+"""The stage that serves all models together."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,14 +63,34 @@ class ModelEntry:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class InterpolationEntry:
+    """The interpolator of all models' clips, and how many replicas it gets.
+
+    `source` is a file of IFNet's weights; `packaged` is the one that ships with Lightloom (docs/interpolation.md).
+    """
+
+    source: str = "packaged"
+    device: str = "auto"
+    dtype: str = "auto"
+    threads: int = 0
+    max_in_flight: int = 16
+    engine: EngineSection = field(default_factory=EngineSection)
+    limits: Mapping[str, Any] = field(default_factory=dict)
+    replicas: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterConfig:
     """A whole cluster on one machine. Without `redis_url`, Redis is found or embedded.
+
+    Without a section `interpolation`, no frames are interpolated.
 
     `store` holds keys of the gateways' section of that name; without a `path`, artifacts are in the run directory.
     """
 
     models: Mapping[str, ModelEntry]
     gateway: GatewayEntry = field(default_factory=GatewayEntry)
+    interpolation: InterpolationEntry | None = None
     store: Mapping[str, Any] = field(default_factory=dict)
     redis_url: str = ""
 
@@ -91,6 +113,9 @@ def load_cluster(path: Path) -> ClusterConfig:
         for feature in entry.features:
             if feature not in ORDER:
                 raise StartupError(f"models.{name}: unknown feature {feature!r}: there are {', '.join(ORDER)}")
+    if config.interpolation is not None:
+        check_count(config.interpolation.replicas, "interpolation.replicas")
+        parse(InterpolationLimits, config.interpolation.limits, "interpolation.limits.")
     return config
 
 
@@ -102,6 +127,9 @@ def check_files(config: ClusterConfig) -> None:
     """
     for name, entry in config.models.items():
         _check_source(f"models.{name}", entry)
+    interpolation = config.interpolation
+    if interpolation is not None and interpolation.source != "packaged" and not Path(interpolation.source).is_file():
+        raise StartupError(f"interpolation.source {Path(interpolation.source).absolute()} does not exist")
     keys = config.gateway.access.keys_file
     if keys and not Path(keys).is_file():
         raise StartupError(
@@ -123,13 +151,18 @@ def _check_source(where: str, entry: ModelEntry) -> None:
         raise StartupError(f"{where}: {folder.absolute()} has no model_index.json: name a diffusers-format folder")
 
 
-def check_replicas(replicas: Mapping[str, int], where: str) -> None:
+def check_replicas(replicas: Mapping[str, int], where: str, stages: Sequence[str] = STAGES) -> None:
     """Raises StartupError for an unknown stage or a count outside 0 to 64."""
     for stage, count in replicas.items():
-        if stage not in STAGES:
-            raise StartupError(f"{where}: unknown stage {stage!r}, there are {', '.join(STAGES)}")
-        if not 0 <= count <= 64:
-            raise StartupError(f"{where}.{stage} is {count}: it must be between 0 and 64")
+        if stage not in stages:
+            raise StartupError(f"{where}: unknown stage {stage!r}, there are {', '.join(stages)}")
+        check_count(count, f"{where}.{stage}")
+
+
+def check_count(count: int, where: str) -> None:
+    """Raises StartupError for a count outside 0 to 64."""
+    if not 0 <= count <= 64:
+        raise StartupError(f"{where} is {count}: it must be between 0 and 64")
 
 
 def parse_replicas(settings: list[str]) -> dict[str, int]:
@@ -144,7 +177,7 @@ def parse_replicas(settings: list[str]) -> dict[str, int]:
         if not count.isdigit():
             raise StartupError(f"{setting!r}: write it as STAGE=COUNT, for example dit=2")
         replicas[stage] = int(count)
-    check_replicas(replicas, "replicas")
+    check_replicas(replicas, "replicas", (*STAGES, INTERPOLATION))
     return replicas
 
 

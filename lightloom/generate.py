@@ -34,6 +34,7 @@ class Wish:
     fps: float | None = None
     guidance_2: float | None = None
     video: bool = False
+    interpolate: int = 0
 
     def options(self, output: Path) -> dict[str, Any]:
         """As fields of GenerationParams.
@@ -67,6 +68,8 @@ class Wish:
             "num_frames": self.frames,
             "fps": self.fps,
             "output_format": FORMATS[output.suffix.lower()],
+            "enable_frame_interpolation": bool(self.interpolate),
+            "frame_interpolation_exp": self.interpolate or 1,
         }
 
 

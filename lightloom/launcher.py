@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any
 
 from lightloom.child import Child, first_failure
-from lightloom.cluster_config import STAGES, ClusterConfig, ModelEntry, write_toml
+from lightloom.cluster_config import INTERPOLATION, STAGES, ClusterConfig, ModelEntry, write_toml
 from lightloom.control import ControlServer
 from lightloom.member import Member, ProcessRow
 from lightloom.ports import address_of, try_port
@@ -92,12 +92,14 @@ class Cluster:
         # In this thread, although it waits: the server ends with the thread that starts it, and nothing else runs yet.
         self._redis = start_redis(self.run_dir / "redis", self.config.redis_url)
         self._redis_watch = asyncio.create_task(self._keep_redis(self._redis), name="watch redis")
-        for stage in STAGES:
+        for stage in (*STAGES, INTERPOLATION):
             self._address_file(stage).parent.mkdir(exist_ok=True)
             self._address_file(stage).write_text("")
         for model, entry in self.config.models.items():
             for stage in STAGES:
                 await self.scale(model, stage, entry.replicas.get(stage, 1))
+        if self.config.interpolation is not None:
+            await self.scale("", INTERPOLATION, self.config.interpolation.replicas)
         for index in range(self.config.gateway.replicas):
             await self._start_gateway(index)
 
@@ -122,10 +124,13 @@ class Cluster:
         await first_failure(self._children())
 
     async def scale(self, model: str, stage: str, count: int) -> None:
-        """Brings a stage of a model to `count` replicas; those that leave finish their work first."""
+        """Brings a stage of a model to `count` replicas; those that leave finish their work first.
+
+        The interpolator is a stage of the model "".
+        """
         replicas = self._replicas.setdefault((model, stage), [])
         for _ in range(count - len(replicas)):
-            replicas.append(await self._start_stage(model, self.config.models[model], stage))
+            replicas.append(await self._start_stage(model, stage))
         leaving = replicas[count:]
         del replicas[count:]
         self._write_addresses(stage)
@@ -166,27 +171,29 @@ class Cluster:
     def _children(self) -> list[Child]:
         return [member.child for member in self._members()]
 
-    async def _start_stage(self, model: str, entry: ModelEntry, stage: str) -> Member:
+    async def _start_stage(self, model: str, stage: str) -> Member:
         self._started += 1
-        name = f"{stage}-{model}-{self._started}"
+        name = "-".join(filter(None, (stage, model, str(self._started))))
         port, metrics_port = free_port(), free_port()
-        parallel = {"dit": entry.parallel, "text_encoder": entry.text_parallel, "vae": entry.vae_parallel}
-        table = {
+        entry = self.config.interpolation if stage == INTERPOLATION else self.config.models[model]
+        assert entry is not None
+        table: dict[str, Any] = {
             "service": {"port": port, "metrics_port": metrics_port, "name": name, "max_in_flight": entry.max_in_flight},
             "model": {
-                "name": model,
+                "name": model or stage,
                 "source": entry.source,
-                "family": entry.family,
-                "preset": entry.preset,
                 "device": entry.device,
                 "dtype": entry.dtype,
                 "threads": entry.threads,
             },
             "engine": asdict(entry.engine),
-            "features": entry.features if stage == "dit" else {},
-            "parallel": asdict(parallel[stage]) if stage in parallel else {},
             "limits": entry.limits,
         }
+        if isinstance(entry, ModelEntry):
+            parallel = {"dit": entry.parallel, "text_encoder": entry.text_parallel, "vae": entry.vae_parallel}
+            table["model"] |= {"family": entry.family, "preset": entry.preset}
+            table["features"] = entry.features if stage == "dit" else {}
+            table["parallel"] = asdict(parallel[stage]) if stage in parallel else {}
         child = await self._spawn(name, f"{stage}_svc", table)
         return Member(child, f"127.0.0.1:{port}", "127.0.0.1", metrics_port)
 
@@ -207,7 +214,7 @@ class Cluster:
             "tls": asdict(entry.tls),
             "redis": {"url": self._redis.url},
             "store": {"path": str(self.run_dir / "artifacts"), **self.config.store},
-            "stages": {stage: f"file:{self._address_file(stage)}" for stage in STAGES},
+            "stages": {stage: f"file:{self._address_file(stage)}" for stage in (*STAGES, INTERPOLATION)},
         }
         child = await self._spawn(f"gateway-{index}", "gateway", table)
         secure = _to_own_gateway(entry.tls) if entry.tls.on else None
@@ -240,7 +247,9 @@ class Cluster:
         while True:
             page = await self._gateways[0].look()
             health: dict[str, Any] = json.loads(page) if page else {"redis": False}
-            if health["redis"] and all(health["models"].get(model) for model in self.config.models):
+            models_are = health["redis"] and all(health["models"].get(model) for model in self.config.models)
+            interpolation = self.config.interpolation
+            if models_are and (interpolation is None or not interpolation.replicas or health["interpolation"]):
                 return
             await asyncio.sleep(POLL_S)
 
@@ -250,8 +259,11 @@ class Cluster:
             unknown = [model for model in models if model not in self.config.models]
             if unknown:
                 return {"error": f"unknown model {unknown[0]!r}: there are {', '.join(self.config.models)}"}
+            if INTERPOLATION in request["replicas"] and self.config.interpolation is None:
+                return {"error": "the cluster has no interpolation: its config has no such section"}
             for stage, count in request["replicas"].items():
-                await asyncio.gather(*(self.scale(model, stage, count) for model in models))
+                served = [""] if stage == INTERPOLATION else models
+                await asyncio.gather(*(self.scale(model, stage, count) for model in served))
         return {"processes": await self.look(), "ready": self.ready, "grpc": self.grpc_address}
 
 

@@ -21,7 +21,7 @@ from dit_svc.loading import open_engine as open_dit
 from lightloom.client import Result
 from services.config import EngineSection, ModelSection, ServiceSection, StageConfig
 from services.describe import limits_of, open_model
-from services.errors import StartupError
+from services.errors import NotEnabled, StartupError
 from services.family import Tensors
 from services.media import ClipWriter, first_picture
 from services.request import MAX_SEED, ResolvedParams, open_params, resolve
@@ -125,6 +125,8 @@ class Local:
     def _resolve(self, request: Mapping[str, Any]) -> ResolvedParams:
         params = open_params(**{"model": "local", **self._defaults, **request})
         picture = first_picture(params.inputs[: self._limits.max_inputs])
+        if params.enable_frame_interpolation:
+            raise NotEnabled("frames are interpolated in a cluster only", param="enable_frame_interpolation")
         return resolve(params, self._limits, seed=secrets.randbelow(MAX_SEED), picture=picture)
 
     def _encode(self, jobs: Mapping[str, ResolvedParams], busy: dict[str, dict[str, float]]) -> dict[str, Tensors]:

@@ -156,7 +156,7 @@ class MediaChunk(_message.Message):
     def __init__(self, data: _Optional[bytes] = ...) -> None: ...
 
 class GenerationParams(_message.Message):
-    __slots__ = ("model", "prompt", "negative_prompt", "width", "height", "num_frames", "fps", "steps", "guidance", "guidance_2", "seed", "output_format", "quality", "preview_every", "inputs")
+    __slots__ = ("model", "prompt", "negative_prompt", "width", "height", "num_frames", "fps", "steps", "guidance", "guidance_2", "seed", "output_format", "quality", "preview_every", "inputs", "enable_frame_interpolation", "frame_interpolation_exp", "frame_interpolation_scale")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     NEGATIVE_PROMPT_FIELD_NUMBER: _ClassVar[int]
@@ -172,6 +172,9 @@ class GenerationParams(_message.Message):
     QUALITY_FIELD_NUMBER: _ClassVar[int]
     PREVIEW_EVERY_FIELD_NUMBER: _ClassVar[int]
     INPUTS_FIELD_NUMBER: _ClassVar[int]
+    ENABLE_FRAME_INTERPOLATION_FIELD_NUMBER: _ClassVar[int]
+    FRAME_INTERPOLATION_EXP_FIELD_NUMBER: _ClassVar[int]
+    FRAME_INTERPOLATION_SCALE_FIELD_NUMBER: _ClassVar[int]
     model: str
     prompt: str
     negative_prompt: str
@@ -187,7 +190,10 @@ class GenerationParams(_message.Message):
     quality: int
     preview_every: int
     inputs: _containers.RepeatedCompositeFieldContainer[Media]
-    def __init__(self, model: _Optional[str] = ..., prompt: _Optional[str] = ..., negative_prompt: _Optional[str] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., num_frames: _Optional[int] = ..., fps: _Optional[float] = ..., steps: _Optional[int] = ..., guidance: _Optional[float] = ..., guidance_2: _Optional[float] = ..., seed: _Optional[int] = ..., output_format: _Optional[_Union[OutputFormat, str]] = ..., quality: _Optional[int] = ..., preview_every: _Optional[int] = ..., inputs: _Optional[_Iterable[_Union[Media, _Mapping]]] = ...) -> None: ...
+    enable_frame_interpolation: bool
+    frame_interpolation_exp: int
+    frame_interpolation_scale: float
+    def __init__(self, model: _Optional[str] = ..., prompt: _Optional[str] = ..., negative_prompt: _Optional[str] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., num_frames: _Optional[int] = ..., fps: _Optional[float] = ..., steps: _Optional[int] = ..., guidance: _Optional[float] = ..., guidance_2: _Optional[float] = ..., seed: _Optional[int] = ..., output_format: _Optional[_Union[OutputFormat, str]] = ..., quality: _Optional[int] = ..., preview_every: _Optional[int] = ..., inputs: _Optional[_Iterable[_Union[Media, _Mapping]]] = ..., enable_frame_interpolation: _Optional[bool] = ..., frame_interpolation_exp: _Optional[int] = ..., frame_interpolation_scale: _Optional[float] = ...) -> None: ...
 
 class RequestContext(_message.Message):
     __slots__ = ("request_id", "fence", "attempt", "alone")
@@ -280,6 +286,20 @@ class Limits(_message.Message):
     min_steps: int
     def __init__(self, size_multiple_px: _Optional[int] = ..., min_side_px: _Optional[int] = ..., max_side_px: _Optional[int] = ..., max_pixels: _Optional[int] = ..., max_frames: _Optional[int] = ..., frame_multiple: _Optional[int] = ..., max_steps: _Optional[int] = ..., max_guidance: _Optional[float] = ..., max_prompt_chars: _Optional[int] = ..., max_inputs: _Optional[int] = ..., default_width: _Optional[int] = ..., default_height: _Optional[int] = ..., default_frames: _Optional[int] = ..., default_fps: _Optional[float] = ..., default_steps: _Optional[int] = ..., default_guidance: _Optional[float] = ..., default_negative_prompt: _Optional[str] = ..., output: _Optional[str] = ..., min_inputs: _Optional[int] = ..., default_guidance_2: _Optional[float] = ..., separate_guidance_2: _Optional[bool] = ..., min_steps: _Optional[int] = ...) -> None: ...
 
+class InterpolationLimits(_message.Message):
+    __slots__ = ("max_exp", "min_scale", "max_scale", "max_pixels", "max_frames")
+    MAX_EXP_FIELD_NUMBER: _ClassVar[int]
+    MIN_SCALE_FIELD_NUMBER: _ClassVar[int]
+    MAX_SCALE_FIELD_NUMBER: _ClassVar[int]
+    MAX_PIXELS_FIELD_NUMBER: _ClassVar[int]
+    MAX_FRAMES_FIELD_NUMBER: _ClassVar[int]
+    max_exp: int
+    min_scale: float
+    max_scale: float
+    max_pixels: int
+    max_frames: int
+    def __init__(self, max_exp: _Optional[int] = ..., min_scale: _Optional[float] = ..., max_scale: _Optional[float] = ..., max_pixels: _Optional[int] = ..., max_frames: _Optional[int] = ...) -> None: ...
+
 class Feature(_message.Message):
     __slots__ = ("name", "config", "exact")
     NAME_FIELD_NUMBER: _ClassVar[int]
@@ -303,7 +323,7 @@ class DescribeRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class DescribeResponse(_message.Message):
-    __slots__ = ("protocol_version", "build", "stage", "replica_id", "component_id", "family", "variants", "models", "limits", "features", "device", "dtype", "world_size", "max_in_flight", "in_flight", "draining", "latent_rgb_fit", "max_cost")
+    __slots__ = ("protocol_version", "build", "stage", "replica_id", "component_id", "family", "variants", "models", "limits", "features", "device", "dtype", "world_size", "max_in_flight", "in_flight", "draining", "latent_rgb_fit", "max_cost", "interpolation_limits")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     BUILD_FIELD_NUMBER: _ClassVar[int]
     STAGE_FIELD_NUMBER: _ClassVar[int]
@@ -322,6 +342,7 @@ class DescribeResponse(_message.Message):
     DRAINING_FIELD_NUMBER: _ClassVar[int]
     LATENT_RGB_FIT_FIELD_NUMBER: _ClassVar[int]
     MAX_COST_FIELD_NUMBER: _ClassVar[int]
+    INTERPOLATION_LIMITS_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     build: str
     stage: Stage
@@ -340,7 +361,8 @@ class DescribeResponse(_message.Message):
     draining: bool
     latent_rgb_fit: LatentRgbFit
     max_cost: float
-    def __init__(self, protocol_version: _Optional[int] = ..., build: _Optional[str] = ..., stage: _Optional[_Union[Stage, str]] = ..., replica_id: _Optional[str] = ..., component_id: _Optional[str] = ..., family: _Optional[str] = ..., variants: _Optional[_Iterable[str]] = ..., models: _Optional[_Iterable[str]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., features: _Optional[_Iterable[_Union[Feature, _Mapping]]] = ..., device: _Optional[str] = ..., dtype: _Optional[str] = ..., world_size: _Optional[int] = ..., max_in_flight: _Optional[int] = ..., in_flight: _Optional[int] = ..., draining: _Optional[bool] = ..., latent_rgb_fit: _Optional[_Union[LatentRgbFit, _Mapping]] = ..., max_cost: _Optional[float] = ...) -> None: ...
+    interpolation_limits: InterpolationLimits
+    def __init__(self, protocol_version: _Optional[int] = ..., build: _Optional[str] = ..., stage: _Optional[_Union[Stage, str]] = ..., replica_id: _Optional[str] = ..., component_id: _Optional[str] = ..., family: _Optional[str] = ..., variants: _Optional[_Iterable[str]] = ..., models: _Optional[_Iterable[str]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., features: _Optional[_Iterable[_Union[Feature, _Mapping]]] = ..., device: _Optional[str] = ..., dtype: _Optional[str] = ..., world_size: _Optional[int] = ..., max_in_flight: _Optional[int] = ..., in_flight: _Optional[int] = ..., draining: _Optional[bool] = ..., latent_rgb_fit: _Optional[_Union[LatentRgbFit, _Mapping]] = ..., max_cost: _Optional[float] = ..., interpolation_limits: _Optional[_Union[InterpolationLimits, _Mapping]] = ...) -> None: ...
 
 class ErrorDetail(_message.Message):
     __slots__ = ("reason", "message", "request_id", "retryable", "retry_after_s", "param")

@@ -1,4 +1,4 @@
-"""What a replica says of itself: its config and weights as a DescribeResponse. Used by the three rank programs."""
+"""What a replica says of itself: its config and weights as a DescribeResponse. Used by rank programs."""
 
 from __future__ import annotations
 

@@ -227,6 +227,8 @@ class Rank:
             timeout_s = 0 if busy else STATUS_MIN_S if fresh else STATUS_EVERY_S
             for frame in lockstep.take(self._inbox, timeout_s):
                 self._handle(program, frame)
+                # A program may work on what it is told at once.
+                self._report(program)
             busy = self._tick(program)
             self._calls = {key: call for key, call in self._calls.items() if not call.closed}
             self._report(program)

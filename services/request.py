@@ -23,6 +23,10 @@ PICTURE_MULTIPLE_PX = 32
 IMAGE_FORMATS = ("png", "jpeg", "webp")
 VIDEO_FORMATS = ("mp4", "webp", "raw")
 AUDIO_FORMATS = ("wav", "flac", "raw")
+FPS = (1.0, 120.0)
+MIN_CLIP_SIDE_PX = 16
+# What a gateway takes of a stage as one result, whatever it sends: many times what the largest clip needs as MP4.
+MAX_MEDIA_BYTES = 512 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +57,9 @@ class GenerationParams:
     quality: int | None = None
     preview_every: int = 0
     inputs: tuple[Media, ...] = ()
+    enable_frame_interpolation: bool = False
+    frame_interpolation_exp: int = 1
+    frame_interpolation_scale: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +96,17 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class InterpolationLimits:
+    """What interpolation accepts: `max_pixels` of a frame, `max_frames` of a result."""
+
+    max_exp: int = 4
+    min_scale: float = 0.25
+    max_scale: float = 4.0
+    max_pixels: int = 4096 * 2304
+    max_frames: int = 4096
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ResolvedParams:
     """A generation with every field set and checked: what stages and engines work with."""
 
@@ -107,6 +125,9 @@ class ResolvedParams:
     quality: int
     preview_every: int
     inputs: tuple[Media, ...] = ()
+    enable_frame_interpolation: bool = False
+    frame_interpolation_exp: int = 1
+    frame_interpolation_scale: float = 1.0
 
 
 def resolve(
@@ -144,6 +165,9 @@ def resolve(
         quality=_or(params.quality, 90),
         preview_every=params.preview_every,
         inputs=params.inputs,
+        enable_frame_interpolation=params.enable_frame_interpolation,
+        frame_interpolation_exp=params.frame_interpolation_exp,
+        frame_interpolation_scale=params.frame_interpolation_scale,
     )
     check(resolved, limits)
     return resolved
@@ -208,6 +232,40 @@ def check(params: ResolvedParams, limits: Limits) -> None:
         )
 
 
+def check_interpolation(params: ResolvedParams, allowed: InterpolationLimits) -> None:
+    """Raises InvalidRequest when a clip cannot be interpolated as its parameters ask for."""
+    if params.output_format not in VIDEO_FORMATS:
+        raise InvalidRequest(
+            f"output_format {params.output_format!r} is none for a clip: use one of {', '.join(VIDEO_FORMATS)}",
+            param="output_format",
+        )
+    for name, side in (("width", params.width), ("height", params.height)):
+        if side % 2 or side < MIN_CLIP_SIDE_PX:
+            raise InvalidRequest(f"{name} is {side}: it must be even, and at least {MIN_CLIP_SIDE_PX}", param=name)
+    pixels = params.width * params.height
+    if pixels > allowed.max_pixels:
+        most = f"at most {allowed.max_pixels} can be interpolated"
+        raise InvalidRequest(f"size {params.width}x{params.height} has {pixels} pixels: {most}", param="width")
+    _between("fps", params.fps, *FPS)
+    _between("quality", params.quality, 1, 100)
+    _between("frame_interpolation_exp", params.frame_interpolation_exp, 1, allowed.max_exp)
+    _between("frame_interpolation_scale", params.frame_interpolation_scale, allowed.min_scale, allowed.max_scale)
+    frames, max_frames = interpolated_frames(params), allowed.max_frames
+    if params.output_format == "raw":
+        max_frames = min(max_frames, MAX_MEDIA_BYTES // (3 * pixels))
+    if frames > max_frames:
+        raise InvalidRequest(
+            f"frame_interpolation_exp {params.frame_interpolation_exp} makes {frames} frames of {params.num_frames}: "
+            f"at most {max_frames} of this size and format are allowed",
+            param="frame_interpolation_exp",
+        )
+
+
+def interpolated_frames(params: ResolvedParams) -> int:
+    """How many frames interpolation makes of a clip."""
+    return int((params.num_frames - 1) * 2**params.frame_interpolation_exp + 1)
+
+
 def check_total(inputs: Sequence[Media], param: str) -> None:
     """Raises InvalidRequest when the inputs of a request are too large together."""
     total = sum(len(item.data) for item in inputs)
@@ -255,7 +313,12 @@ def _check_frames(params: ResolvedParams, limits: Limits) -> None:
             param="num_frames",
         )
     if limits.output == "video":
-        _between("fps", params.fps, 1.0, 120.0)
+        _between("fps", params.fps, *FPS)
+    elif params.enable_frame_interpolation:
+        raise InvalidRequest(
+            f"model {params.model!r} makes {limits.output}: enable_frame_interpolation needs one that makes video",
+            param="enable_frame_interpolation",
+        )
 
 
 def _check_inputs(params: ResolvedParams, limits: Limits) -> None:

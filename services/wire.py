@@ -11,7 +11,7 @@ from typing import Any
 
 from protos import types_pb2
 from services.errors import ErrorRecord, InvalidRequest, ServiceError
-from services.request import GenerationParams, Limits, Media, ResolvedParams
+from services.request import GenerationParams, InterpolationLimits, Limits, Media, ResolvedParams
 
 PROTOCOL_VERSION = 1
 OUTPUT_FORMATS: dict[str, types_pb2.OutputFormat] = {
@@ -38,6 +38,8 @@ _OPTIONAL = (
     "seed",
     "quality",
 )
+# The second and third have presence: absent, as an older gateway leaves them, means the default.
+_INTERPOLATION = ("enable_frame_interpolation", "frame_interpolation_exp", "frame_interpolation_scale")
 # An error travels in trailing metadata, of which a peer accepts 8 KiB.
 MAX_ERROR_CHARS = 2000
 
@@ -55,6 +57,8 @@ def params_to_proto(params: GenerationParams | ResolvedParams) -> types_pb2.Gene
         value = getattr(params, name)
         if value is not None:
             _set(proto, name, value)
+    for name in _INTERPOLATION if params.enable_frame_interpolation else ():
+        _set(proto, name, getattr(params, name))
     if params.output_format is not None:
         proto.output_format = format_to_proto(params.output_format)
     return proto
@@ -67,12 +71,14 @@ def params_from_proto(proto: types_pb2.GenerationParams) -> GenerationParams:
         InvalidRequest: an output format that this build does not know.
     """
     optional: dict[str, Any] = {name: getattr(proto, name) if proto.HasField(name) else None for name in _OPTIONAL}
+    optional |= {name: getattr(proto, name) for name in _INTERPOLATION[1:] if proto.HasField(name)}
     return GenerationParams(
         model=proto.model,
         prompt=proto.prompt,
         output_format=format_from_proto(proto.output_format),
         preview_every=proto.preview_every,
         inputs=tuple(media_from_proto(media) for media in proto.inputs),
+        enable_frame_interpolation=proto.enable_frame_interpolation,
         **optional,
     )
 
@@ -103,6 +109,16 @@ def limits_from_proto(proto: types_pb2.Limits) -> Limits:
     """The message as a model's limits."""
     limits = Limits(**{spec.name: getattr(proto, spec.name) for spec in fields(Limits)})
     return replace(limits, min_steps=max(1, limits.min_steps))
+
+
+def interpolation_limits_to_proto(limits: InterpolationLimits) -> types_pb2.InterpolationLimits:
+    """What interpolation accepts, as a message."""
+    return types_pb2.InterpolationLimits(**asdict(limits))
+
+
+def interpolation_limits_from_proto(proto: types_pb2.InterpolationLimits) -> InterpolationLimits:
+    """The message as what interpolation accepts."""
+    return InterpolationLimits(**{spec.name: getattr(proto, spec.name) for spec in fields(InterpolationLimits)})
 
 
 def media_to_proto(media: Media) -> types_pb2.Media:

@@ -20,7 +20,7 @@ from PIL import Image
 
 from lightloom.client import Client
 from lightloom.cluster_config import write_toml
-from services.errors import InvalidRequest
+from services.errors import InvalidRequest, NotEnabled
 from services.families import load_family
 from tests.cluster.running import RunningCluster
 
@@ -153,6 +153,14 @@ def test_what_is_not_allowed_is_refused_with_what_is(rest, client, wish, param, 
     assert says in error["message"]
     with pytest.raises(InvalidRequest, match=says):
         client.generate(PROMPT, **{**SMALL, **wish})
+
+
+def test_more_frames_need_an_interpolation_service(rest, client):
+    answer = rest.post("/v1/requests", json={"prompt": PROMPT, "enable_frame_interpolation": True, **SMALL})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"], error["param"]) == (501, "not_enabled", "enable_frame_interpolation")
+    with pytest.raises(NotEnabled, match="no interpolation service"):
+        client.generate(PROMPT, enable_frame_interpolation=True, **SMALL)
 
 
 # ---- OpenAI's videos API ----------------------------------------------------------------------------------------

@@ -65,7 +65,7 @@ class Gateway:
         self.replicas = Replicas(StagesSection(), lambda: None)
         for one in replicas:
             self.replicas.known[one.stage, one.address] = one
-            self.replicas._last |= {(one.stage, model): one.facts for model in one.facts.models}
+            self.replicas._last |= {(one.stage, model): one.facts for model in one.facts.models or ("",)}
         self.runs = Runs(self.state)
         parts = cast(Any, self.runs), cast(Any, Writes())
         self.dispatcher = Dispatcher(self.state, self.replicas, *parts, GatewaySection())
@@ -141,6 +141,26 @@ async def test_a_claim_whose_answer_never_came_gives_its_slot_back_at_once(gatew
     await gateway.dispatcher._claim_all()
     assert [claim.request_id for claim in gateway.runs.claims] == ([] if withdrawn else ["r"])
     await gateway.dispatcher.stop()
+
+
+@pytest.mark.parametrize("known", [False, True])
+async def test_clips_to_interpolate_wait_for_an_interpolator_and_others_pass(url, known) -> None:
+    stages = [replica(stage, stage, "m") for stage in ("text_encoder", "dit", "vae")]
+    interpolator = replica("interpolation", "i")
+    gateway = Gateway(url, *stages, *[interpolator] if known else [])
+    await gateway.state._scripts.redis.flushall()
+    interpolator.others = 8
+    for request_id in ("smooth", "plain"):
+        feed = feed_key("m", with_inputs=False, interpolated=request_id == "smooth")
+        await gateway.dispatcher.submit(request_id, queue_key("vae", "vae"), Ticket(feed=feed), FIELDS)
+    await gateway.dispatcher._claim_all()
+    assert [claim.request_id for claim in gateway.runs.claims] == ["plain"]
+    gateway.replicas.known["interpolation", interpolator.address] = interpolator
+    interpolator.others = 0
+    await gateway.dispatcher._claim_all()
+    assert [claim.request_id for claim in gateway.runs.claims] == ["plain", "smooth"]
+    await gateway.dispatcher.stop()
+    await gateway.state.close()
 
 
 async def test_a_submit_that_is_cancelled_leaves_no_claim_without_an_owner(gateway) -> None:

@@ -42,8 +42,8 @@ class Decoded:
     async def media(self) -> bytes:
         return self._data
 
-    async def ended(self) -> types_pb2.StageUsage:
-        return types_pb2.StageUsage()
+    async def ended(self) -> dict[str, types_pb2.StageUsage]:
+        return {"vae": types_pb2.StageUsage()}
 
     async def close(self) -> None:
         """Nothing to end."""

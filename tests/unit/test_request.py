@@ -7,8 +7,9 @@ from dataclasses import replace
 
 import pytest
 
+from services import request
 from services.errors import InvalidRequest
-from services.request import GenerationParams, Limits, Media, check, resolve
+from services.request import GenerationParams, InterpolationLimits, Limits, Media, check, check_interpolation, resolve
 from services.wire import params_from_proto, params_to_proto
 
 LIMITS = Limits(max_side_px=1024, max_pixels=512 * 512, default_width=256, default_height=256, default_steps=20)
@@ -55,6 +56,7 @@ def test_given_values_stay() -> None:
         ({"output_format": "mp4"}, "output_format", "png, jpeg, webp"),
         ({"inputs": (Media("image/png", b""),)}, "inputs", "model 'demo' takes no input pictures"),
         ({"preview_every": -1}, "preview_every", "between 0 and 200"),
+        ({"enable_frame_interpolation": True, "output_format": "webp"}, "enable_frame_interpolation", "makes image"),
     ],
 )
 def test_refusals(changes: dict[str, object], param: str, allowed: str) -> None:
@@ -67,6 +69,29 @@ def test_refusals(changes: dict[str, object], param: str, allowed: str) -> None:
 def test_a_schedule_may_need_more_steps_than_one() -> None:
     with pytest.raises(InvalidRequest, match="steps is 1: it must be between 2 and 200"):
         resolve(make(steps=1), replace(LIMITS, min_steps=2), seed=0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "param", "allowed"),
+    [
+        ({"frame_interpolation_exp": 0}, "frame_interpolation_exp", "between 1 and 4"),
+        ({"frame_interpolation_exp": 2**32 - 1}, "frame_interpolation_exp", "between 1 and 4"),
+        ({"frame_interpolation_scale": math.inf}, "frame_interpolation_scale", "between 0.25 and 4.0"),
+        ({"num_frames": 81, "frame_interpolation_exp": 4}, "frame_interpolation_exp", "makes 1281 frames of 81"),
+        ({"width": 512, "height": 512}, "width", "at most 70000"),
+        # 257 frames fit, and as raw pixels they are more than a gateway takes.
+        ({"frame_interpolation_exp": 4, "output_format": "raw"}, "frame_interpolation_exp", "of this size and format"),
+    ],
+)
+def test_what_interpolation_does_not_accept(
+    monkeypatch: pytest.MonkeyPatch, changes: dict[str, object], param: str, allowed: str
+) -> None:
+    monkeypatch.setattr(request, "MAX_MEDIA_BYTES", 256 * 256 * 3 * 100)
+    limits = InterpolationLimits(max_frames=1000, max_pixels=70_000)
+    check_interpolation(resolve(make(frame_interpolation_exp=3), VIDEO, seed=0), limits)
+    with pytest.raises(InvalidRequest, match=allowed) as caught:
+        check_interpolation(resolve(make(**changes), VIDEO, seed=0), limits)
+    assert caught.value.param == param
 
 
 def test_frames_follow_the_rule_of_the_model() -> None:

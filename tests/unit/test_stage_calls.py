@@ -7,11 +7,13 @@ from typing import Any, cast
 import pytest
 
 from gateway import stage_calls
+from gateway.decode import Decode
 from gateway.records import Claim
-from gateway.stage_calls import Decode, Latents
+from gateway.stage_calls import Latents
 from gateway.work import Work
 from protos import types_pb2, vae_pb2
 from services.errors import CorruptTensor
+from services.request import MAX_MEDIA_BYTES
 from services.tensor_wire import frame_of, message_of
 
 CHUNK = message_of(types_pb2.TensorFrame(chunk=types_pb2.TensorChunk(data=b"abc")).SerializeToString())
@@ -71,7 +73,7 @@ def chunk(data: bytes) -> vae_pb2.DecodeResponse:
 @pytest.mark.parametrize(
     "answers",
     [
-        (header(stage_calls.MAX_MEDIA_BYTES + 1),),
+        (header(MAX_MEDIA_BYTES + 1),),
         (header(3), header(4)),
         (header(3), chunk(b"ab"), chunk(b"cd")),
         (chunk(b"ab"), header(2)),

@@ -59,14 +59,25 @@ def test_any_request_survives(asked: GenerationParams) -> None:
     assert params_from_proto(proto) == asked
 
 
+INTERPOLATION = ("enable_frame_interpolation", "frame_interpolation_exp", "frame_interpolation_scale")
+
+
 def test_complete_parameters_survive() -> None:
     with_picture = replace(COMPLETE, inputs=(Media("image/png", b"123"),))
     for resolved in (COMPLETE, with_picture):
         assert resolved_from_proto(params_to_proto(resolved)) == resolved
 
 
+def test_interpolation_of_an_older_peer_is_off() -> None:
+    proto = params_to_proto(replace(COMPLETE, enable_frame_interpolation=True, frame_interpolation_exp=3))
+    assert resolved_from_proto(proto).frame_interpolation_exp == 3
+    for name in INTERPOLATION:
+        proto.ClearField(name)
+    assert resolved_from_proto(proto) == COMPLETE
+
+
 @pytest.mark.parametrize(
-    "name", [f.name for f in fields(COMPLETE) if f.name not in ("prompt", "preview_every", "inputs")]
+    "name", [f.name for f in fields(COMPLETE) if f.name not in ("prompt", "preview_every", "inputs", *INTERPOLATION)]
 )
 def test_incomplete_parameters_are_refused_by_name(name: str) -> None:
     proto = params_to_proto(COMPLETE)

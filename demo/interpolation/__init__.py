@@ -1,0 +1,1 @@
+"""How the checkpoint of the frame interpolator is trained and judged."""

@@ -1,0 +1,187 @@
+"""The interpolator's rank: frames in, encoded media with more frames out."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from dataclasses import replace
+
+import torch
+
+from interpolation_svc.engine import (
+    InterpolationChunk,
+    InterpolationJob,
+    InterpolationResult,
+    open_engine,
+    weights_of,
+)
+from protos import interpolation_pb2, types_pb2, vae_pb2
+from services.config import StageConfig, parse
+from services.describe import placement
+from services.errors import CorruptTensor, InvalidRequest
+from services.media import ClipWriter
+from services.rank_process import Call, run
+from services.request import InterpolationLimits, ResolvedParams, check_interpolation, interpolated_frames
+from services.telemetry import internal_error, make_span
+from services.tensor_wire import frame_of
+from services.tensors import BundleReader
+from services.wire import interpolation_limits_to_proto, resolved_from_proto
+
+CHUNK_BYTES = 1024 * 1024
+MAX_BUNDLE_BYTES = 512 * 1024 * 1024
+# Frames that may wait here; then who sends more waits.
+MAX_WAITING_BYTES = 128 * 1024 * 1024
+
+
+class Opened:
+    """A call whose frames come, are interpolated and encoded, all at once."""
+
+    def __init__(self, call: Call) -> None:
+        self.call = call
+        self.reader = BundleReader(MAX_BUNDLE_BYTES)
+        self.started_ns = 0
+        self.params: ResolvedParams | None = None
+        self.fps = 0.0
+        self.num_frames = 0
+        self.writer: ClipWriter | None = None
+
+
+class InterpolationProgram:
+    """RankProgram of the service."""
+
+    def __init__(self, config: StageConfig) -> None:
+        self._config = config
+        self._limits = parse(InterpolationLimits, config.limits, "limits.")
+        self._engine = open_engine(config)
+        self._open: dict[str, Opened] = {}
+
+    def describe(self) -> types_pb2.DescribeResponse:
+        """This replica; it names no model, as it takes the clips of any."""
+        device, dtype = placement(self._config.model)
+        digest = hashlib.sha256(weights_of(self._config).read_bytes()).hexdigest()
+        return types_pb2.DescribeResponse(
+            stage=types_pb2.STAGE_INTERPOLATION,
+            component_id=f"interpolation-{digest[:12]}",
+            family="rife",
+            device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+            dtype=str(dtype).removeprefix("torch."),
+            interpolation_limits=interpolation_limits_to_proto(self._limits),
+        )
+
+    def opened(self, call: Call) -> None:
+        """A clip begins."""
+        self._open[str(call.id)] = Opened(call)
+
+    def message(self, call: Call, data: bytes) -> None:
+        """Parameters, or a frame of a bundle of frames."""
+        if call.cancelled:
+            return
+        opened = self._open[str(call.id)]
+        frame = frame_of(data)
+        if frame is None:
+            self._start(opened, interpolation_pb2.InterpolateRequest.FromString(data).start)
+        elif opened.params is None:
+            raise CorruptTensor("frames came before the parameters")
+        elif (bundle := opened.reader.feed(frame)) is not None:
+            if len(bundle.tensors) != 1:
+                raise CorruptTensor(f"a bundle has {len(bundle.tensors)} tensors: it must have one, the frames")
+            opened.started_ns = opened.started_ns or time.time_ns()
+            self._engine.add(str(call.id), *bundle.tensors.values())
+            while self._engine.waiting_bytes > MAX_WAITING_BYTES:
+                self.tick()
+
+    def _start(self, opened: Opened, start: interpolation_pb2.InterpolateStart) -> None:
+        if opened.params is not None:
+            raise InvalidRequest("the call has two starts")
+        wanted = replace(
+            resolved_from_proto(start.params),
+            num_frames=start.num_frames,
+            frame_interpolation_exp=start.exponent,
+            frame_interpolation_scale=start.scale,
+        )
+        if wanted.num_frames < 1:
+            raise InvalidRequest("num_frames is 0: a clip has one frame at least", param="num_frames")
+        check_interpolation(wanted, self._limits)
+        key = str(opened.call.id)
+        opened.params = wanted
+        opened.fps = wanted.fps * 2**start.exponent
+        self._engine.submit(
+            InterpolationJob(key, wanted.width, wanted.height, start.num_frames, start.exponent, start.scale)
+        )
+        opened.writer = ClipWriter(wanted.output_format, wanted.quality, opened.fps, interpolated_frames(wanted))
+
+    def half_closed(self, call: Call) -> None:
+        """All frames must have come by now."""
+        if not self._engine.whole(str(call.id)):
+            raise CorruptTensor("the stream ended before all frames had come")
+        if self._open[str(call.id)].params is None:
+            raise InvalidRequest("the call ended before its start")
+
+    def cancelled(self, call: Call) -> None:
+        """Forgets the clip."""
+        self._engine.abort(str(call.id))
+        self._forget(str(call.id))
+
+    def tick(self) -> bool:
+        """One batch of pictures."""
+        for event in self._engine.tick():
+            opened = self._open.get(event.job.request_id)
+            if opened is None:
+                continue
+            if opened.call.cancelled:
+                self.cancelled(opened.call)
+            elif isinstance(event, InterpolationResult):
+                self._answer(opened, event)
+                self._forget(event.job.request_id)
+            else:
+                self._encode(opened, event)
+        return self._engine.busy
+
+    def _encode(self, opened: Opened, chunk: InterpolationChunk) -> None:
+        assert opened.writer is not None
+        opened.writer.add(chunk.frames.numpy())
+        opened.num_frames += len(chunk.frames)
+
+    def _forget(self, key: str) -> None:
+        opened = self._open.pop(key, None)
+        if opened is not None and opened.writer is not None:
+            opened.writer.close()
+
+    def _answer(self, opened: Opened, result: InterpolationResult) -> None:
+        call, job = opened.call, result.job
+        if result.error is not None:
+            call.fail(result.error)
+            return
+        assert opened.writer is not None
+        try:
+            mime, data = opened.writer.finish()
+        except Exception as error:  # noqa: BLE001 - one call fails, the others go on
+            call.fail(internal_error(error, call.request_id))
+            return
+        header = types_pb2.MediaHeader(
+            mime=mime,
+            width=job.width,
+            height=job.height,
+            num_frames=opened.num_frames,
+            fps=opened.fps,
+            nbytes=len(data),
+        )
+        call.send(vae_pb2.DecodeResponse(media=header).SerializeToString())
+        for offset in range(0, len(data), CHUNK_BYTES):
+            chunk = types_pb2.MediaChunk(data=data[offset : offset + CHUNK_BYTES])
+            call.send(vae_pb2.DecodeResponse(chunk=chunk).SerializeToString())
+        span = make_span("interpolate", self._config.service.name, opened.started_ns, time.time_ns())
+        usage = types_pb2.StageUsage(busy_s=result.busy_s, spans=[span])
+        call.send(vae_pb2.DecodeResponse(usage=usage).SerializeToString())
+        call.finish()
+
+    def metrics(self) -> dict[str, float]:
+        """The engine's."""
+        return self._engine.metrics()
+
+    def drain(self) -> None:
+        """What runs is short: it is finished."""
+
+
+if __name__ == "__main__":
+    run(InterpolationProgram)

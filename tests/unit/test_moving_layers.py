@@ -1,0 +1,60 @@
+"""The clips that the frame interpolator is trained on: what is drawn moves as the flow says it does."""
+
+import torch
+
+from demo.interpolation.evaluate import mean_psnr
+from demo.interpolation.layers import LAYERS, Painter, sample_clips
+from demo.interpolation.photographs import TILE_PX
+from demo.interpolation.train import SPEC, loss_of
+from interpolation_svc.ifnet import IFNet, IFNetSpec, warp
+
+SIDE_PX = 96
+
+
+def painter() -> Painter:
+    smooth = torch.rand(3, 3, 24, 24, generator=torch.Generator().manual_seed(0))
+    return Painter(torch.nn.functional.interpolate(smooth, (TILE_PX, TILE_PX), mode="bicubic").clamp(0, 1))
+
+
+def test_pictures_warped_by_the_true_flow_are_the_wanted_one_but_for_what_is_hidden() -> None:
+    artist, count = painter(), 12
+    clips = sample_clips(count, SIDE_PX, 3, torch.Generator().manual_seed(0), plain_share=0)
+    first, second = (artist.draw(clips, torch.full((count,), end))[0] for end in (0.0, 1.0))
+    target, flow = artist.draw(clips, torch.full((count,), 0.3))
+    errors = [(warp(x, part) - target).abs().amax(1) for x, part in ((first, flow[:, :2]), (second, flow[:, 2:]))]
+    blend = (torch.lerp(first, second, 0.3) - target).abs().amax(1)
+    # What neither picture shows is rare; at edges, which are mixed colours, the flow of one layer cannot be right.
+    assert torch.minimum(*errors).gt(0.03).float().mean() < 0.05
+    assert blend.gt(0.03).float().mean() > 0.15
+
+
+def test_clips_move_by_what_was_promised_and_half_of_the_depths_are_used() -> None:
+    clips = sample_clips(64, SIDE_PX, 3, torch.Generator().manual_seed(0))
+    travel = clips.motion.travel.norm(dim=-1)
+    assert 20 < travel.max() <= 24
+    shown = clips.look.offset.view(-1, LAYERS).le(0).sum(1)
+    assert set(shown.tolist()) == set(range(1, LAYERS + 1))
+
+
+def test_a_scene_of_the_demo_has_plain_colours_only() -> None:
+    clips = sample_clips(4, SIDE_PX, 3, torch.Generator().manual_seed(0), plain_share=1)
+    picture, _ = painter().draw(clips, torch.full((4,), 0.5))
+    for one in picture:
+        colours, sizes = one.flatten(1).unique(dim=1, return_counts=True)
+        assert sizes.topk(min(LAYERS, len(sizes))).values.sum() > 0.9 * SIDE_PX**2, "more than flat shapes"
+
+
+def test_training_reaches_every_weight_and_the_checkpoint_stays_small() -> None:
+    artist, generator = painter(), torch.Generator().manual_seed(0)
+    net = IFNet(IFNetSpec((16, 12, 8, 8), encodes=True))
+    loss, _, _ = loss_of(net, artist, sample_clips(2, SIDE_PX, 3, generator), generator)
+    loss.backward()
+    assert all(p.grad is not None and p.grad.any() for p in net.parameters())
+    assert 2 * sum(p.numel() for p in IFNet(SPEC).parameters()) < 5e6
+
+
+def test_blending_is_judged_alike_at_every_call() -> None:
+    net = IFNet(IFNetSpec((16, 12, 8, 8), encodes=True))
+    first, again = (mean_psnr(net, painter(), count=8, side_px=SIDE_PX, wanted=0.5, plain_share=0.5) for _ in range(2))
+    assert first == again
+    assert 10 < first[1] < 60
