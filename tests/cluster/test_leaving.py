@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import httpx
 import pytest
 
 from lightloom.redis_server import RedisServer, start_redis
@@ -94,3 +96,18 @@ def test_who_leaves_while_redis_is_away_aborts_all_the_same(cluster: Cluster) ->
         time.sleep(3.0)
         cluster.start_redis()
         assert ended(running, request_id) == "cancelled"
+
+
+def test_a_waiting_images_call_hears_that_its_gateway_stops(cluster: Cluster) -> None:
+    with concurrent.futures.ThreadPoolExecutor() as pool, cluster.gateway("gateway") as leaves:
+        body = {"prompt": "waits", "size": "64x64", "steps": STEPS}
+        # Connections of their own: the gateway's client is closed when it is stopped.
+        calls = [
+            pool.submit(httpx.post, f"{leaves.rest.base_url}/v1/images/generations", json=body, timeout=30)
+            for _ in range(2)
+        ]
+        wait_for(lambda: len(leaves.rest.get("/v1/requests").json()["data"]) == len(calls))
+    answers = [call.result() for call in calls]
+    assert [answer.status_code for answer in answers] == [503] * len(calls)
+    assert {answer.json()["error"]["code"] for answer in answers} == {"not_ready"}
+    assert all(answer.headers["retry-after"] == "1" for answer in answers)
