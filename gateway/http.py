@@ -25,7 +25,7 @@ from gateway.http_requests import add_requests
 from gateway.http_schema import ImageRequest
 from gateway.http_sse import EVENTS, REQUEST_ID, event_stream, typed_event
 from gateway.http_videos import add_videos
-from gateway.http_wait import leave_all, failure, wait_all
+from gateway.http_wait import failure, leave_all, wait_all
 from protos import gateway_pb2
 from services.errors import ServiceError
 from services.request import GenerationParams, Media, with_seed

@@ -37,7 +37,7 @@ async def wait_all(requests: CallerRequests, ids: list[str], request: Request) -
 
 
 async def leave_all(requests: CallerRequests, ids: list[str]) -> None:
-    """Aborts them; what cannot be aborted is left."""
+    """Aborts them for a caller that has gone, as soon as Redis answers."""
     await asyncio.gather(*(requests.leave(request_id) for request_id in ids), return_exceptions=True)
 
 
