@@ -122,6 +122,10 @@ class CallerRequests:
         # Redis compares the tenants itself: an abort has no time for a second question.
         return await self._service.abort(request_id, "" if self._sees_all else self._key.tenant)
 
+    async def leave(self, request_id: str) -> None:
+        """As RequestService.leave, of what this call has submitted."""
+        await self._service.leave(request_id)
+
     def events(self, request_id: str, last_event_id: str = "") -> AsyncIterator[gateway_pb2.GenerateResponse]:
         """As RequestService.events."""
         return self._events(request_id, self._service.events(request_id, last_event_id))

@@ -22,6 +22,8 @@ from services.wire import error_to_proto
 log = logging.getLogger(__name__)
 
 IDLE_S = 0.5
+# Twice that after a lease has passed, at the latest, its request is given back.
+REAP_S = 0.5
 # What a stopping gateway gives its stages for a last step or a short decode.
 HAND_BACK_S = 5.0
 CLAIMED_STAGES = ("vae", "dit")
@@ -169,7 +171,7 @@ class Dispatcher:
         lost = error_to_proto(DeviceLost("the gateway that ran the request went silent")).SerializeToString()
         before: set[str] = set()
         while True:
-            await asyncio.sleep(min(1.0, self._config.lease_s / 4))
+            await asyncio.sleep(min(REAP_S, self._config.lease_s / 4))
             with contextlib.suppress(ServiceError):
                 now = set(await self._state.expired())
                 # Seen twice: when Redis comes back after an outage, owners have the time between to renew their leases.

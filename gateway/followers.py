@@ -87,20 +87,21 @@ class Followers:
                 self._by_request.pop(request_id, None)
 
     async def follow(
-        self, request_id: str, after: str, read: Callable[[str, str], Awaitable[Sequence[StoredEvent]]]
+        self, request_id: str, after: str, read: Callable[[str, str], Awaitable[tuple[Sequence[StoredEvent], bool]]]
     ) -> AsyncIterator[StoredEvent]:
-        """Events later than `after`, until a terminal status. Once begun, it waits for Redis.
+        """Events later than `after`, until a terminal status; none when that was it. Once begun, it waits for Redis.
 
         Args:
-            read: the next READ_EVENTS events of a request after one; raises StateStoreDown while it cannot.
+            read: the next READ_EVENTS events of a request after one, and whether they are the last that there will be;
+                raises StateStoreDown while it cannot.
         """
-        begun = False
+        begun = ended = False
         with self.joined(request_id, after) as follower:
             while True:
                 if follower.behind:
                     follower.behind = False
                     try:
-                        events = await read(request_id, follower.seen)
+                        events, ended = await read(request_id, follower.seen)
                         follower.give(events)
                         follower.behind = follower.behind or len(events) == READ_EVENTS
                     except StateStoreDown:
@@ -116,6 +117,8 @@ class Followers:
                     yield event
                     if event.kind == "status" and event.state in TERMINAL:
                         return
+                if ended:
+                    return
                 if not follower.behind:
                     await follower.wait(WATCH_TIMEOUT_S)
 

@@ -11,6 +11,7 @@ import uvicorn
 from gateway.access import Door
 from gateway.backlog import Backlog
 from gateway.config import GatewayConfig
+from gateway.grpc_access import KeyCheck
 from gateway.grpc_messages import MessageCredits
 from gateway.http import create_app
 from gateway.servicer import GatewayServicer
@@ -32,10 +33,13 @@ class Fronts:
     def __init__(self, door: Door, backlog: Backlog, config: GatewayConfig) -> None:
         section = config.gateway
         certificates = ServerCertificates(config.tls) if config.tls.on else None
+        service = gateway_pb2.DESCRIPTOR.services_by_name["Gateway"].full_name
         # As for REST bodies.
-        self._grpc = create_server([MessageCredits(section.max_held_bytes // 4)])
-        gateway_pb2_grpc.add_GatewayServicer_to_server(GatewayServicer(door), self._grpc)
-        self._health = Health(self._grpc, [gateway_pb2.DESCRIPTOR.services_by_name["Gateway"].full_name])
+        credits = MessageCredits(section.max_held_bytes // 4)
+        self._grpc = create_server([KeyCheck(door, service), credits])
+        self._servicer = GatewayServicer(door)
+        gateway_pb2_grpc.add_GatewayServicer_to_server(self._servicer, self._grpc)
+        self._health = Health(self._grpc, [service])
         bind(self._grpc, section.host, section.grpc_port, certificates)
         self._probes = create_server()
         if section.health_port:
@@ -72,7 +76,8 @@ class Fronts:
         self._rest.should_exit = True
 
     async def stop(self) -> None:
-        """Ends the gRPC calls that are still there."""
+        """Ends the gRPC calls that are still there. Requests that they follow go on at another gateway."""
+        self._servicer.leaving = True
         await self._grpc.stop(GRACE_S)
         await self._probes.stop(None)
 

@@ -25,7 +25,7 @@ from gateway.http_requests import add_requests
 from gateway.http_schema import ImageRequest
 from gateway.http_sse import EVENTS, REQUEST_ID, event_stream, typed_event
 from gateway.http_videos import add_videos
-from gateway.http_wait import abort_all, failure, wait_all
+from gateway.http_wait import failure, leave_all, wait_all
 from protos import gateway_pb2
 from services.errors import ServiceError
 from services.request import GenerationParams, Media, with_seed
@@ -94,7 +94,7 @@ async def _make(
             return event_stream(_stream_image(requests, ids[0], kind, body.partial_images or 0), ids[0])
         statuses = await wait_all(requests, ids, request)
     except BaseException:
-        await asyncio.shield(abort_all(requests, ids))
+        await asyncio.shield(leave_all(requests, ids))
         raise
     # What the call itself says stands in Host, and, from a proxy on this machine, in X-Forwarded-Proto.
     base = public_url or str(request.base_url).rstrip("/")
@@ -146,7 +146,7 @@ async def _stream_image(
         yield typed_event("error", service_envelope(error))
     finally:
         if not ended:
-            await asyncio.shield(abort_all(requests, [request_id]))
+            await asyncio.shield(leave_all(requests, [request_id]))
 
 
 def _common(data: dict[str, Any], output_format: str, size: str) -> dict[str, Any]:

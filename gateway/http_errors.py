@@ -6,6 +6,7 @@ expected into a 500 that shows an id only. The handlers below turn the rest into
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 import uuid
@@ -19,7 +20,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway.request_log import RequestLog
-from services.errors import InvalidRequest, ServiceError, Unauthenticated
+from services.errors import InvalidRequest, NotReady, ServiceError, Unauthenticated
 
 _log = logging.getLogger(__name__)
 
@@ -174,6 +175,12 @@ class Border:
 
         try:
             await self._app(scope, counted, watched)
+        except asyncio.CancelledError:
+            # A server that stops ends the calls that are left: who waits is told so, as of every other error.
+            if not started:
+                stops = NotReady("the gateway stops: ask again", retry_after_s=1.0)
+                await error_response(stops)(scope, receive, watched)
+            raise
         except Exception:
             error_id = uuid.uuid4().hex
             _log.exception("internal error %s in %s %s", error_id, scope["method"], scope["path"])

@@ -13,7 +13,7 @@ from gateway.http_content import CONTENT_ANSWERS, content_response
 from gateway.http_form import Form, form_description, read_body
 from gateway.http_sse import REQUEST_ID
 from gateway.http_video_schema import VideoRequest, is_video, video_json
-from gateway.http_wait import abort_all, wait_all
+from gateway.http_wait import leave_all, wait_all
 from gateway.requests import MAX_LIST
 from protos import gateway_pb2
 from services.errors import InvalidRequest, UnknownRequest
@@ -39,7 +39,7 @@ def add_videos(app: FastAPI) -> None:
         try:
             await wait_all(requests, [request_id], request)
         except BaseException:
-            await asyncio.shield(abort_all(requests, [request_id]))
+            await asyncio.shield(leave_all(requests, [request_id]))
             raise
         answer = await content_response(await requests.content(request_id), request)
         answer.headers[REQUEST_ID] = request_id

@@ -27,7 +27,7 @@ async def wait_all(requests: CallerRequests, ids: list[str], request: Request) -
         await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
         if not waits.done():
             # Before the waits have ended: nothing may stand between a client that leaves and its abort.
-            await asyncio.shield(abort_all(requests, ids))
+            await asyncio.shield(leave_all(requests, ids))
             raise Cancelled("the client left")
         return await waits
     finally:
@@ -36,9 +36,9 @@ async def wait_all(requests: CallerRequests, ids: list[str], request: Request) -
         await asyncio.gather(gone, waits, return_exceptions=True)
 
 
-async def abort_all(requests: CallerRequests, ids: list[str]) -> None:
-    """Aborts them; what cannot be aborted is left."""
-    await asyncio.gather(*(requests.abort(request_id) for request_id in ids), return_exceptions=True)
+async def leave_all(requests: CallerRequests, ids: list[str]) -> None:
+    """Aborts them for a caller that has gone, as soon as Redis answers."""
+    await asyncio.gather(*(requests.leave(request_id) for request_id in ids), return_exceptions=True)
 
 
 def failure(status: gateway_pb2.RequestStatus) -> ServiceError:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import Any
 
 from gateway.config import RedisSection
-from gateway.records import TERMINAL
+from gateway.records import TERMINAL, request_key
 from gateway.request_log import Ending, RequestLog
 from gateway.state import Fields, State
 from gateway.ticket import Ticket
@@ -41,22 +40,14 @@ class RecordedState(State):
     async def _tell(self, request_id: str) -> None:
         # The client's answer is on its way through this event loop: it goes first.
         await asyncio.sleep(BEHIND_S)
-
-        async def ask() -> list[Any]:
-            key = f"{{ll}}:req:{request_id}"
-            async with self._scripts.redis.pipeline(transaction=False) as pipe:
-                # An abort of a request that has ended finds it ended, like a second gateway that lost the race.
-                pipe.hincrby(key, "told", 1)
-                pipe.hmget(key, list(Ending.FIELDS))
-                return list(await pipe.execute())
-
         try:
-            told, values = await self._scripts.call(ask)
+            # An abort of a request that has ended finds it ended, like a second gateway that lost the race.
+            values = await self._scripts.run("told", [request_key(request_id)], *Ending.FIELDS)
         except StateStoreDown:
             log.warning("the end of %s could not be counted: Redis is away", request_id)
             return
-        record = {name: value for name, value in zip(Ending.FIELDS, values, strict=True) if value is not None}
-        if told == 1 and "updated" in record:
+        record = {name: value for name, value in zip(Ending.FIELDS, values or (), strict=False) if value is not None}
+        if "updated" in record:
             self._requests.ended(Ending.of(request_id, record))
 
     async def close(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
 import secrets
@@ -25,7 +26,15 @@ from gateway.store import Store
 from gateway.ticket import Ticket, batch_key, feed_key
 from gateway.withdrawals import Withdrawals
 from protos import gateway_pb2, types_pb2
-from services.errors import InvalidRequest, KeyReused, Overloaded, UnknownModel, UnknownRequest, WrongState
+from services.errors import (
+    InvalidRequest,
+    KeyReused,
+    Overloaded,
+    StateStoreDown,
+    UnknownModel,
+    UnknownRequest,
+    WrongState,
+)
 from services.media import first_picture
 from services.request import MAX_SEED, GenerationParams, Limits, ResolvedParams, check_interpolation, resolve
 from services.telemetry import new_traceparent
@@ -86,6 +95,7 @@ class RequestService:
         self._weights = weights
         self._quotas = Quotas(state)
         self._withdrawals: Withdrawals[str] = Withdrawals(state.withdraw)
+        self._left: Withdrawals[str] = Withdrawals(self._abort_known)
 
     async def submit(
         self,
@@ -258,6 +268,17 @@ class RequestService:
         if state == "cancelled":
             self._dispatcher.forget(request_id)
         return state_number(state)
+
+    async def leave(self, request_id: str) -> None:
+        """Aborts for a caller that has gone; where Redis is away, as soon as it answers."""
+        try:
+            await self._abort_known(request_id)
+        except StateStoreDown:
+            self._left.add(request_id)
+
+    async def _abort_known(self, request_id: str) -> None:
+        with contextlib.suppress(UnknownRequest):
+            await self.abort(request_id)
 
     def events(self, request_id: str, last_event_id: str = "") -> AsyncIterator[gateway_pb2.GenerateResponse]:
         """Events after `last_event_id`, until the request has ended; a status comes with the whole record.

@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 NAMES = (
     *("submit", "claim", "sweep", "beat", "checkpoint", "commit", "requeue"),
-    *("abort", "expired", "follow", "charge", "echo", "backlog"),
+    *("abort", "expired", "follow", "charge", "echo", "backlog", "told"),
 )
 FOLDER = Path(__file__).parent / "lua"
 # How long a call waits for a Redis that is away: who asks is told soon.

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from gateway.access import CallerRequests, Door
+from gateway.grpc_access import value_of
 from protos import gateway_pb2, gateway_pb2_grpc, types_pb2
 from services.wire import params_from_proto
 
@@ -15,13 +16,17 @@ DONE = gateway_pb2.REQUEST_STATE_DONE
 
 
 class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
-    """Errors become statuses in the server's interceptor."""
+    """Errors become statuses in the server's interceptor.
+
+    Once the gateway is `leaving`, it ends the calls itself: who follows a request then has not left it.
+    """
 
     def __init__(self, door: Door) -> None:
         self._door = door
+        self.leaving = False
 
     def _requests(self, context: Any) -> CallerRequests:
-        return self._door.open(_metadata(context, "authorization"))
+        return self._door.open(value_of(context.invocation_metadata(), "authorization"))
 
     async def Generate(  # noqa: N802 - the method's name in the proto
         self, request: gateway_pb2.GenerateRequest, context: Any
@@ -33,7 +38,7 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
                 params_from_proto(request.params),
                 idempotency_key=request.idempotency_key,
                 priority=request.priority,
-                traceparent=_metadata(context, "traceparent"),
+                traceparent=value_of(context.invocation_metadata(), "traceparent"),
             )
         inline, detach, ended = request.inline_artifact, request.detach, False
         # Its pictures are in Redis by now.
@@ -43,8 +48,8 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
                 yield event
             ended = True
         finally:
-            if not ended and not detach:
-                await asyncio.shield(requests.abort(request_id))
+            if not (ended or detach or self.leaving):
+                await asyncio.shield(requests.leave(request_id))
 
     async def Watch(  # noqa: N802
         self, request: gateway_pb2.WatchRequest, context: Any
@@ -86,7 +91,3 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
     async def Trace(self, request: gateway_pb2.TraceRequest, context: Any) -> gateway_pb2.TraceResponse:  # noqa: N802
         """One request's timeline."""
         return gateway_pb2.TraceResponse(spans=await self._requests(context).trace(request.request_id))
-
-
-def _metadata(context: Any, name: str) -> str:
-    return next((value for key, value in context.invocation_metadata() or () if key == name), "")

@@ -321,7 +321,9 @@ class State:
         return True
 
     async def events(self, request_id: str, after: str) -> AsyncIterator[StoredEvent]:
-        """Events later than `after` ("0" for all), until a terminal status. Once begun, it waits for Redis.
+        """Events later than `after` ("0" for all), until a terminal status; none when that was it.
+
+        Once begun, it waits for Redis.
 
         Raises:
             UnknownRequest: there is no such request, or it has been forgotten.
@@ -330,11 +332,12 @@ class State:
         async for event in self._followers.follow(request_id, after, self._read_events):
             yield event
 
-    async def _read_events(self, request_id: str, after: str) -> list[StoredEvent]:
+    async def _read_events(self, request_id: str, after: str) -> tuple[list[StoredEvent], bool]:
         found = await self._scripts.run("follow", [request_key(request_id)], request_id, after, READ_EVENTS)
         if not found:
             raise UnknownRequest(f"there is no request {request_id!r}", param="request_id")
-        return stored_events(*found)
+        entries, flat, ended = found
+        return stored_events(entries, flat), bool(ended)
 
     async def listen(
         self,

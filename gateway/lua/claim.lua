@@ -44,7 +44,8 @@ local function choose(queue, running, feeds)
         return id, flow, passed, first
       end
       if tonumber(request[2] or 0) >= MOST_PASSED then return due, first, {}, first end
-      passed[#passed + 1] = id
+      -- What has been forgotten must not come back as a hash that counts this and never goes.
+      if request[1] then passed[#passed + 1] = id end
     end
   end
   return due, first, {}, first

@@ -1,4 +1,7 @@
--- KEYS: request. ARGV: id, an event id, count. Returns the events after that one, and the hash when one of them is a
--- status; nothing for an unknown request.
-if redis.call('EXISTS', KEYS[1]) == 0 then return false end
-return news(ARGV[1], ARGV[2], ARGV[3])
+-- KEYS: request. ARGV: id, an event id, count. Returns the events after that one, the hash when one of them is a status,
+-- and 1 when no more will come (0 otherwise); nothing for an unknown request.
+local state = redis.call('HGET', KEYS[1], 'state')
+if not state then return false end
+local entries, record = unpack(news(ARGV[1], ARGV[2], ARGV[3]))
+local goes_on = state == 'queued' or state == 'running' or state == 'cancelling' or #entries == tonumber(ARGV[3])
+return {entries, record, goes_on and 0 or 1}

@@ -7,10 +7,12 @@ import contextlib
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import grpc
 import httpx
 import openai
 import pytest
@@ -84,6 +86,18 @@ def _gateways(running_cluster, folder: Path, file: Path, pictures: PictureServer
 
 def problem(answer: httpx.Response) -> tuple[int, str]:
     return answer.status_code, answer.json()["error"]["code"]
+
+
+def test_a_grpc_call_without_a_key_is_refused_before_its_message_is_read(guarded) -> None:
+    with grpc.insecure_channel(f"127.0.0.1:{guarded.one.grpc_port}") as channel:
+        never = threading.Event()
+        for method in ("Generate", "List"):
+            # A call whose message does not come.
+            call = channel.stream_stream(f"/lightloom.v1.Gateway/{method}")(iter(never.wait, True), timeout=5)
+            with pytest.raises(grpc.RpcError) as refused:
+                next(call)
+            assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
+        never.set()
 
 
 def test_without_a_key_nothing_under_v1_answers_and_the_rest_stays_open(guarded) -> None:

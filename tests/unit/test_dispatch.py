@@ -178,3 +178,20 @@ async def test_a_submit_that_is_cancelled_leaves_no_claim_without_an_owner(gatew
     states = [(await gateway.state.get(f"r{turns}")).get("state") for turns in range(LOOP_TURNS)]
     assert states == [b"cancelled"] * LOOP_TURNS
     assert gateway.runs.claims, "no submit had come to a claim"
+
+
+async def test_what_a_gateway_left_is_taken_within_a_second_of_its_lease(gateway) -> None:
+    """Whatever the lease is: here that of the config, 10 s, which is waited for nowhere."""
+    taken = asyncio.Event()
+
+    async def take_away(request_id: str, _error: bytes) -> None:
+        assert request_id == "r"
+        taken.set()
+
+    cast(Any, gateway.runs).take_away = take_away
+    await gateway.state.submit("r", DIT, Ticket(), FIELDS)
+    await gateway.state.claim([DIT], 0.001)
+    reaping = asyncio.create_task(gateway.dispatcher.reap())
+    async with asyncio.timeout(1.3):
+        await taken.wait()
+    reaping.cancel()

@@ -246,8 +246,19 @@ async def test_an_abort_meets_only_the_tenants_own_requests(two) -> None:
     own, _ = two
     await own.submit("r", tenant="anna")
     assert await own.state.abort("r", "bert") is None
-    assert kinds(await own.state._read_events("r", "0")) == ["queued"]
+    events, ended = await own.state._read_events("r", "0")
+    assert kinds(events) == ["queued"] and not ended
     assert await own.state.abort("r", "anna") == "cancelled"
+
+
+async def test_who_comes_back_after_the_last_event_is_let_go(two) -> None:
+    own, other = two
+    await own.submit("r")
+    await own.state.abort("r")
+    async with asyncio.timeout(1.0):
+        seen = [event async for event in own.state.events("r", "0")]
+        assert kinds(seen) == ["queued", "cancelled"]
+        assert [event async for event in other.state.events("r", seen[-1].event_id)] == []
 
 
 async def test_an_abort_overtakes_a_crowd(two) -> None:

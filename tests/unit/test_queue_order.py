@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Sequence
 import pytest
 
 from gateway.config import RedisSection
-from gateway.records import Claim, queue_key
+from gateway.records import Claim, queue_key, request_key
 from gateway.state import State
 from gateway.ticket import Offer, Ticket
 from protos import types_pb2
@@ -202,3 +202,13 @@ async def test_what_has_waited_long_moves_up(queue: Queue) -> None:
     await queue.submit("higher", priority=-1)
     assert await queue.order() == ["old", "high", "higher", "normal", "low"]
     assert not await queue.state._scripts.redis.keys("{ll}:[qd]*")
+
+
+async def test_what_has_been_forgotten_does_not_come_back_when_it_is_passed_over(queue: Queue) -> None:
+    for request_id, batch in (("gone", "a"), ("like", "b")):
+        await queue.submit(request_id, batch=batch)
+    key = request_key("gone")
+    await queue.state._scripts.redis.delete(key)
+    claim = await queue.claim("b")
+    assert claim is not None and claim.request_id == "like"
+    assert not await queue.state._scripts.redis.exists(key)

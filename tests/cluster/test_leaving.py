@@ -1,0 +1,113 @@
+"""Who leaves whom: a gateway that stops has not been left by its callers, and a caller that leaves aborts, if later."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+import httpx
+import pytest
+
+from lightloom.redis_server import RedisServer, start_redis
+from protos import gateway_pb2, gateway_pb2_grpc, types_pb2
+from services.free_port import free_port
+from tests.cluster.gateway_process import GatewayProcess, gateway
+from tests.cluster.running import wait_for
+from tests.cluster.sleeping import sleeping_stages
+
+# 4 s of denoising, one after the other: the last of three is still there when a gateway has waited for its stages.
+STEPS = 200
+
+
+class Cluster:
+    """Stages, a Redis that can be killed, and a folder for gateways."""
+
+    def __init__(self, folder: Path, addresses: dict[str, str]) -> None:
+        self.folder = folder
+        self.addresses = addresses
+        self.port = free_port()
+        self.redis: RedisServer = self.start_redis()
+
+    def start_redis(self) -> RedisServer:
+        self.redis = start_redis(self.folder / "redis", port=self.port)
+        return self.redis
+
+    def kill_redis(self) -> None:
+        # It writes its log once a second, and nothing shall be lost.
+        time.sleep(1.2)
+        assert self.redis.process is not None
+        self.redis.process.kill()
+        self.redis.process.wait()
+
+    def gateway(self, name: str) -> Any:
+        return gateway(self.folder / name, self.redis.url, self.addresses)
+
+
+@pytest.fixture
+def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    monkeypatch.delenv("REDIS_URL", raising=False)
+    with sleeping_stages(tmp_path, {"text_encoder": 8, "dit": 8, "vae": 8}) as stages:
+        made = Cluster(tmp_path, {name: f"127.0.0.1:{service['port']}" for name, service in stages.items()})
+        yield made
+        made.redis.stop()
+
+
+@contextmanager
+def last_of_three(at: GatewayProcess) -> Iterator[tuple[Any, str]]:
+    """A running Generate call, whose request is denoised after two others; and the request's id."""
+    for _ in range(2):
+        at.rest.post("/v1/requests", json={"prompt": "first", "width": 64, "height": 64, "steps": STEPS})
+    with grpc.insecure_channel(f"127.0.0.1:{at.grpc_port}") as channel:
+        params = types_pb2.GenerationParams(prompt="last", width=64, height=64, steps=STEPS)
+        call = gateway_pb2_grpc.GatewayStub(channel).Generate(gateway_pb2.GenerateRequest(params=params))
+        request_id = next(call).request_id
+        wait_for(lambda: state(at, request_id) == "running")
+        yield call, request_id
+
+
+def state(at: GatewayProcess, request_id: str) -> str:
+    return str(at.rest.get(f"/v1/requests/{request_id}").json().get("state"))
+
+
+def ended(at: GatewayProcess, request_id: str) -> str:
+    """The state that a request has ended in."""
+    going = ("queued", "running", "cancelling", "None")
+    return wait_for(lambda: (found := state(at, request_id)) not in going and found, 60, 0.1)
+
+
+def test_a_gateway_that_stops_aborts_nothing_of_who_follows_by_grpc(cluster: Cluster) -> None:
+    with ExitStack() as stack:
+        stays = stack.enter_context(cluster.gateway("stays"))
+        with cluster.gateway("leaves") as leaves:
+            _, request_id = stack.enter_context(last_of_three(leaves))
+        assert ended(stays, request_id) == "done"
+
+
+def test_who_leaves_while_redis_is_away_aborts_all_the_same(cluster: Cluster) -> None:
+    with cluster.gateway("gateway") as running, last_of_three(running) as (call, request_id):
+        cluster.kill_redis()
+        call.cancel()
+        # Longer than a call to Redis waits for it.
+        time.sleep(3.0)
+        cluster.start_redis()
+        assert ended(running, request_id) == "cancelled"
+
+
+def test_a_waiting_images_call_hears_that_its_gateway_stops(cluster: Cluster) -> None:
+    with concurrent.futures.ThreadPoolExecutor() as pool, cluster.gateway("gateway") as leaves:
+        body = {"prompt": "waits", "size": "64x64", "steps": STEPS}
+        # Connections of their own: the gateway's client is closed when it is stopped.
+        calls = [
+            pool.submit(httpx.post, f"{leaves.rest.base_url}/v1/images/generations", json=body, timeout=30)
+            for _ in range(2)
+        ]
+        wait_for(lambda: len(leaves.rest.get("/v1/requests").json()["data"]) == len(calls))
+    answers = [call.result() for call in calls]
+    assert [answer.status_code for answer in answers] == [503] * len(calls)
+    assert {answer.json()["error"]["code"] for answer in answers} == {"not_ready"}
+    assert all(answer.headers["retry-after"] == "1" for answer in answers)
