@@ -70,6 +70,10 @@ async def bad_line_to_the_vae(run: Run, pictures: int, bytes_per_s: float, crowd
                     proxy.flip_after("up", run.random.randrange(2_000_000, 15_000_000))
                 await task
             proxy.slow(delay_s=0.05, bytes_per_s=CROWD_BYTES_PER_S)
+            # One of the three may have gone on at the other gateway.
+            for number in range(len(run.cluster.of("gateway"))):
+                await asyncio.gather(*run.start([LARGE], gateway=number))
+                pictures += 1
             await asyncio.gather(*run.start([LARGE] * crowd))
         proxy.slow()
         history = await run.finish()
