@@ -42,7 +42,7 @@ def open_engine(config: StageConfig, mesh: Mesh | None = None) -> tuple[DitEngin
     if config.engine.warmup:
         for guidance in WARMUP_GUIDANCES:
             # Pictures come as latents, among the conditions.
-            limits = replace(limits_of(config, source), min_inputs=0)
+            limits = limits_of(config, source).without_inputs()
             params = _warmup_params(config.model.name, limits, guidance)
             engine.warm_up(params, family.dit.example_conditions(model, params, WARMUP_TEXT_TOKENS))
         if model.device.type == "cuda":

@@ -98,6 +98,18 @@ def decode_image(media: Media) -> Frames:
         return np.asarray(upright.convert("RGB"))[None].copy()
 
 
+def decode_inputs(inputs: Sequence[Media]) -> dict[str, list[Frames]]:
+    """The pixels of all inputs by role, each [F, H, W, 3].
+
+    Raises:
+        InvalidRequest: as decode_image.
+    """
+    decoded: dict[str, list[Frames]] = {}
+    for media in inputs:
+        decoded.setdefault(media.role, []).append(decode_image(media))
+    return decoded
+
+
 def _turn(image: Image.Image) -> Image.Transpose | None:
     # `image.getexif` would decode a PNG's pixels to look for EXIF data behind them.
     exif = Image.Exif()

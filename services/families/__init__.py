@@ -32,6 +32,10 @@ PIPELINES = {
     "WanPipeline": ("wan", "t2v_one_expert"),
     "WanPipeline boundary_ratio": ("wan", "t2v"),
     "WanPipeline expand_timesteps": ("wan", "ti2v"),
+    "WanImageToVideoPipeline": ("wan", "i2v_one_expert"),
+    "WanImageToVideoPipeline boundary_ratio": ("wan", "i2v"),
+    "WanImageToVideoPipeline expand_timesteps": ("wan", "ti2v"),
+    "WanImageToVideoPipeline pos_embed_seq_len": ("wan", "flf2v"),
 }
 
 

@@ -112,7 +112,14 @@ def test_formats() -> None:
 
 def test_limits_survive() -> None:
     limits = Limits(
-        output="video", max_frames=81, frame_multiple=4, default_fps=16.0, min_inputs=1, max_inputs=2, min_steps=3
+        output="video",
+        max_frames=81,
+        frame_multiple=4,
+        default_fps=16.0,
+        min_inputs=1,
+        max_inputs=2,
+        min_steps=3,
+        needed_roles=("last_image",),
     )
     assert limits_from_proto(limits_to_proto(limits)) == limits
     # A replica that is older than the field.

@@ -13,7 +13,7 @@ from services.errors import InvalidRequest
 from services.families.qwen_image.latents import PATCH, unpack
 from services.families.qwen_image.pictures import scaled, to_tensor
 from services.families.qwen_image.recipes import recipe_of
-from services.family import Frames, Tensors, VaeModel, VaePart, VaePlan
+from services.family import Inputs, Tensors, VaeModel, VaePart, VaePlan
 from services.request import ResolvedParams
 from services.weights import ModelSource
 
@@ -40,7 +40,7 @@ def decode(vae: VaeModel, rows: Sequence[Tensors], params: ResolvedParams) -> It
     return (frames.transpose(1, 2) for frames in vae.codec.decode(latents / (1.0 / std) + mean))
 
 
-def encode(vae: VaeModel, pictures: Sequence[Frames], _params: ResolvedParams) -> Tensors:
+def encode(vae: VaeModel, inputs: Inputs, _params: ResolvedParams) -> Tensors:
     """Each picture, scaled to the model's area, as "image/N" [1, C, h, w].
 
     Raises:
@@ -49,7 +49,7 @@ def encode(vae: VaeModel, pictures: Sequence[Frames], _params: ResolvedParams) -
     if not vae.module.config.latent_area_px:
         raise InvalidRequest("this model takes no input pictures", param="inputs")
     encoded = {}
-    for index, picture in enumerate(pictures):
+    for index, picture in enumerate(inputs["image"]):
         pixels = to_tensor(scaled(picture, vae.module.config.latent_area_px))
         encoded[f"image/{index}"] = picture_latents(vae, pixels)
     return encoded

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan, WanAttentionBlock
+from PIL import Image
 
 from services.causal_stream import CausalCodec
 from services.errors import InvalidRequest
-from services.family import Frames, Tensors, VaeModel, VaePart, VaePlan
+from services.family import Frames, Inputs, Tensors, VaeModel, VaePart, VaePlan
 from services.request import ResolvedParams
 from services.weights import ModelSource
 
 
 def load(source: ModelSource, device: torch.device, dtype: torch.dtype) -> VaeModel:
     """The autoencoder; clips go through it chunk by chunk."""
-    vae = source.load(AutoencoderKLWan, "vae", device, dtype)
+    vae: Any = source.load(AutoencoderKLWan, "vae", device, dtype)
+    vae.register_to_config(timestep_per_token=bool(source.settings().get("expand_timesteps")))
     return VaeModel(vae, CausalCodec(vae))
 
 
@@ -42,21 +46,51 @@ def decode(vae: VaeModel, rows: Sequence[Tensors], params: ResolvedParams) -> It
     return (frames.transpose(1, 2) for frames in vae.codec.decode(latents / scale + mean))
 
 
-def encode(vae: VaeModel, pictures: Sequence[Frames], params: ResolvedParams) -> Tensors:
-    """The first picture as the normalised latents of a clip's first frame [1, C, 1, H', W'].
+def encode(vae: VaeModel, inputs: Inputs, params: ResolvedParams) -> Tensors:
+    """The clip as far as it is given: normalised latents in fp32.
+
+    Returns:
+        "first_frame" [1, C, 1, H', W'], where the model has a timestep for each token. Else "condition"
+        [1, 4 + C, F', H', W']: for each frame of a latent frame whether it is given, then the latents of the clip
+        with its first and, if it is given, its last picture, and grey between them.
 
     Raises:
-        InvalidRequest: the picture has not the clip's size.
+        InvalidRequest: the first picture is missing, or the clip is too short for two.
     """
-    picture = pictures[0][:1]
-    if picture.shape[1:3] != (params.height, params.width):
-        raise InvalidRequest(
-            f"the input picture has {picture.shape[2]}x{picture.shape[1]} pixels: it must have the clip's size, "
-            f"{params.width}x{params.height}",
-            param="inputs",
-        )
-    pixels = torch.from_numpy(picture.copy()).to(vae.module.device).permute(0, 3, 1, 2)
-    return {"image_latents": picture_latents(vae, pixels.to(torch.float32) / 127.5 - 1)[:, :, None]}
+    if "image" not in inputs:
+        raise InvalidRequest("the first picture of the clip is missing: an input of the role image", param="inputs")
+    first = frame_pixels(inputs["image"][0], params)
+    if vae.module.config.timestep_per_token:
+        return {"first_frame": _normalised(vae, vae.mode(first))}
+    if "last_image" in inputs and params.num_frames == 1:
+        raise InvalidRequest("num_frames is 1: a clip from a first to a last picture has more", param="num_frames")
+    clip = torch.zeros(1, 3, params.num_frames, params.height, params.width)
+    given = torch.zeros(params.num_frames)
+    clip[:, :, :1], given[0] = first, 1
+    if "last_image" in inputs:
+        clip[:, :, -1:], given[-1] = frame_pixels(inputs["last_image"][0], params), 1
+    latents = _normalised(vae, vae.mode(clip))
+    _, _, frames_each = latent_geometry(vae)
+    # A first latent frame has one frame, which stands for all of its places.
+    places = torch.cat([given[:1].expand(frames_each - 1), given]).view(-1, frames_each).T
+    mask = places[None, :, :, None, None].expand(-1, -1, -1, *latents.shape[3:])
+    return {"condition": torch.cat([mask.to(latents.device), latents], dim=1)}
+
+
+def frame_pixels(picture: Frames, params: ResolvedParams) -> torch.Tensor:
+    """A picture stretched to the clip's size, as the stock pipeline does: [1, 3, 1, H, W] in [-1, 1], fp32."""
+    size = (params.width, params.height)
+    image = Image.fromarray(picture[0]).resize(size, Image.Resampling.LANCZOS)
+    # Divided and shifted in this order, as the library's image processor does: the last bits depend on it.
+    pixels = torch.from_numpy(np.asarray(image).astype(np.float32) / 255.0)
+    return (2.0 * pixels.permute(2, 0, 1) - 1.0)[None, :, None]
+
+
+def _normalised(vae: VaeModel, latents: torch.Tensor) -> torch.Tensor:
+    latents = latents.to(torch.float32)
+    mean, scale = _statistics(vae, latents)
+    normalised: torch.Tensor = (latents - mean) * scale
+    return normalised
 
 
 def picture_latents(vae: VaeModel, pixels: torch.Tensor) -> torch.Tensor:
