@@ -29,6 +29,7 @@ PIPELINES = {
     "HiDreamImagePipeline FlowMatchLCMScheduler": ("hidream", "dev"),
     "QwenImagePipeline": ("qwen_image", "t2i"),
     "QwenImageEditPipeline": ("qwen_image", "edit"),
+    "QwenImageEditPlusPipeline": ("qwen_image", "edit_plus"),
     "WanPipeline": ("wan", "t2v_one_expert"),
     "WanPipeline boundary_ratio": ("wan", "t2v"),
     "WanPipeline expand_timesteps": ("wan", "ti2v"),

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 import torch
-from diffusers import QwenImageEditPipeline, QwenImagePipeline
-from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit
+from diffusers import QwenImageEditPipeline, QwenImageEditPlusPipeline, QwenImagePipeline
+from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
 from PIL import Image
 from transformers import PreTrainedTokenizerFast, Qwen2VLProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -47,6 +48,24 @@ def load_edit(folder: Path, dtype: torch.dtype) -> Stock:
     return lambda params: {"latents": edited(pipeline, folder, params)}
 
 
+def load_edit_plus(folder: Path, dtype: torch.dtype) -> Stock:
+    pipeline = edit_pipeline(folder, dtype, QwenImageEditPlusPipeline)
+    give_token_types(pipeline)
+    pipeline.vae._encode = CausalCodec(pipeline.vae).encode
+    settings = json.loads((folder / "model_index.json").read_text())
+    areas = {
+        "CONDITION_IMAGE_SIZE": settings["vision_area_px"],
+        "VAE_IMAGE_SIZE": settings["latent_area_px"],
+    }
+
+    def run(params: ResolvedParams) -> dict[str, torch.Tensor]:
+        images = [Image.fromarray(decode_image(media)[0]) for media in params.inputs]
+        with patch.multiple(pipeline_qwenimage_edit_plus, **areas):
+            return {"latents": call(pipeline, params, image=images)}
+
+    return run
+
+
 class PictureProcessor(Qwen2VLProcessor):
     """The library's processor without its video part, which needs torchvision."""
 
@@ -54,13 +73,13 @@ class PictureProcessor(Qwen2VLProcessor):
         super().__init__(image_processor, tokenizer)
 
 
-def edit_pipeline(folder: Path, dtype: torch.dtype) -> QwenImageEditPipeline:
+def edit_pipeline(folder: Path, dtype: torch.dtype, pipeline: Any = QwenImageEditPipeline) -> Any:
     """As the library makes it."""
     processor = PictureProcessor(
         Qwen2VLImageProcessorPil.from_pretrained(folder / "processor"),
         PreTrainedTokenizerFast.from_pretrained(folder / "processor"),
     )
-    return QwenImageEditPipeline.from_pretrained(folder, dtype=dtype, processor=processor)
+    return pipeline.from_pretrained(folder, dtype=dtype, processor=processor)
 
 
 def give_token_types(pipeline: QwenImageEditPipeline) -> None:
@@ -126,5 +145,27 @@ ROWS = (
             wish("dog", 3, 4, (64, 80), picture(180, 100, 3)),
         ),
         load_stock=load_edit,
+    ),
+    OracleRow(
+        family="qwen_image",
+        variant="edit_plus",
+        wishes=(
+            wish("make it red", 1, 5, (64, 80), picture(90, 50, 1), picture(40, 60, 2)),
+            wish("a photo of a large green square on a blue background", 2, 4, (96, 80), picture(64, 200, 2)),
+            wish("dog", 3, 4, (64, 112), picture(31, 29, 3), picture(90, 50, 1), picture(64, 200, 2)),
+        ),
+        together=(
+            wish("make it red", 1, 5, (64, 80), picture(90, 50, 1), picture(40, 60, 2)),
+            wish(
+                "a photo of a large green square on a blue background",
+                2,
+                4,
+                (64, 80),
+                picture(95, 51, 2),
+                picture(41, 61, 5),
+            ),
+            wish("dog", 3, 4, (64, 80), picture(180, 100, 3), picture(80, 120, 6)),
+        ),
+        load_stock=load_edit_plus,
     ),
 )

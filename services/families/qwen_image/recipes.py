@@ -35,22 +35,24 @@ class Recipe:
         return bool(self.latent_area_px)
 
 
+_EDIT = Recipe(
+    template="<|im_start|>system\nDescribe the key features of the input image (color, shape, size, texture, "
+    "objects, background), then explain how the user's text instruction should alter or modify the image. "
+    "Generate a new image that meets the user's requirements while maintaining consistency with the original "
+    "input where appropriate." + _USER,
+    template_tokens=64,
+    picture=_PICTURE,
+    vision_area_px=MEGAPIXEL,
+    latent_area_px=MEGAPIXEL,
+)
 RECIPES = {
     "t2i": Recipe(
         template="<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, "
         "spatial relationships of the objects and background:" + _USER,
         template_tokens=34,
     ),
-    "edit": Recipe(
-        template="<|im_start|>system\nDescribe the key features of the input image (color, shape, size, texture, "
-        "objects, background), then explain how the user's text instruction should alter or modify the image. "
-        "Generate a new image that meets the user's requirements while maintaining consistency with the original "
-        "input where appropriate." + _USER,
-        template_tokens=64,
-        picture=_PICTURE,
-        vision_area_px=MEGAPIXEL,
-        latent_area_px=MEGAPIXEL,
-    ),
+    "edit": _EDIT,
+    "edit_plus": replace(_EDIT, picture="Picture {}: " + _PICTURE, vision_area_px=384 * 384),
 }
 
 

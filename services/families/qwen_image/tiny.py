@@ -16,14 +16,14 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLForCond
 from services.families.qwen_image.presets import PROCESSOR, SCHEDULER, VARIANTS
 
 TEXT_WIDTH = 48
-# Of input pictures, for both encoders; a megapixel would take a minute.
-AREA_PX = 64 * 64
+# Of input pictures, for the text encoder and the VAE; a megapixel would take a minute.
+AREA_PX = {"edit": (64 * 64, 64 * 64), "edit_plus": (64 * 64, 96 * 64)}
 WORDS = (
     "system user assistant Describe the image by detailing color , shape size texture quantity text spatial "
     "relationships of objects and background : a an red blue green circle square star on in with left right small "
     "large cat dog photo painting "
     "key features input image ( ), objects then explain how user 's instruction should alter or modify . Generate new "
-    "that meets requirements while maintaining consistency original where appropriate make it"
+    "that meets requirements while maintaining consistency original where appropriate make it Picture 1 2 3"
 )
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
 
@@ -66,11 +66,12 @@ def tiny(folder: Path, variant: str, seed: int) -> None:
         "transformer": ["diffusers", "QwenImageTransformer2DModel"],
         "vae": ["diffusers", "AutoencoderKLQwenImage"],
     }
-    if variant == "edit":
+    if variant in AREA_PX:
+        vision_area_px, latent_area_px = AREA_PX[variant]
         index |= {
             "processor": ["transformers", "Qwen2VLProcessor"],
-            "vision_area_px": AREA_PX,
-            "latent_area_px": AREA_PX,
+            "vision_area_px": vision_area_px,
+            "latent_area_px": latent_area_px,
         }
         _save_tokenizer(folder / "processor")
         config = {"image_processor_type": "Qwen2VLImageProcessor", **PROCESSOR}
