@@ -29,6 +29,7 @@ class OutputFormat(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     OUTPUT_FORMAT_WAV: _ClassVar[OutputFormat]
     OUTPUT_FORMAT_FLAC: _ClassVar[OutputFormat]
     OUTPUT_FORMAT_RAW: _ClassVar[OutputFormat]
+    OUTPUT_FORMAT_ZIP: _ClassVar[OutputFormat]
 
 class Stage(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -54,6 +55,7 @@ OUTPUT_FORMAT_MP4: OutputFormat
 OUTPUT_FORMAT_WAV: OutputFormat
 OUTPUT_FORMAT_FLAC: OutputFormat
 OUTPUT_FORMAT_RAW: OutputFormat
+OUTPUT_FORMAT_ZIP: OutputFormat
 STAGE_UNSPECIFIED: Stage
 STAGE_TEXT_ENCODER: Stage
 STAGE_DIT: Stage

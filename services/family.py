@@ -344,6 +344,11 @@ class VaePlan:
     attention: tuple[type[nn.Module], ...] = ()
 
 
+def opaque(_model: VaeModel) -> bool:
+    """No picture has transparency."""
+    return False
+
+
 @dataclass(frozen=True, slots=True)
 class VaePart:
     """A family's VAE.
@@ -359,6 +364,7 @@ class VaePart:
         picture_latents: pixels of single pictures [B, 3, H, W] in [-1, 1] on the CPU, sides multiples of the spatial
             compression, to normalised latents [B, C, h, w] with the channels of `DitPart.preview_latents`. None: the
             VAE has no encoder for pictures, and its models make no previews.
+        alpha: whether `encode` takes pictures, and `decode` gives frames, with a fourth channel: how opaque they are.
     """
 
     load: Callable[[ModelSource, torch.device, torch.dtype], VaeModel]
@@ -367,6 +373,7 @@ class VaePart:
     encode: Callable[[VaeModel, Inputs, ResolvedParams], Tensors]
     latent_geometry: Callable[[VaeModel], tuple[int, int, int]]
     picture_latents: Callable[[VaeModel, torch.Tensor], torch.Tensor] | None = None
+    alpha: Callable[[VaeModel], bool] = opaque
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ import queue
 import struct
 import threading
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from typing import Any
@@ -34,7 +35,7 @@ INPUT_MIMES = {
     "flac": "audio/flac",
 }
 PICTURE_FORMATS = tuple(name.upper() for name, mime in INPUT_MIMES.items() if mime.startswith("image/"))
-MIMES = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp", "mp4": "video/mp4"}
+MIMES = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp", "mp4": "video/mp4", "zip": "application/zip"}
 RAW_MIME = "application/octet-stream"
 CHUNKS_AHEAD = 2
 
@@ -86,8 +87,8 @@ def image_size(media: Media) -> tuple[int, int]:
         return (image.height, image.width) if on_its_side else (image.width, image.height)
 
 
-def decode_image(media: Media) -> Frames:
-    """A picture's pixels as [1, H, W, 3], upright as its EXIF data say.
+def decode_image(media: Media, *, alpha: bool = False) -> Frames:
+    """A picture's pixels as [1, H, W, 3], upright as its EXIF data say; with `alpha` [1, H, W, 4], 255 for opaque.
 
     Raises:
         InvalidRequest: as image_size, or cut short.
@@ -95,18 +96,18 @@ def decode_image(media: Media) -> Frames:
     with _opened(media) as image:
         turn = _turn(image)
         upright = image if turn is None else image.transpose(turn)
-        return np.asarray(upright.convert("RGB"))[None].copy()
+        return np.asarray(upright.convert("RGBA" if alpha else "RGB"))[None].copy()
 
 
-def decode_inputs(inputs: Sequence[Media]) -> dict[str, list[Frames]]:
-    """The pixels of all inputs by role, each [F, H, W, 3].
+def decode_inputs(inputs: Sequence[Media], *, alpha: bool = False) -> dict[str, list[Frames]]:
+    """The pixels of all inputs by role, each [F, H, W, 3], or 4 with `alpha`.
 
     Raises:
         InvalidRequest: as decode_image.
     """
     decoded: dict[str, list[Frames]] = {}
     for media in inputs:
-        decoded.setdefault(media.role, []).append(decode_image(media))
+        decoded.setdefault(media.role, []).append(decode_image(media, alpha=alpha))
     return decoded
 
 
@@ -141,9 +142,10 @@ def _opened(media: Media) -> Iterator[Image.Image]:
 
 
 def encode_frames(frames: Frames, output_format: str, quality: int, fps: float) -> tuple[str, bytes]:
-    """Frames [F, H, W, 3] as (mime, bytes). Pictures keep the first frame only.
+    """Frames [F, H, W, 3], or 4 with transparency, as (mime, bytes). Pictures keep the first frame only.
 
     Args:
+        output_format: a zip has each frame as a PNG, 00.png being the first.
         quality: 1 to 100; lossless formats ignore it.
         fps: frames a second of a clip.
     """
@@ -152,6 +154,11 @@ def encode_frames(frames: Frames, output_format: str, quality: int, fps: float) 
         writer.add(frames)
         return writer.finish()
     file = io.BytesIO()
+    if output_format == "zip":
+        with zipfile.ZipFile(file, "w") as archive:
+            for index, frame in enumerate(frames):
+                archive.writestr(f"{index:02}.png", encode_frames(frame[None], "png", quality, fps)[1])
+        return MIMES["zip"], file.getvalue()
     first, *more = (Image.fromarray(frame) for frame in frames)
     options: dict[str, dict[str, Any]] = {
         # Level 1 costs a sixth of the default's time for a few percent more bytes.

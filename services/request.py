@@ -22,6 +22,7 @@ MAX_INPUT_BYTES = 7 * 1024 * 1024
 PICTURE_MULTIPLE_PX = 32
 IMAGE_FORMATS = ("png", "jpeg", "webp")
 VIDEO_FORMATS = ("mp4", "webp", "raw")
+LAYER_FORMATS = ("zip", "raw")
 AUDIO_FORMATS = ("wav", "flac", "raw")
 FPS = (1.0, 120.0)
 MIN_CLIP_SIDE_PX = 16
@@ -65,6 +66,8 @@ class GenerationParams:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
     """What a model accepts and takes by default. Sizes in pixels, frames counted, fps in frames a second.
+
+    A model whose `output` is "layers" makes `num_frames` pictures with transparency.
 
     `default_guidance_2` is for the second (low-noise) expert of models with two; 0: the same as `default_guidance`.
     With `separate_guidance_2` it is a scale of another kind (true guidance beside a distilled one), which a request
@@ -374,7 +377,8 @@ def _between(name: str, value: float, low: float, high: float, *, param: str = "
 
 
 def _formats(limits: Limits) -> tuple[str, ...]:
-    return {"image": IMAGE_FORMATS, "video": VIDEO_FORMATS, "audio": AUDIO_FORMATS}[limits.output]
+    formats = {"image": IMAGE_FORMATS, "layers": LAYER_FORMATS, "video": VIDEO_FORMATS, "audio": AUDIO_FORMATS}
+    return formats[limits.output]
 
 
 def _or(value: _T | None, default: _T) -> _T:

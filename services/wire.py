@@ -22,6 +22,7 @@ OUTPUT_FORMATS: dict[str, types_pb2.OutputFormat] = {
     "wav": types_pb2.OUTPUT_FORMAT_WAV,
     "flac": types_pb2.OUTPUT_FORMAT_FLAC,
     "raw": types_pb2.OUTPUT_FORMAT_RAW,
+    "zip": types_pb2.OUTPUT_FORMAT_ZIP,
 }
 _FORMAT_NAMES = {number: name for name, number in OUTPUT_FORMATS.items()}
 

@@ -213,7 +213,8 @@ def open_engine(config: StageConfig, mesh: Mesh | None = None) -> TextEngine:
     engine = TextEngine(part, model, limits.max_batch, limits.cache_bytes, single=mesh is None)
     if config.engine.warmup:
         wanted = limits_of(config, source)
-        engine.warm_up(wanted.min_inputs + len(set(wanted.needed_roles) & set(part.sees(model))))
+        needed = ["image"] * wanted.min_inputs + list(wanted.needed_roles)
+        engine.warm_up(sum(role in part.sees(model) for role in needed))
     return engine
 
 

@@ -130,7 +130,8 @@ class VaeEngine:
         try:
             if not job.params.inputs:
                 raise InvalidRequest("there is no input picture to encode", param="inputs")
-            tensors = self._part.encode(self._model, decode_inputs(job.params.inputs), job.params)
+            pictures = decode_inputs(job.params.inputs, alpha=self._part.alpha(self._model))
+            tensors = self._part.encode(self._model, pictures, job.params)
         except (ServiceError, torch.OutOfMemoryError) as error:
             return VaeResult(job, time.perf_counter() - start_s, error=self._failure(error))
         return VaeResult(job, time.perf_counter() - start_s, tensors=tensors)

@@ -30,6 +30,7 @@ PIPELINES = {
     "QwenImagePipeline": ("qwen_image", "t2i"),
     "QwenImageEditPipeline": ("qwen_image", "edit"),
     "QwenImageEditPlusPipeline": ("qwen_image", "edit_plus"),
+    "QwenImageLayeredPipeline": ("qwen_image", "layered"),
     "WanPipeline": ("wan", "t2v_one_expert"),
     "WanPipeline boundary_ratio": ("wan", "t2v"),
     "WanPipeline expand_timesteps": ("wan", "ti2v"),

@@ -10,7 +10,16 @@ from hypothesis import strategies as st
 
 from protos import types_pb2
 from services.errors import ERRORS, Internal, InvalidRequest
-from services.request import AUDIO_FORMATS, IMAGE_FORMATS, VIDEO_FORMATS, GenerationParams, Limits, Media, resolve
+from services.request import (
+    AUDIO_FORMATS,
+    IMAGE_FORMATS,
+    LAYER_FORMATS,
+    VIDEO_FORMATS,
+    GenerationParams,
+    Limits,
+    Media,
+    resolve,
+)
 from services.wire import (
     MAX_ERROR_CHARS,
     OUTPUT_FORMATS,
@@ -98,7 +107,7 @@ def test_values_that_no_message_holds(changes: dict[str, int], param: str) -> No
 
 
 def test_formats() -> None:
-    assert set(OUTPUT_FORMATS) == {*IMAGE_FORMATS, *VIDEO_FORMATS, *AUDIO_FORMATS}
+    assert set(OUTPUT_FORMATS) == {*IMAGE_FORMATS, *LAYER_FORMATS, *VIDEO_FORMATS, *AUDIO_FORMATS}
     assert len(OUTPUT_FORMATS) == len(types_pb2.OutputFormat.keys()) - 1
     assert all(format_from_proto(format_to_proto(name)) == name for name in OUTPUT_FORMATS)
     assert format_from_proto(types_pb2.OUTPUT_FORMAT_UNSPECIFIED) is None

@@ -36,6 +36,7 @@ def tiny(folder: Path, variant: str, seed: int) -> None:
     """
     if variant not in VARIANTS:
         raise ValueError(f"unknown variant {variant!r}: there are {', '.join(VARIANTS)}")
+    layered = variant == "layered"
     torch.manual_seed(seed)
     _save_tokenizer(folder / "tokenizer")
     Qwen2_5_VLForConditionalGeneration(_text_config()).save_pretrained(folder / "text_encoder")
@@ -45,6 +46,8 @@ def tiny(folder: Path, variant: str, seed: int) -> None:
         num_attention_heads=2,
         joint_attention_dim=TEXT_WIDTH,
         axes_dims_rope=(4, 6, 6),
+        use_additional_t_cond=layered,
+        use_layer3d_rope=layered,
     ).save_pretrained(folder / "transformer")
     mean = torch.randn(16) * 0.1
     std = torch.rand(16) + 0.5
@@ -55,6 +58,7 @@ def tiny(folder: Path, variant: str, seed: int) -> None:
         num_res_blocks=1,
         latents_mean=mean.tolist(),
         latents_std=std.tolist(),
+        input_channels=4 if layered else 3,
     ).save_pretrained(folder / "vae")
     FlowMatchEulerDiscreteScheduler.from_config(SCHEDULER).save_pretrained(folder / "scheduler")
     index: dict[str, Any] = {
