@@ -198,7 +198,7 @@ def resolve(
 def _default_size(limits: Limits, picture: tuple[int, int] | None) -> tuple[int, int]:
     """The model's size, or one of the same area in the picture's shape."""
     width, height = limits.default_width, limits.default_height
-    if picture is None:
+    if picture is None or "video" in limits.other_roles:
         return width, height
     unit = math.lcm(limits.size_multiple_px, PICTURE_MULTIPLE_PX)
     lowest, highest = -(-limits.min_side_px // unit) * unit, limits.max_side_px // unit * unit

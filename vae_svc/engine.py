@@ -130,8 +130,9 @@ class VaeEngine:
         try:
             if not job.params.inputs:
                 raise InvalidRequest("there is no input picture to encode", param="inputs")
-            pictures = decode_inputs(job.params.inputs, alpha=self._part.alpha(self._model))
-            tensors = self._part.encode(self._model, pictures, job.params)
+            alpha = self._part.alpha(self._model)
+            inputs = decode_inputs(job.params.inputs, job.params.num_frames, alpha=alpha)
+            tensors = self._part.encode(self._model, inputs, job.params)
         except (ServiceError, torch.OutOfMemoryError) as error:
             return VaeResult(job, time.perf_counter() - start_s, error=self._failure(error))
         return VaeResult(job, time.perf_counter() - start_s, tensors=tensors)

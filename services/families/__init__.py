@@ -34,6 +34,7 @@ PIPELINES = {
     "WanPipeline": ("wan", "t2v_one_expert"),
     "WanPipeline boundary_ratio": ("wan", "t2v"),
     "WanPipeline expand_timesteps": ("wan", "ti2v"),
+    "WanVACEPipeline": ("wan", "vace"),
     "WanImageToVideoPipeline": ("wan", "i2v_one_expert"),
     "WanImageToVideoPipeline boundary_ratio": ("wan", "i2v"),
     "WanImageToVideoPipeline expand_timesteps": ("wan", "ti2v"),

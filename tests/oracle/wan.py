@@ -9,13 +9,13 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from diffusers import WanImageToVideoPipeline, WanPipeline
-from diffusers.pipelines.wan import pipeline_wan, pipeline_wan_i2v
+from diffusers import WanImageToVideoPipeline, WanPipeline, WanVACEPipeline
+from diffusers.pipelines.wan import pipeline_wan, pipeline_wan_i2v, pipeline_wan_vace
 from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from services.causal_stream import CausalCodec
-from services.media import decode_image, encode_frames
+from services.media import decode_image, decode_inputs, encode_frames
 from services.request import GenerationParams, Media, ResolvedParams
 from tests.oracle.harness import OracleRow, Stock
 
@@ -103,13 +103,51 @@ def row(variant: str, *inputs: Sequence[Media], shortest: int = 1, **others: Any
             wish("a large green square moves slowly to the left on a yellow background", 2, 5, 96, 64, 5, second),
             wish("dog", 3, 6, 64, 64, shortest, third),
         ),
-        load_stock=load_stock_of_pictures if inputs else load_stock,
-        **others,
+        **({"load_stock": load_stock_of_pictures if inputs else load_stock} | others),
     )
+
+
+def clip(width: int, height: int, num_frames: int, seed: int, role: str = "video") -> Media:
+    """Noise in large squares as an MP4: every frame is another."""
+    squares = np.random.default_rng(seed).integers(0, 256, (num_frames, height // 8, width // 8, 3), dtype=np.uint8)
+    return Media(*encode_frames(squares.repeat(8, 1).repeat(8, 2), "mp4", 90, 16.0), role)
+
+
+def load_vace(folder: Path, dtype: torch.dtype) -> Stock:
+    pipeline = WanVACEPipeline.from_pretrained(folder, dtype=dtype)
+    pipeline.vae._encode = CausalCodec(pipeline.vae).encode
+
+    def run(params: ResolvedParams) -> dict[str, torch.Tensor]:
+        inputs = steering(params)
+        with patch.object(pipeline_wan_vace, "prompt_clean", pipeline_wan.prompt_clean):
+            latents = call(pipeline, params, **inputs)
+        # Reference pictures are frames before the clip's own.
+        return {"latents": latents[:, :, len(inputs.get("reference_images", ())) :]}
+
+    return run
+
+
+def steering(params: ResolvedParams) -> dict[str, Any]:
+    """The inputs under the pipeline's names: "video", "mask", "reference_images"."""
+    decoded = decode_inputs(params.inputs, params.num_frames)
+    inputs: dict[str, Any] = {}
+    for name, role in (("video", "video"), ("mask", "mask")):
+        if role in decoded:
+            [frames] = decoded[role]
+            frames = frames.repeat(params.num_frames, 0) if len(frames) == 1 else frames
+            inputs[name] = [Image.fromarray(frame) for frame in frames]
+    if "image" in decoded:
+        inputs["reference_images"] = [Image.fromarray(frames[0]) for frames in decoded["image"]]
+    return inputs
 
 
 ONE = [[picture(64, 96, 1)], [picture(31, 50, 2)], [picture(128, 128, 3)]]
 BOTH = [[*one, picture(90, 40, 4 + index, "last_image")] for index, one in enumerate(ONE)]
+STEERED = [
+    [clip(64, 96, 9, 1), clip(64, 96, 9, 2, "mask"), picture(50, 90, 3)],
+    [clip(192, 128, 7, 4), picture(96, 64, 5, "mask")],
+    [picture(31, 50, 6), picture(128, 40, 7)],
+]
 
 # With 6 steps, the two experts take 4 and 2.
 ROWS = (
@@ -120,4 +158,5 @@ ROWS = (
     row("i2v", ONE[0], BOTH[1], ONE[2]),
     row("i2v_one_expert", *ONE),
     row("flf2v", *BOTH, shortest=5),
+    row("vace", *STEERED, shortest=5, load_stock=load_vace),
 )

@@ -12,6 +12,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
+from diffusers.models.transformers.transformer_wan_vace import WanVACETransformer3DModel
 from safetensors.torch import load_file, save_file
 from transformers.models.clip.configuration_clip import CLIPVisionConfig
 from transformers.models.clip.modeling_clip import CLIPVisionModel
@@ -377,6 +378,8 @@ def test_random_weights_keep_in_fp32_what_loaded_weights_keep(folders):
         ("wan2.1-i2v-14b-480p", "i2v_one_expert", {"transformer": 16.4, "image_encoder": 0.632}),
         ("wan2.1-i2v-14b-720p", "i2v_one_expert", {"transformer": 16.4}),
         ("wan2.1-flf2v-14b", "flf2v", {"transformer": 16.4}),
+        ("wan2.1-vace-1.3b", "vace", {"transformer": 2.15}),
+        ("wan2.1-vace-14b", "vace", {"transformer": 17.34}),
     ],
 )
 def test_presets_have_the_published_sizes(preset, variant, billions):
@@ -392,7 +395,8 @@ def test_presets_have_the_published_sizes(preset, variant, billions):
             elif component == "vae":
                 module = AutoencoderKLWan.from_config(config)
             else:
-                module = WanTransformer3DModel.from_config(config)
+                cls = WanVACETransformer3DModel if "vace_layers" in config else WanTransformer3DModel
+                module = cls.from_config(config)
         count = sum(parameter.numel() for parameter in module.parameters()) / 1e9
         assert abs(count - expected) <= 0.005 * expected, (component, count)
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from services.errors import InvalidRequest
+from services.families.wan.presets import MAX_REFERENCES
 from services.families.wan.text import MAX_TOKENS
 from services.family import Tensors
 
@@ -55,6 +56,28 @@ def latent_condition(conditions: Tensors, name: str, shape: Sequence[int]) -> to
     if tuple(latents.shape) != tuple(shape):
         raise InvalidRequest(f"the condition {name!r} has the shape {list(latents.shape)}: it must be {list(shape)}")
     return latents
+
+
+def control_condition(conditions: Tensors, channels: int, grid: Sequence[int]) -> torch.Tensor:
+    """What steers a clip, "control" [1, channels, F', h, w]: F' has a frame for each reference picture beside F.
+
+    Args:
+        grid: F, h and w of the clip's latents.
+
+    Raises:
+        InvalidRequest: missing, or of another shape or dtype.
+    """
+    if "control" not in conditions:
+        raise InvalidRequest("this model needs an input: a clip (role video) or a reference picture", param="inputs")
+    control = _floating(conditions, "control")
+    frames, *sides = grid
+    extra = control.shape[2] - frames if control.ndim == 5 else -1
+    if not 0 <= extra <= MAX_REFERENCES or tuple(control.shape) != (1, channels, frames + extra, *sides):
+        raise InvalidRequest(
+            f"the condition 'control' has the shape {list(control.shape)}: it must be [1, {channels}, F, "
+            f"{sides[0]}, {sides[1]}], F between {frames} and {frames + MAX_REFERENCES}"
+        )
+    return control
 
 
 def _floating(conditions: Tensors, name: str) -> torch.Tensor:

@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 from diffusers.models.transformers.transformer_wan import WanAttention, WanTransformer3DModel
+from diffusers.models.transformers.transformer_wan_vace import WanVACETransformer3DModel
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
 
 from services.attention import Attend
 from services.errors import StartupError
 from services.families.wan.attention import CROSS, SELF, WanProcessor
-from services.families.wan.conditions import latent_condition, picture_condition, text_condition
+from services.families.wan.conditions import control_condition, latent_condition, picture_condition, text_condition
 from services.families.wan.cut import PLAN, Batch, blocks, embed, head
 from services.family import DenoiseState, DitModel, DitPart, Row, Tensors
 from services.request import ResolvedParams
@@ -43,7 +44,8 @@ def load(source: ModelSource, device: torch.device, dtype: torch.dtype) -> DitMo
     _check_scheduler(source, scheduler)
     ratio = settings.get("boundary_ratio")
     folders = {ONLY: "transformer"} if ratio is None else {HIGH_NOISE: "transformer", LOW_NOISE: "transformer_2"}
-    modules = {name: source.load(WanTransformer3DModel, folder, device, dtype) for name, folder in folders.items()}
+    cls = WanVACETransformer3DModel if source.variant.startswith("vace") else WanTransformer3DModel
+    modules = {name: source.load(cls, folder, device, dtype) for name, folder in folders.items()}
     attention = {SELF: Attend(), CROSS: Attend()}
     processors = {kind: WanProcessor(attend) for kind, attend in attention.items()}
     for module in modules.values():
@@ -87,7 +89,11 @@ def prepare(model: DitModel, request_id: str, params: ResolvedParams, conditions
     scheduler.set_timesteps(params.steps, device=model.device)
     scheduler.set_begin_index(0)
     generator = torch.Generator("cpu").manual_seed(params.seed)
-    noise = torch.randn(_shape(model, params), generator=generator, dtype=torch.float32)
+    given = _given(model, params, conditions)
+    shape = list(_shape(model, params))
+    if "control" in given:
+        shape[2] = given["control"].shape[2]
+    noise = torch.randn(shape, generator=generator, dtype=torch.float32)
     return DenoiseState(
         request_id=request_id,
         params=params,
@@ -96,7 +102,7 @@ def prepare(model: DitModel, request_id: str, params: ResolvedParams, conditions
         sigmas=scheduler.sigmas.cpu(),
         scheduler=scheduler,
         conditioning={branch: _embeddings(model, conditions, branch) for branch in _branch_names(params)},
-        shared=_given(model, params, conditions),
+        shared=given,
     )
 
 
@@ -110,8 +116,14 @@ def _embeddings(model: DitModel, conditions: Tensors, branch: str) -> Tensors:
 
 
 def _given(model: DitModel, params: ResolvedParams, conditions: Tensors) -> Tensors:
-    """What the clip starts from: "condition" beside the latents' channels, or a "first_frame" in their place."""
+    """What the clip starts from: "condition" beside the latents' channels, or a "first_frame" in their place.
+
+    Or "control", which steers it; reference pictures are frames before its own.
+    """
     config, shape = _config(model), _shape(model, params)
+    if "vace_in_channels" in config:
+        control = control_condition(conditions, config.vace_in_channels, shape[2:])
+        return {"control": control.to(model.device, model.dtype)}
     if config.in_channels > config.out_channels:
         shape = (1, config.in_channels - config.out_channels, *shape[2:])
         return {"condition": latent_condition(conditions, "condition", shape).to(model.device, torch.float32)}
@@ -148,7 +160,7 @@ def branches(_model: DitModel, state: DenoiseState) -> tuple[str, ...]:
 def batch_key(model: DitModel, state: DenoiseState) -> tuple[Any, ...]:
     """The clip's shape, and what the image encoder saw: text has one length, steps are free."""
     pictures = {group["pictures"].shape[1] for group in state.conditioning.values() if "pictures" in group}
-    return *latent_grid(model, state.params), *sorted(pictures)
+    return *state.latents.shape[2:], *sorted(pictures)
 
 
 def collate(model: DitModel, rows: Sequence[Row]) -> Batch:
@@ -165,7 +177,14 @@ def collate(model: DitModel, rows: Sequence[Row]) -> Batch:
     conditioning = [row.state.conditioning[row.branch] for row in rows]
     pictures = [group["pictures"] for group in conditioning if "pictures" in group]
     text = torch.cat([group["text"] for group in conditioning])
-    return Batch(latents, timestep, text, torch.cat(pictures) if pictures else None)
+    control = [row.state.shared["control"] for row in rows if "control" in row.state.shared]
+    return Batch(
+        latents,
+        timestep,
+        text,
+        pictures=torch.cat(pictures) if pictures else None,
+        control=torch.cat(control) if control else None,
+    )
 
 
 def _input(state: DenoiseState) -> torch.Tensor:
@@ -206,13 +225,19 @@ def finish(model: DitModel, state: DenoiseState) -> Tensors:
     if "first_frame" in state.shared:
         return {"latents": _from_first_frame(state, state.latents)}
     rounded = isinstance(state.scheduler, FlowMatchEulerDiscreteScheduler)
-    return {"latents": state.latents.to(model.dtype) if rounded else state.latents}
+    latents = _without_references(model, state, state.latents)
+    return {"latents": latents.to(model.dtype) if rounded else latents}
 
 
-def preview_latents(_model: DitModel, state: DenoiseState, prediction: torch.Tensor) -> torch.Tensor:
+def _without_references(model: DitModel, state: DenoiseState, latents: torch.Tensor) -> torch.Tensor:
+    frames, _, _ = latent_grid(model, state.params)
+    return latents[:, :, -frames:]
+
+
+def preview_latents(model: DitModel, state: DenoiseState, prediction: torch.Tensor) -> torch.Tensor:
     """x0 = x - sigma v, as [F, C, H, W]. `state` stands after the step that `prediction` made."""
     clean = _from_first_frame(state, state.latents - float(state.sigmas[state.step]) * prediction)
-    return clean[0].transpose(0, 1)
+    return _without_references(model, state, clean)[0].transpose(0, 1)
 
 
 def token_count(model: DitModel, params: ResolvedParams) -> int:
@@ -230,6 +255,8 @@ def example_conditions(model: DitModel, params: ResolvedParams, text_tokens: int
         example |= {f"{branch}/pictures": torch.randn(1, tokens, config.image_dim) for branch in _branch_names(params)}
     if config.in_channels > config.out_channels:
         example["condition"] = torch.randn(1, config.in_channels - config.out_channels, *shape[2:])
+    if "vace_in_channels" in config:
+        example["control"] = torch.randn(1, config.vace_in_channels, *shape[2:])
     return example
 
 

@@ -57,9 +57,13 @@ _TI2V = replace(
 )
 _FROM_PICTURE_ONE_EXPERT = replace(_ONE_EXPERT, default_steps=40, min_inputs=1, max_inputs=1)
 
+MAX_REFERENCES = 4
+_VACE = replace(_ONE_EXPERT, max_inputs=MAX_REFERENCES, optional_roles=("video", "mask"))
+
 VARIANTS = {
     "t2v": Variant(name="t2v", pipelines=("WanPipeline",), limits=_TWO_EXPERTS),
     "t2v_one_expert": Variant(name="t2v_one_expert", pipelines=("WanPipeline",), limits=_ONE_EXPERT),
+    "vace": Variant(name="vace", pipelines=("WanVACEPipeline",), limits=_VACE),
     "ti2v": Variant(name="ti2v", pipelines=("WanPipeline", "WanImageToVideoPipeline"), limits=_TI2V),
     "i2v": Variant(name="i2v", pipelines=("WanImageToVideoPipeline",), limits=_FROM_PICTURE),
     "i2v_one_expert": Variant(
@@ -112,6 +116,9 @@ _TRANSFORMER_1_3B = _TRANSFORMER_14B | {"num_attention_heads": 12, "ffn_dim": 89
 # 16 channels of noise, 4 that say which frames are given, 16 of what is given.
 _TRANSFORMER_I2V = _TRANSFORMER_14B | {"in_channels": 36}
 _TRANSFORMER_I2V_21 = _TRANSFORMER_I2V | {"image_dim": 1280, "added_kv_proj_dim": 5120}
+# 32 channels of what stays of a clip and what is made anew, 64 of the mask.
+_TRANSFORMER_VACE = _TRANSFORMER_14B | {"vace_layers": list(range(0, 40, 5)), "vace_in_channels": 96}
+_TRANSFORMER_VACE_1_3B = _TRANSFORMER_1_3B | {"vace_layers": list(range(0, 30, 2)), "vace_in_channels": 96}
 _TRANSFORMER_5B = _TRANSFORMER_14B | {
     "num_attention_heads": 24,
     "in_channels": 48,
@@ -212,6 +219,16 @@ def _i2v_21(transformer: Mapping[str, Any], shift: float) -> dict[str, dict[str,
     }
 
 
+def _vace(transformer: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    return {
+        "model_index": {"_class_name": "WanVACEPipeline"},
+        "text_encoder": _TEXT_ENCODER,
+        "transformer": dict(transformer),
+        "vae": _VAE_21,
+        "scheduler": unipc(16.0),
+    }
+
+
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "wan2.2-t2v-a14b": {
         "model_index": {"_class_name": "WanPipeline", "boundary_ratio": BOUNDARY_T2V},
@@ -239,6 +256,8 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "wan2.1-i2v-14b-480p": _i2v_21(_TRANSFORMER_I2V_21, 3.0),
     "wan2.1-i2v-14b-720p": _i2v_21(_TRANSFORMER_I2V_21, 5.0),
     "wan2.1-flf2v-14b": _i2v_21(_TRANSFORMER_I2V_21 | {"pos_embed_seq_len": 514}, 16.0),
+    "wan2.1-vace-1.3b": _vace(_TRANSFORMER_VACE_1_3B),
+    "wan2.1-vace-14b": _vace(_TRANSFORMER_VACE),
     "wan2.1-t2v-1.3b": {
         "model_index": {"_class_name": "WanPipeline"},
         "text_encoder": _TEXT_ENCODER,

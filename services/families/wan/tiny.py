@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
+from diffusers.models.transformers.transformer_wan_vace import WanVACETransformer3DModel
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
 from transformers.models.clip.configuration_clip import CLIPVisionConfig
@@ -71,6 +72,11 @@ RECIPES = {
     "ti2v": Recipe(_unipc(5.0), settings={"expand_timesteps": True}, channels=48, vae=_TI2V_VAE),
     "i2v": Recipe(_unipc(5.0), pipeline=_I2V, settings={"boundary_ratio": BOUNDARY_I2V}, given=20),
     "i2v_one_expert": Recipe(_unipc(3.0), pipeline=_I2V, given=20, transformer=_SEES),
+    "vace": Recipe(
+        FlowMatchEulerDiscreteScheduler(shift=5.0),
+        pipeline="WanVACEPipeline",
+        transformer={"vace_layers": [0, 2], "vace_in_channels": 32 + 64},
+    ),
     "flf2v": Recipe(
         FlowMatchEulerDiscreteScheduler(shift=3.0),
         pipeline=_I2V,
@@ -94,7 +100,8 @@ def tiny(folder: Path, variant: str, seed: int) -> None:
     UMT5EncoderModel(_text_config()).save_pretrained(folder / "text_encoder")
     experts = ("transformer", "transformer_2") if "boundary_ratio" in recipe.settings else ("transformer",)
     for expert in experts:
-        _transformer(recipe).save_pretrained(folder / expert)
+        transformer = _transformer(recipe)
+        transformer.save_pretrained(folder / expert)
     AutoencoderKLWan(
         base_dim=8,
         z_dim=recipe.channels,
@@ -112,7 +119,7 @@ def tiny(folder: Path, variant: str, seed: int) -> None:
         "scheduler": ["diffusers", type(recipe.scheduler).__name__],
         "text_encoder": ["transformers", "UMT5EncoderModel"],
         "tokenizer": ["transformers", "T5Tokenizer"],
-        **{expert: ["diffusers", "WanTransformer3DModel"] for expert in experts},
+        **dict.fromkeys(experts, ["diffusers", type(transformer).__name__]),
         "vae": ["diffusers", "AutoencoderKLWan"],
     }
     if "image_dim" in recipe.transformer:
@@ -124,8 +131,9 @@ def tiny(folder: Path, variant: str, seed: int) -> None:
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _transformer(recipe: Recipe) -> WanTransformer3DModel:
-    transformer = WanTransformer3DModel(
+def _transformer(recipe: Recipe) -> Any:
+    cls: Any = WanVACETransformer3DModel if "vace_layers" in recipe.transformer else WanTransformer3DModel
+    transformer = cls(
         num_attention_heads=6,
         attention_head_dim=16,
         in_channels=recipe.channels + recipe.given,

@@ -5,14 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan, WanAttentionBlock
-from PIL import Image
 
 from services.causal_stream import CausalCodec
 from services.errors import InvalidRequest
-from services.family import Frames, Inputs, Tensors, VaeModel, VaePart, VaePlan
+from services.families.wan.control import (
+    clip_and_mask,
+    mask_channels,
+    pixels_of,
+    reference_pixels,
+    references_before,
+)
+from services.family import Inputs, Tensors, VaeModel, VaePart, VaePlan
 from services.request import ResolvedParams
 from services.weights import ModelSource
 
@@ -20,7 +25,8 @@ from services.weights import ModelSource
 def load(source: ModelSource, device: torch.device, dtype: torch.dtype) -> VaeModel:
     """The autoencoder; clips go through it chunk by chunk."""
     vae: Any = source.load(AutoencoderKLWan, "vae", device, dtype)
-    vae.register_to_config(timestep_per_token=bool(source.settings().get("expand_timesteps")))
+    per_token, steered = bool(source.settings().get("expand_timesteps")), source.variant.startswith("vace")
+    vae.register_to_config(timestep_per_token=per_token, steered=steered)
     return VaeModel(vae, CausalCodec(vae))
 
 
@@ -52,14 +58,17 @@ def encode(vae: VaeModel, inputs: Inputs, params: ResolvedParams) -> Tensors:
     Returns:
         "first_frame" [1, C, 1, H', W'], where the model has a timestep for each token. Else "condition"
         [1, 4 + C, F', H', W']: for each frame of a latent frame whether it is given, then the latents of the clip
-        with its first and, if it is given, its last picture, and grey between them.
+        with its first and, if it is given, its last picture, and grey between them. For VACE "control"
+        [1, 2 C + P^2, R + F', H', W'], R reference pictures before the clip, P pixels for a latent along a side.
 
     Raises:
         InvalidRequest: the first picture is missing, or the clip is too short for two.
     """
+    if vae.module.config.steered:
+        return {"control": _control(vae, inputs, params)}
     if "image" not in inputs:
         raise InvalidRequest("the first picture of the clip is missing: an input of the role image", param="inputs")
-    first = frame_pixels(inputs["image"][0], params)
+    first = pixels_of(inputs["image"][0], params)
     if vae.module.config.timestep_per_token:
         return {"first_frame": _normalised(vae, vae.mode(first))}
     if "last_image" in inputs and params.num_frames == 1:
@@ -68,7 +77,7 @@ def encode(vae: VaeModel, inputs: Inputs, params: ResolvedParams) -> Tensors:
     given = torch.zeros(params.num_frames)
     clip[:, :, :1], given[0] = first, 1
     if "last_image" in inputs:
-        clip[:, :, -1:], given[-1] = frame_pixels(inputs["last_image"][0], params), 1
+        clip[:, :, -1:], given[-1] = pixels_of(inputs["last_image"][0], params), 1
     latents = _normalised(vae, vae.mode(clip))
     _, _, frames_each = latent_geometry(vae)
     # A first latent frame has one frame, which stands for all of its places.
@@ -77,13 +86,21 @@ def encode(vae: VaeModel, inputs: Inputs, params: ResolvedParams) -> Tensors:
     return {"condition": torch.cat([mask.to(latents.device), latents], dim=1)}
 
 
-def frame_pixels(picture: Frames, params: ResolvedParams) -> torch.Tensor:
-    """A picture stretched to the clip's size, as the stock pipeline does: [1, 3, 1, H, W] in [-1, 1], fp32."""
-    size = (params.width, params.height)
-    image = Image.fromarray(picture[0]).resize(size, Image.Resampling.LANCZOS)
-    # Divided and shifted in this order, as the library's image processor does: the last bits depend on it.
-    pixels = torch.from_numpy(np.asarray(image).astype(np.float32) / 255.0)
-    return (2.0 * pixels.permute(2, 0, 1) - 1.0)[None, :, None]
+def _control(vae: VaeModel, inputs: Inputs, params: ResolvedParams) -> torch.Tensor:
+    """What stays of the clip, what is made anew, and the mask."""
+    _, side, frames_each = latent_geometry(vae)
+    clip, mask = clip_and_mask(inputs, params)
+    anew = (mask > 0.5).to(clip.dtype)
+    stays, goes = (_rounded(vae, pixels) for pixels in (clip * (1 - anew), clip * anew))
+    pictures = [_rounded(vae, reference_pixels(picture, params, side)) for picture in inputs.get("image", ())]
+    latents = references_before(torch.cat([stays, goes], dim=1), pictures)
+    channels = mask_channels(mask, side, frames_each, len(pictures))
+    return torch.cat([latents, channels.to(latents.device)], dim=1)
+
+
+def _rounded(vae: VaeModel, pixels: torch.Tensor) -> torch.Tensor:
+    """Normalised latents, as the stock pipeline for VACE rounds them."""
+    return _normalised(vae, vae.mode(pixels)).to(vae.module.dtype).to(torch.float32)
 
 
 def _normalised(vae: VaeModel, latents: torch.Tensor) -> torch.Tensor:
