@@ -18,6 +18,7 @@ import torch
 from dit_svc.batching import StrideScheduler
 from dit_svc.checkpoint import restore_state, save_state
 from dit_svc.forward import Forward, Pass, Predicted, by_branch
+from dit_svc.idle_experts import IdleExperts
 from dit_svc.preview import PreviewFit, preview_picture
 from services.config import EngineSection
 from services.errors import InvalidRequest, NonFinite, OutOfMemory, ServiceError
@@ -141,6 +142,7 @@ class DitEngine:
 
     Args:
         wrap: what features put around the run of a block list.
+        idle: keeps experts that are not wanted off the device.
     """
 
     def __init__(
@@ -150,13 +152,15 @@ class DitEngine:
         config: EngineSection,
         mesh: Mesh | None = None,
         wrap: Callable[[BlockRun], BlockRun] = lambda run: run,
+        idle: IdleExperts | None = None,
     ) -> None:
         if config.branches not in ("rows", "serial", "auto"):
             raise InvalidRequest(f"engine.branches is {config.branches!r}: use rows, serial or auto")
         self._model = model
         self._part = part
         self._config = config
-        self._forward = Forward(model, part, config.branches, mesh, wrap)
+        self._forward = Forward(model, part, config.branches, mesh, wrap, idle)
+        self._idle = idle
         self._single = mesh is None
         # A device of its own works on while the host says what came of the last step.
         self._asynchronous = model.device.type != "cpu"
@@ -404,7 +408,7 @@ class DitEngine:
             "dit_ticks_total": counters.ticks,
             "dit_busy_seconds_total": round(counters.busy_s, 6),
             "dit_aborted_total": counters.aborted,
-        }
+        } | ({} if self._idle is None else {"dit_expert_swaps_total": self._idle.swaps})
 
 
 def _tensor_count(state: DenoiseState) -> int:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from dit_svc.idle_experts import IdleExperts
 from services.family import Block, DenoiseState, DitModel, DitPart, Row
 from services.features import BlockRun
 from services.parallel.collectives import all_gather
@@ -78,6 +79,7 @@ class Forward:
 
     Args:
         wrap: what features put around the run of a block list.
+        idle: keeps experts that are not wanted off the device.
     """
 
     def __init__(
@@ -87,7 +89,9 @@ class Forward:
         branches: str,
         mesh: Mesh | None = None,
         wrap: Callable[[BlockRun], BlockRun] = lambda run: run,
+        idle: IdleExperts | None = None,
     ) -> None:
+        self._idle = idle
         self._model = model
         self._part = part
         self._branches = branches
@@ -176,7 +180,7 @@ class Forward:
             return None
         rows = reached.by_rank[self._cfg.rank if self._cfg else 0]
         self.rows += len(rows)
-        module = self._model.modules[reached.expert]
+        module = self._idle.enter(reached.expert) if self._idle else self._model.modules[reached.expert]
         places = self._parts(rows)
         parts = [self._enter(module, [rows[place] for place in together]) for together in places]
         if reached.expert in self._sharded:

@@ -7,13 +7,17 @@ from dataclasses import replace
 import torch
 
 from dit_svc.engine import DitEngine
+from dit_svc.idle_experts import IdleExperts
 from services.config import StageConfig
 from services.describe import limits_of, open_model, placement
+from services.errors import StartupError
 from services.families import load_family
+from services.family import DitModel, DitPart
 from services.feature_set import FeatureSet, apply_features
 from services.parallel.mesh import Mesh
 from services.parallel.partition import Partition
 from services.request import GenerationParams, Limits, ResolvedParams, resolve
+from services.weights import ModelSource
 
 WARMUP_SIDE_PX = 208
 WARMUP_TEXT_TOKENS = 23
@@ -35,20 +39,34 @@ def open_engine(config: StageConfig, mesh: Mesh | None = None) -> tuple[DitEngin
     family = load_family(source.family)
     if mesh is not None and (mesh.degrees.tensor * mesh.degrees.pipeline > 1 or mesh.degrees.expert):
         source = replace(source, partition=Partition(family.dit.plan, family.dit.blocks, mesh))
-    model = family.dit.load(source, *placement(config.model))
+    model, idle = _load(config, source, family.dit, mesh)
     axes = mesh.active if mesh is not None else frozenset()
     features = apply_features(model, family.dit, config.features, axes)
-    engine = DitEngine(model, family.dit, config.engine, mesh, features.wrap)
+    engine = DitEngine(model, family.dit, config.engine, mesh, features.wrap, idle)
     if config.engine.warmup:
         for guidance in WARMUP_GUIDANCES:
             # Pictures come as latents, among the conditions.
-            limits = replace(limits_of(config, source), min_inputs=0)
+            limits = limits_of(config, source).without_inputs()
             params = _warmup_params(config.model.name, limits, guidance)
             engine.warm_up(params, family.dit.example_conditions(model, params, WARMUP_TEXT_TOKENS))
         if model.device.type == "cuda":
             torch.cuda.empty_cache()
     features.seal()
     return engine, features
+
+
+def _load(
+    config: StageConfig, source: ModelSource, part: DitPart, mesh: Mesh | None
+) -> tuple[DitModel, IdleExperts | None]:
+    device, dtype = placement(config.model)
+    if not config.engine.offload_experts:
+        return part.load(source, device, dtype), None
+    if mesh is not None and mesh.degrees.hsdp:
+        raise StartupError("engine.offload_experts does not go with hsdp: each rank holds 1 share of all experts there")
+    if "graphs" in config.features:
+        raise StartupError("engine.offload_experts does not go with CUDA graphs: a graph holds weights in 1 place")
+    model = part.load(source, torch.device("cpu"), dtype)
+    return replace(model, device=device), IdleExperts(model, device)
 
 
 def _warmup_params(model: str, limits: Limits, guidance: float) -> ResolvedParams:

@@ -154,7 +154,7 @@ class RequestService:
 
     def _resolve(self, params: GenerationParams) -> tuple[ResolvedParams, Limits]:
         limits = self._replicas.limits(params.model)
-        picture = first_picture(params.inputs[: limits.max_inputs])
+        picture = first_picture(params.inputs[: limits.most_inputs])
         resolved = resolve(params, limits, seed=secrets.randbelow(MAX_SEED), picture=picture)
         if resolved.preview_every:
             self._check_previews(params.model)

@@ -100,14 +100,14 @@ class AsyncClient:
         *,
         model: str = "",
         on_progress: Callable[[Progress], None] | None = None,
-        images: Sequence[Path | bytes] = (),
+        images: Sequence[Path | bytes | Media] = (),
         **options: Any,
     ) -> Result:
         """Makes a picture or clip and waits for it; cancelling the task aborts the request.
 
         Args:
             on_progress: called with every event.
-            images: input pictures of an edit model, as files or bytes.
+            images: input pictures and clips, as files or bytes; as `Media`, those with another role than "image".
             options: fields of services.request.GenerationParams: width, height, steps, seed, guidance, ...
         """
         inputs = tuple(_media(image) for image in images)
@@ -217,7 +217,7 @@ class Client:
         *,
         model: str = "",
         on_progress: Callable[[Progress], None] | None = None,
-        images: Sequence[Path | bytes] = (),
+        images: Sequence[Path | bytes | Media] = (),
         **options: Any,
     ) -> Result:
         """As AsyncClient.generate; Ctrl-C aborts the request."""
@@ -287,7 +287,9 @@ def _state(state: gateway_pb2.RequestState) -> str:
     return gateway_pb2.RequestState.Name(state).removeprefix("REQUEST_STATE_").lower()
 
 
-def _media(image: Path | bytes) -> Media:
+def _media(image: Path | bytes | Media) -> Media:
+    if isinstance(image, Media):
+        return image
     if isinstance(image, bytes):
         return Media("", image)
     return Media(mimetypes.guess_type(image.name)[0] or "", image.read_bytes())

@@ -15,7 +15,7 @@ from lightloom.connection import Connection
 from services.errors import StartupError
 from services.request import VIDEO_FORMATS
 
-FORMATS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp", ".mp4": "mp4", ".raw": "raw"}
+FORMATS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp", ".mp4": "mp4", ".raw": "raw", ".zip": "zip"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +113,9 @@ def generate_to_file(wish: Wish, output: Path, connection: Connection) -> client
     result.save(output)
     stages = ", ".join(f"{stage} {busy_s:.2f} s" for stage, busy_s in sorted(result.busy_s.items()))
     size = f"{result.width}x{result.height}"
-    if result.num_frames > 1:
+    if result.num_frames > 1 and not result.fps:
+        size += f", {result.num_frames} layers"
+    elif result.num_frames > 1:
         size += f", {result.num_frames} frames at {result.fps:g} a second"
     console.print(f"{output}  {size}, seed {result.seed}, {seconds:.2f} s in all ({stages})", soft_wrap=True)
     console.print(f"request {result.request_id}", style="dim", soft_wrap=True)

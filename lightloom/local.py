@@ -124,7 +124,7 @@ class Local:
 
     def _resolve(self, request: Mapping[str, Any]) -> ResolvedParams:
         params = open_params(**{"model": "local", **self._defaults, **request})
-        picture = first_picture(params.inputs[: self._limits.max_inputs])
+        picture = first_picture(params.inputs[: self._limits.most_inputs])
         if params.enable_frame_interpolation:
             raise NotEnabled("frames are interpolated in a cluster only", param="enable_frame_interpolation")
         return resolve(params, self._limits, seed=secrets.randbelow(MAX_SEED), picture=picture)

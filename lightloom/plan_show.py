@@ -71,7 +71,7 @@ class Wish:
         )
         limits = load_family(source.family).variants[source.variant].limits
         # Input pictures come as latents; the dry run makes some.
-        params = resolve(wish, replace(limits, min_inputs=0), seed=0)
+        params = resolve(wish, limits.without_inputs(), seed=0)
         return Job(source, params, self.gpus, memory, self.text_tokens)
 
 

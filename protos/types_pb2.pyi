@@ -29,6 +29,7 @@ class OutputFormat(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     OUTPUT_FORMAT_WAV: _ClassVar[OutputFormat]
     OUTPUT_FORMAT_FLAC: _ClassVar[OutputFormat]
     OUTPUT_FORMAT_RAW: _ClassVar[OutputFormat]
+    OUTPUT_FORMAT_ZIP: _ClassVar[OutputFormat]
 
 class Stage(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -54,6 +55,7 @@ OUTPUT_FORMAT_MP4: OutputFormat
 OUTPUT_FORMAT_WAV: OutputFormat
 OUTPUT_FORMAT_FLAC: OutputFormat
 OUTPUT_FORMAT_RAW: OutputFormat
+OUTPUT_FORMAT_ZIP: OutputFormat
 STAGE_UNSPECIFIED: Stage
 STAGE_TEXT_ENCODER: Stage
 STAGE_DIT: Stage
@@ -239,7 +241,7 @@ class StageUsage(_message.Message):
     def __init__(self, busy_s: _Optional[float] = ..., spans: _Optional[_Iterable[_Union[Span, _Mapping]]] = ..., cached: _Optional[bool] = ...) -> None: ...
 
 class Limits(_message.Message):
-    __slots__ = ("size_multiple_px", "min_side_px", "max_side_px", "max_pixels", "max_frames", "frame_multiple", "max_steps", "max_guidance", "max_prompt_chars", "max_inputs", "default_width", "default_height", "default_frames", "default_fps", "default_steps", "default_guidance", "default_negative_prompt", "output", "min_inputs", "default_guidance_2", "separate_guidance_2", "min_steps")
+    __slots__ = ("size_multiple_px", "min_side_px", "max_side_px", "max_pixels", "max_frames", "frame_multiple", "max_steps", "max_guidance", "max_prompt_chars", "max_inputs", "default_width", "default_height", "default_frames", "default_fps", "default_steps", "default_guidance", "default_negative_prompt", "output", "min_inputs", "default_guidance_2", "separate_guidance_2", "min_steps", "needed_roles", "optional_roles")
     SIZE_MULTIPLE_PX_FIELD_NUMBER: _ClassVar[int]
     MIN_SIDE_PX_FIELD_NUMBER: _ClassVar[int]
     MAX_SIDE_PX_FIELD_NUMBER: _ClassVar[int]
@@ -262,6 +264,8 @@ class Limits(_message.Message):
     DEFAULT_GUIDANCE_2_FIELD_NUMBER: _ClassVar[int]
     SEPARATE_GUIDANCE_2_FIELD_NUMBER: _ClassVar[int]
     MIN_STEPS_FIELD_NUMBER: _ClassVar[int]
+    NEEDED_ROLES_FIELD_NUMBER: _ClassVar[int]
+    OPTIONAL_ROLES_FIELD_NUMBER: _ClassVar[int]
     size_multiple_px: int
     min_side_px: int
     max_side_px: int
@@ -284,7 +288,9 @@ class Limits(_message.Message):
     default_guidance_2: float
     separate_guidance_2: bool
     min_steps: int
-    def __init__(self, size_multiple_px: _Optional[int] = ..., min_side_px: _Optional[int] = ..., max_side_px: _Optional[int] = ..., max_pixels: _Optional[int] = ..., max_frames: _Optional[int] = ..., frame_multiple: _Optional[int] = ..., max_steps: _Optional[int] = ..., max_guidance: _Optional[float] = ..., max_prompt_chars: _Optional[int] = ..., max_inputs: _Optional[int] = ..., default_width: _Optional[int] = ..., default_height: _Optional[int] = ..., default_frames: _Optional[int] = ..., default_fps: _Optional[float] = ..., default_steps: _Optional[int] = ..., default_guidance: _Optional[float] = ..., default_negative_prompt: _Optional[str] = ..., output: _Optional[str] = ..., min_inputs: _Optional[int] = ..., default_guidance_2: _Optional[float] = ..., separate_guidance_2: _Optional[bool] = ..., min_steps: _Optional[int] = ...) -> None: ...
+    needed_roles: _containers.RepeatedScalarFieldContainer[str]
+    optional_roles: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, size_multiple_px: _Optional[int] = ..., min_side_px: _Optional[int] = ..., max_side_px: _Optional[int] = ..., max_pixels: _Optional[int] = ..., max_frames: _Optional[int] = ..., frame_multiple: _Optional[int] = ..., max_steps: _Optional[int] = ..., max_guidance: _Optional[float] = ..., max_prompt_chars: _Optional[int] = ..., max_inputs: _Optional[int] = ..., default_width: _Optional[int] = ..., default_height: _Optional[int] = ..., default_frames: _Optional[int] = ..., default_fps: _Optional[float] = ..., default_steps: _Optional[int] = ..., default_guidance: _Optional[float] = ..., default_negative_prompt: _Optional[str] = ..., output: _Optional[str] = ..., min_inputs: _Optional[int] = ..., default_guidance_2: _Optional[float] = ..., separate_guidance_2: _Optional[bool] = ..., min_steps: _Optional[int] = ..., needed_roles: _Optional[_Iterable[str]] = ..., optional_roles: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class InterpolationLimits(_message.Message):
     __slots__ = ("max_exp", "min_scale", "max_scale", "max_pixels", "max_frames")

@@ -126,6 +126,7 @@ class EngineSection:
     after the other (`serial`), or by a rule of thumb on the token count (`auto`).
     `cache_bytes` bounds the text encoder's embedding cache. `tile_px` is the VAE's tile side; 0: no tiling.
     `vae_compile` compiles the VAE's decoder for the default size (other sizes run as without it).
+    `offload_experts` keeps one expert of a denoiser on the device and the others in the host's pinned memory.
     """
 
     max_batch: int = 8
@@ -133,6 +134,7 @@ class EngineSection:
     cache_bytes: int = 256 * 1024 * 1024
     tile_px: int = 0
     vae_compile: bool = False
+    offload_experts: bool = False
     warmup: bool = True
 
 

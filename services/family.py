@@ -24,6 +24,7 @@ from services.weights import ModelSource
 
 Tensors = dict[str, torch.Tensor]
 Frames = np.ndarray[Any, np.dtype[np.uint8]]  # [F, H, W, 3], RGB, 0 to 255
+Inputs = Mapping[str, Sequence[Frames]]  # a request's pictures and clips, decoded, by role
 
 
 class Streams(Protocol):
@@ -253,6 +254,11 @@ class TextInput:
     images: tuple[Frames, ...] = ()
 
 
+def sees_images(_model: Any) -> tuple[str, ...]:
+    """Roles of the inputs that a vision-language encoder looks at."""
+    return ("image",)
+
+
 def guided_branches(params: ResolvedParams) -> tuple[str, ...]:
     """The branches of classifier-free guidance: the negative one while `guidance` is above 1."""
     return ("positive", "negative") if params.guidance > 1 else ("positive",)
@@ -289,12 +295,14 @@ class TextPart:
             or the denoiser makes up for it.
         branches: guidance branches whose text a request needs, positive first.
         plans: of the encoders that are spread over ranks, by subfolder; each rank holds others whole.
+        sees: roles of the inputs that a loaded model looks at, in the order of `TextInput.images`.
     """
 
     load: Callable[[ModelSource, torch.device, torch.dtype], Any]
     encode: Callable[[Any, Sequence[TextInput]], list[Tensors]]
     branches: Callable[[ResolvedParams], tuple[str, ...]] = guided_branches
     plans: Mapping[str, EncoderPlan] = field(default_factory=dict)
+    sees: Callable[[Any], tuple[str, ...]] = sees_images
 
 
 class Codec(Protocol):
@@ -336,6 +344,11 @@ class VaePlan:
     attention: tuple[type[nn.Module], ...] = ()
 
 
+def opaque(_model: VaeModel) -> bool:
+    """No picture has transparency."""
+    return False
+
+
 @dataclass(frozen=True, slots=True)
 class VaePart:
     """A family's VAE.
@@ -346,19 +359,21 @@ class VaePart:
         decode: rows of `DitPart.finish` tensors of equal shape to float frames, [B, F, 3, H, W] in [-1, 1], in chunks
             of consecutive frames. Raises InvalidRequest at once when the tensors have not the shape that the parameters
             ask for.
-        encode: pictures (frames [F, H, W, 3] uint8 each) of one request to the tensors `DitPart.prepare` expects.
+        encode: pictures and clips of one request to the tensors `DitPart.prepare` expects.
         latent_geometry: (channels, spatial compression, temporal compression).
         picture_latents: pixels of single pictures [B, 3, H, W] in [-1, 1] on the CPU, sides multiples of the spatial
             compression, to normalised latents [B, C, h, w] with the channels of `DitPart.preview_latents`. None: the
             VAE has no encoder for pictures, and its models make no previews.
+        alpha: whether `encode` takes pictures, and `decode` gives frames, with a fourth channel: how opaque they are.
     """
 
     load: Callable[[ModelSource, torch.device, torch.dtype], VaeModel]
     plan: VaePlan
     decode: Callable[[VaeModel, Sequence[Tensors], ResolvedParams], Iterator[torch.Tensor]]
-    encode: Callable[[VaeModel, Sequence[Frames], ResolvedParams], Tensors]
+    encode: Callable[[VaeModel, Inputs, ResolvedParams], Tensors]
     latent_geometry: Callable[[VaeModel], tuple[int, int, int]]
     picture_latents: Callable[[VaeModel, torch.Tensor], torch.Tensor] | None = None
+    alpha: Callable[[VaeModel], bool] = opaque
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import queue
 import struct
 import threading
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from typing import Any
@@ -23,6 +25,9 @@ from services.request import Media
 
 Frames = np.ndarray[Any, np.dtype[np.uint8]]  # [F, H, W, 3], RGB, 0 to 255
 PICTURE_ROLES = ("image", "last_image", "mask")
+# Of all frames that are read of a clip: 81 of 1920x1080.
+MAX_CLIP_PIXELS = 192 * 1024 * 1024
+CLIP_CODECS = ("h264", "hevc", "vp9", "av1", "libdav1d", "mpeg4")
 MAX_INPUT_PIXELS = 64 * 1024 * 1024
 # What clients may send, by the name that they know it by.
 INPUT_MIMES = {
@@ -34,7 +39,7 @@ INPUT_MIMES = {
     "flac": "audio/flac",
 }
 PICTURE_FORMATS = tuple(name.upper() for name, mime in INPUT_MIMES.items() if mime.startswith("image/"))
-MIMES = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp", "mp4": "video/mp4"}
+MIMES = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp", "mp4": "video/mp4", "zip": "application/zip"}
 RAW_MIME = "application/octet-stream"
 CHUNKS_AHEAD = 2
 
@@ -71,7 +76,11 @@ def first_picture(inputs: Sequence[Media]) -> tuple[int, int] | None:
     Raises:
         InvalidRequest: as image_size.
     """
-    sizes = [image_size(media) for media in inputs if media.role in PICTURE_ROLES]
+    clips = [media for media in inputs if media.role == "video" or (media.role == "mask" and _is_clip(media))]
+    for media in clips:
+        if not _is_clip(media):
+            raise InvalidRequest("an input of the role video is no MP4 file: send one", param="inputs")
+    sizes = [image_size(media) for media in inputs if media.role in PICTURE_ROLES and media not in clips]
     return sizes[0] if sizes else None
 
 
@@ -86,8 +95,8 @@ def image_size(media: Media) -> tuple[int, int]:
         return (image.height, image.width) if on_its_side else (image.width, image.height)
 
 
-def decode_image(media: Media) -> Frames:
-    """A picture's pixels as [1, H, W, 3], upright as its EXIF data say.
+def decode_image(media: Media, *, alpha: bool = False) -> Frames:
+    """A picture's pixels as [1, H, W, 3], upright as its EXIF data say; with `alpha` [1, H, W, 4], 255 for opaque.
 
     Raises:
         InvalidRequest: as image_size, or cut short.
@@ -95,7 +104,76 @@ def decode_image(media: Media) -> Frames:
     with _opened(media) as image:
         turn = _turn(image)
         upright = image if turn is None else image.transpose(turn)
-        return np.asarray(upright.convert("RGB"))[None].copy()
+        return np.asarray(upright.convert("RGBA" if alpha else "RGB"))[None].copy()
+
+
+def decode_inputs(inputs: Sequence[Media], max_frames: int = 1, *, alpha: bool = False) -> dict[str, list[Frames]]:
+    """The pixels of all inputs by role, each [F, H, W, 3], or 4 with `alpha`; of clips the first `max_frames`.
+
+    Raises:
+        InvalidRequest: as decode_image and decode_clip.
+    """
+    decoded: dict[str, list[Frames]] = {}
+    for media in inputs:
+        clip = media.role == "video" or (media.role == "mask" and _is_clip(media))
+        frames = decode_clip(media, max_frames) if clip else decode_image(media, alpha=alpha)
+        decoded.setdefault(media.role, []).append(frames)
+    return decoded
+
+
+def decode_clip(media: Media, max_frames: int) -> Frames:
+    """The first frames of an MP4 file, [F, H, W, 3], F at most `max_frames`.
+
+    Raises:
+        InvalidRequest: not an MP4 file, with another coding than CLIP_CODECS, damaged, without frames, or with more
+            pixels in so many frames than MAX_CLIP_PIXELS.
+    """
+    import av
+
+    try:
+        # The one demuxer, which reads no other files.
+        with av.open(io.BytesIO(media.data), "r", format="mp4") as container:
+            if not container.streams.video:
+                raise InvalidRequest("an input clip has no pictures", param="inputs")
+            stream = container.streams.video[0]
+            # A coding that nobody knows has no context.
+            coding = getattr(stream.codec_context, "name", "unknown")
+            if coding not in CLIP_CODECS:
+                raise InvalidRequest(
+                    f"an input clip is coded as {coding}: send {', '.join(CLIP_CODECS)}", param="inputs"
+                )
+            frames = _frames(container.decode(stream), (stream.height, stream.width), max_frames)
+    except (av.error.FFmpegError, ValueError, OSError) as error:
+        raise InvalidRequest(
+            f"an input clip cannot be decoded ({error}): send a whole MP4 file", param="inputs"
+        ) from error
+    if not frames:
+        raise InvalidRequest("an input clip has 0 frames", param="inputs")
+    return np.stack(frames)
+
+
+def _frames(decoded: Iterator[Any], size: tuple[int, int], max_frames: int) -> list[Any]:
+    height, width = size
+    if height * width * max_frames > MAX_CLIP_PIXELS:
+        raise InvalidRequest(
+            f"an input clip has {width}x{height} pixels: at most {MAX_CLIP_PIXELS // max_frames} are allowed in each "
+            f"of {max_frames} frames",
+            param="inputs",
+        )
+    frames: list[Any] = []
+    for frame in itertools.islice(decoded, max_frames):
+        if (frame.height, frame.width) != size:
+            raise InvalidRequest(
+                f"an input clip changes its size from {width}x{height} to {frame.width}x{frame.height}", param="inputs"
+            )
+        if frame.is_corrupt:
+            raise InvalidRequest(f"an input clip is damaged at frame {len(frames) + 1}", param="inputs")
+        frames.append(frame.to_ndarray(format="rgb24"))
+    return frames
+
+
+def _is_clip(media: Media) -> bool:
+    return media_type(media.data) == INPUT_MIMES["mp4"]
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
@@ -129,9 +207,10 @@ def _opened(media: Media) -> Iterator[Image.Image]:
 
 
 def encode_frames(frames: Frames, output_format: str, quality: int, fps: float) -> tuple[str, bytes]:
-    """Frames [F, H, W, 3] as (mime, bytes). Pictures keep the first frame only.
+    """Frames [F, H, W, 3], or 4 with transparency, as (mime, bytes). Pictures keep the first frame only.
 
     Args:
+        output_format: a zip has each frame as a PNG, 00.png being the first.
         quality: 1 to 100; lossless formats ignore it.
         fps: frames a second of a clip.
     """
@@ -140,6 +219,11 @@ def encode_frames(frames: Frames, output_format: str, quality: int, fps: float) 
         writer.add(frames)
         return writer.finish()
     file = io.BytesIO()
+    if output_format == "zip":
+        with zipfile.ZipFile(file, "w") as archive:
+            for index, frame in enumerate(frames):
+                archive.writestr(f"{index:02}.png", encode_frames(frame[None], "png", quality, fps)[1])
+        return MIMES["zip"], file.getvalue()
     first, *more = (Image.fromarray(frame) for frame in frames)
     options: dict[str, dict[str, Any]] = {
         # Level 1 costs a sixth of the default's time for a few percent more bytes.

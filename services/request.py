@@ -22,6 +22,7 @@ MAX_INPUT_BYTES = 7 * 1024 * 1024
 PICTURE_MULTIPLE_PX = 32
 IMAGE_FORMATS = ("png", "jpeg", "webp")
 VIDEO_FORMATS = ("mp4", "webp", "raw")
+LAYER_FORMATS = ("zip", "raw")
 AUDIO_FORMATS = ("wav", "flac", "raw")
 FPS = (1.0, 120.0)
 MIN_CLIP_SIDE_PX = 16
@@ -66,9 +67,14 @@ class GenerationParams:
 class Limits:
     """What a model accepts and takes by default. Sizes in pixels, frames counted, fps in frames a second.
 
+    A model whose `output` is "layers" makes `num_frames` pictures with transparency.
+
     `default_guidance_2` is for the second (low-noise) expert of models with two; 0: the same as `default_guidance`.
     With `separate_guidance_2` it is a scale of another kind (true guidance beside a distilled one), which a request
     that sets `guidance` alone leaves at its default.
+
+    `min_inputs` and `max_inputs` count inputs of the role "image". Beside them, a request brings one input of each of
+    `needed_roles`, and may bring one of each of `optional_roles`.
     """
 
     output: str = "image"
@@ -84,6 +90,8 @@ class Limits:
     max_prompt_chars: int = 8000
     min_inputs: int = 0
     max_inputs: int = 0
+    needed_roles: tuple[str, ...] = ()
+    optional_roles: tuple[str, ...] = ()
     default_width: int = 1024
     default_height: int = 1024
     default_frames: int = 1
@@ -93,6 +101,20 @@ class Limits:
     default_guidance_2: float = 0.0
     separate_guidance_2: bool = False
     default_negative_prompt: str = " "
+
+    @property
+    def other_roles(self) -> tuple[str, ...]:
+        """What an input may be for, other than "image"."""
+        return (*self.needed_roles, *self.optional_roles)
+
+    @property
+    def most_inputs(self) -> int:
+        """How many a request may bring, of all roles together."""
+        return self.max_inputs + len(self.other_roles)
+
+    def without_inputs(self) -> Limits:
+        """The same of a request that brings none: where they come as latents."""
+        return replace(self, min_inputs=0, needed_roles=())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -176,7 +198,7 @@ def resolve(
 def _default_size(limits: Limits, picture: tuple[int, int] | None) -> tuple[int, int]:
     """The model's size, or one of the same area in the picture's shape."""
     width, height = limits.default_width, limits.default_height
-    if picture is None:
+    if picture is None or "video" in limits.other_roles:
         return width, height
     unit = math.lcm(limits.size_multiple_px, PICTURE_MULTIPLE_PX)
     lowest, highest = -(-limits.min_side_px // unit) * unit, limits.max_side_px // unit * unit
@@ -322,11 +344,28 @@ def _check_frames(params: ResolvedParams, limits: Limits) -> None:
 
 
 def _check_inputs(params: ResolvedParams, limits: Limits) -> None:
-    if params.inputs and not limits.max_inputs:
+    if params.inputs and not limits.most_inputs:
         raise InvalidRequest(f"model {params.model!r} takes no input pictures", param="inputs")
     if not params.inputs and limits.min_inputs:
         raise InvalidRequest(f"model {params.model!r} needs an input picture, and there is none", param="inputs")
-    _between("inputs (count)", len(params.inputs), limits.min_inputs, limits.max_inputs, param="inputs")
+    roles = [item.role for item in params.inputs]
+    for role in roles:
+        if role not in ("image", *limits.other_roles):
+            allowed = ", ".join(("image", *limits.other_roles))
+            raise InvalidRequest(
+                f"an input has the role {role!r}: model {params.model!r} takes {allowed}", param="inputs"
+            )
+    _between(
+        "inputs (count)" if not limits.other_roles else "inputs of the role image (count)",
+        roles.count("image"),
+        limits.min_inputs,
+        limits.max_inputs,
+        param="inputs",
+    )
+    for role in limits.other_roles:
+        _between(
+            f"inputs of the role {role} (count)", roles.count(role), int(role in limits.needed_roles), 1, param="inputs"
+        )
     check_total(params.inputs, "inputs")
 
 
@@ -338,7 +377,8 @@ def _between(name: str, value: float, low: float, high: float, *, param: str = "
 
 
 def _formats(limits: Limits) -> tuple[str, ...]:
-    return {"image": IMAGE_FORMATS, "video": VIDEO_FORMATS, "audio": AUDIO_FORMATS}[limits.output]
+    formats = {"image": IMAGE_FORMATS, "layers": LAYER_FORMATS, "video": VIDEO_FORMATS, "audio": AUDIO_FORMATS}
+    return formats[limits.output]
 
 
 def _or(value: _T | None, default: _T) -> _T:

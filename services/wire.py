@@ -22,6 +22,7 @@ OUTPUT_FORMATS: dict[str, types_pb2.OutputFormat] = {
     "wav": types_pb2.OUTPUT_FORMAT_WAV,
     "flac": types_pb2.OUTPUT_FORMAT_FLAC,
     "raw": types_pb2.OUTPUT_FORMAT_RAW,
+    "zip": types_pb2.OUTPUT_FORMAT_ZIP,
 }
 _FORMAT_NAMES = {number: name for name, number in OUTPUT_FORMATS.items()}
 
@@ -108,7 +109,12 @@ def limits_to_proto(limits: Limits) -> types_pb2.Limits:
 def limits_from_proto(proto: types_pb2.Limits) -> Limits:
     """The message as a model's limits."""
     limits = Limits(**{spec.name: getattr(proto, spec.name) for spec in fields(Limits)})
-    return replace(limits, min_steps=max(1, limits.min_steps))
+    return replace(
+        limits,
+        min_steps=max(1, limits.min_steps),
+        needed_roles=tuple(proto.needed_roles),
+        optional_roles=tuple(proto.optional_roles),
+    )
 
 
 def interpolation_limits_to_proto(limits: InterpolationLimits) -> types_pb2.InterpolationLimits:

@@ -102,7 +102,8 @@ class TextEngine:
             InvalidRequest: an input picture cannot be decoded.
         """
         start_ns, start_s = time.time_ns(), time.perf_counter()
-        images = tuple(decode_image(media) for media in params.inputs if media.role == "image")
+        sees = self._part.sees(self._model)
+        images = tuple(decode_image(media) for role in sees for media in params.inputs if media.role == role)
         texts = {"positive": params.prompt, "negative": params.negative_prompt}
         inputs = {branch: TextInput(texts[branch], images) for branch in self._part.branches(params)}
         self._waiting.append(_Job(request_id, inputs, start_ns, time.perf_counter() - start_s))
@@ -211,7 +212,9 @@ def open_engine(config: StageConfig, mesh: Mesh | None = None) -> TextEngine:
     limits = config.engine
     engine = TextEngine(part, model, limits.max_batch, limits.cache_bytes, single=mesh is None)
     if config.engine.warmup:
-        engine.warm_up(limits_of(config, source).min_inputs)
+        wanted = limits_of(config, source)
+        needed = ["image"] * wanted.min_inputs + list(wanted.needed_roles)
+        engine.warm_up(sum(role in part.sees(model) for role in needed))
     return engine
 
 

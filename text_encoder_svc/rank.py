@@ -14,7 +14,12 @@ from services.wire import resolved_from_proto
 from text_encoder_svc.engine import Encoded, TextEngine, open_engine
 
 NUMBERS = ("", "_2", "_3", "_4")
-SUBFOLDERS = ("processor", *(f"{kind}{number}" for kind in ("tokenizer", "text_encoder") for number in NUMBERS))
+SUBFOLDERS = (
+    "processor",
+    "image_processor",
+    "image_encoder",
+    *(f"{kind}{number}" for kind in ("tokenizer", "text_encoder") for number in NUMBERS),
+)
 
 
 class TextEncoderProgram:

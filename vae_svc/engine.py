@@ -17,7 +17,7 @@ from services.device_memory import failure_of
 from services.errors import InvalidRequest, NonFinite, ServiceError
 from services.families import load_family
 from services.family import Frames, Tensors, VaeModel, VaePart
-from services.media import decode_image
+from services.media import decode_inputs
 from services.parallel.degrees import Degrees, check_patches
 from services.parallel.mesh import Mesh
 from services.parallel.vae_patch import PatchCodec
@@ -128,10 +128,11 @@ class VaeEngine:
     def _encode(self, job: VaeJob) -> VaeResult:
         start_s = time.perf_counter()
         try:
-            pictures = [decode_image(media) for media in job.params.inputs if media.role == "image"]
-            if not pictures:
+            if not job.params.inputs:
                 raise InvalidRequest("there is no input picture to encode", param="inputs")
-            tensors = self._part.encode(self._model, pictures, job.params)
+            alpha = self._part.alpha(self._model)
+            inputs = decode_inputs(job.params.inputs, job.params.num_frames, alpha=alpha)
+            tensors = self._part.encode(self._model, inputs, job.params)
         except (ServiceError, torch.OutOfMemoryError) as error:
             return VaeResult(job, time.perf_counter() - start_s, error=self._failure(error))
         return VaeResult(job, time.perf_counter() - start_s, tensors=tensors)

@@ -29,9 +29,16 @@ PIPELINES = {
     "HiDreamImagePipeline FlowMatchLCMScheduler": ("hidream", "dev"),
     "QwenImagePipeline": ("qwen_image", "t2i"),
     "QwenImageEditPipeline": ("qwen_image", "edit"),
+    "QwenImageEditPlusPipeline": ("qwen_image", "edit_plus"),
+    "QwenImageLayeredPipeline": ("qwen_image", "layered"),
     "WanPipeline": ("wan", "t2v_one_expert"),
     "WanPipeline boundary_ratio": ("wan", "t2v"),
     "WanPipeline expand_timesteps": ("wan", "ti2v"),
+    "WanVACEPipeline": ("wan", "vace"),
+    "WanImageToVideoPipeline": ("wan", "i2v_one_expert"),
+    "WanImageToVideoPipeline boundary_ratio": ("wan", "i2v"),
+    "WanImageToVideoPipeline expand_timesteps": ("wan", "ti2v"),
+    "WanImageToVideoPipeline pos_embed_seq_len": ("wan", "flf2v"),
 }
 
 

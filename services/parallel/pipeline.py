@@ -45,7 +45,7 @@ class PipelineRank:
         """The streams as the previous rank left them; the first rank's own."""
         if self.rank == 0:
             return streams
-        taken = {field: torch.empty_like(getattr(streams, field)).contiguous() for field in self._flow}
+        taken = {field: torch.empty_like(tensor).contiguous() for field, tensor in self._flowing(streams)}
         for tensor in taken.values():
             if tensor.is_meta:
                 continue  # a dry run: nobody sends
@@ -57,14 +57,19 @@ class PipelineRank:
         for sent, _ in self._sending:
             sent.wait()
         self._sending = []
-        for field in self._flow:
-            tensor = getattr(streams, field).contiguous()
+        for _, value in self._flowing(streams):
+            tensor = value.contiguous()
             count_sent("pipeline", tensor)
             if tensor.is_meta:
                 continue
             work = dist.isend(tensor, self._axis.ranks[self.rank + 1], group=self._axis.group)
             assert work is not None
             self._sending.append((work, tensor))
+
+    def _flowing(self, streams: Any) -> list[tuple[str, torch.Tensor]]:
+        """Fields that travel; not every model of a family has all."""
+        fields = ((field, getattr(streams, field)) for field in self._flow)
+        return [(field, tensor) for field, tensor in fields if tensor is not None]
 
     def share(self, outputs: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
         """The last rank's predictions, on every rank."""

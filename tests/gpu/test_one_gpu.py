@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -49,6 +51,18 @@ def test_compiled_blocks_never_recompile_and_give_what_eager_ones_give(family, v
     assert eager.keys() == compiled.keys()
     for name, latents in eager.items():
         assert relative(compiled[name], latents) < 1e-2, name
+
+
+def test_an_idle_expert_waits_in_the_hosts_memory(tmp_path) -> None:
+    load_family("wan").tiny(tmp_path, "t2v", 0)
+    resident = config_of(tmp_path, "float32", {}, {})
+    offloaded = replace(resident, engine=replace(resident.engine, offload_experts=True))
+    with torch.inference_mode():
+        expected, _ = denoise(resident, None, 6)
+        latents, _ = denoise(offloaded, None, 6)
+    assert latents.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert relative(latents[name], tensor) < 1e-5, name
 
 
 def test_gelu_is_fused_where_it_can_be(tmp_path) -> None:

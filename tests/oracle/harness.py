@@ -38,6 +38,7 @@ class OracleRow:
         together: three that may share a forward at any steps; left out, the wishes in the shape of the first.
         shared: how many of them meet in one forward when each is admitted a step after the one before.
         bf16_tolerance: max|a - b| / max|b| against the stock pipeline in bf16; 0 means equal bit for bit.
+        name: where a variant has several rows.
     """
 
     family: str
@@ -47,9 +48,10 @@ class OracleRow:
     together: tuple[GenerationParams, ...] = ()
     shared: int = 3
     bf16_tolerance: float = 0.0
+    name: str = ""
 
     def __str__(self) -> str:
-        return f"{self.family}-{self.variant}"
+        return self.name or f"{self.family}-{self.variant}"
 
     @property
     def batch(self) -> tuple[GenerationParams, ...]:

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 import torch
-from diffusers import QwenImageEditPipeline, QwenImagePipeline
-from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit
+from diffusers import QwenImageEditPipeline, QwenImageEditPlusPipeline, QwenImageLayeredPipeline, QwenImagePipeline
+from diffusers.pipelines.qwenimage import (
+    pipeline_qwenimage_edit,
+    pipeline_qwenimage_edit_plus,
+    pipeline_qwenimage_layered,
+)
 from PIL import Image
 from transformers import PreTrainedTokenizerFast, Qwen2VLProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -28,9 +34,9 @@ def wish(prompt: str, seed: int, steps: int, size: tuple[int, int], *inputs: Med
     )
 
 
-def picture(width: int, height: int, seed: int) -> Media:
-    """Noise as a PNG: every pixel counts."""
-    frames = np.random.default_rng(seed).integers(0, 256, (1, height, width, 3), dtype=np.uint8)
+def picture(width: int, height: int, seed: int, channels: int = 3) -> Media:
+    """Noise as a PNG, with 4 channels in its transparency too: every pixel counts."""
+    frames = np.random.default_rng(seed).integers(0, 256, (1, height, width, channels), dtype=np.uint8)
     return Media(*encode_frames(frames, "png", 90, 0.0))
 
 
@@ -47,6 +53,63 @@ def load_edit(folder: Path, dtype: torch.dtype) -> Stock:
     return lambda params: {"latents": edited(pipeline, folder, params)}
 
 
+def load_edit_plus(folder: Path, dtype: torch.dtype) -> Stock:
+    pipeline = edit_pipeline(folder, dtype, QwenImageEditPlusPipeline)
+    give_token_types(pipeline)
+    pipeline.vae._encode = CausalCodec(pipeline.vae).encode
+    settings = json.loads((folder / "model_index.json").read_text())
+    areas = {
+        "CONDITION_IMAGE_SIZE": settings["vision_area_px"],
+        "VAE_IMAGE_SIZE": settings["latent_area_px"],
+    }
+
+    def run(params: ResolvedParams) -> dict[str, torch.Tensor]:
+        images = [Image.fromarray(decode_image(media)[0]) for media in params.inputs]
+        with patch.multiple(pipeline_qwenimage_edit_plus, **areas):
+            return {"latents": call(pipeline, params, image=images)}
+
+    return run
+
+
+def load_layered(folder: Path, dtype: torch.dtype) -> Stock:
+    pipeline = layered_pipeline(folder, dtype)
+    # Of a VAE of its own: the pipeline decodes in any case.
+    pipeline.vae._encode = CausalCodec(type(pipeline.vae).from_pretrained(folder / "vae", torch_dtype=dtype)).encode
+    return lambda params: {"latents": layered(pipeline, params)[0]}
+
+
+def layered_pipeline(folder: Path, dtype: torch.dtype) -> QwenImageLayeredPipeline:
+    """As the library makes it, without the processor that captions pictures."""
+    return QwenImageLayeredPipeline.from_pretrained(folder, dtype=dtype, processor=None)
+
+
+def layered(pipeline: QwenImageLayeredPipeline, params: ResolvedParams) -> tuple[torch.Tensor, torch.Tensor]:
+    """The stock latents and layers, in the size that is asked for instead of the picture's at a fixed area."""
+    pipeline.set_progress_bar_config(disable=True)
+    [media] = params.inputs
+    size, steps = (params.width, params.height), []
+
+    # It cannot give its latents as a result.
+    def keep(_pipeline: Any, _step: int, _timestep: Any, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        steps.append(values["latents"])
+        return values
+
+    with patch.object(pipeline_qwenimage_layered, "calculate_dimensions", lambda *_: size):
+        [layers] = pipeline(
+            image=Image.fromarray(decode_image(media, alpha=True)[0]),
+            prompt=params.prompt,
+            negative_prompt=params.negative_prompt,
+            true_cfg_scale=params.guidance,
+            layers=params.num_frames,
+            num_inference_steps=params.steps,
+            generator=torch.Generator().manual_seed(params.seed),
+            output_type="pt",
+            callback_on_step_end=keep,
+            callback_on_step_end_tensor_inputs=["latents"],
+        ).images
+    return steps[-1], layers
+
+
 class PictureProcessor(Qwen2VLProcessor):
     """The library's processor without its video part, which needs torchvision."""
 
@@ -54,13 +117,13 @@ class PictureProcessor(Qwen2VLProcessor):
         super().__init__(image_processor, tokenizer)
 
 
-def edit_pipeline(folder: Path, dtype: torch.dtype) -> QwenImageEditPipeline:
+def edit_pipeline(folder: Path, dtype: torch.dtype, pipeline: Any = QwenImageEditPipeline) -> Any:
     """As the library makes it."""
     processor = PictureProcessor(
         Qwen2VLImageProcessorPil.from_pretrained(folder / "processor"),
         PreTrainedTokenizerFast.from_pretrained(folder / "processor"),
     )
-    return QwenImageEditPipeline.from_pretrained(folder, dtype=dtype, processor=processor)
+    return pipeline.from_pretrained(folder, dtype=dtype, processor=processor)
 
 
 def give_token_types(pipeline: QwenImageEditPipeline) -> None:
@@ -126,5 +189,37 @@ ROWS = (
             wish("dog", 3, 4, (64, 80), picture(180, 100, 3)),
         ),
         load_stock=load_edit,
+    ),
+    OracleRow(
+        family="qwen_image",
+        variant="edit_plus",
+        wishes=(
+            wish("make it red", 1, 5, (64, 80), picture(90, 50, 1), picture(40, 60, 2)),
+            wish("a photo of a large green square on a blue background", 2, 4, (96, 80), picture(64, 200, 2)),
+            wish("dog", 3, 4, (64, 112), picture(31, 29, 3), picture(90, 50, 1), picture(64, 200, 2)),
+        ),
+        together=(
+            wish("make it red", 1, 5, (64, 80), picture(90, 50, 1), picture(40, 60, 2)),
+            wish(
+                "a photo of a large green square on a blue background",
+                2,
+                4,
+                (64, 80),
+                picture(95, 51, 2),
+                picture(41, 61, 5),
+            ),
+            wish("dog", 3, 4, (64, 80), picture(180, 100, 3), picture(80, 120, 6)),
+        ),
+        load_stock=load_edit_plus,
+    ),
+    OracleRow(
+        family="qwen_image",
+        variant="layered",
+        wishes=(
+            replace(wish("a red circle", 1, 5, (64, 80), picture(90, 50, 1, 4)), num_frames=2),
+            replace(wish("a photo of a large green square", 2, 4, (96, 80), picture(64, 200, 2)), num_frames=3),
+            replace(wish("dog", 3, 4, (64, 112), picture(31, 29, 3, 4)), num_frames=1),
+        ),
+        load_stock=load_layered,
     ),
 )

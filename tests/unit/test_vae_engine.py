@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from services.errors import InvalidRequest, NonFinite, OutOfMemory, ServiceError
-from services.family import Frames, Tensors, VaePart, VaePlan
+from services.family import Inputs, Tensors, VaePart, VaePlan
 from services.request import GenerationParams, Limits, Media, ResolvedParams, resolve
 from vae_svc.engine import VaeChunk, VaeEngine, VaeJob, VaeResult, to_pixels
 from vae_svc.latent_rgb_fit import fit_latent_rgb, synthetic_pictures
@@ -40,8 +40,8 @@ class FakeVae:
             raise InvalidRequest("9 cannot be decoded")
         return colours[:, None, :, None, None].expand(-1, frames, 3, params.height, params.width)
 
-    def encode(self, _model: object, pictures: Sequence[Frames], _params: ResolvedParams) -> Tensors:
-        return {"image/0": torch.from_numpy(pictures[0].astype(np.float32)).mean((0, 1, 2))}
+    def encode(self, _model: object, inputs: Inputs, _params: ResolvedParams) -> Tensors:
+        return {"image/0": torch.from_numpy(inputs["image"][0].astype(np.float32)).mean((0, 1, 2))}
 
     def part(self, **changes: object) -> VaePart:
         part = VaePart(

@@ -12,7 +12,10 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
+from diffusers.models.transformers.transformer_wan_vace import WanVACETransformer3DModel
 from safetensors.torch import load_file, save_file
+from transformers.models.clip.configuration_clip import CLIPVisionConfig
+from transformers.models.clip.modeling_clip import CLIPVisionModel
 from transformers.models.umt5.configuration_umt5 import UMT5Config
 from transformers.models.umt5.modeling_umt5 import UMT5EncoderModel
 
@@ -23,16 +26,17 @@ from services.errors import InvalidRequest, StartupError
 from services.families import load_family
 from services.families.wan.text import clean
 from services.family import TextInput
+from services.media import decode_inputs
 from services.request import GenerationParams, resolve
 from services.tensor_wire import frame_of
 from services.tensors import Bundle, BundleReader, bundle_frames
 from services.weights import ModelSource, open_source
-from tests.oracle.harness import Subject, equal, run
-from tests.oracle.wan import ROWS
+from tests.oracle.harness import Subject, difference, equal, run
+from tests.oracle.wan import ROWS, picture, picture_pipeline, pictures_of
 
 CPU = torch.device("cpu")
 FAMILY = load_family("wan")
-BY_VARIANT = {row.variant: row for row in ROWS}
+BY_VARIANT = {row.variant: row for row in reversed(ROWS)}
 ALONE = {"branches": "serial", "max_batch": 1}
 
 
@@ -186,23 +190,102 @@ def test_decoded_frames_are_the_stock_pipelines(folders, variant, frames):
         FAMILY.vae.decode(vae, [{"latents": latents}], replace(params, num_frames=frames + 4))
 
 
-@pytest.mark.parametrize("variant", ["t2v", "ti2v"])
-def test_a_picture_becomes_the_normalised_latents_of_a_first_frame(folders, variant):
-    vae = FAMILY.vae.load(open_source(str(folders[variant])), CPU, torch.float32)
-    stock = AutoencoderKLWan.from_pretrained(folders[variant] / "vae")
-    picture = torch.randint(0, 256, (1, 96, 64, 3), dtype=torch.uint8)
-    wish = GenerationParams(model="m", prompt="a", width=64, height=96, num_frames=5)
+def given(folder, variant: str, inputs, num_frames: int = 9):
+    """What the VAE part makes of inputs for a clip of 64x96, and the pipeline's latents and what it adds to them."""
+    wish = GenerationParams(model="m", prompt="a", width=64, height=96, num_frames=num_frames, inputs=tuple(inputs))
     params = resolve(wish, FAMILY.variants[variant].limits, seed=0)
-    ours = FAMILY.vae.encode(vae, [picture.numpy()], params)["image_latents"]
-    pixels = picture.permute(3, 0, 1, 2)[None] / 255 * 2 - 1
-    mode = stock.encode(pixels).latent_dist.mode()
-    shape = (1, -1, 1, 1, 1)
-    mean, std = (torch.tensor(values).view(shape) for values in (stock.config.latents_mean, stock.config.latents_std))
-    channels, compression, _ = FAMILY.vae.latent_geometry(vae)
-    assert ours.shape == (1, channels, 1, 96 // compression, 64 // compression)
-    assert torch.allclose(ours, (mode - mean) / std, atol=1e-5)
-    with pytest.raises(InvalidRequest, match="64x96"):
-        FAMILY.vae.encode(vae, [picture[:, :32].numpy()], params)
+    ours = FAMILY.vae.encode(
+        FAMILY.vae.load(open_source(str(folder)), CPU, torch.float32), decode_inputs(inputs), params
+    )
+    pipeline = picture_pipeline(folder, torch.float32)
+    pictures = {
+        role: pipeline.video_processor.preprocess(image, height=96, width=64)
+        for role, image in pictures_of(params).items()
+    }
+    sizes = {"height": 96, "width": 64, "num_frames": num_frames, "num_channels_latents": pipeline.vae.config.z_dim}
+    return ours, pipeline.prepare_latents(batch_size=1, dtype=torch.float32, device=CPU, **sizes, **pictures)
+
+
+def test_the_first_frame_is_the_stock_pipelines(folders):
+    ours, (_, theirs, _) = given(folders["ti2v"], "ti2v", [picture(200, 90, 1)])
+    assert ours["first_frame"].shape == theirs.shape == (1, 48, 1, 6, 4)
+    assert torch.allclose(ours["first_frame"], theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize("roles", [("image",), ("image", "last_image")])
+def test_what_is_given_of_a_clip_is_the_stock_pipelines(folders, roles):
+    inputs = [picture(64 + 9 * index, 90, index, role) for index, role in enumerate(roles)]
+    ours, (_, theirs) = given(folders["i2v"], "i2v", inputs)
+    assert ours["condition"].shape == theirs.shape == (1, 20, 3, 12, 8)
+    assert torch.equal(ours["condition"][:, :4], theirs[:, :4])
+    assert torch.allclose(ours["condition"], theirs, atol=1e-5)
+    assert int(ours["condition"][:, :4].sum()) == 96 * (4 + len(roles) - 1)
+
+
+def test_clips_that_cannot_begin_or_end_so_are_refused(folders):
+    def encode(inputs, num_frames: int = 9) -> None:
+        limits = replace(FAMILY.variants["i2v"].limits, min_inputs=0)
+        wish = GenerationParams(model="m", prompt="a", width=64, height=96, num_frames=num_frames, inputs=tuple(inputs))
+        vae = FAMILY.vae.load(open_source(str(folders["i2v"])), CPU, torch.float32)
+        FAMILY.vae.encode(vae, decode_inputs(inputs), resolve(wish, limits, seed=0))
+
+    with pytest.raises(InvalidRequest, match="role image"):
+        encode([picture(64, 96, 1, "last_image")])
+    with pytest.raises(InvalidRequest, match="num_frames is 1"):
+        encode([picture(64, 96, 1), picture(64, 96, 2, "last_image")], num_frames=1)
+
+
+@pytest.mark.parametrize(
+    ("variant", "roles", "says"),
+    [
+        ("t2v", ["image"], "takes no input pictures"),
+        ("ti2v", ["image", "image"], "it must be between 0 and 1"),
+        ("ti2v", ["last_image"], "takes image"),
+        ("i2v", [], "needs an input picture"),
+        ("i2v", ["last_image"], "of the role image"),
+        ("i2v", ["image", "last_image", "last_image"], "of the role last_image .* between 0 and 1"),
+        ("i2v", ["image", "mask"], "takes image, last_image"),
+        ("i2v_one_expert", ["image", "last_image"], "takes image"),
+        ("flf2v", ["image"], "of the role last_image .* must be 1"),
+    ],
+)
+def test_inputs_that_a_variant_does_not_take_are_refused(variant, roles, says):
+    inputs = tuple(picture(8, 8, 1, role) for role in roles)
+    with pytest.raises(InvalidRequest, match=says):
+        resolve(GenerationParams(model="m", prompt="a", inputs=inputs), FAMILY.variants[variant].limits, seed=0)
+
+
+@pytest.mark.parametrize("variant", ["i2v", "flf2v"])
+@pytest.mark.parametrize("change", ["missing", "shape", "dtype"])
+def test_wrong_latents_and_pictures_are_refused(folders, variant, change):
+    subject = Subject(BY_VARIANT[variant], folders[variant])
+    params = subject.params(BY_VARIANT[variant].wishes[0])
+    conditions = subject.job("a", params).conditions
+    for name in ("condition", "positive/pictures") if variant == "flf2v" else ("condition",):
+        wrong = dict(conditions)
+        tensor = wrong.pop(name)
+        if change != "missing":
+            wrong[name] = tensor[:, :-1] if change == "shape" else tensor.to(torch.int64)
+        with pytest.raises(InvalidRequest, match=name):
+            subject.engine().admit(DenoiseJob("x", params, wrong))
+
+
+def test_clips_with_and_without_a_first_picture_share_a_batch(folders):
+    subject = Subject(BY_VARIANT["ti2v"], folders["ti2v"])
+    bare = BY_VARIANT["ti2v"].wishes[0]
+    wishes = {"bare": bare, "begun": replace(bare, inputs=(picture(64, 96, 1),), seed=5)}
+    alone = {}
+    for name, wish in wishes.items():
+        engine = subject.engine(**ALONE)
+        engine.admit(subject.job(name, subject.params(wish)))
+        alone |= run(engine, [])
+    engine, events = subject.engine(branches="rows", max_batch=8), []
+    for name, wish in wishes.items():
+        engine.admit(subject.job(name, subject.params(wish)))
+    results = run(engine, events)
+    assert {event.batch for event in events if isinstance(event, Stepped)} == {2}
+    for name, tensors in alone.items():
+        assert difference(results[name], tensors) <= 1e-4
 
 
 # ---- Text ----------------------------------------------------------------------------------------------------------
@@ -290,6 +373,13 @@ def test_random_weights_keep_in_fp32_what_loaded_weights_keep(folders):
         ("wan2.2-t2v-a14b", "t2v", {"transformer": 14.29, "transformer_2": 14.29, "text_encoder": 5.68, "vae": 0.127}),
         ("wan2.1-t2v-14b", "t2v_one_expert", {"transformer": 14.29, "text_encoder": 5.68, "vae": 0.127}),
         ("wan2.2-ti2v-5b", "ti2v", {"transformer": 5.0, "text_encoder": 5.68, "vae": 0.705}),
+        ("wan2.1-t2v-1.3b", "t2v_one_expert", {"transformer": 1.42}),
+        ("wan2.2-i2v-a14b", "i2v", {"transformer": 14.29, "transformer_2": 14.29}),
+        ("wan2.1-i2v-14b-480p", "i2v_one_expert", {"transformer": 16.4, "image_encoder": 0.632}),
+        ("wan2.1-i2v-14b-720p", "i2v_one_expert", {"transformer": 16.4}),
+        ("wan2.1-flf2v-14b", "flf2v", {"transformer": 16.4}),
+        ("wan2.1-vace-1.3b", "vace", {"transformer": 2.15}),
+        ("wan2.1-vace-14b", "vace", {"transformer": 17.34}),
     ],
 )
 def test_presets_have_the_published_sizes(preset, variant, billions):
@@ -300,10 +390,13 @@ def test_presets_have_the_published_sizes(preset, variant, billions):
         with torch.device("meta"):
             if component == "text_encoder":
                 module = UMT5EncoderModel(UMT5Config.from_dict(config))
+            elif component == "image_encoder":
+                module = CLIPVisionModel(CLIPVisionConfig.from_dict(config))
             elif component == "vae":
                 module = AutoencoderKLWan.from_config(config)
             else:
-                module = WanTransformer3DModel.from_config(config)
+                cls = WanVACETransformer3DModel if "vace_layers" in config else WanTransformer3DModel
+                module = cls.from_config(config)
         count = sum(parameter.numel() for parameter in module.parameters()) / 1e9
         assert abs(count - expected) <= 0.005 * expected, (component, count)
 

@@ -10,7 +10,16 @@ from hypothesis import strategies as st
 
 from protos import types_pb2
 from services.errors import ERRORS, Internal, InvalidRequest
-from services.request import AUDIO_FORMATS, IMAGE_FORMATS, VIDEO_FORMATS, GenerationParams, Limits, Media, resolve
+from services.request import (
+    AUDIO_FORMATS,
+    IMAGE_FORMATS,
+    LAYER_FORMATS,
+    VIDEO_FORMATS,
+    GenerationParams,
+    Limits,
+    Media,
+    resolve,
+)
 from services.wire import (
     MAX_ERROR_CHARS,
     OUTPUT_FORMATS,
@@ -98,7 +107,7 @@ def test_values_that_no_message_holds(changes: dict[str, int], param: str) -> No
 
 
 def test_formats() -> None:
-    assert set(OUTPUT_FORMATS) == {*IMAGE_FORMATS, *VIDEO_FORMATS, *AUDIO_FORMATS}
+    assert set(OUTPUT_FORMATS) == {*IMAGE_FORMATS, *LAYER_FORMATS, *VIDEO_FORMATS, *AUDIO_FORMATS}
     assert len(OUTPUT_FORMATS) == len(types_pb2.OutputFormat.keys()) - 1
     assert all(format_from_proto(format_to_proto(name)) == name for name in OUTPUT_FORMATS)
     assert format_from_proto(types_pb2.OUTPUT_FORMAT_UNSPECIFIED) is None
@@ -112,7 +121,14 @@ def test_formats() -> None:
 
 def test_limits_survive() -> None:
     limits = Limits(
-        output="video", max_frames=81, frame_multiple=4, default_fps=16.0, min_inputs=1, max_inputs=2, min_steps=3
+        output="video",
+        max_frames=81,
+        frame_multiple=4,
+        default_fps=16.0,
+        min_inputs=1,
+        max_inputs=2,
+        min_steps=3,
+        needed_roles=("last_image",),
     )
     assert limits_from_proto(limits_to_proto(limits)) == limits
     # A replica that is older than the field.

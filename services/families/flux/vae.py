@@ -10,7 +10,7 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
 from services.errors import InvalidRequest
 from services.families.flux.latents import PATCH, unpack
-from services.family import Frames, Tensors, VaeModel, VaePart, VaePlan
+from services.family import Inputs, Tensors, VaeModel, VaePart, VaePlan
 from services.picture_codec import PictureCodec
 from services.request import ResolvedParams
 from services.weights import ModelSource
@@ -39,7 +39,7 @@ def decode(vae: VaeModel, rows: Sequence[Tensors], params: ResolvedParams) -> It
     return (pictures[:, None] for pictures in vae.codec.decode(latents))
 
 
-def encode(_vae: VaeModel, _pictures: Sequence[Frames], _params: ResolvedParams) -> Tensors:
+def encode(_vae: VaeModel, _inputs: Inputs, _params: ResolvedParams) -> Tensors:
     """No model of the family works on input pictures.
 
     Raises:

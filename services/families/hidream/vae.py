@@ -9,7 +9,7 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
 from services.errors import InvalidRequest
-from services.family import Frames, Tensors, VaeModel, VaePart, VaePlan
+from services.family import Inputs, Tensors, VaeModel, VaePart, VaePlan
 from services.picture_codec import PictureCodec
 from services.request import ResolvedParams
 from services.weights import ModelSource
@@ -37,7 +37,7 @@ def decode(vae: VaeModel, rows: Sequence[Tensors], params: ResolvedParams) -> It
     return (pictures[:, None] for pictures in vae.codec.decode(latents))
 
 
-def encode(_vae: VaeModel, _pictures: Sequence[Frames], _params: ResolvedParams) -> Tensors:
+def encode(_vae: VaeModel, _inputs: Inputs, _params: ResolvedParams) -> Tensors:
     """No variant takes pictures.
 
     Raises:

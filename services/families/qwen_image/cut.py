@@ -57,9 +57,9 @@ class Batch:
     """Rows of one forward.
 
     Attributes:
-        latents: [B, S, 4 C], the picture's own tokens first, then those of input pictures.
+        latents: [B, S, 4 C], the own tokens of what is made first, then those of input pictures.
         filling: [B] zeros in front of each row's text, on the CPU; None where all texts have one length.
-        grids: of the picture, then of input pictures.
+        grids: of the picture, or of the whole and its layers, then of input pictures.
         num_image_tokens: the picture's own.
     """
 
@@ -96,12 +96,14 @@ def embed(module: nn.Module, batch: Batch) -> QwenStreams:
     hidden = model.img_in(batch.latents)
     timestep = batch.timestep.to(hidden.dtype)
     text = model.txt_in(model.txt_norm(batch.text))
+    # Of latents that are no plain RGB picture.
+    kind = timestep.new_zeros(len(timestep), dtype=torch.long) if model.config.use_additional_t_cond else None
     image, words = model.pos_embed([list(batch.grids)], max_txt_seq_len=text.shape[1], device=hidden.device)
     return QwenStreams(
         hidden=hidden,
         text=text,
         filling=batch.filling,
-        temb=model.time_text_embed(timestep, hidden),
+        temb=model.time_text_embed(timestep, hidden, kind),
         rotary=(rotary_factors(image), _behind_filling(rotary_factors(words), batch.filling)),
         num_image_tokens=batch.num_image_tokens,
     )

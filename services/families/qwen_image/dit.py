@@ -28,6 +28,9 @@ from services.family import DenoiseState, DitModel, DitPart, Row, Tensors
 from services.request import ResolvedParams
 from services.weights import ModelSource
 
+# Of a picture of 256 x 256 pixels.
+BASE_TOKENS = 256
+
 
 def load(source: ModelSource, device: torch.device, dtype: torch.dtype) -> DitModel:
     """Transformer and scheduler config; of the VAE only its config.
@@ -36,9 +39,12 @@ def load(source: ModelSource, device: torch.device, dtype: torch.dtype) -> DitMo
         StartupError: weights that cannot be served.
     """
     transformer: Any = source.load(QwenImageTransformer2DModel, "transformer", device, dtype)
-    for option in ("zero_cond_t", "use_additional_t_cond", "use_layer3d_rope"):
-        if transformer.config.get(option):
-            raise StartupError(f"{source.spec}: transformers with {option} are not served")
+    recipe = recipe_of(source)
+    if transformer.config.get("zero_cond_t"):
+        raise StartupError(f"{source.spec}: transformers with zero_cond_t are not served")
+    for option in ("use_additional_t_cond", "use_layer3d_rope"):
+        if bool(transformer.config.get(option)) != recipe.layers:
+            raise StartupError(f"{source.spec}: {option} does not fit a model that makes {source.variant}")
     attend = Attend()
     transformer.set_attn_processor(JointAttention(attend))
     vae = source.config("vae")
@@ -55,7 +61,7 @@ def load(source: ModelSource, device: torch.device, dtype: torch.dtype) -> DitMo
         geometry=geometry,
         device=device,
         dtype=dtype,
-        options={"recipe": recipe_of(source)},
+        options={"recipe": recipe},
     )
 
 
@@ -75,12 +81,19 @@ def prepare(model: DitModel, request_id: str, params: ResolvedParams, conditions
     if model.options["recipe"].takes_pictures:
         shared = picture_conditions(conditions, model.geometry["channels"])
         shared["pictures"] = shared["pictures"].to(model.device, model.dtype)
+        if model.options["recipe"].layers and shared["picture_grids"].tolist() != [[1, *grid[1:]]]:
+            raise InvalidRequest("the latents of the picture to take apart have not the size of its layers")
     scheduler = FlowMatchEulerDiscreteScheduler.from_config(dict(model.scheduler_config))
     if params.steps < 2 and scheduler.config.shift_terminal:
         # The schedule is stretched so that its last noise level is shift_terminal; one level cannot be both ends.
         raise InvalidRequest("steps is 1: this model's schedule needs at least 2", param="steps")
     sigmas = np.linspace(1.0, 1 / params.steps, params.steps)
-    scheduler.set_timesteps(sigmas=sigmas, device=model.device, mu=_shift(scheduler, grid[1] * grid[2]))
+    if model.options["recipe"].layers:
+        # By the side of a layer, in units of 256 pixels.
+        mu = (grid[1] * grid[2] / BASE_TOKENS) ** 0.5
+    else:
+        mu = _shift(scheduler, grid[1] * grid[2])
+    scheduler.set_timesteps(sigmas=sigmas, device=model.device, mu=mu)
     scheduler.set_begin_index(0)
     state = DenoiseState(
         request_id=request_id,
@@ -97,9 +110,10 @@ def prepare(model: DitModel, request_id: str, params: ResolvedParams, conditions
 
 
 def grid_of(model: DitModel, params: ResolvedParams) -> Grid:
-    """Of the picture that is made."""
+    """Of the picture that is made; of one that is taken apart, the whole and its layers."""
     patch_px = _patch_px(model)
-    return 1, params.height // patch_px, params.width // patch_px
+    pictures = 1 + params.num_frames if model.options["recipe"].layers else 1
+    return pictures, params.height // patch_px, params.width // patch_px
 
 
 def expert(_model: DitModel, _state: DenoiseState) -> str:
@@ -140,13 +154,15 @@ def collate(model: DitModel, rows: Sequence[Row]) -> Batch:
     )
 
 
-def combine(_model: DitModel, state: DenoiseState, predictions: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """True classifier-free guidance, rescaled to the conditional prediction's norm for every token."""
+def combine(model: DitModel, state: DenoiseState, predictions: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """True classifier-free guidance; but for layers, rescaled to the conditional prediction's norm for every token."""
     positive = predictions["positive"]
     if "negative" not in predictions:
         return positive
     negative = predictions["negative"]
     combined = negative + state.params.guidance * (positive - negative)
+    if model.options["recipe"].layers:
+        return combined
     norm = torch.norm(positive, dim=-1, keepdim=True)
     rescaled: torch.Tensor = combined * (norm / torch.norm(combined, dim=-1, keepdim=True))
     return rescaled
@@ -165,9 +181,9 @@ def finish(_model: DitModel, state: DenoiseState) -> Tensors:
 
 
 def preview_latents(model: DitModel, state: DenoiseState, prediction: torch.Tensor) -> torch.Tensor:
-    """x0 = x - sigma v, as [1, C, H/8, W/8]. `state` stands after the step that `prediction` made."""
+    """x0 = x - sigma v, as [F, C, H/8, W/8]. `state` stands after the step that `prediction` made."""
     clean = state.latents - state.sigmas[state.step].to(state.latents.device, state.latents.dtype) * prediction
-    return unpack(clean, grid_of(model, state.params))[:, :, 0]
+    return unpack(clean, grid_of(model, state.params))[0].transpose(0, 1)
 
 
 def token_count(model: DitModel, params: ResolvedParams) -> int:
@@ -184,14 +200,16 @@ def example_conditions(model: DitModel, params: ResolvedParams, text_tokens: int
     example = {f"{branch}/text": torch.randn(1, lengths[branch], width) for branch in _branch_names(params)}
     recipe: Recipe = model.options["recipe"]
     if recipe.takes_pictures:
-        side = PATCH * max(1, round(math.sqrt(recipe.latent_area_px) / _patch_px(model)))
-        example["image/0"] = torch.randn(1, model.geometry["channels"], side, side)
+        side = max(1, round(math.sqrt(recipe.latent_area_px) / _patch_px(model)))
+        rows, columns = grid_of(model, params)[1:] if recipe.layers else (side, side)
+        example["image/0"] = torch.randn(1, model.geometry["channels"], PATCH * rows, PATCH * columns)
     return example
 
 
 def _grids(model: DitModel, state: DenoiseState) -> tuple[Grid, ...]:
     inputs = state.shared["picture_grids"].tolist() if state.shared else []
-    return grid_of(model, state.params), *(tuple(grid) for grid in inputs)
+    pictures, rows, columns = grid_of(model, state.params)
+    return *[(1, rows, columns)] * pictures, *(tuple(grid) for grid in inputs)
 
 
 def _check_positions(model: DitModel, state: DenoiseState) -> None:
@@ -204,11 +222,11 @@ def _check_positions(model: DitModel, state: DenoiseState) -> None:
 
 
 def _noise(model: DitModel, params: ResolvedParams, grid: tuple[int, int, int]) -> torch.Tensor:
-    _, rows, columns = grid
-    shape = (1, 1, model.geometry["channels"], rows * PATCH, columns * PATCH)
+    pictures, rows, columns = grid
+    shape = (pictures, model.geometry["channels"], rows * PATCH, columns * PATCH)
     generator = torch.Generator("cpu").manual_seed(params.seed)
     noise = torch.randn(shape, generator=generator, dtype=model.dtype, device="cpu").to(model.device)
-    return pack(noise[:, 0])
+    return pack(noise).flatten(0, 1)[None]
 
 
 def _shift(scheduler: Any, tokens: int) -> float:

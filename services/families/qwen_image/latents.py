@@ -15,9 +15,9 @@ def pack(latents: torch.Tensor) -> torch.Tensor:
 
 
 def unpack(latents: torch.Tensor, grid: tuple[int, int, int]) -> torch.Tensor:
-    """[B, S, 4 C] -> [B, C, 1, H/8, W/8]; `grid` counts patches: frames, rows, columns."""
-    _, rows, columns = grid
+    """[B, S, 4 C] -> [B, C, F, H/8, W/8]; `grid` counts patches: frames (layers), rows, columns."""
+    frames, rows, columns = grid
     batch, _, width = latents.shape
     channels = width // (PATCH * PATCH)
-    spread = latents.view(batch, rows, columns, channels, PATCH, PATCH).permute(0, 3, 1, 4, 2, 5)
-    return spread.reshape(batch, channels, 1, rows * PATCH, columns * PATCH)
+    spread = latents.view(batch, frames, rows, columns, channels, PATCH, PATCH).permute(0, 4, 1, 2, 5, 3, 6)
+    return spread.reshape(batch, channels, frames, rows * PATCH, columns * PATCH)

@@ -16,7 +16,7 @@ MAX_ASPECT = 200.0
 
 
 def scaled(picture: Frames, area_px: int) -> Image.Image:
-    """The picture [1, H, W, 3] scaled to about `area_px`, its sides multiples of 32 px.
+    """The picture [1, H, W, 3 or 4] scaled to about `area_px`, its sides multiples of 32 px.
 
     Raises:
         InvalidRequest: one side is so much longer than the other that nothing would be left of it.
@@ -34,7 +34,7 @@ def scaled(picture: Frames, area_px: int) -> Image.Image:
 
 
 def to_tensor(image: Image.Image) -> torch.Tensor:
-    """[1, 3, H, W] float32 in [-1, 1]."""
+    """[1, 3 or 4, H, W] float32 in [-1, 1]."""
     # Divided and shifted in this order, as the library's image processor does: the last bits depend on it.
     pixels = torch.from_numpy(np.asarray(image).astype(np.float32) / 255.0)
     return 2.0 * pixels.permute(2, 0, 1)[None] - 1.0

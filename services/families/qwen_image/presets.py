@@ -16,6 +16,28 @@ VARIANTS = {
     "edit": Variant(
         name="edit", pipelines=("QwenImageEditPipeline",), limits=replace(_LIMITS, min_inputs=1, max_inputs=1)
     ),
+    "layered": Variant(
+        name="layered",
+        pipelines=("QwenImageLayeredPipeline",),
+        limits=replace(
+            _LIMITS,
+            output="layers",
+            max_side_px=2048,
+            max_pixels=1024 * 1024,
+            max_frames=8,
+            default_width=640,
+            default_height=640,
+            default_frames=4,
+            min_inputs=1,
+            max_inputs=1,
+        ),
+    ),
+    # Made for one to three pictures, as its authors say.
+    "edit_plus": Variant(
+        name="edit_plus",
+        pipelines=("QwenImageEditPlusPipeline",),
+        limits=replace(_LIMITS, default_steps=40, min_inputs=1, max_inputs=3),
+    ),
 }
 
 _TEXT_ENCODER: dict[str, Any] = {
@@ -87,6 +109,19 @@ PROCESSOR: dict[str, Any] = {
 _COMPONENTS = {"text_encoder": _TEXT_ENCODER, "transformer": _TRANSFORMER, "vae": _VAE, "scheduler": SCHEDULER}
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "qwen-image": {"model_index": {"_class_name": "QwenImagePipeline"}, **_COMPONENTS},
+    "qwen-image-layered": {
+        "model_index": {"_class_name": "QwenImageLayeredPipeline"},
+        **_COMPONENTS,
+        "transformer": _TRANSFORMER | {"use_additional_t_cond": True, "use_layer3d_rope": True},
+        "vae": _VAE | {"input_channels": 4},
+    },
+    # The same shape, trained further.
+    "qwen-image-2512": {"model_index": {"_class_name": "QwenImagePipeline"}, **_COMPONENTS},
+    "qwen-image-edit-2509": {
+        "model_index": {"_class_name": "QwenImageEditPlusPipeline"},
+        "processor": PROCESSOR,
+        **_COMPONENTS,
+    },
     "qwen-image-edit": {
         "model_index": {"_class_name": "QwenImageEditPipeline"},
         "processor": PROCESSOR,

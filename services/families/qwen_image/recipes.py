@@ -21,6 +21,8 @@ class Recipe:
         picture: stands before the prompt for each picture, with {} for its number from 1; holds one image mark.
         vision_area_px: area that pictures are scaled to for the vision-language encoder; 0 when there are none.
         latent_area_px: the same for the VAE.
+        layers: the variant takes a picture apart: it makes pictures with transparency, as many as there are frames,
+            behind one more, the whole.
     """
 
     template: str
@@ -28,6 +30,7 @@ class Recipe:
     picture: str = ""
     vision_area_px: int = 0
     latent_area_px: int = 0
+    layers: bool = False
 
     @property
     def takes_pictures(self) -> bool:
@@ -35,22 +38,26 @@ class Recipe:
         return bool(self.latent_area_px)
 
 
+_TEXT = Recipe(
+    template="<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, "
+    "spatial relationships of the objects and background:" + _USER,
+    template_tokens=34,
+)
+_EDIT = Recipe(
+    template="<|im_start|>system\nDescribe the key features of the input image (color, shape, size, texture, "
+    "objects, background), then explain how the user's text instruction should alter or modify the image. "
+    "Generate a new image that meets the user's requirements while maintaining consistency with the original "
+    "input where appropriate." + _USER,
+    template_tokens=64,
+    picture=_PICTURE,
+    vision_area_px=MEGAPIXEL,
+    latent_area_px=MEGAPIXEL,
+)
 RECIPES = {
-    "t2i": Recipe(
-        template="<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, "
-        "spatial relationships of the objects and background:" + _USER,
-        template_tokens=34,
-    ),
-    "edit": Recipe(
-        template="<|im_start|>system\nDescribe the key features of the input image (color, shape, size, texture, "
-        "objects, background), then explain how the user's text instruction should alter or modify the image. "
-        "Generate a new image that meets the user's requirements while maintaining consistency with the original "
-        "input where appropriate." + _USER,
-        template_tokens=64,
-        picture=_PICTURE,
-        vision_area_px=MEGAPIXEL,
-        latent_area_px=MEGAPIXEL,
-    ),
+    "t2i": _TEXT,
+    "layered": replace(_TEXT, latent_area_px=640 * 640, layers=True),
+    "edit": _EDIT,
+    "edit_plus": replace(_EDIT, picture="Picture {}: " + _PICTURE, vision_area_px=384 * 384),
 }
 
 

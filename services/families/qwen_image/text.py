@@ -41,10 +41,15 @@ def load(source: ModelSource, device: torch.device, dtype: torch.dtype) -> TextM
     )
     recipe = recipe_of(source)
     processor = None
-    if recipe.takes_pictures:
+    if recipe.vision_area_px:
         # The Pillow version, whatever else is installed: the same picture gives the same patches everywhere.
         processor = Qwen2VLImageProcessorPil.from_dict(source.config("processor", "preprocessor_config.json"))
     return TextModel(_tokenizer(source), processor, encoder, recipe)
+
+
+def sees(model: TextModel) -> tuple[str, ...]:
+    """Pictures to edit, where the variant shows them to the encoder."""
+    return ("image",) if model.processor is not None else ()
 
 
 def _tokenizer(source: ModelSource) -> Any:
@@ -124,4 +129,4 @@ def _tokenize(model: TextModel, text: str) -> list[int]:
     return hash_tokens(text, config.get_text_config().vocab_size, {IMAGE_MARK: config.image_token_id})
 
 
-TEXT = TextPart(load=load, encode=encode, plans={"text_encoder": QWEN_VL})
+TEXT = TextPart(load=load, encode=encode, plans={"text_encoder": QWEN_VL}, sees=sees)

@@ -16,14 +16,14 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLForCond
 from services.families.qwen_image.presets import PROCESSOR, SCHEDULER, VARIANTS
 
 TEXT_WIDTH = 48
-# Of input pictures, for both encoders; a megapixel would take a minute.
-AREA_PX = 64 * 64
+# Of input pictures, for the text encoder and the VAE; a megapixel would take a minute.
+AREA_PX = {"edit": (64 * 64, 64 * 64), "edit_plus": (64 * 64, 96 * 64)}
 WORDS = (
     "system user assistant Describe the image by detailing color , shape size texture quantity text spatial "
     "relationships of objects and background : a an red blue green circle square star on in with left right small "
     "large cat dog photo painting "
     "key features input image ( ), objects then explain how user 's instruction should alter or modify . Generate new "
-    "that meets requirements while maintaining consistency original where appropriate make it"
+    "that meets requirements while maintaining consistency original where appropriate make it Picture 1 2 3"
 )
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
 
@@ -36,6 +36,7 @@ def tiny(folder: Path, variant: str, seed: int) -> None:
     """
     if variant not in VARIANTS:
         raise ValueError(f"unknown variant {variant!r}: there are {', '.join(VARIANTS)}")
+    layered = variant == "layered"
     torch.manual_seed(seed)
     _save_tokenizer(folder / "tokenizer")
     Qwen2_5_VLForConditionalGeneration(_text_config()).save_pretrained(folder / "text_encoder")
@@ -45,6 +46,8 @@ def tiny(folder: Path, variant: str, seed: int) -> None:
         num_attention_heads=2,
         joint_attention_dim=TEXT_WIDTH,
         axes_dims_rope=(4, 6, 6),
+        use_additional_t_cond=layered,
+        use_layer3d_rope=layered,
     ).save_pretrained(folder / "transformer")
     mean = torch.randn(16) * 0.1
     std = torch.rand(16) + 0.5
@@ -55,6 +58,7 @@ def tiny(folder: Path, variant: str, seed: int) -> None:
         num_res_blocks=1,
         latents_mean=mean.tolist(),
         latents_std=std.tolist(),
+        input_channels=4 if layered else 3,
     ).save_pretrained(folder / "vae")
     FlowMatchEulerDiscreteScheduler.from_config(SCHEDULER).save_pretrained(folder / "scheduler")
     index: dict[str, Any] = {
@@ -66,11 +70,12 @@ def tiny(folder: Path, variant: str, seed: int) -> None:
         "transformer": ["diffusers", "QwenImageTransformer2DModel"],
         "vae": ["diffusers", "AutoencoderKLQwenImage"],
     }
-    if variant == "edit":
+    if variant in AREA_PX:
+        vision_area_px, latent_area_px = AREA_PX[variant]
         index |= {
             "processor": ["transformers", "Qwen2VLProcessor"],
-            "vision_area_px": AREA_PX,
-            "latent_area_px": AREA_PX,
+            "vision_area_px": vision_area_px,
+            "latent_area_px": latent_area_px,
         }
         _save_tokenizer(folder / "processor")
         config = {"image_processor_type": "Qwen2VLImageProcessor", **PROCESSOR}

@@ -1,4 +1,4 @@
-"""Wan: text to video with Wan 2.1 (one transformer), Wan 2.2 A14B (two experts) and Wan 2.2 TI2V-5B.
+"""Wan: clips of text, and of pictures, with Wan 2.1 (one transformer), Wan 2.2 A14B (two experts) and Wan 2.2 TI2V-5B.
 
 Sources of the models: arXiv 2503.20314 and its successor Wan 2.2. Model and scheduler classes are those of diffusers;
 the cut is ours.

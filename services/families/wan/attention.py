@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from services.attention import Attend
+from services.families.wan.text import MAX_TOKENS
 
 SELF, CROSS = "self", "cross"
 
@@ -31,18 +32,26 @@ class WanProcessor:
         """[B, S, H D] after attention and its output projection.
 
         Args:
-            encoder_hidden_states: [B, T, H D] for cross-attention.
+            encoder_hidden_states: [B, T, H D] for cross-attention; tokens of pictures come before those of the text.
             attention_mask: never set; the library's class passes it.
             rotary_emb: cosines and sines [1, S, 1, D], each value twice in a row.
         """
         width = attn.inner_dim // attn.heads
         source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        pictures = None
+        if attn.add_k_proj is not None:
+            pictures, source = source[:, :-MAX_TOKENS], source[:, -MAX_TOKENS:]
         query = attn.norm_q(attn.to_q(hidden_states)).unflatten(-1, (-1, width))
         key = attn.norm_k(attn.to_k(source)).unflatten(-1, (-1, width))
         value = attn.to_v(source).unflatten(-1, (-1, width))
         if rotary_emb is not None:
             query, key = _rotate(query, *rotary_emb), _rotate(key, *rotary_emb)
         (mixed,) = self._attend((query,), (key,), (value,))
+        if pictures is not None:
+            key = attn.norm_added_k(attn.add_k_proj(pictures)).unflatten(-1, (-1, width))
+            value = attn.add_v_proj(pictures).unflatten(-1, (-1, width))
+            (seen,) = self._attend((query,), (key,), (value,))
+            mixed = mixed + seen
         projected: torch.Tensor = attn.to_out[0](mixed.flatten(2).type_as(query))
         return projected
 

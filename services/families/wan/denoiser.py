@@ -1,79 +1,36 @@
-"""Wan's denoiser, cut in three, for one transformer, two experts, and per-token timesteps.
+"""Wan's denoiser around its transformer: conditions, batches, guidance, steps. One transformer or two experts.
 
 Latents are [1, C, F, H, W] in fp32 whatever the weights' dtype, as the stock pipeline begins; a multistep scheduler
 keeps its history in fp32 too. Text is 512 tokens long, zeros after the prompt: there is no mask, so all rows have the
-same length. Shapes: B rows, S = F (H/2) (W/2) tokens, D width.
+same length. Models that start from pictures get their latents as more channels ("condition"), or, with a timestep for
+each token, as the first frame itself. Shapes: B rows, S = F (H/2) (W/2) tokens, D width.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from diffusers.models.transformers.transformer_wan import WanAttention, WanTransformer3DModel, WanTransformerBlock
+from diffusers.models.transformers.transformer_wan import WanAttention, WanTransformer3DModel
+from diffusers.models.transformers.transformer_wan_vace import WanVACETransformer3DModel
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
-from torch import nn
 
 from services.attention import Attend
-from services.errors import InvalidRequest, StartupError
+from services.errors import StartupError
 from services.families.wan.attention import CROSS, SELF, WanProcessor
-from services.families.wan.text import MAX_TOKENS
-from services.family import Block, DenoiseState, DitModel, DitPart, ModelPlan, Row, SequenceRegion, Tensors, Tokens
+from services.families.wan.conditions import control_condition, latent_condition, picture_condition, text_condition
+from services.families.wan.cut import PLAN, Batch, blocks, embed, head
+from services.family import DenoiseState, DitModel, DitPart, Row, Tensors
 from services.request import ResolvedParams
 from services.weights import ModelSource
 
 SCHEDULERS = {cls.__name__: cls for cls in (UniPCMultistepScheduler, FlowMatchEulerDiscreteScheduler)}
 ONLY, HIGH_NOISE, LOW_NOISE = "", "high_noise", "low_noise"
-
-HIDDEN = ("hidden",)
-
-# Query and key norms run over all heads at once. "temb" is the signal of published step caches.
-PLAN = ModelPlan(
-    block_classes=(WanTransformerBlock,),
-    column=("blocks.*.attn[12].to_[qkv]", "blocks.*.ffn.net.0.proj"),
-    row=("blocks.*.attn[12].to_out.0", "blocks.*.ffn.net.2"),
-    gathered=("condition_embedder.*", "proj_out"),
-    norms_across_heads=("blocks.*.attn[12].norm_[qk]",),
-    attention=(SELF, CROSS),
-    spread=(SELF,),
-    sequence=(Tokens("hidden"), Tokens("rotary"), Tokens("temb", ndim=3), Tokens("modulation", ndim=4)),
-    region=SequenceRegion(
-        fields=(Tokens("hidden"), Tokens("modulation", ndim=4)),
-        gathers={"blocks.*.attn[12]": {"hidden_states": HIDDEN}, "blocks.*.ffn": {"hidden_states": HIDDEN}},
-        scatters={"blocks.*.attn[12].to_out.0": HIDDEN, "blocks.*.ffn.net.2": HIDDEN},
-    ),
-    fills_text=False,
-    high_precision=("patch_embedding", "condition_embedder", "norm_out", "proj_out"),
-    cache_signal="temb",
-)
-
-
-@dataclass(slots=True)
-class Batch:
-    """Rows of one forward: latents [B, C, F, H, W], text [B, 512, D], timestep [B] or, one a token, [B, S]."""
-
-    latents: torch.Tensor
-    timestep: torch.Tensor
-    text: torch.Tensor
-
-
-@dataclass(slots=True)
-class WanStreams:
-    """What the blocks pass on.
-
-    `temb` is [B, D] and `modulation` [B, 6, D], or [B, S, D] and [B, S, 6, D]; `grid` counts patches (F, H, W).
-    """
-
-    hidden: torch.Tensor
-    text: torch.Tensor
-    temb: torch.Tensor
-    modulation: torch.Tensor
-    rotary: tuple[torch.Tensor, torch.Tensor]
-    grid: tuple[int, int, int]
+# Of one picture: 16 x 16 patches and what stands for the whole.
+PICTURE_TOKENS = 257
 
 
 def load(source: ModelSource, device: torch.device, dtype: torch.dtype) -> DitModel:
@@ -87,7 +44,8 @@ def load(source: ModelSource, device: torch.device, dtype: torch.dtype) -> DitMo
     _check_scheduler(source, scheduler)
     ratio = settings.get("boundary_ratio")
     folders = {ONLY: "transformer"} if ratio is None else {HIGH_NOISE: "transformer", LOW_NOISE: "transformer_2"}
-    modules = {name: source.load(WanTransformer3DModel, folder, device, dtype) for name, folder in folders.items()}
+    cls = WanVACETransformer3DModel if source.variant.startswith("vace") else WanTransformer3DModel
+    modules = {name: source.load(cls, folder, device, dtype) for name, folder in folders.items()}
     attention = {SELF: Attend(), CROSS: Attend()}
     processors = {kind: WanProcessor(attend) for kind, attend in attention.items()}
     for module in modules.values():
@@ -127,16 +85,15 @@ def _check_scheduler(source: ModelSource, config: Mapping[str, Any]) -> None:
 
 def prepare(model: DitModel, request_id: str, params: ResolvedParams, conditions: Tensors) -> DenoiseState:
     """Noise, schedule and conditions of a request at step 0."""
-    config = _config(model)
-    conditioning = {
-        branch: {"text": _text_condition(conditions, branch, config.text_dim).to(model.device, model.dtype)}
-        for branch in _branch_names(params)
-    }
     scheduler = model.scheduler_class.from_config(dict(model.scheduler_config))
     scheduler.set_timesteps(params.steps, device=model.device)
     scheduler.set_begin_index(0)
     generator = torch.Generator("cpu").manual_seed(params.seed)
-    noise = torch.randn((1, config.in_channels, *latent_grid(model, params)), generator=generator, dtype=torch.float32)
+    given = _given(model, params, conditions)
+    shape = list(_shape(model, params))
+    if "control" in given:
+        shape[2] = given["control"].shape[2]
+    noise = torch.randn(shape, generator=generator, dtype=torch.float32)
     return DenoiseState(
         request_id=request_id,
         params=params,
@@ -144,8 +101,41 @@ def prepare(model: DitModel, request_id: str, params: ResolvedParams, conditions
         timesteps=scheduler.timesteps.cpu(),
         sigmas=scheduler.sigmas.cpu(),
         scheduler=scheduler,
-        conditioning=conditioning,
+        conditioning={branch: _embeddings(model, conditions, branch) for branch in _branch_names(params)},
+        shared=given,
     )
+
+
+def _embeddings(model: DitModel, conditions: Tensors, branch: str) -> Tensors:
+    config = _config(model)
+    embeddings = {"text": text_condition(conditions, branch, config.text_dim)}
+    if config.image_dim:
+        tokens = config.pos_embed_seq_len or 0
+        embeddings["pictures"] = picture_condition(conditions, branch, config.image_dim, tokens)
+    return {name: tensor.to(model.device, model.dtype) for name, tensor in embeddings.items()}
+
+
+def _given(model: DitModel, params: ResolvedParams, conditions: Tensors) -> Tensors:
+    """What the clip starts from: "condition" beside the latents' channels, or a "first_frame" in their place.
+
+    Or "control", which steers it; reference pictures are frames before its own.
+    """
+    config, shape = _config(model), _shape(model, params)
+    if "vace_in_channels" in config:
+        control = control_condition(conditions, config.vace_in_channels, shape[2:])
+        return {"control": control.to(model.device, model.dtype)}
+    if config.in_channels > config.out_channels:
+        shape = (1, config.in_channels - config.out_channels, *shape[2:])
+        return {"condition": latent_condition(conditions, "condition", shape).to(model.device, torch.float32)}
+    if model.options["timestep_per_token"] and "first_frame" in conditions:
+        shape = (*shape[:2], 1, *shape[3:])
+        return {"first_frame": latent_condition(conditions, "first_frame", shape).to(model.device, torch.float32)}
+    return {}
+
+
+def _shape(model: DitModel, params: ResolvedParams) -> tuple[int, ...]:
+    """Of the latents."""
+    return 1, _config(model).out_channels, *latent_grid(model, params)
 
 
 def latent_grid(model: DitModel, params: ResolvedParams) -> tuple[int, int, int]:
@@ -168,65 +158,46 @@ def branches(_model: DitModel, state: DenoiseState) -> tuple[str, ...]:
 
 
 def batch_key(model: DitModel, state: DenoiseState) -> tuple[Any, ...]:
-    """Only the clip's shape: text has one length, steps are free."""
-    return latent_grid(model, state.params)
+    """The clip's shape, and what the image encoder saw: text has one length, steps are free."""
+    pictures = {group["pictures"].shape[1] for group in state.conditioning.values() if "pictures" in group}
+    return *state.latents.shape[2:], *sorted(pictures)
 
 
 def collate(model: DitModel, rows: Sequence[Row]) -> Batch:
     """Rows to one batch, each with its own step's timestep."""
-    latents = torch.cat([row.state.latents for row in rows]).to(model.dtype)
+    latents = torch.cat([_input(row.state) for row in rows]).to(model.dtype)
     timestep = torch.stack([row.state.timesteps[row.state.step] for row in rows]).to(model.device)
     if model.options["timestep_per_token"]:
         tokens = token_count(model, rows[0].state.params)
-        timestep = timestep.to(torch.float32)[:, None].expand(-1, tokens)
-    text = torch.cat([row.state.conditioning[row.branch]["text"] for row in rows])
-    return Batch(latents, timestep, text)
-
-
-def embed(module: nn.Module, batch: Batch) -> WanStreams:
-    """As WanTransformer3DModel.forward up to its blocks."""
-    model: Any = module
-    hidden = model.patch_embedding(batch.latents)
-    _, _, frames, rows, columns = hidden.shape
-    tokens = batch.timestep.shape[1] if batch.timestep.ndim == 2 else None
-    temb, modulation, text, _ = model.condition_embedder(
-        batch.timestep.flatten(), batch.text, None, timestep_seq_len=tokens
-    )
-    return WanStreams(
-        hidden=hidden.flatten(2).transpose(1, 2).contiguous(),
-        text=text,
-        temb=temb,
-        modulation=modulation.unflatten(-1, (6, -1)),
-        rotary=model.rope(batch.latents),
-        grid=(frames, rows, columns),
+        timestep = timestep.to(torch.float32)[:, None].repeat(1, tokens)
+        for row, times in zip(rows, timestep, strict=True):
+            if "first_frame" in row.state.shared:
+                # The first frame has no noise.
+                times[: tokens // latents.shape[2]] = 0
+    conditioning = [row.state.conditioning[row.branch] for row in rows]
+    pictures = [group["pictures"] for group in conditioning if "pictures" in group]
+    text = torch.cat([group["text"] for group in conditioning])
+    control = [row.state.shared["control"] for row in rows if "control" in row.state.shared]
+    return Batch(
+        latents,
+        timestep,
+        text,
+        pictures=torch.cat(pictures) if pictures else None,
+        control=torch.cat(control) if control else None,
     )
 
 
-def blocks(module: nn.Module) -> Sequence[Block]:
-    """The transformer's own blocks."""
-    model: Any = module
-    return [_block(f"blocks.{index}", block) for index, block in enumerate(model.blocks)]
+def _input(state: DenoiseState) -> torch.Tensor:
+    if "condition" in state.shared:
+        return torch.cat([state.latents, state.shared["condition"]], dim=1)
+    return _from_first_frame(state, state.latents)
 
 
-def _block(name: str, block: Any) -> Block:
-    def run(streams: WanStreams) -> WanStreams:
-        # `forward`, not `__call__`: a feature may have rebound it, and nothing here hangs on hooks.
-        hidden = block.forward(streams.hidden, streams.text, streams.modulation, streams.rotary)
-        return replace(streams, hidden=hidden)
-
-    return Block(name, block, run)
-
-
-def head(module: nn.Module, streams: WanStreams) -> torch.Tensor:
-    """Velocity [B, C, F, H, W]."""
-    model: Any = module
-    temb = streams.temb if streams.temb.ndim == 3 else streams.temb[:, None]
-    shift, scale = (model.scale_shift_table + temb[..., None, :]).unbind(-2)
-    hidden = (model.norm_out(streams.hidden.float()) * (1 + scale) + shift).type_as(streams.hidden)
-    patches = model.proj_out(hidden).unflatten(1, streams.grid).unflatten(-1, (*model.config.patch_size, -1))
-    # [B, F, H, W, pF, pH, pW, C]: every patch goes back to its place.
-    prediction: torch.Tensor = patches.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
-    return prediction
+def _from_first_frame(state: DenoiseState, latents: torch.Tensor) -> torch.Tensor:
+    """The latents, behind the first frame where it is given."""
+    if "first_frame" not in state.shared:
+        return latents
+    return torch.cat([state.shared["first_frame"], latents[:, :, 1:]], dim=2)
 
 
 def combine(model: DitModel, state: DenoiseState, predictions: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -251,14 +222,22 @@ def advance(_model: DitModel, state: DenoiseState, prediction: torch.Tensor) -> 
 
 def finish(model: DitModel, state: DenoiseState) -> Tensors:
     """Normalised latents [1, C, F, H, W], in the dtype that the scheduler leaves."""
+    if "first_frame" in state.shared:
+        return {"latents": _from_first_frame(state, state.latents)}
     rounded = isinstance(state.scheduler, FlowMatchEulerDiscreteScheduler)
-    return {"latents": state.latents.to(model.dtype) if rounded else state.latents}
+    latents = _without_references(model, state, state.latents)
+    return {"latents": latents.to(model.dtype) if rounded else latents}
 
 
-def preview_latents(_model: DitModel, state: DenoiseState, prediction: torch.Tensor) -> torch.Tensor:
+def _without_references(model: DitModel, state: DenoiseState, latents: torch.Tensor) -> torch.Tensor:
+    frames, _, _ = latent_grid(model, state.params)
+    return latents[:, :, -frames:]
+
+
+def preview_latents(model: DitModel, state: DenoiseState, prediction: torch.Tensor) -> torch.Tensor:
     """x0 = x - sigma v, as [F, C, H, W]. `state` stands after the step that `prediction` made."""
-    clean = state.latents - float(state.sigmas[state.step]) * prediction
-    return clean[0].transpose(0, 1)
+    clean = _from_first_frame(state, state.latents - float(state.sigmas[state.step]) * prediction)
+    return _without_references(model, state, clean)[0].transpose(0, 1)
 
 
 def token_count(model: DitModel, params: ResolvedParams) -> int:
@@ -268,9 +247,17 @@ def token_count(model: DitModel, params: ResolvedParams) -> int:
 
 
 def example_conditions(model: DitModel, params: ResolvedParams, text_tokens: int) -> Tensors:
-    """Random text for every branch."""
-    width = _config(model).text_dim
-    return {f"{branch}/text": torch.randn(1, text_tokens, width) for branch in _branch_names(params)}
+    """Random text for every branch, and pictures where the model must have them."""
+    config, shape = _config(model), _shape(model, params)
+    example = {f"{branch}/text": torch.randn(1, text_tokens, config.text_dim) for branch in _branch_names(params)}
+    if config.image_dim:
+        tokens = config.pos_embed_seq_len or PICTURE_TOKENS
+        example |= {f"{branch}/pictures": torch.randn(1, tokens, config.image_dim) for branch in _branch_names(params)}
+    if config.in_channels > config.out_channels:
+        example["condition"] = torch.randn(1, config.in_channels - config.out_channels, *shape[2:])
+    if "vace_in_channels" in config:
+        example["control"] = torch.randn(1, config.vace_in_channels, *shape[2:])
+    return example
 
 
 def _config(model: DitModel) -> Any:
@@ -282,21 +269,6 @@ def _config(model: DitModel) -> Any:
 def _branch_names(params: ResolvedParams) -> tuple[str, ...]:
     # As in the stock pipeline, the first expert's scale turns guidance on for both.
     return ("positive", "negative") if params.guidance > 1 else ("positive",)
-
-
-def _text_condition(conditions: Tensors, branch: str, width: int) -> torch.Tensor:
-    """[1, 512, width]: zeros after the prompt's own tokens."""
-    name = f"{branch}/text"
-    if name not in conditions:
-        raise InvalidRequest(f"the condition {name!r} is missing: there are {', '.join(sorted(conditions)) or 'none'}")
-    text = conditions[name]
-    if text.ndim != 3 or text.shape[0] != 1 or not 1 <= text.shape[1] <= MAX_TOKENS or text.shape[2] != width:
-        raise InvalidRequest(
-            f"the condition {name!r} has the shape {list(text.shape)}: it must be [1, T, {width}], T <= {MAX_TOKENS}"
-        )
-    if not text.is_floating_point():
-        raise InvalidRequest(f"the condition {name!r} has dtype {text.dtype}: it must be a floating-point type")
-    return nn.functional.pad(text, (0, 0, 0, MAX_TOKENS - text.shape[1]))
 
 
 DENOISER = DitPart(

@@ -5,6 +5,7 @@ Guidance, steps, shift, boundary and frame rate are those that the authors publi
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -34,6 +35,14 @@ _TWO_EXPERTS = Limits(
     default_guidance_2=3.0,
     default_negative_prompt=NEGATIVE_PROMPT,
 )
+_FROM_PICTURE = replace(
+    _TWO_EXPERTS,
+    default_guidance=3.5,
+    default_guidance_2=3.5,
+    min_inputs=1,
+    max_inputs=1,
+    optional_roles=("last_image",),
+)
 _ONE_EXPERT = replace(_TWO_EXPERTS, default_steps=50, default_guidance=5.0, default_guidance_2=0.0)
 _TI2V = replace(
     _ONE_EXPERT,
@@ -44,12 +53,33 @@ _TI2V = replace(
     default_height=704,
     default_frames=121,
     default_fps=24.0,
+    max_inputs=1,
 )
+_FROM_PICTURE_ONE_EXPERT = replace(_ONE_EXPERT, default_steps=40, min_inputs=1, max_inputs=1)
+
+MAX_REFERENCES = 4
+_VACE = replace(_ONE_EXPERT, max_inputs=MAX_REFERENCES, optional_roles=("video", "mask"))
 
 VARIANTS = {
     "t2v": Variant(name="t2v", pipelines=("WanPipeline",), limits=_TWO_EXPERTS),
     "t2v_one_expert": Variant(name="t2v_one_expert", pipelines=("WanPipeline",), limits=_ONE_EXPERT),
-    "ti2v": Variant(name="ti2v", pipelines=("WanPipeline",), limits=_TI2V),
+    "vace": Variant(name="vace", pipelines=("WanVACEPipeline",), limits=_VACE),
+    "ti2v": Variant(name="ti2v", pipelines=("WanPipeline", "WanImageToVideoPipeline"), limits=_TI2V),
+    "i2v": Variant(name="i2v", pipelines=("WanImageToVideoPipeline",), limits=_FROM_PICTURE),
+    "i2v_one_expert": Variant(
+        name="i2v_one_expert", pipelines=("WanImageToVideoPipeline",), limits=_FROM_PICTURE_ONE_EXPERT
+    ),
+    "flf2v": Variant(
+        name="flf2v",
+        pipelines=("WanImageToVideoPipeline",),
+        limits=replace(
+            _FROM_PICTURE_ONE_EXPERT,
+            default_width=1280,
+            default_height=720,
+            default_steps=50,
+            needed_roles=("last_image",),
+        ),
+    ),
 }
 
 _TEXT_ENCODER: dict[str, Any] = {
@@ -82,6 +112,13 @@ _TRANSFORMER_14B: dict[str, Any] = {
     "eps": 1e-6,
     "rope_max_seq_len": 1024,
 }
+_TRANSFORMER_1_3B = _TRANSFORMER_14B | {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}
+# 16 channels of noise, 4 that say which frames are given, 16 of what is given.
+_TRANSFORMER_I2V = _TRANSFORMER_14B | {"in_channels": 36}
+_TRANSFORMER_I2V_21 = _TRANSFORMER_I2V | {"image_dim": 1280, "added_kv_proj_dim": 5120}
+# 32 channels of what stays of a clip and what is made anew, 64 of the mask.
+_TRANSFORMER_VACE = _TRANSFORMER_14B | {"vace_layers": list(range(0, 40, 5)), "vace_in_channels": 96}
+_TRANSFORMER_VACE_1_3B = _TRANSFORMER_1_3B | {"vace_layers": list(range(0, 30, 2)), "vace_in_channels": 96}
 _TRANSFORMER_5B = _TRANSFORMER_14B | {
     "num_attention_heads": 24,
     "in_channels": 48,
@@ -143,7 +180,54 @@ def unipc(shift: float) -> dict[str, Any]:
     }
 
 
-BOUNDARY_T2V = 0.875
+BOUNDARY_T2V, BOUNDARY_I2V = 0.875, 0.9
+
+_IMAGE_ENCODER: dict[str, Any] = {
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "projection_dim": 1024,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 16,
+    "image_size": 224,
+    "patch_size": 14,
+    "hidden_act": "gelu",
+}
+IMAGE_PROCESSOR: dict[str, Any] = {
+    "do_resize": True,
+    "size": {"shortest_edge": 224},
+    "resample": 3,
+    "do_center_crop": True,
+    "crop_size": {"height": 224, "width": 224},
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+    "do_convert_rgb": True,
+}
+_SEEING = {"image_encoder": _IMAGE_ENCODER, "image_processor": IMAGE_PROCESSOR}
+
+
+def _i2v_21(transformer: Mapping[str, Any], shift: float) -> dict[str, dict[str, Any]]:
+    return {
+        "model_index": {"_class_name": "WanImageToVideoPipeline"},
+        "text_encoder": _TEXT_ENCODER,
+        "transformer": dict(transformer),
+        "vae": _VAE_21,
+        "scheduler": unipc(shift),
+        **_SEEING,
+    }
+
+
+def _vace(transformer: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    return {
+        "model_index": {"_class_name": "WanVACEPipeline"},
+        "text_encoder": _TEXT_ENCODER,
+        "transformer": dict(transformer),
+        "vae": _VAE_21,
+        "scheduler": unipc(16.0),
+    }
+
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "wan2.2-t2v-a14b": {
@@ -160,6 +244,26 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "transformer": _TRANSFORMER_5B,
         "vae": _VAE_22,
         "scheduler": unipc(5.0),
+    },
+    "wan2.2-i2v-a14b": {
+        "model_index": {"_class_name": "WanImageToVideoPipeline", "boundary_ratio": BOUNDARY_I2V},
+        "text_encoder": _TEXT_ENCODER,
+        "transformer": _TRANSFORMER_I2V,
+        "transformer_2": _TRANSFORMER_I2V,
+        "vae": _VAE_21,
+        "scheduler": unipc(5.0),
+    },
+    "wan2.1-i2v-14b-480p": _i2v_21(_TRANSFORMER_I2V_21, 3.0),
+    "wan2.1-i2v-14b-720p": _i2v_21(_TRANSFORMER_I2V_21, 5.0),
+    "wan2.1-flf2v-14b": _i2v_21(_TRANSFORMER_I2V_21 | {"pos_embed_seq_len": 514}, 16.0),
+    "wan2.1-vace-1.3b": _vace(_TRANSFORMER_VACE_1_3B),
+    "wan2.1-vace-14b": _vace(_TRANSFORMER_VACE),
+    "wan2.1-t2v-1.3b": {
+        "model_index": {"_class_name": "WanPipeline"},
+        "text_encoder": _TEXT_ENCODER,
+        "transformer": _TRANSFORMER_1_3B,
+        "vae": _VAE_21,
+        "scheduler": unipc(8.0),
     },
     "wan2.1-t2v-14b": {
         "model_index": {"_class_name": "WanPipeline"},

@@ -1,21 +1,26 @@
-"""Random Wan models of a few hundred thousand weights, for tests: two experts, one expert, and TI2V."""
+"""Random Wan models of a few hundred thousand weights, for tests: one of each variant."""
 
 from __future__ import annotations
 
 import json
 import string
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
+from diffusers.models.transformers.transformer_wan_vace import WanVACETransformer3DModel
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
+from transformers.models.clip.configuration_clip import CLIPVisionConfig
+from transformers.models.clip.modeling_clip import CLIPVisionModel
 from transformers.models.umt5.configuration_umt5 import UMT5Config
 from transformers.models.umt5.modeling_umt5 import UMT5EncoderModel
 
-from services.families.wan.presets import BOUNDARY_T2V, unipc
+from services.families.wan.presets import BOUNDARY_I2V, BOUNDARY_T2V, IMAGE_PROCESSOR, unipc
 
 TEXT_WIDTH = 48
 WORDS = (
@@ -23,22 +28,60 @@ WORDS = (
     "small large over background camera still slowly , ."
 )
 
-# variant -> (latent channels, what the VAE has beside the common part, settings in model_index.json, scheduler)
-RECIPES: dict[str, tuple[int, dict[str, Any], dict[str, Any], Any]] = {
-    "t2v": (16, {}, {"boundary_ratio": BOUNDARY_T2V}, UniPCMultistepScheduler.from_config(unipc(12.0))),
-    "t2v_one_expert": (16, {}, {}, FlowMatchEulerDiscreteScheduler(shift=3.0)),
-    "ti2v": (
-        48,
-        {
-            "decoder_base_dim": 8,
-            "is_residual": True,
-            "in_channels": 12,
-            "out_channels": 12,
-            "patch_size": 2,
-            "scale_factor_spatial": 16,
-        },
-        {"expand_timesteps": True},
-        UniPCMultistepScheduler.from_config(unipc(5.0)),
+_TI2V_VAE = {
+    "decoder_base_dim": 8,
+    "is_residual": True,
+    "in_channels": 12,
+    "out_channels": 12,
+    "patch_size": 2,
+    "scale_factor_spatial": 16,
+}
+PICTURE_WIDTH, PICTURE_PX, PICTURE_PATCH_PX = 32, 28, 14
+# Of one picture.
+PICTURE_TOKENS = (PICTURE_PX // PICTURE_PATCH_PX) ** 2 + 1
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What sets a variant's tiny model apart.
+
+    Attributes:
+        settings: of the pipeline, in model_index.json.
+        given: channels beside the latents' own.
+        transformer, vae: of their configs.
+    """
+
+    scheduler: Any
+    pipeline: str = "WanPipeline"
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    channels: int = 16
+    given: int = 0
+    transformer: Mapping[str, Any] = field(default_factory=dict)
+    vae: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _unipc(shift: float) -> Any:
+    return UniPCMultistepScheduler.from_config(unipc(shift))
+
+
+_SEES = {"image_dim": PICTURE_WIDTH, "added_kv_proj_dim": 96}
+_I2V = "WanImageToVideoPipeline"
+RECIPES = {
+    "t2v": Recipe(_unipc(12.0), settings={"boundary_ratio": BOUNDARY_T2V}),
+    "t2v_one_expert": Recipe(FlowMatchEulerDiscreteScheduler(shift=3.0)),
+    "ti2v": Recipe(_unipc(5.0), settings={"expand_timesteps": True}, channels=48, vae=_TI2V_VAE),
+    "i2v": Recipe(_unipc(5.0), pipeline=_I2V, settings={"boundary_ratio": BOUNDARY_I2V}, given=20),
+    "i2v_one_expert": Recipe(_unipc(3.0), pipeline=_I2V, given=20, transformer=_SEES),
+    "vace": Recipe(
+        FlowMatchEulerDiscreteScheduler(shift=5.0),
+        pipeline="WanVACEPipeline",
+        transformer={"vace_layers": [0, 2], "vace_in_channels": 32 + 64},
+    ),
+    "flf2v": Recipe(
+        FlowMatchEulerDiscreteScheduler(shift=3.0),
+        pipeline=_I2V,
+        given=20,
+        transformer=_SEES | {"pos_embed_seq_len": 2 * PICTURE_TOKENS},
     ),
 }
 
@@ -51,47 +94,77 @@ def tiny(folder: Path, variant: str, seed: int) -> None:
     """
     if variant not in RECIPES:
         raise ValueError(f"unknown variant {variant!r}: there are {', '.join(RECIPES)}")
-    channels, vae, settings, scheduler = RECIPES[variant]
+    recipe = RECIPES[variant]
     torch.manual_seed(seed)
     _save_tokenizer(folder / "tokenizer")
     UMT5EncoderModel(_text_config()).save_pretrained(folder / "text_encoder")
-    experts = ("transformer", "transformer_2") if "boundary_ratio" in settings else ("transformer",)
+    experts = ("transformer", "transformer_2") if "boundary_ratio" in recipe.settings else ("transformer",)
     for expert in experts:
-        _transformer(channels).save_pretrained(folder / expert)
+        transformer = _transformer(recipe)
+        transformer.save_pretrained(folder / expert)
     AutoencoderKLWan(
         base_dim=8,
-        z_dim=channels,
+        z_dim=recipe.channels,
         dim_mult=[1, 2, 2, 2],
         num_res_blocks=1,
-        latents_mean=(torch.randn(channels) * 0.1).tolist(),
-        latents_std=(torch.rand(channels) + 0.5).tolist(),
-        **vae,
+        latents_mean=(torch.randn(recipe.channels) * 0.1).tolist(),
+        latents_std=(torch.rand(recipe.channels) + 0.5).tolist(),
+        **recipe.vae,
     ).save_pretrained(folder / "vae")
-    scheduler.save_pretrained(folder / "scheduler")
+    recipe.scheduler.save_pretrained(folder / "scheduler")
     index = {
-        "_class_name": "WanPipeline",
+        "_class_name": recipe.pipeline,
         "_diffusers_version": "0.42.1",
-        **settings,
-        "scheduler": ["diffusers", type(scheduler).__name__],
+        **recipe.settings,
+        "scheduler": ["diffusers", type(recipe.scheduler).__name__],
         "text_encoder": ["transformers", "UMT5EncoderModel"],
         "tokenizer": ["transformers", "T5Tokenizer"],
-        **{expert: ["diffusers", "WanTransformer3DModel"] for expert in experts},
+        **dict.fromkeys(experts, ["diffusers", type(transformer).__name__]),
         "vae": ["diffusers", "AutoencoderKLWan"],
     }
+    if "image_dim" in recipe.transformer:
+        _save_image_encoder(folder)
+        index |= {
+            "image_encoder": ["transformers", "CLIPVisionModel"],
+            "image_processor": ["transformers", "CLIPImageProcessor"],
+        }
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _transformer(channels: int) -> WanTransformer3DModel:
-    return WanTransformer3DModel(
+def _transformer(recipe: Recipe) -> Any:
+    cls: Any = WanVACETransformer3DModel if "vace_layers" in recipe.transformer else WanTransformer3DModel
+    transformer = cls(
         num_attention_heads=6,
         attention_head_dim=16,
-        in_channels=channels,
-        out_channels=channels,
+        in_channels=recipe.channels + recipe.given,
+        out_channels=recipe.channels,
         text_dim=TEXT_WIDTH,
         freq_dim=32,
         ffn_dim=96,
         num_layers=4,
+        **recipe.transformer,
     )
+    if "pos_embed_seq_len" in recipe.transformer:
+        # Zeros as the class makes it.
+        torch.nn.init.normal_(transformer.condition_embedder.image_embedder.pos_embed)
+    return transformer
+
+
+def _save_image_encoder(folder: Path) -> None:
+    encoder = {
+        "hidden_size": PICTURE_WIDTH,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "image_size": PICTURE_PX,
+        "patch_size": PICTURE_PATCH_PX,
+        "hidden_act": "gelu",
+    }
+    CLIPVisionModel(CLIPVisionConfig(**encoder)).save_pretrained(folder / "image_encoder")
+    size = {"size": {"shortest_edge": PICTURE_PX}, "crop_size": {"height": PICTURE_PX, "width": PICTURE_PX}}
+    processor = {"image_processor_type": "CLIPImageProcessor", **IMAGE_PROCESSOR, **size}
+    (folder / "image_processor").mkdir(parents=True)
+    (folder / "image_processor" / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
 
 
 def _save_tokenizer(folder: Path) -> None:
