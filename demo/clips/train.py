@@ -20,9 +20,9 @@ from torch import nn
 from transformers.models.t5.tokenization_t5 import T5Tokenizer
 
 from demo.clips import components, train_autoencoder, train_denoiser
+from demo.clips.batches import MovingBatch, batch_of
 from demo.clips.captions import training_pair
 from demo.clips.components import WanComponents
-from demo.clips.scenes import MovingBatch, batch_of
 from demo.clips.train_denoiser import LatentClips
 from demo.stage import Stage
 
@@ -43,10 +43,10 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=16, help="processes that draw scenes")
     parser.add_argument("--run-s", type=float, default=540.0, help="seconds after which this run ends")
     parser.add_argument("--autoencoder-s", type=float, default=150.0, help="seconds of training in all")
-    parser.add_argument("--denoiser-s", type=float, default=330.0, help="seconds of training in all")
+    parser.add_argument("--denoiser-s", type=float, default=330.0, help="as above; 0: only the autoencoder is trained")
     parser.add_argument("--autoencoder-batch", type=int, default=16)
     parser.add_argument("--denoiser-batch", type=int, default=256)
-    parser.add_argument("--denoiser-lr", type=float, default=1.2e-3, help="peak learning rate")
+    parser.add_argument("--denoiser-lr", type=float, default=1e-3, help="peak learning rate")
     parser.add_argument("--encode-batch", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-compile", action="store_true")
@@ -70,7 +70,7 @@ def train(args: argparse.Namespace) -> None:
 
     say(f"{len(scenes)} scenes")
     autoencoder = Stage(
-        nn.ModuleDict({"vae": model.vae.to(device)}), peak_lr=1e-3, ema_decay=0.995, planned_s=args.autoencoder_s
+        nn.ModuleDict({"vae": model.vae.to(device)}), peak_lr=8e-4, ema_decay=0.995, planned_s=args.autoencoder_s
     )
     path = args.state / "wan_autoencoder.safetensors"
     _resume(autoencoder, path)
@@ -86,6 +86,8 @@ def train(args: argparse.Namespace) -> None:
         autoencoder.save(path)
     autoencoder.use_average()
     say(f"autoencoder: {autoencoder.step} steps, {autoencoder.seconds:.0f} s of {autoencoder.planned_s:.0f}")
+    if args.denoiser_s <= 0:
+        return
     denoiser = _denoiser_stage(model, device, args)
     path = args.state / "wan_denoiser.safetensors"
     _resume(denoiser, path)

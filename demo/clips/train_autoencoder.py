@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan, WanCausalConv3d, WanResample
 
-from demo.clips.scenes import NUM_FRAMES, SIDE_PX, MovingBatch, paint
+from demo.clips.batches import MovingBatch, paint
+from demo.clips.scenes import NUM_FRAMES, SIDE_PX
 from demo.stage import Stage
 
 TRAINING_FRAMES = 17
@@ -33,7 +34,8 @@ def _stacked_forward(conv: WanCausalConv3d, x: torch.Tensor) -> torch.Tensor:
     stacked = torch.cat(shifted, dim=1).transpose(1, 2).flatten(0, 1)
     weight = conv.weight.transpose(1, 2).flatten(1, 2)
     out = F.conv2d(stacked, weight, conv.bias, tuple(stride), (pad_h, pad_w))
-    return out.unflatten(0, (-1, num_out)).transpose(1, 2)
+    clips: torch.Tensor = out.unflatten(0, (-1, num_out)).transpose(1, 2)
+    return clips
 
 
 def _whole_clip_resample(layer: WanResample, x: torch.Tensor) -> torch.Tensor:
@@ -122,7 +124,7 @@ def train(
                 if stage.step % 100 == 0 or stage.step == 10:
                     psnr = 10.0 * torch.log10(torch.tensor(4.0 / error)).item()
                     print(
-                        f"autoencoder step {stage.step} {stage.seconds:.0f} s loss {float(loss):.4f} psnr {psnr:.1f}",
+                        f"autoencoder step {stage.step} {stage.seconds:.0f} s loss {loss.item():.4f} psnr {psnr:.1f}",
                         flush=True,
                     )
                 if not error < 10.0:

@@ -103,7 +103,8 @@ def _block(
     hidden = hidden + _attend(block.attn1, normed, normed, rotary=rotary) * gate
     hidden = hidden + _attend(block.attn2, block.norm2(hidden.float()), text, bias=bias)
     normed = block.norm3(hidden.float()) * (1 + ffn_scale) + ffn_shift
-    return hidden + block.ffn(normed) * ffn_gate
+    out: torch.Tensor = hidden + block.ffn(normed) * ffn_gate
+    return out
 
 
 def _attend(
@@ -138,7 +139,8 @@ def rotary_factors(transformer: WanTransformer3DModel, latents: torch.Tensor) ->
 def patchify(latents: torch.Tensor) -> torch.Tensor:
     """(B, C, F, H, W) -> (B, F H/2 W/2, 4 C), in the order of the transformer's prediction."""
     patches = latents.unflatten(4, (-1, 2)).unflatten(3, (-1, 2))
-    return patches.permute(0, 2, 3, 5, 4, 6, 1).flatten(4).flatten(1, 3)
+    rows: torch.Tensor = patches.permute(0, 2, 3, 5, 4, 6, 1).flatten(4).flatten(1, 3)
+    return rows
 
 
 def flow_loss(

@@ -10,10 +10,12 @@ import pytest
 import torch
 from torch import nn
 
+from demo.__main__ import frames_of
 from demo.clips import components, train_autoencoder
+from demo.clips.batches import batch_of, paint
 from demo.clips.captions import combination, held_out_combination, held_out_form, parse, training_pair
 from demo.clips.evaluate import CHECKPOINT, held_out, judge, shuffled
-from demo.clips.scenes import PATHS, SIDE_PX, SIZES_PX, batch_of, draw_clip, paint, sample_moving_scene, track
+from demo.clips.scenes import FPS, PATHS, SIDE_PX, SIZES_PX, draw_clip, sample_moving_scene, track
 from demo.clips.scorer import score
 from demo.clips.train import EMPTY_PROMPTS, tokenize
 from demo.clips.train_denoiser import (
@@ -28,6 +30,7 @@ from demo.clips.train_denoiser import (
 from demo.scenes import SHAPES
 from demo.stage import Stage
 from services.families.wan.presets import NEGATIVE_PROMPT
+from services.media import encode_frames
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +78,13 @@ def test_a_clip_of_twice_the_frames_is_judged_alike():
     clip = draw_clip(scene)
     doubled = np.repeat(clip, 2, axis=0)[:-1]
     assert score(doubled, scene).agrees
+
+
+def test_the_judge_reads_clips_as_they_come_from_the_service():
+    pairs = held_out(4, seed=9)
+    _, data = zip(*(encode_frames(draw_clip(scene), "mp4", 90, FPS) for scene, _ in pairs), strict=True)
+    found = judge(pairs, [frames_of(encoded) for encoded in data])
+    assert found.agree == 1.0 and found.smooth == 1.0
 
 
 def test_objects_stay_inside_and_paint_draws_what_draw_clip_draws():
@@ -191,6 +201,4 @@ def test_the_weights_that_ship_are_small_and_have_a_card():
         return
     assert sum(file.stat().st_size for file in CHECKPOINT.rglob("*") if file.is_file()) <= 12_000_000
     card = (CHECKPOINT / "README.md").read_text()
-    assert all(
-        word in card for word in ("data", "python -m demo.clips.train", "seed", "licence", "demo.clips.evaluate")
-    )
+    assert all(word in card for word in ("data", "demo.clips.train", "seed", "licence", "demo.clips.evaluate"))
