@@ -125,12 +125,19 @@ def _find(mask: NDArray[np.bool_]) -> tuple[str | None, tuple[float, float]]:
     """The shape and centre of the largest component; no shape and no numbers when it is too small."""
     if int(mask.sum()) < MIN_AREA_PX:
         return None, (math.nan, math.nan)
-    component = largest_component(mask)
-    rows, columns = np.nonzero(component)
-    if len(rows) < MIN_AREA_PX:
+    top, left, cut = _box(mask)
+    component = largest_component(cut)
+    if int(component.sum()) < MIN_AREA_PX:
         return None, (math.nan, math.nan)
-    box = component[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
-    return nearest_shape(box), (float(columns.mean()), float(rows.mean()))
+    rows, columns = np.nonzero(component)
+    return nearest_shape(_box(component)[2]), (left + float(columns.mean()), top + float(rows.mean()))
+
+
+def _box(mask: NDArray[np.bool_]) -> tuple[int, int, NDArray[np.bool_]]:
+    """Top, left, and what of the mask is in the smallest box around it."""
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    top, left = int(rows[0]), int(columns[0])
+    return top, left, mask[top : int(rows[-1]) + 1, left : int(columns[-1]) + 1]
 
 
 def _path(centres: NDArray[np.float64]) -> tuple[str | None, str | None]:

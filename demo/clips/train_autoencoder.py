@@ -112,7 +112,7 @@ def train(
             chosen = scenes[torch.randint(len(scenes), (batch_size,), device=device)]
             begin = int(torch.randint(NUM_FRAMES - TRAINING_FRAMES + 1, ()))
             tracks = chosen.tracks()[:, begin : begin + TRAINING_FRAMES].contiguous()
-            with torch.autocast(device.type, torch.bfloat16):
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 loss, squared = loss_of(vae, chosen, tracks)
             loss.backward()
             stage.update()
@@ -152,7 +152,7 @@ def encode_all(
     latents = torch.empty(len(scenes), channels, frames, side, side, dtype=torch.bfloat16, device=device)
     weights = torch.empty(len(scenes), frames * (side // 2) ** 2, dtype=torch.float16, device=device)
     mean = std = torch.zeros(channels, device=device)
-    with whole_clips(vae), torch.autocast(device.type, torch.bfloat16):
+    with whole_clips(vae), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
         for start in range(0, len(scenes), batch_size):
             # Always a full batch, so that nothing compiles twice: the last one overlaps the one before.
             rows = slice(max(0, min(start, len(scenes) - batch_size)), start + batch_size)

@@ -183,7 +183,7 @@ def train(stage: Stage, data: LatentClips, *, batch_size: int, run_s: float, com
     while not stage.finished and time.monotonic() < end_s:
         latents, weights, ids, lengths = _sample_batch(data, batch_size)
         sigma = sample_sigmas(batch_size, device)
-        with torch.autocast(device.type, torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             loss = loss_of(stage.modules, latents, weights, ids, lengths, sigma, rotary).mean()
         loss.backward()
         stage.update()

@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import nn
 
+from demo import __main__ as make_demo
 from demo.__main__ import frames_of
 from demo.clips import components, train_autoencoder
 from demo.clips.batches import batch_of, paint
 from demo.clips.captions import combination, held_out_combination, held_out_form, parse, training_pair
 from demo.clips.evaluate import CHECKPOINT, held_out, judge, shuffled
-from demo.clips.scenes import FPS, PATHS, SIDE_PX, SIZES_PX, draw_clip, sample_moving_scene, track
+from demo.clips.scenes import FPS, NUM_FRAMES, PATHS, SIDE_PX, SIZES_PX, draw_clip, sample_moving_scene, track
 from demo.clips.scorer import score
 from demo.clips.train import EMPTY_PROMPTS, tokenize
 from demo.clips.train_denoiser import (
@@ -194,6 +195,19 @@ def test_a_saved_folder_is_the_family_s_and_small(tmp_path):
         kept = getattr(built, name).state_dict()
         for key, value in getattr(loaded, name).state_dict().items():
             assert torch.equal(value.half(), kept[key].half()), (name, key)
+
+
+def test_make_demo_serves_what_there_are_weights_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(make_demo, "CLIPS_WEIGHTS", tmp_path / "wan")
+    monkeypatch.setattr(make_demo, "INTERPOLATOR_WEIGHTS", tmp_path / "net.safetensors")
+    assert set(make_demo.cluster_config().models) == {"demo"}
+    (tmp_path / "wan").mkdir()
+    config = make_demo.cluster_config()
+    assert set(config.models) == {"demo", "demo-clips"} and config.interpolation is None
+    assert config.models["demo-clips"].limits["default_frames"] == NUM_FRAMES
+    (tmp_path / "net.safetensors").touch()
+    config = make_demo.cluster_config()
+    assert config.interpolation is not None and config.gateway.http_port == 0
 
 
 def test_the_weights_that_ship_are_small_and_have_a_card():
