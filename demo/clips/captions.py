@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 from random import Random
 
-from demo.captions import SHAPE_WORDS, held_out_combination, held_out_form
+from demo.captions import SHAPE_WORDS, TRAINING_SHAPES, held_out_combination, held_out_form
 from demo.clips.scenes import HEADINGS, PATHS, SIDE_PX, MovingScene, Path, sample_moving_scene
 from demo.scenes import PALETTE
 
@@ -64,9 +64,9 @@ def combination(scene: MovingScene) -> str:
 
 
 def training_pair(rng: Random, num_captions: int = 1) -> tuple[MovingScene, list[MovingCaption]]:
-    """A training scene with several captions."""
+    """A training scene with several captions. Shapes of fine parts, which are hard to draw, come more often."""
     while True:
-        scene = sample_moving_scene(rng)
+        scene = sample_moving_scene(rng, TRAINING_SHAPES)
         if not held_out_combination(combination(scene)):
             return scene, [_caption_of_kind(rng, scene, held_out=False) for _ in range(num_captions)]
 

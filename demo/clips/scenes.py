@@ -7,6 +7,7 @@ Coordinates are pixels, x to the right and y down; a clip has 33 frames of 128x1
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 
@@ -87,15 +88,19 @@ def track(scene: MovingScene) -> NDArray[np.float64]:
     return centres
 
 
-def sample_moving_scene(rng: Random) -> MovingScene:
-    """A random scene whose object stays inside the picture all the time."""
+def sample_moving_scene(rng: Random, shapes: Sequence[str] = SHAPES) -> MovingScene:
+    """A random scene whose object stays inside the picture all the time.
+
+    Args:
+        shapes: what is drawn from; a shape that is listed twice comes twice as often.
+    """
     colour, background = rng.sample(list(PALETTE), 2)
     size, speed, path = rng.choice(list(SIZES_PX)), rng.choice(list(SPEEDS_PX)), rng.choice(PATHS)
     moved = UNIT_TRACKS[PATHS.index(path)] * SPEEDS_PX[speed]
     reach = SIZES_PX[size] * 1.05 + MARGIN_PX
     low, high = reach - moved.min(axis=0), SIDE_PX - reach - moved.max(axis=0)
     x, y = (rng.uniform(float(low[axis]), float(high[axis])) for axis in range(2))
-    return MovingScene(rng.choice(SHAPES), colour, background, size, path, speed, x, y)
+    return MovingScene(rng.choice(shapes), colour, background, size, path, speed, x, y)
 
 
 def draw_clip(scene: MovingScene) -> NDArray[np.uint8]:
