@@ -6,12 +6,13 @@ PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check
 DURATION ?= 1800
 SEED ?= 1
 PROMPT ?= a large red circle to the left of a small blue star on a yellow background
+CLIP ?= a large green star moves quickly to the right and then turns down on a white background
 
 .PHONY: demo test lint types unit cluster faults soak protos clean
 
-# A picture from a prompt: installs what is needed, starts the cluster, draws, says what each stage took.
+# A picture and a clip from prompts: installs what is needed, starts the cluster, says what each stage took.
 demo: .venv/runtime
-	@$(BIN)/python -m demo "$(PROMPT)"
+	@$(BIN)/python -m demo "$(PROMPT)" "$(CLIP)"
 
 test: .venv/dev
 	$(BIN)/ruff check .

@@ -106,18 +106,18 @@ def nearest_colours(image: NDArray[np.uint8]) -> NDArray[np.intp]:
 
 
 def _score_object(labels: NDArray[np.intp], item: SceneObject) -> ObjectScore:
-    component = _largest_component(labels == _COLOURS.index(item.colour))
+    component = largest_component(labels == _COLOURS.index(item.colour))
     area = int(component.sum())
     if area < MIN_AREA_PX:
         return ObjectScore(False, None, False, None, area)
     rows, columns = np.flatnonzero(component.any(1)), np.flatnonzero(component.any(0))
     top, bottom, left, right = int(rows[0]), int(rows[-1]), int(columns[0]), int(columns[-1])
-    shape = _nearest_shape(component[top : bottom + 1, left : right + 1])
+    shape = nearest_shape(component[top : bottom + 1, left : right + 1])
     centre = ((left + right) / 2.0, (top + bottom) / 2.0)
     return ObjectScore(True, shape, shape == item.shape, centre, area)
 
 
-def _largest_component(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+def largest_component(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """The most pixels of the mask that hang together by their sides."""
     spread = np.where(mask, np.arange(1, mask.size + 1).reshape(mask.shape), 0)
     labels = np.zeros_like(spread)
@@ -139,7 +139,7 @@ def _largest_of_runs(labels: NDArray[np.intp]) -> NDArray[np.intp]:
     return largest.reshape(rows, columns + 1)[:, :-1]
 
 
-def _nearest_shape(box: NDArray[np.bool_]) -> str | None:
+def nearest_shape(box: NDArray[np.bool_]) -> str | None:
     """The shape whose template overlaps most with a component's bounding box, if any does well."""
     height, width = box.shape
     if max(height, width) > 2.0 * min(height, width):

@@ -1,0 +1,1 @@
+"""The demo's video model: scenes in motion, captions, the judge of clips, training and evaluation."""
