@@ -183,7 +183,7 @@ def open_engine(config: StageConfig) -> InterpolationEngine:
 
 
 def weights_of(config: StageConfig) -> Path:
-    """The file that `model.source` names; `packaged` is the one that ships with Lightloom.
+    """The file that `model.source` names; `packaged` is the one in this folder.
 
     Raises:
         StartupError: there is none.
@@ -192,6 +192,6 @@ def weights_of(config: StageConfig) -> Path:
     if not path.is_file():
         raise StartupError(
             f"the interpolator's weights {path.absolute()} do not exist: model.source names a file of IFNet's weights "
-            f"(docs/interpolation.md), or {PACKAGED_NAME!r}, those that ship with Lightloom"
+            "(docs/interpolation.md)"
         )
     return path

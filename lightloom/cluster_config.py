@@ -66,7 +66,7 @@ class ModelEntry:
 class InterpolationEntry:
     """The interpolator of all models' clips, and how many replicas it gets.
 
-    `source` is a file of IFNet's weights; `packaged` is the one that ships with Lightloom (docs/interpolation.md).
+    `source` is a file of IFNet's weights; `packaged` is the one in `interpolation_svc` (docs/interpolation.md).
     """
 
     source: str = "packaged"
@@ -119,6 +119,14 @@ def load_cluster(path: Path) -> ClusterConfig:
     return config
 
 
+def _check_interpolation(source: str) -> None:
+    packaged = Path(__file__).parents[1] / "interpolation_svc" / "weights.safetensors"
+    if source == "packaged" and not packaged.is_file():
+        raise StartupError("interpolation.source is 'packaged', and no weights ship yet: name a file of IFNet's weights")
+    if source != "packaged" and not Path(source).is_file():
+        raise StartupError(f"interpolation.source {Path(source).absolute()} does not exist")
+
+
 def check_files(config: ClusterConfig) -> None:
     """Whether everything that the config names is there; a stage would find out after half a minute only.
 
@@ -128,8 +136,8 @@ def check_files(config: ClusterConfig) -> None:
     for name, entry in config.models.items():
         _check_source(f"models.{name}", entry)
     interpolation = config.interpolation
-    if interpolation is not None and interpolation.source != "packaged" and not Path(interpolation.source).is_file():
-        raise StartupError(f"interpolation.source {Path(interpolation.source).absolute()} does not exist")
+    if interpolation is not None:
+        _check_interpolation(interpolation.source)
     keys = config.gateway.access.keys_file
     if keys and not Path(keys).is_file():
         raise StartupError(
