@@ -13,7 +13,7 @@ import typer
 
 from lightloom.connection import DEFAULT_RUN_DIR, Connection, RunDir, connected
 from lightloom.key_commands import app as key_app
-from services.errors import ServiceError, StartupError
+from services.errors import ServiceError, StartupError, Unauthenticated
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -184,5 +184,6 @@ def main() -> None:
     try:
         app()
     except (StartupError, ServiceError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        key = "; commands take it from LIGHTLOOM_API_KEY" if isinstance(error, Unauthenticated) else ""
+        print(f"error: {error}{key}", file=sys.stderr)
         raise SystemExit(2 if isinstance(error, StartupError) else 1) from None
