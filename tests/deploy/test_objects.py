@@ -10,6 +10,7 @@ from prometheus_client.core import Metric
 
 from gateway.backlog import families
 from gateway.config import GatewaySection
+from gateway.dispatch import HAND_BACK_S
 from services.server import LIVE
 from tests.deploy.chart import (
     NAMESPACE,
@@ -67,7 +68,8 @@ def test_pods_start_and_stop_in_their_own_time(objects: list[Object], tmp_path: 
         if module != "gateway":
             assert startup["failureThreshold"] * startup["periodSeconds"] > section.start_timeout_s, name
             assert grace_s > pause_s + section.drain_timeout_s, name
-        assert grace_s > pause_s, name
+        else:
+            assert grace_s > pause_s + section.drain_s + HAND_BACK_S, name
         assert {port, getattr(section, "http_port", None) or section.metrics_port, health_port or port} == {
             entry["containerPort"] for entry in main["ports"]
         }, name
