@@ -121,6 +121,24 @@ async def test_what_a_dead_owner_wrote_goes_when_its_request_is_taken_away(two) 
     assert own.files() == set()
 
 
+async def test_taking_a_request_away_lists_no_artifacts(two, monkeypatch) -> None:
+    own, other = two
+    listed: list[str] = []
+    once = other.store._objects.listed
+
+    def noted(prefix: str) -> Any:
+        listed.append(prefix)
+        return once(prefix)
+
+    monkeypatch.setattr(other.store._objects, "listed", noted)
+    await own.submit("r")
+    dead = await own.claim(lease_s=0.0)
+    await own.store.put(dead.artifact_name, b"dead", gateway_pb2.Artifact(), LATER)
+    await other.lifecycle.take_away("r", b"e")
+    assert own.files() == set()
+    assert not [prefix for prefix in listed if prefix.startswith("artifacts")]
+
+
 async def test_what_it_wrote_goes_too_when_the_answer_to_taking_it_away_was_lost(two, monkeypatch) -> None:
     own, other = two
     await own.submit("r")
