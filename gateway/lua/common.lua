@@ -10,6 +10,8 @@ end
 -- the newest previews by event: a hash with pictures would go along with every status. Once it has ended, who follows has
 -- an hour for its events, and a minute for the previews. Later, its hash tells of its end.
 local EVENTS_AFTER_S, PREVIEWS_AFTER_S = 3600, 60
+-- So many previews of a request are kept, the newest.
+local MAX_PREVIEWS = 16
 
 -- Adds an event (kind, then fields) to a request's stream, and wakes who follows it at other gateways than the sender.
 -- Returns the event's id.

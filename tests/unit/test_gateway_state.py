@@ -411,6 +411,17 @@ async def test_previews_are_forgotten_soon_after_the_end(two) -> None:
     assert kinds(await follow(other, "r")) == ["queued", "running", "done"]
 
 
+async def test_so_many_previews_are_kept_the_newest(two) -> None:
+    own, other = two
+    await own.submit("r")
+    claim = await own.claim()
+    for number in range(20):
+        await own.state.beat(claim, LEASE_S, kind="preview", payload=b"%d" % number)
+    assert await own.state._scripts.redis.hlen("{ll}:pv:r") == 16
+    await own.state.commit(claim, "done", "", "", {})
+    assert kinds(await follow(other, "r")) == ["queued", "running", *map(str, range(4, 20)), "done"]
+
+
 @pytest.mark.parametrize("end", ["done", "failed", "cancelled", "expired"])
 async def test_events_are_forgotten_an_hour_after_the_end_and_the_record_tells_of_it(two, end: str) -> None:
     own, other = two
