@@ -83,7 +83,7 @@ class Lifecycle:
         self._release(slots.rpartition(":")[2], request_id, fence)
         own = artifact_name(request_id, fence)
         if before_fence != fence:
-            # By its name: the store has files of very many requests to list. What older owners left goes with the sweep.
+            # By its name: the store has files of very many requests. What older owners left goes with the sweep.
             await self._store.drop(artifact_name(request_id, before_fence))
         noted = {kept.name for kept in kept_in(record)}
         if record.get("state", b"").decode() in TERMINAL:
@@ -299,8 +299,12 @@ class Lifecycle:
             for stage, usage in (await decode.ended()).items():
                 work.add(stage, usage)
             work.spans.append(make_span("gateway.decode", self._process, decode.start_unix_ns, time.time_ns()))
-        finally:
-            await storing
+        except BaseException:
+            # Nobody wants it any more: a store that is full may keep it waiting until the request's deadline.
+            storing.cancel()
+            await to_its_end(asyncio.gather(storing, return_exceptions=True))
+            raise
+        await storing
         work.spans.append(make_span("gateway.store", self._process, start_ns, time.time_ns()))
         fields = work.fields(artifact=decode.artifact.SerializeToString(), file=work.artifact_name)
         await self._settle(work, await self._state.commit(work.claim, "done", "vae", "", fields))
