@@ -53,7 +53,7 @@ class GatewaySection:
     max_queued: int = 10_000
     max_queued_tenant: int = 10_000
     max_queued_cost: float = 1e6
-    max_queued_bytes: int = 1024 * 1024 * 1024
+    max_queued_bytes: int = 256 * 1024 * 1024
     max_held_bytes: int = 512 * 1024 * 1024
     age_s: float = 300.0
     request_timeout_s: float = 3600.0

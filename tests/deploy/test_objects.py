@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 
+import pytest
 from prometheus_client.core import Metric
 
 from gateway.backlog import families
@@ -73,6 +74,17 @@ def test_pods_start_and_stop_in_their_own_time(objects: list[Object], tmp_path: 
         assert {port, getattr(section, "http_port", None) or section.metrics_port, health_port or port} == {
             entry["containerPort"] for entry in main["ports"]
         }, name
+
+
+@pytest.mark.parametrize("own", [(), ("gateway.config.gateway.max_queued_bytes=1000",)])
+def test_what_may_wait_fits_into_the_redis_of_the_chart(tmp_path: Path, own: tuple[str, ...]) -> None:
+    made = render(values_named("processes"), "redis.internal.maxmemoryMiB=1000", *own)
+    pods = dict(pod_templates(made))
+    arguments = container(pods["pix-lightloom-redis"])["args"]
+    assert arguments[arguments.index("--maxmemory") + 1] == "1000mb"
+    section = started_with(made, pods["pix-lightloom-gateway"], tmp_path).gateway
+    # There are two models.
+    assert section.max_queued_bytes == (1000 if own else 200 * 2**20)
 
 
 def asked(probe: Object) -> Object:

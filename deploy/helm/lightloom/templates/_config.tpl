@@ -46,7 +46,15 @@
 {{- if include "lightloom.stagesHaveTls" . }}
 {{- $_ := set $own "stage_tls" (merge (dict "server_name" .Values.tls.stageName) (include "lightloom.certificates" "/etc/lightloom-stage-tls" | fromYaml)) }}
 {{- end }}
-{{- include "lightloom.toml" (dict "section" list "table" (mergeOverwrite (deepCopy .Values.gateway.config) $own)) | trim }}
+{{- $fitting := dict }}
+{{- with .Values.redis.internal }}
+{{- if .enabled }}
+{{- /* Each model has its queues: together, they have two fifths of what Redis takes. */}}
+{{- $bytes := div (mul .maxmemoryMiB 1048576 2) (mul 5 (len $.Values.models | max 1)) }}
+{{- $_ := set $fitting "gateway" (dict "max_queued_bytes" $bytes) }}
+{{- end }}
+{{- end }}
+{{- include "lightloom.toml" (dict "section" list "table" (mergeOverwrite $fitting (deepCopy .Values.gateway.config) $own)) | trim }}
 {{- end }}
 
 {{- define "lightloom.gatewayRedis" -}}
