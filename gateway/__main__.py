@@ -72,7 +72,8 @@ async def serve(config: GatewayConfig) -> None:
     stopped = asyncio.create_task(stop.wait())
     await asyncio.wait({stopped, *loops}, return_when=asyncio.FIRST_COMPLETED)
     broken = [task for task in loops if task.done()]
-    await fronts.leave()
+    # Whoever waits for an answer gets it from here: until then, this gateway works as ever.
+    await fronts.leave(0.0 if broken else section.drain_s)
     await dispatcher.stop()
     await fronts.stop()
     await _end(loops[:-1])

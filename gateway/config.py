@@ -14,7 +14,7 @@ MIN_WEIGHT, MAX_WEIGHT = 0.01, 100.0
 _POSITIVE = (
     *("max_queued", "max_queued_tenant", "max_queued_cost", "max_queued_bytes"),
     *("max_held_bytes", "age_s", "request_timeout_s", "keep_s"),
-    *("body_timeout_s", "max_connections"),
+    *("body_timeout_s", "max_connections", "drain_s"),
 )
 
 
@@ -34,6 +34,9 @@ class GatewaySection:
     `max_queued_bytes` of Redis. Requests in work may hold `max_held_bytes` of this gateway's memory. One that has
     waited `age_s` moves up a priority class.
 
+    Told to stop, it refuses new calls at once, and goes on for `drain_s` at most until those that wait have their
+    answer.
+
     `public_url` begins the links of the images call, where clients reach the gateway under another name than the one
     they call it by: `https://pictures.example`. Without it, links have the scheme and host of the call.
     """
@@ -50,7 +53,7 @@ class GatewaySection:
     max_queued: int = 10_000
     max_queued_tenant: int = 10_000
     max_queued_cost: float = 1e6
-    max_queued_bytes: int = 1024 * 1024 * 1024
+    max_queued_bytes: int = 256 * 1024 * 1024
     max_held_bytes: int = 512 * 1024 * 1024
     age_s: float = 300.0
     request_timeout_s: float = 3600.0
@@ -58,6 +61,7 @@ class GatewaySection:
     max_body_bytes: int = 12 * 1024 * 1024
     body_timeout_s: float = 60.0
     max_connections: int = 4096
+    drain_s: float = 30.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

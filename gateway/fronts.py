@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import socket
 
 import uvicorn
@@ -51,12 +52,12 @@ class Fronts:
                 create_app(door, backlog, section),
                 log_config=None,
                 access_log=False,
-                timeout_graceful_shutdown=2,
                 limit_concurrency=section.max_connections,
                 ssl_context_factory=None if certificates is None else lambda *_: certificates.ssl_context(),
             )
         )
         self._rest.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
+        self._rest_ended = asyncio.Event()
 
     async def start(self) -> None:
         """Answers gRPC and probes."""
@@ -67,17 +68,25 @@ class Fronts:
     async def serve_rest(self) -> None:
         """Answers REST until `leave`."""
         # uvicorn's own `serve` takes the signals over; they are ours.
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._rest._serve([self._socket])
+        try:
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._rest._serve([self._socket])
+        finally:
+            self._rest_ended.set()
 
-    async def leave(self) -> None:
-        """Says that it stops, and takes no REST calls any more."""
+    async def leave(self, drain_s: float) -> None:
+        """Says that it stops, takes no calls any more, and waits for those that are there: `drain_s` at most."""
         await self._health.set_serving(False)
+        self._rest.config.timeout_graceful_shutdown = math.ceil(drain_s)
         self._rest.should_exit = True
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(drain_s):
+                await asyncio.gather(self._grpc.stop(math.inf), self._rest_ended.wait())
+        # Who follows a request by a call that is ended from now on has not left it.
+        self._servicer.leaving = True
 
     async def stop(self) -> None:
         """Ends the gRPC calls that are still there. Requests that they follow go on at another gateway."""
-        self._servicer.leaving = True
         await self._grpc.stop(GRACE_S)
         await self._probes.stop(None)
 

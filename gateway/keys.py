@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 # `read_all` lifts `read` and `abort` from the key's own tenant to every tenant.
 SCOPES = ("generate", "read", "read_all", "abort")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+_SHA256 = re.compile("[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,6 +152,8 @@ def _key_of(table: object, where: str) -> ApiKey:
         raise StartupError(f"{where}: {what}: there are {', '.join(SCOPES)}")
     if not (0 <= key.requests_per_minute < float("inf") and 0 <= key.cost_per_hour < float("inf")):
         raise StartupError(f"{where}: a quota is negative or not finite: write 0 for none")
+    if not _SHA256.fullmatch(key.sha256):
+        raise StartupError(f"{where}: sha256 has not 64 hexadecimal digits in lower case: no key would ever match it")
     return key
 
 

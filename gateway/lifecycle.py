@@ -70,10 +70,10 @@ class Lifecycle:
 
     async def take_away(self, request_id: str, error: bytes) -> None:
         """Gives back a request whose owner went silent, and clears up what that one left."""
-        # Listed before: then none of them is a later owner's.
-        files = await self._listed(self._store.names_of(request_id))
+        # Read before: then nothing of it is a later owner's.
         checkpoints = await self._listed(self._store.checkpoints_of(request_id))
-        slots = (await self._state.get(request_id)).get("slots", b"").decode()
+        before = await self._state.get(request_id)
+        slots, before_fence = before.get("slots", b"").decode(), int(before.get("fence", b"0"))
         state = await self._state.requeue(request_id, None, self._config.max_attempts, True, error)
         if state != "lost":
             log.warning("lease of %s expired: it is %s now", request_id, state)
@@ -81,9 +81,10 @@ class Lifecycle:
         record = await self._state.get(request_id)
         fence = int(record.get("fence", b"0"))
         self._release(slots.rpartition(":")[2], request_id, fence)
-        # What has the record's own fence is left to its owner, if there is one.
         own = artifact_name(request_id, fence)
-        await self._store.drop(*(set(files) - {own}))
+        if before_fence != fence:
+            # By its name: the store has files of very many requests. What older owners left goes with the sweep.
+            await self._store.drop(artifact_name(request_id, before_fence))
         noted = {kept.name for kept in kept_in(record)}
         if record.get("state", b"").decode() in TERMINAL:
             useless = {request_id, *checkpoints} | noted
@@ -298,8 +299,12 @@ class Lifecycle:
             for stage, usage in (await decode.ended()).items():
                 work.add(stage, usage)
             work.spans.append(make_span("gateway.decode", self._process, decode.start_unix_ns, time.time_ns()))
-        finally:
-            await storing
+        except BaseException:
+            # Nobody wants it any more: a store that is full may keep it waiting until the request's deadline.
+            storing.cancel()
+            await to_its_end(asyncio.gather(storing, return_exceptions=True))
+            raise
+        await storing
         work.spans.append(make_span("gateway.store", self._process, start_ns, time.time_ns()))
         fields = work.fields(artifact=decode.artifact.SerializeToString(), file=work.artifact_name)
         await self._settle(work, await self._state.commit(work.claim, "done", "vae", "", fields))

@@ -117,12 +117,6 @@ class Store:
             raise _corrupt(name, f"bytes {begin} to {end} are not those that were written")
         return data
 
-    async def names_of(self, request_id: str) -> list[str]:
-        """Names of the artifacts that owners of a request have written so far."""
-        found = await self._in_thread(lambda: list(self._objects.listed(f"artifacts/{request_id}.")))
-        names = (stored.name.removeprefix("artifacts/") for stored in found)
-        return [name for name in names if not name.endswith(".json")]
-
     async def drop(self, *names: str) -> None:
         """Forgets artifacts, those that are there. What cannot be removed now is left to the sweep."""
         await self._drop([f"artifacts/{name}{suffix}" for name in names for suffix in ("", ".json")])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import time
 from collections import deque
@@ -18,8 +19,7 @@ from services.errors import ServiceError
 from services.telemetry import new_traceparent
 
 EVENT_PERIOD_S = 0.2
-# Events that may wait for Redis, by kind; newer ones push older ones out.
-MAX_WAITING = {"step": 1, "preview": 4}
+EVENTS_A_SECOND = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,9 +119,9 @@ class _Event(NamedTuple):
 
 
 class Progress:
-    """Step events, no more than five a second beside the first and the last, and previews, in their order.
+    """Step events and previews, no more than five in any second; those that still wait at the end go out at once.
 
-    Progress is not worth a stall of the stream: one task tells Redis beside it. What waits for it is bounded.
+    Progress is not worth a stall of the stream: one task tells Redis beside it. Of each kind only the newest waits.
     """
 
     def __init__(self, state: State, claim: Claim, lease_s: float) -> None:
@@ -129,7 +129,9 @@ class Progress:
         self._claim = claim
         self._lease_s = lease_s
         self._sent_s = 0.0
-        self._waiting: deque[_Event] = deque()
+        self._waiting: dict[str, _Event] = {}
+        self._told_s: deque[float] = deque(maxlen=EVENTS_A_SECOND)
+        self._closing = asyncio.Event()
         self._sender: asyncio.Task[None] | None = None
 
     def step(self, event: dit_pb2.StepEvent) -> None:
@@ -148,22 +150,32 @@ class Progress:
         self._send(_Event("preview", media.SerializeToString(), 0, 0))
 
     def _send(self, event: _Event) -> None:
-        alike = [other for other in self._waiting if other.kind == event.kind]
-        if len(alike) >= MAX_WAITING[event.kind]:
-            self._waiting.remove(alike[0])
-        self._waiting.append(event)
+        # It takes its predecessor's place in the line: neither kind holds up the other for ever.
+        self._waiting[event.kind] = event
         if self._sender is None or self._sender.done():
             self._sender = asyncio.create_task(self._send_waiting())
 
     async def _send_waiting(self) -> None:
         while self._waiting:
+            await self._pause()
+            event = self._waiting.pop(next(iter(self._waiting)))
+            self._told_s.append(time.monotonic())
             try:
-                await self._state.beat(self._claim, self._lease_s, **self._waiting.popleft()._asdict())
+                await self._state.beat(self._claim, self._lease_s, **event._asdict())
             except ServiceError:
                 # What waited meanwhile is old, and whoever closes must not wait for one try after the other.
                 self._waiting.clear()
 
+    async def _pause(self) -> None:
+        """Until a second has passed since the fifth event before the next one, or the end."""
+        if len(self._told_s) < EVENTS_A_SECOND:
+            return
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._told_s[0] + 1 - time.monotonic()):
+                await self._closing.wait()
+
     async def close(self) -> None:
-        """Waits for what is under way."""
+        """Waits for what is under way, and sends what waits."""
+        self._closing.set()
         if self._sender is not None:
             await self._sender

@@ -19,12 +19,15 @@ import grpc
 from protos import gateway_pb2, gateway_pb2_grpc, types_pb2
 from services.client import connect, error_from_rpc
 from services.config import TlsSection, environment
-from services.errors import Cancelled, Internal, ServiceError
+from services.errors import Cancelled, Code, Internal, ServiceError
 from services.request import Media, open_params
 from services.wire import error_from_proto, params_to_proto
 
 T = TypeVar("T")
 CALL_TIMEOUT_S = 30.0
+# For so long, a call of `generate` whose gateway has gone looks for another one.
+RESUME_S = 30.0
+RESUME_PAUSE_S = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +68,8 @@ class AsyncClient:
     Every method raises ServiceErrors (services/errors.py): the reason, what was wrong, what is allowed.
 
     Args:
-        address: host:port of its gRPC front.
+        address: host:port of its gRPC front; of several gateways `ipv4:HOST:PORT,HOST:PORT` or `dns:///NAME:PORT`:
+            when one goes away, what it was waited for at comes from another.
         api_key: goes with every call; default: LIGHTLOOM_API_KEY, if it is set.
         tls: the certificates to use; None: plain text.
 
@@ -114,16 +118,50 @@ class AsyncClient:
         params = open_params(**{"model": model, "prompt": prompt, "inputs": inputs, **options})
         request = gateway_pb2.GenerateRequest(params=params_to_proto(params), inline_artifact=True)
         status, data = gateway_pb2.RequestStatus(), bytearray()
-        async for event in self._stream(self._stub.Generate(request, timeout=self._timeout_s, metadata=self._metadata)):
+        async for event in self._to_its_end(request):
             kind = event.WhichOneof("event")
             if kind == "status":
                 status = event.status
+                # The pieces come behind it, and from the first on when they come again.
+                data.clear()
             elif kind == "chunk":
                 data += event.chunk.data
                 continue
             if on_progress is not None:
                 on_progress(_progress(event, status))
         return _result(status, bytes(data))
+
+    async def _to_its_end(self, request: gateway_pb2.GenerateRequest) -> AsyncIterator[gateway_pb2.GenerateResponse]:
+        """All events of a request; when its gateway goes away, the rest from any, by Watch.
+
+        If that happens behind the last status, among the pieces of the artifact, that status comes again.
+        """
+        loop = asyncio.get_running_loop()
+        call = self._stub.Generate(request, timeout=self._timeout_s, metadata=self._metadata)
+        end_s, patience_end_s = loop.time() + self._timeout_s, 0.0
+        watch = gateway_pb2.WatchRequest(inline_artifact=request.inline_artifact)
+        resumed = False
+        try:
+            while True:
+                try:
+                    async for event in self._stream(call):
+                        watch.request_id, patience_end_s = event.request_id, 0.0
+                        if event.event_id and event.status.state != gateway_pb2.REQUEST_STATE_DONE:
+                            watch.last_event_id = event.event_id
+                        yield event
+                    return
+                except ServiceError as error:
+                    patience_end_s = patience_end_s or loop.time() + RESUME_S
+                    if error.code is not Code.UNAVAILABLE or not watch.request_id or loop.time() > patience_end_s:
+                        raise
+                resumed = True
+                await asyncio.sleep(RESUME_PAUSE_S)
+                call = self._stub.Watch(watch, timeout=end_s - loop.time(), metadata=self._metadata)
+        except asyncio.CancelledError:
+            # Who leaves Generate aborts; of Watch, gateways cannot know.
+            if resumed:
+                await asyncio.shield(self.abort(watch.request_id))
+            raise
 
     async def submit(self, prompt: str, *, model: str = "", idempotency_key: str = "", **options: Any) -> str:
         """Starts a request that goes on without us; returns its id."""

@@ -31,6 +31,8 @@ REDIS_POLL_S = 0.5
 # Longer than a gateway takes to notice that an address left its list.
 LEAVE_S = 2.5
 STOP_GRACE_S = 10.0
+# No other gateway comes after these, and who stops the cluster does not want to wait.
+DRAIN_S = 2.0
 
 
 class Cluster:
@@ -207,6 +209,7 @@ class Cluster:
                 "host": entry.host,
                 "http_port": http_port,
                 "grpc_port": grpc_port,
+                "drain_s": DRAIN_S,
                 "public_url": entry.public_url,
             },
             "access": asdict(entry.access),

@@ -13,14 +13,13 @@ if ARGV[4] ~= '' and redis.call('HGET', KEYS[1], 'tenant') ~= ARGV[4] then retur
 if state == 'queued' then
   local request = redis.call('HMGET', KEYS[1], 'queue', 'class', 'tenant')
   leave(ARGV[1], request[1], request[2] .. ':' .. request[3], 0)
-  state = 'cancelled'
-  forget(ARGV[1])
+  redis.call('HSET', KEYS[1], 'state', 'cancelled', 'updated', now())
+  finish(ARGV[1], ARGV[2], 'cancelled')
+  return 'cancelled'
 elseif state == 'running' then
-  state = 'cancelling'
   redis.call('PUBLISH', '{ll}:wake', 'c:' .. ARGV[2] .. ':' .. ARGV[1])
-else
-  return state
+  redis.call('HSET', KEYS[1], 'state', 'cancelling', 'updated', now())
+  tell(ARGV[1], ARGV[2], 'status', 's', 'cancelling')
+  return 'cancelling'
 end
-redis.call('HSET', KEYS[1], 'state', state, 'updated', now())
-tell(ARGV[1], ARGV[2], 'status', 's', state)
 return state

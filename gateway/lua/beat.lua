@@ -12,6 +12,10 @@ if #ARGV > 6 then
     local previews = '{ll}:pv:' .. ARGV[1]
     redis.call('HSET', previews, tell(ARGV[1], ARGV[3], 'preview'), ARGV[8])
     redis.call('EXPIRE', previews, redis.call('TTL', KEYS[1]))
+    local kept = redis.call('HKEYS', previews)
+    -- Event ids begin with milliseconds, all of as many digits: the least is the oldest.
+    table.sort(kept)
+    for oldest = 1, #kept - MAX_PREVIEWS do redis.call('HDEL', previews, kept[oldest]) end
   else
     tell(ARGV[1], ARGV[3], ARGV[7], 'p', ARGV[8])
   end

@@ -19,8 +19,7 @@ if target ~= 'running' then redis.call('ZREM', KEYS[2], id) end
 if target == 'queued' then
   redis.call('HSET', KEYS[1], 'queue', ARGV[8], 'attempt', 0)
   enqueue(id, ARGV[3], ARGV[8])
-elseif target ~= 'running' then
-  forget(id)
 end
-tell(id, ARGV[3], 'status', 's', target)
+if target == 'queued' or target == 'running' then tell(id, ARGV[3], 'status', 's', target)
+else finish(id, ARGV[3], target) end
 return {target, unpack(news(id, ARGV[4], ARGV[5]))}

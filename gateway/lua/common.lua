@@ -6,9 +6,12 @@ local function now()
   return t[1] .. '.' .. string.format('%06d', t[2])
 end
 
--- Beside a request's hash and events, which stay for a day: {ll}:in:ID holds its pictures, {ll}:pv:ID the previews by
--- event. Who follows has a minute to fetch the last previews; a hash with pictures would go along with every status.
-local PREVIEWS_AFTER_S = 60
+-- Beside a request's hash, which stays for a day, {ll}:ev:ID has its events, {ll}:in:ID holds its pictures, {ll}:pv:ID
+-- the newest previews by event: a hash with pictures would go along with every status. Once it has ended, who follows has
+-- an hour for its events, and a minute for the previews. Later, its hash tells of its end.
+local EVENTS_AFTER_S, PREVIEWS_AFTER_S = 3600, 60
+-- So many previews of a request are kept, the newest.
+local MAX_PREVIEWS = 16
 
 -- Adds an event (kind, then fields) to a request's stream, and wakes who follows it at other gateways than the sender.
 -- Returns the event's id.
@@ -18,9 +21,11 @@ local function tell(id, sender, kind, ...)
   return event
 end
 
--- Drops what nobody needs of a request that has ended.
-local function forget(id)
+-- Tells of a request's end, and drops what nobody needs of it any more.
+local function finish(id, sender, state)
+  redis.call('HSET', '{ll}:req:' .. id, 'last_event', tell(id, sender, 'status', 's', state))
   redis.call('DEL', '{ll}:in:' .. id)
+  redis.call('EXPIRE', '{ll}:ev:' .. id, EVENTS_AFTER_S)
   redis.call('EXPIRE', '{ll}:pv:' .. id, PREVIEWS_AFTER_S)
 end
 

@@ -61,6 +61,5 @@ end
 -- Ends a request that has left its queue too late.
 local function expire(id, sender, error)
   redis.call('HSET', '{ll}:req:' .. id, 'state', 'expired', 'updated', now(), 'error', error)
-  forget(id)
-  tell(id, sender, 'status', 's', 'expired')
+  finish(id, sender, 'expired')
 end

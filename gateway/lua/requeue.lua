@@ -27,6 +27,10 @@ end
 -- A new fence shuts out the owner that had it, whatever that one still does.
 redis.call('HSET', KEYS[1], 'state', target, 'updated', now(), 'fence', next_fence(), 'step',
   redis.call('HGET', KEYS[1], 'checkpoint_step') or 0)
-if target == 'queued' then enqueue(ARGV[1], ARGV[3], redis.call('HGET', KEYS[1], 'queue')) else forget(ARGV[1]) end
-tell(ARGV[1], ARGV[3], 'status', 's', target)
+if target == 'queued' then
+  enqueue(ARGV[1], ARGV[3], redis.call('HGET', KEYS[1], 'queue'))
+  tell(ARGV[1], ARGV[3], 'status', 's', target)
+else
+  finish(ARGV[1], ARGV[3], target)
+end
 return target

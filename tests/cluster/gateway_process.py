@@ -43,7 +43,7 @@ class GatewayProcess:
         self.store = folder / "store"
         config = folder / "gateway.toml"
         table: dict[str, dict[str, object]] = {
-            "gateway": {"http_port": self.http_port, "grpc_port": self.grpc_port, "lease_s": 2.0},
+            "gateway": {"http_port": self.http_port, "grpc_port": self.grpc_port, "lease_s": 2.0, "drain_s": 2.0},
             "redis": {"url": redis_url},
             "store": {"path": str(self.store)},
             "stages": {stage: f"static:{address}" for stage, address in stages.items()},

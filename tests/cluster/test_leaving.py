@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import concurrent.futures
+import subprocess
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ import grpc
 import httpx
 import pytest
 
+from gateway.dispatch import HAND_BACK_S
+from lightloom.client import AsyncClient, Progress
 from lightloom.redis_server import RedisServer, start_redis
 from protos import gateway_pb2, gateway_pb2_grpc, types_pb2
 from services.free_port import free_port
@@ -44,8 +48,9 @@ class Cluster:
         self.redis.process.kill()
         self.redis.process.wait()
 
-    def gateway(self, name: str) -> Any:
-        return gateway(self.folder / name, self.redis.url, self.addresses)
+    def gateway(self, name: str, drain_s: float = 2.0) -> Any:
+        settings = {"gateway": {"drain_s": drain_s}}
+        return gateway(self.folder / name, self.redis.url, self.addresses, settings=settings)
 
 
 @pytest.fixture
@@ -98,14 +103,70 @@ def test_who_leaves_while_redis_is_away_aborts_all_the_same(cluster: Cluster) ->
         assert ended(running, request_id) == "cancelled"
 
 
+def images_call(at: GatewayProcess) -> httpx.Response:
+    # A connection of its own: the gateway's client is closed when it is stopped.
+    body = {"prompt": "waits", "size": "64x64", "steps": STEPS}
+    return httpx.post(f"{at.rest.base_url}/v1/images/generations", json=body, timeout=30)
+
+
+def test_who_waits_at_a_gateway_that_stops_gets_the_answer_and_nobody_else_comes_in(cluster: Cluster) -> None:
+    with ExitStack() as stack:
+        pool = stack.enter_context(concurrent.futures.ThreadPoolExecutor())
+        leaves = stack.enter_context(cluster.gateway("gateway", drain_s=30.0))
+        waits = pool.submit(images_call, leaves)
+        call, _ = stack.enter_context(last_of_three(leaves))
+        leaves.process.terminate()
+        wait_for(lambda: leaves.health() == 0, 5, 0.05)
+        with grpc.insecure_channel(f"127.0.0.1:{leaves.grpc_port}") as channel, pytest.raises(grpc.RpcError):
+            gateway_pb2_grpc.GatewayStub(channel).Models(gateway_pb2.ModelsRequest(), timeout=5)
+        assert not waits.done()
+        assert [event.status.state for event in call][-1] == gateway_pb2.REQUEST_STATE_DONE
+        assert waits.result().status_code == 200
+        # Nobody waits any more.
+        assert leaves.process.wait(HAND_BACK_S + 2) == 0
+
+
+@asynccontextmanager
+async def moved_on(cluster: Cluster, how: Callable[[Any], None]) -> AsyncIterator[tuple[GatewayProcess, Any, Any]]:
+    """A call of the client whose gateway has gone in the middle; the gateway that is left, and what the call told."""
+    seen: list[Progress] = []
+    with ExitStack() as stack:
+        leaves = GatewayProcess(cluster.folder / "leaves", cluster.redis.url, cluster.addresses)
+        stack.callback(leaves.ended)
+        await asyncio.to_thread(wait_for, lambda: leaves.health() == 200, 60)
+        stays = stack.enter_context(cluster.gateway("stays"))
+        async with AsyncClient(f"ipv4:127.0.0.1:{leaves.grpc_port},127.0.0.1:{stays.grpc_port}") as client:
+            size = {"width": 64, "height": 64, "steps": STEPS}
+            made = asyncio.create_task(client.generate("goes on", on_progress=seen.append, **size))
+            async with asyncio.timeout(60):
+                while not any(progress.step > 20 for progress in seen):
+                    await asyncio.sleep(0.05)
+                how(leaves.process)
+                told = len(seen)
+                while len(seen) < told + 2 or leaves.process.poll() is None:
+                    await asyncio.sleep(0.05)
+            yield stays, made, seen
+
+
+@pytest.mark.parametrize("how", [subprocess.Popen.terminate, subprocess.Popen.kill])
+async def test_a_client_goes_on_at_another_gateway(cluster: Cluster, how: Callable[[Any], None]) -> None:
+    async with moved_on(cluster, how) as (_, made, seen):
+        result = await made
+        assert result.data[:4] == b"\x89PNG"
+        assert seen[-1].state == "done"
+
+
+async def test_who_leaves_there_aborts(cluster: Cluster) -> None:
+    async with moved_on(cluster, subprocess.Popen.kill) as (stays, made, seen):
+        made.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await made
+        assert await asyncio.to_thread(ended, stays, seen[0].request_id) == "cancelled"
+
+
 def test_a_waiting_images_call_hears_that_its_gateway_stops(cluster: Cluster) -> None:
     with concurrent.futures.ThreadPoolExecutor() as pool, cluster.gateway("gateway") as leaves:
-        body = {"prompt": "waits", "size": "64x64", "steps": STEPS}
-        # Connections of their own: the gateway's client is closed when it is stopped.
-        calls = [
-            pool.submit(httpx.post, f"{leaves.rest.base_url}/v1/images/generations", json=body, timeout=30)
-            for _ in range(2)
-        ]
+        calls = [pool.submit(images_call, leaves) for _ in range(2)]
         wait_for(lambda: len(leaves.rest.get("/v1/requests").json()["data"]) == len(calls))
     answers = [call.result() for call in calls]
     assert [answer.status_code for answer in answers] == [503] * len(calls)

@@ -49,7 +49,8 @@ def test_a_late_preview_resembles_its_own_picture_and_no_other(pictures):
     for prompt, other in ((GREEN, BLUE), (BLUE, GREEN)):
         previews, final = pictures[prompt]
         # None after the last step: the picture itself comes then.
-        assert len(previews) == 9
+        # No more than five a second go out, together with the steps.
+        assert 3 <= len(previews) <= 9
         assert likeness(previews[-1], final) > 0.85
         assert likeness(previews[-1], pictures[other][1]) < 0.5
         assert np.abs(pixels(previews[-1]) - pixels(final)).mean() < 0.12

@@ -141,7 +141,7 @@ def test_the_schema_of_values_has_the_keys_of_the_services() -> None:
         ("tls.clientCertificates", True, "ca.crt of tls.frontSecret"),
         ("redis.clientCertificate", True, "redis.tlsSecret, which is empty"),
         ("redis.internal.tlsSecret", "lightloom-redis-tls", "needs redis.tlsSecret"),
-        ("redis.internal.maxmemory", "lots", "maxmemory"),
+        ("redis.internal.maxmemoryMiB", "lots", "maxmemory"),
         ("artifacts.s3.bucket", "s3://pictures", "bucket"),
         ("artifacts.s3.endpointUrl", "https://key:secret@minio", "endpointUrl"),
         ("artifacts.s3.environment.AWS_SECRET_ACCESS_KEY", "x", "AWS_SECRET_ACCESS_KEY"),

@@ -17,6 +17,7 @@ from jsonschema import Draft7Validator
 from packaging.requirements import Requirement
 
 from gateway.config import GatewayConfig
+from gateway.dispatch import HAND_BACK_S
 from services.config import StageConfig
 from services.server import parse_arguments
 from tests.deploy.chart import EVERYTHING, ROOT, STAGES, container, pod_templates, render
@@ -154,6 +155,7 @@ def test_services_of_compose_accept_their_configs_and_find_each_other() -> None:
                 f"dns:///{other}:50051" for other in services if other not in ("redis", "gateway")
             }
             assert all(port.startswith("127.0.0.1:") for port in service["ports"])
+            assert int(service["stop_grace_period"].removesuffix("s")) > config.gateway.drain_s + HAND_BACK_S
         else:
             assert probe[-2] == f"127.0.0.1:{config.service.port}"
             assert int(service["stop_grace_period"].removesuffix("s")) > config.service.drain_timeout_s

@@ -6,10 +6,12 @@ import json
 import re
 from pathlib import Path
 
+import pytest
 from prometheus_client.core import Metric
 
 from gateway.backlog import families
 from gateway.config import GatewaySection
+from gateway.dispatch import HAND_BACK_S
 from services.server import LIVE
 from tests.deploy.chart import (
     NAMESPACE,
@@ -67,10 +69,22 @@ def test_pods_start_and_stop_in_their_own_time(objects: list[Object], tmp_path: 
         if module != "gateway":
             assert startup["failureThreshold"] * startup["periodSeconds"] > section.start_timeout_s, name
             assert grace_s > pause_s + section.drain_timeout_s, name
-        assert grace_s > pause_s, name
+        else:
+            assert grace_s > pause_s + section.drain_s + HAND_BACK_S, name
         assert {port, getattr(section, "http_port", None) or section.metrics_port, health_port or port} == {
             entry["containerPort"] for entry in main["ports"]
         }, name
+
+
+@pytest.mark.parametrize("own", [(), ("gateway.config.gateway.max_queued_bytes=1000",)])
+def test_what_may_wait_fits_into_the_redis_of_the_chart(tmp_path: Path, own: tuple[str, ...]) -> None:
+    made = render(values_named("processes"), "redis.internal.maxmemoryMiB=1000", *own)
+    pods = dict(pod_templates(made))
+    arguments = container(pods["pix-lightloom-redis"])["args"]
+    assert arguments[arguments.index("--maxmemory") + 1] == "1000mb"
+    section = started_with(made, pods["pix-lightloom-gateway"], tmp_path).gateway
+    # There are two models.
+    assert section.max_queued_bytes == (1000 if own else 200 * 2**20)
 
 
 def asked(probe: Object) -> Object:

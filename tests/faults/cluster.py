@@ -142,6 +142,13 @@ class FaultCluster:
         """Of the gateways' REST fronts."""
         return [f"http://127.0.0.1:{gateway.table['gateway']['http_port']}" for gateway in self.of("gateway")]
 
+    @property
+    def grpc_target(self) -> str:
+        """Of the gateways' gRPC fronts, all in one."""
+        return "ipv4:" + ",".join(
+            f"127.0.0.1:{gateway.table['gateway']['grpc_port']}" for gateway in self.of("gateway")
+        )
+
     def of(self, stage: str) -> list[Process]:
         """The processes of a stage, or the gateways."""
         return [process for name, process in self.processes.items() if name.rpartition("-")[0] == stage]

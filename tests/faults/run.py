@@ -17,6 +17,7 @@ from tests.faults.clients import Clients, Recipe
 from tests.faults.cluster import FaultCluster
 from tests.faults.final_state import collect, leftovers, settled, sweep
 from tests.faults.history import History, Line, Recorder, read_lines
+from tests.faults.waiting import WaitingClients
 
 SETTLE_S = 60.0
 SAMPLE_S = 0.1
@@ -34,7 +35,9 @@ class Run:
         self.random = random.Random(f"{name}/{seed}")
         self.measured: dict[str, float] = {}
         self._file = cluster.folder / "clients" / f"{name}-{seed}.jsonl"
-        self.clients = Clients(cluster.urls, Recorder(self._file), f"{cluster.folder}/{name}-{seed}")
+        recorder = Recorder(self._file)
+        self.clients = Clients(cluster.urls, recorder, f"{cluster.folder}/{name}-{seed}")
+        self.waiting = WaitingClients(cluster.urls, cluster.grpc_target, recorder)
 
     async def __aenter__(self) -> Run:
         return self

@@ -49,7 +49,7 @@ SCENARIOS: dict[str, Scenario] = {
     "F9 bad line to the VAE": lambda run: network.bad_line_to_the_vae(run, pictures=3, bytes_per_s=8e6, crowd=24),
     "F10 abort storm": lambda run: load.abort_storm(run, requests=200, within_s=5.0),
     "F11 flood": lambda run: load.flood(run, submits=1000),
-    "F12 rolling restart": lambda run: deaths.rolling_restart(run, clients=8),
+    "F12 rolling restart": lambda run: deaths.rolling_restart(run, clients=8, waiting=4),
     "F12 poison": lambda run: poison(run, others=6),
 }
 

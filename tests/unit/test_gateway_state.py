@@ -411,6 +411,39 @@ async def test_previews_are_forgotten_soon_after_the_end(two) -> None:
     assert kinds(await follow(other, "r")) == ["queued", "running", "done"]
 
 
+async def test_so_many_previews_are_kept_the_newest(two) -> None:
+    own, other = two
+    await own.submit("r")
+    claim = await own.claim()
+    for number in range(20):
+        await own.state.beat(claim, LEASE_S, kind="preview", payload=b"%d" % number)
+    assert await own.state._scripts.redis.hlen("{ll}:pv:r") == 16
+    await own.state.commit(claim, "done", "", "", {})
+    assert kinds(await follow(other, "r")) == ["queued", "running", *map(str, range(4, 20)), "done"]
+
+
+@pytest.mark.parametrize("end", ["done", "failed", "cancelled", "expired"])
+async def test_events_are_forgotten_an_hour_after_the_end_and_the_record_tells_of_it(two, end: str) -> None:
+    own, other = two
+    await own.submit("r", timeout_s=0.0 if end == "expired" else 60.0)
+    redis = own.state._scripts.redis
+    if end == "cancelled":
+        await own.state.abort("r")
+    elif end == "expired":
+        await own.state.sweep()
+    elif end == "failed":
+        await own.state.requeue("r", (await own.claim()).fence, 1, True, b"e")
+        await own.state.requeue("r", (await own.claim()).fence, 1, True, b"e")
+    else:
+        await own.state.commit(await own.claim(), end, "", "", {})
+    assert 3500 < await redis.ttl("{ll}:ev:r") <= 3600 < await redis.ttl("{ll}:req:r")
+    before = await follow(other, "r")
+    await redis.delete("{ll}:ev:r")
+    assert await follow(other, "r") == before[-1:]
+    assert await follow(other, "r", before[0].event_id) == before[-1:]
+    assert await follow(other, "r", before[-1].event_id) == []
+
+
 async def test_a_redis_that_refuses_to_write_is_down(two) -> None:
     own, _ = two
     administrator = own.state._scripts.redis

@@ -83,6 +83,10 @@ def test_wrong_wishes_change_nothing(tmp_path: Path, key: ApiKey, message: str) 
         ('{"id": 1}', r"line 2: .*id must be of type str"),
         (json.dumps({"id": "a", "name": "a", "tenant": "a", "scopes": "read", "sha256": ""}), "scopes must be a list"),
         (json.dumps({"id": "a", "name": "a", "tenant": "a", "scopes": [], "sha256": ""}), "no scope: there are"),
+        (
+            json.dumps({"id": "a", "name": "a", "tenant": "a", "scopes": ["read"], "sha256": "A" * 64}),
+            "line 2: sha256 has not 64",
+        ),
         (json.dumps({"id": "a", "secret": ""}), "unknown config key secret"),
     ],
 )

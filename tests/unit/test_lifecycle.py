@@ -25,6 +25,7 @@ from gateway.store import Store
 from gateway.ticket import Ticket
 from gateway.work import Work
 from protos import gateway_pb2, types_pb2
+from services.errors import ArtifactStoreFull, DeviceLost
 
 LATER = float("inf")
 QUEUE = queue_key("dit", "d")
@@ -121,6 +122,24 @@ async def test_what_a_dead_owner_wrote_goes_when_its_request_is_taken_away(two) 
     assert own.files() == set()
 
 
+async def test_taking_a_request_away_lists_no_artifacts(two, monkeypatch) -> None:
+    own, other = two
+    listed: list[str] = []
+    once = other.store._objects.listed
+
+    def noted(prefix: str) -> Any:
+        listed.append(prefix)
+        return once(prefix)
+
+    monkeypatch.setattr(other.store._objects, "listed", noted)
+    await own.submit("r")
+    dead = await own.claim(lease_s=0.0)
+    await own.store.put(dead.artifact_name, b"dead", gateway_pb2.Artifact(), LATER)
+    await other.lifecycle.take_away("r", b"e")
+    assert own.files() == set()
+    assert not [prefix for prefix in listed if prefix.startswith("artifacts")]
+
+
 async def test_what_it_wrote_goes_too_when_the_answer_to_taking_it_away_was_lost(two, monkeypatch) -> None:
     own, other = two
     await own.submit("r")
@@ -167,6 +186,25 @@ async def test_a_cancelled_request_leaves_no_file_however_often_its_owner_hears_
     await asyncio.wait({running})
     assert (await own.state.get("r"))["state"] == b"cancelled"
     assert own.files() == set()
+
+
+async def test_a_decode_that_fails_waits_for_no_full_store(two, monkeypatch) -> None:
+    own, _ = two
+
+    def full(*_arguments: Any, **_options: Any) -> None:
+        raise ArtifactStoreFull("no room")
+
+    class Broken(Decoded):
+        async def ended(self) -> dict[str, types_pb2.StageUsage]:
+            await asyncio.sleep(0.2)
+            raise DeviceLost("it broke")
+
+    monkeypatch.setattr(own.store._objects, "write", full)
+    await own.submit("r")
+    work = await own.claim(lease_s=10.0)
+    async with asyncio.timeout(5):
+        with pytest.raises(DeviceLost):
+            await own.lifecycle._finish(work, cast(Any, Broken(b"picture")))
 
 
 async def test_a_result_whose_commit_was_not_answered_is_kept(two) -> None:

@@ -180,15 +180,29 @@ async def _refusal_s(run: Run) -> float:
     return time.monotonic() - started_s
 
 
-async def rolling_restart(run: Run, clients: int) -> History:
-    """F12: SIGTERM to every process in turn, the next when the last one is back."""
+async def rolling_restart(run: Run, clients: int, waiting: int) -> History:
+    """F12: SIGTERM to every process in turn, the next when the last one is back.
+
+    Args:
+        clients: that follow their requests.
+        waiting: that wait in one call, by REST and as many by gRPC: longer than a gateway takes that just stops.
+    """
     stopping = asyncio.Event()
 
     async def client(number: int) -> None:
         while not stopping.is_set():
             await run.clients.run(run.random.choice(SHORT), gateway=number)
 
-    tasks = [asyncio.create_task(client(number)) for number in range(clients)]
+    async def images(number: int) -> None:
+        while not stopping.is_set():
+            await run.waiting.image(run.random.choice(LONG), gateway=number)
+
+    async def generate(_number: int) -> None:
+        while not stopping.is_set():
+            await run.waiting.generate(run.random.choice(LONG))
+
+    kinds = ((client, clients), (images, waiting), (generate, waiting))
+    tasks = [asyncio.create_task(kind(number)) for kind, count in kinds for number in range(count)]
     drained = []
     for process in list(run.cluster.processes.values()):
         started_s = time.monotonic()

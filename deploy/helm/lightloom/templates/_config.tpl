@@ -31,7 +31,7 @@
 {{- else }}
 {{- fail "gateway.keysSecret: name a Secret with the key `keys.jsonl` (made by `lightloom key create`), or set gateway.allowAnonymous: true if all who reach the Service may use it" }}
 {{- end }}
-{{- $listen := dict "host" "0.0.0.0" "http_port" 8080 "grpc_port" 50050 }}
+{{- $listen := dict "host" "0.0.0.0" "http_port" 8080 "grpc_port" 50050 "drain_s" .Values.gateway.drainSeconds }}
 {{- if .Values.tls.frontSecret }}
 {{- /* The kubelet's gRPC probes know no TLS. */}}
 {{- $_ := set $listen "health_port" 50052 }}
@@ -46,7 +46,15 @@
 {{- if include "lightloom.stagesHaveTls" . }}
 {{- $_ := set $own "stage_tls" (merge (dict "server_name" .Values.tls.stageName) (include "lightloom.certificates" "/etc/lightloom-stage-tls" | fromYaml)) }}
 {{- end }}
-{{- include "lightloom.toml" (dict "section" list "table" (mergeOverwrite (deepCopy .Values.gateway.config) $own)) | trim }}
+{{- $fitting := dict }}
+{{- with .Values.redis.internal }}
+{{- if .enabled }}
+{{- /* Each model has its queues: together, they have two fifths of what Redis takes. */}}
+{{- $bytes := div (mul .maxmemoryMiB 1048576 2) (mul 5 (len $.Values.models | max 1)) }}
+{{- $_ := set $fitting "gateway" (dict "max_queued_bytes" $bytes) }}
+{{- end }}
+{{- end }}
+{{- include "lightloom.toml" (dict "section" list "table" (mergeOverwrite $fitting (deepCopy .Values.gateway.config) $own)) | trim }}
 {{- end }}
 
 {{- define "lightloom.gatewayRedis" -}}
