@@ -23,7 +23,7 @@ from dit_svc.preview import PreviewFit, preview_picture
 from services.config import EngineSection
 from services.errors import InvalidRequest, NonFinite, OutOfMemory, ServiceError
 from services.family import DenoiseState, DitModel, DitPart, Tensors
-from services.features import BlockRun
+from services.features import BlockRun, as_it_is
 from services.parallel.mesh import Mesh
 from services.request import Media, ResolvedParams
 from services.tensors import Bundle
@@ -151,7 +151,7 @@ class DitEngine:
         part: DitPart,
         config: EngineSection,
         mesh: Mesh | None = None,
-        wrap: Callable[[BlockRun], BlockRun] = lambda run: run,
+        wrap: Callable[[BlockRun], BlockRun] = as_it_is,
         idle: IdleExperts | None = None,
     ) -> None:
         if config.branches not in ("rows", "serial", "auto"):

@@ -17,7 +17,7 @@ import torch
 
 from dit_svc.idle_experts import IdleExperts
 from services.family import Block, DenoiseState, DitModel, DitPart, Row
-from services.features import BlockRun
+from services.features import BlockRun, as_it_is
 from services.parallel.collectives import all_gather
 from services.parallel.hsdp import ShardedBlocks
 from services.parallel.mesh import Axis, Mesh
@@ -88,7 +88,7 @@ class Forward:
         part: DitPart,
         branches: str,
         mesh: Mesh | None = None,
-        wrap: Callable[[BlockRun], BlockRun] = lambda run: run,
+        wrap: Callable[[BlockRun], BlockRun] = as_it_is,
         idle: IdleExperts | None = None,
     ) -> None:
         self._idle = idle

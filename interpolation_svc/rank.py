@@ -25,9 +25,8 @@ from services.request import InterpolationLimits, ResolvedParams, check_interpol
 from services.telemetry import internal_error, make_span
 from services.tensor_wire import frame_of
 from services.tensors import BundleReader
-from services.wire import interpolation_limits_to_proto, resolved_from_proto
+from services.wire import interpolation_limits_to_proto, media_messages, resolved_from_proto
 
-CHUNK_BYTES = 1024 * 1024
 MAX_BUNDLE_BYTES = 512 * 1024 * 1024
 # Frames that may wait here; then who sends more waits.
 MAX_WAITING_BYTES = 128 * 1024 * 1024
@@ -164,12 +163,9 @@ class InterpolationProgram:
             height=job.height,
             num_frames=opened.num_frames,
             fps=opened.fps,
-            nbytes=len(data),
         )
-        call.send(vae_pb2.DecodeResponse(media=header).SerializeToString())
-        for offset in range(0, len(data), CHUNK_BYTES):
-            chunk = types_pb2.MediaChunk(data=data[offset : offset + CHUNK_BYTES])
-            call.send(vae_pb2.DecodeResponse(chunk=chunk).SerializeToString())
+        for message in media_messages(header, data):
+            call.send(message)
         span = make_span("interpolate", self._config.service.name, opened.started_ns, time.time_ns())
         usage = types_pb2.StageUsage(busy_s=result.busy_s, spans=[span])
         call.send(vae_pb2.DecodeResponse(usage=usage).SerializeToString())

@@ -6,14 +6,16 @@ values are checked against a model's limits in `services/request.py`.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, fields, replace
 from typing import Any
 
-from protos import types_pb2
+from protos import types_pb2, vae_pb2
 from services.errors import ErrorRecord, InvalidRequest, ServiceError
 from services.request import GenerationParams, InterpolationLimits, Limits, Media, ResolvedParams
 
 PROTOCOL_VERSION = 1
+MEDIA_CHUNK_BYTES = 1024 * 1024
 OUTPUT_FORMATS: dict[str, types_pb2.OutputFormat] = {
     "png": types_pb2.OUTPUT_FORMAT_PNG,
     "jpeg": types_pb2.OUTPUT_FORMAT_JPEG,
@@ -189,3 +191,12 @@ def _set(proto: types_pb2.GenerationParams, name: str, value: Any) -> None:
         # What a model allows is less; only its replicas know it.
         allowed = f"it must be a whole number between 0 and {most}" if most else error
         raise InvalidRequest(f"{name} is {value!r}: {allowed}", param=name) from error
+
+
+def media_messages(header: types_pb2.MediaHeader, data: bytes) -> Iterator[bytes]:
+    """Encoded media as the last stage answers them, a VAE and an interpolator alike; `header` gets the size."""
+    header.nbytes = len(data)
+    yield vae_pb2.DecodeResponse(media=header).SerializeToString()
+    for offset in range(0, len(data), MEDIA_CHUNK_BYTES):
+        chunk = types_pb2.MediaChunk(data=data[offset : offset + MEDIA_CHUNK_BYTES])
+        yield vae_pb2.DecodeResponse(chunk=chunk).SerializeToString()

@@ -17,11 +17,10 @@ from services.request import ResolvedParams
 from services.telemetry import internal_error, make_span
 from services.tensor_wire import frame_of
 from services.tensors import BundleReader
-from services.wire import resolved_from_proto
+from services.wire import media_messages, resolved_from_proto
 from vae_svc.engine import VaeChunk, VaeJob, VaeResult, open_engine
 
 SUBFOLDERS = ("vae",)
-CHUNK_BYTES = 1024 * 1024
 MAX_LATENT_BYTES = 1024**3
 
 
@@ -140,12 +139,9 @@ class VaeProgram:
                 height=height,
                 num_frames=opened.num_frames,
                 fps=result.job.params.fps,
-                nbytes=len(data),
             )
-            call.send(vae_pb2.DecodeResponse(media=header).SerializeToString())
-            for offset in range(0, len(data), CHUNK_BYTES):
-                chunk = types_pb2.MediaChunk(data=data[offset : offset + CHUNK_BYTES])
-                call.send(vae_pb2.DecodeResponse(chunk=chunk).SerializeToString())
+            for message in media_messages(header, data):
+                call.send(message)
         span = make_span(f"vae.{call.method.lower()}", self._config.service.name, opened.queued_ns, time.time_ns())
         usage = types_pb2.StageUsage(busy_s=result.busy_s, spans=[span])
         # Both response types have the usage in field 3.

@@ -26,7 +26,7 @@ def _nothing() -> None:
     """Nothing is to be done after the warm-up."""
 
 
-def _as_it_is(run: BlockRun) -> BlockRun:
+def as_it_is(run: BlockRun) -> BlockRun:
     """Nothing is to be done around the blocks."""
     return run
 
@@ -45,7 +45,7 @@ class Applied:
     options: str
     seal: Callable[[], None] = _nothing
     metrics: Callable[[], dict[str, float]] = dict
-    wrap: Callable[[BlockRun], BlockRun] = _as_it_is
+    wrap: Callable[[BlockRun], BlockRun] = as_it_is
 
 
 # Load-time features, in the order of application: attention is chosen before blocks are compiled, so that the

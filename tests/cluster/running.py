@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,7 +14,7 @@ from typing import Any, TypeVar
 import httpx
 import psutil
 
-from lightloom.cluster_config import load_cluster
+from lightloom.cluster_config import load_cluster, write_toml
 from lightloom.launcher import Cluster
 from services.config import read_toml
 
@@ -129,3 +130,16 @@ class RunningCluster:
                 held += [f"{name}: {kind} {now[kind]:.0f}" for kind in kinds if now.get(kind)]
         store = self.run_dir / "artifacts"
         return held + [str(path) for path in (*store.glob("latents/*"), *store.rglob("*.part"))]
+
+
+@contextmanager
+def serving(folder: Path, table: dict[str, Any]) -> Iterator[RunningCluster]:
+    """One gateway and one replica of each stage of what a cluster file of that table names; `folder` is its own."""
+    file = folder / "cluster.toml"
+    write_toml(file, table)
+    running = RunningCluster(folder / "run", {}, gateways=1, file=file)
+    try:
+        running.start()
+        yield running
+    finally:
+        running.stop()

@@ -17,11 +17,10 @@ from PIL import Image
 
 from gateway.replicas import BACK_OFF_S
 from lightloom.client import Client
-from lightloom.cluster_config import write_toml
 from services.errors import InvalidRequest
 from services.families import load_family
 from services.request import resolve
-from tests.cluster.running import RunningCluster
+from tests.cluster.running import serving
 from tests.oracle.qwen_image import edit_pipeline, edited, give_token_types, picture, wish
 from tests.unit.test_media import bomb
 
@@ -43,15 +42,11 @@ def tiny(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def edits(tiny, tmp_path_factory, monkeypatch_session):
-    file = tmp_path_factory.mktemp("config") / "edits.toml"
     limits = {"default_width": 64, "default_height": 64, "default_steps": 4}
-    write_toml(file, {"models": {"edits": {"source": str(tiny), "limits": limits}}})
-    running = RunningCluster(tmp_path_factory.mktemp("run"), {}, gateways=1, file=file)
-    try:
-        running.start()
+    with serving(
+        tmp_path_factory.mktemp("cluster"), {"models": {"edits": {"source": str(tiny), "limits": limits}}}
+    ) as running:
         yield running
-    finally:
-        running.stop()
 
 
 @pytest.fixture

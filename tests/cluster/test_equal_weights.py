@@ -8,8 +8,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from lightloom.cluster_config import write_toml
-from tests.cluster.running import RunningCluster, wait_for
+from tests.cluster.running import serving, wait_for
 
 SOURCE = Path(__file__).parents[2] / "demo/checkpoints/qwen_image"
 BODY = {"prompt": "a red circle", "steps": 2}
@@ -19,15 +18,9 @@ SOON_S = 3.0
 
 @pytest.fixture(scope="module")
 def twins(tmp_path_factory, monkeypatch_session):
-    file = tmp_path_factory.mktemp("config") / "twins.toml"
     model = {"source": str(SOURCE), "limits": {"default_width": 128, "default_height": 128, "default_steps": 2}}
-    write_toml(file, {"models": {"a": model, "b": model}})
-    running = RunningCluster(tmp_path_factory.mktemp("run"), {}, gateways=1, file=file)
-    try:
-        running.start()
+    with serving(tmp_path_factory.mktemp("cluster"), {"models": {"a": model, "b": model}}) as running:
         yield running
-    finally:
-        running.stop()
 
 
 def test_a_model_whose_encoder_is_away_does_not_stop_its_twin(twins):

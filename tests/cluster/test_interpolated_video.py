@@ -17,11 +17,10 @@ from interpolation_svc.clip import Clip
 from interpolation_svc.ifnet import IFNet, IFNetSpec
 from interpolation_svc.weights import load_ifnet
 from lightloom.client import Client
-from lightloom.cluster_config import write_toml
 from protos import gateway_pb2, types_pb2
 from services.errors import InvalidRequest
 from services.families import load_family
-from tests.cluster.running import RunningCluster, wait_for
+from tests.cluster.running import serving, wait_for
 
 PROMPT = "a red circle moves to the left"
 SMALL = {"width": 96, "height": 64, "steps": 2, "num_frames": 9, "seed": 1}
@@ -40,15 +39,11 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def running(weights, tmp_path_factory, monkeypatch_session):
     tiny = tmp_path_factory.mktemp("tiny")
     load_family("wan").tiny(tiny, "t2v", 0)
-    file = tmp_path_factory.mktemp("config") / "clips.toml"
     models = {"clips": {"source": str(tiny)}}
-    write_toml(file, {"models": models, "interpolation": {"source": str(weights), "threads": 1}})
-    running = RunningCluster(tmp_path_factory.mktemp("run"), {}, gateways=1, file=file)
-    try:
-        running.start()
+    with serving(
+        tmp_path_factory.mktemp("cluster"), {"models": models, "interpolation": {"source": str(weights), "threads": 1}}
+    ) as running:
         yield running
-    finally:
-        running.stop()
 
 
 @pytest.fixture

@@ -16,10 +16,9 @@ import torch
 from PIL import Image
 
 from lightloom.client import Client
-from lightloom.cluster_config import write_toml
 from services.families import load_family
 from services.request import resolve
-from tests.cluster.running import RunningCluster
+from tests.cluster.running import serving
 from tests.cluster.test_clip_from_pictures import json_of
 from tests.oracle.qwen_image import layered, layered_pipeline, picture, wish
 from vae_svc.engine import to_pixels
@@ -38,14 +37,8 @@ def tiny(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def cluster(tiny, tmp_path_factory, monkeypatch_session):
-    file = tmp_path_factory.mktemp("config") / "layers.toml"
-    write_toml(file, {"models": {"layers": {"source": str(tiny)}}})
-    running = RunningCluster(tmp_path_factory.mktemp("run"), {}, gateways=1, file=file)
-    try:
-        running.start()
+    with serving(tmp_path_factory.mktemp("cluster"), {"models": {"layers": {"source": str(tiny)}}}) as running:
         yield running.cluster
-    finally:
-        running.stop()
 
 
 def layers_of(data: bytes) -> np.ndarray:

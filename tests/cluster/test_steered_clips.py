@@ -10,12 +10,11 @@ import pytest
 import torch
 
 from lightloom.client import Client
-from lightloom.cluster_config import write_toml
 from services.errors import InvalidRequest
 from services.families import load_family
 from services.request import GenerationParams, Media, resolve
 from services.weights import open_source
-from tests.cluster.running import RunningCluster
+from tests.cluster.running import serving
 from tests.cluster.test_clip_from_pictures import json_of
 from tests.oracle.wan import clip, load_vace, picture
 from vae_svc.engine import to_pixels
@@ -35,14 +34,8 @@ def tiny(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def clips(tiny, tmp_path_factory, monkeypatch_session):
-    file = tmp_path_factory.mktemp("config") / "clips.toml"
-    write_toml(file, {"models": {"clips": {"source": str(tiny)}}})
-    running = RunningCluster(tmp_path_factory.mktemp("run"), {}, gateways=1, file=file)
-    try:
-        running.start()
+    with serving(tmp_path_factory.mktemp("cluster"), {"models": {"clips": {"source": str(tiny)}}}) as running:
         yield running.cluster
-    finally:
-        running.stop()
 
 
 def test_its_pixels_are_the_stock_pipelines(clips, tiny):

@@ -19,10 +19,9 @@ from diffusers import WanPipeline
 from PIL import Image
 
 from lightloom.client import Client
-from lightloom.cluster_config import write_toml
 from services.errors import InvalidRequest, NotEnabled
 from services.families import load_family
-from tests.cluster.running import RunningCluster
+from tests.cluster.running import serving
 
 PROMPT = "a red circle moves to the left"
 SMALL = {"width": 96, "height": 64, "steps": 5}
@@ -37,14 +36,8 @@ def tiny(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def clips(tiny, tmp_path_factory, monkeypatch_session):
-    file = tmp_path_factory.mktemp("config") / "clips.toml"
-    write_toml(file, {"models": {"clips": {"source": str(tiny)}}})
-    running = RunningCluster(tmp_path_factory.mktemp("run"), {}, gateways=1, file=file)
-    try:
-        running.start()
+    with serving(tmp_path_factory.mktemp("cluster"), {"models": {"clips": {"source": str(tiny)}}}) as running:
         yield running.cluster
-    finally:
-        running.stop()
 
 
 @pytest.fixture

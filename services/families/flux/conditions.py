@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import torch
-
+from services.conditions import floating
 from services.errors import InvalidRequest
 from services.family import Tensors
 from services.request import ResolvedParams
@@ -37,24 +36,15 @@ def text_conditions(conditions: Tensors, branch: str, width: int, pooled_width: 
     Raises:
         InvalidRequest: one is missing, or of another shape or dtype.
     """
-    text = _floating(conditions, f"{branch}/text")
+    text = floating(conditions, f"{branch}/text")
     if text.ndim != 3 or text.shape[0] != 1 or not 1 <= text.shape[1] <= MAX_TEXT_TOKENS or text.shape[2] != width:
         raise InvalidRequest(
             f"the condition '{branch}/text' has the shape {list(text.shape)}: it must be [1, T, {width}], "
             f"T <= {MAX_TEXT_TOKENS}"
         )
-    pooled = _floating(conditions, f"{branch}/pooled")
+    pooled = floating(conditions, f"{branch}/pooled")
     if tuple(pooled.shape) != (1, pooled_width):
         raise InvalidRequest(
             f"the condition '{branch}/pooled' has the shape {list(pooled.shape)}: it must be [1, {pooled_width}]"
         )
     return {"text": text, "pooled": pooled}
-
-
-def _floating(conditions: Tensors, name: str) -> torch.Tensor:
-    if name not in conditions:
-        raise InvalidRequest(f"the condition {name!r} is missing: there are {', '.join(sorted(conditions)) or 'none'}")
-    tensor = conditions[name]
-    if not tensor.is_floating_point():
-        raise InvalidRequest(f"the condition {name!r} has dtype {tensor.dtype}: it must be a floating-point type")
-    return tensor

@@ -8,6 +8,7 @@ import torch
 from diffusers.models.attention_processor import Attention
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
+from services.conditions import described
 from services.errors import InvalidRequest
 from services.families.flux.latents import PATCH, unpack
 from services.family import Inputs, Tensors, VaeModel, VaePart, VaePlan
@@ -33,7 +34,7 @@ def decode(vae: VaeModel, rows: Sequence[Tensors], params: ResolvedParams) -> It
     shape = (1, grid[0] * grid[1], channels * PATCH * PATCH)
     for row in rows:
         if "latents" not in row or tuple(row["latents"].shape) != shape or not row["latents"].is_floating_point():
-            raise InvalidRequest(f"the VAE needs floating-point 'latents' of shape {list(shape)}, not {_describe(row)}")
+            raise InvalidRequest(f"the VAE needs floating-point 'latents' of shape {list(shape)}, not {described(row)}")
     latents = unpack(torch.cat([row["latents"] for row in rows]).to(vae.module.device, vae.module.dtype), grid)
     latents = latents / vae.module.config.scaling_factor + vae.module.config.shift_factor
     return (pictures[:, None] for pictures in vae.codec.decode(latents))
@@ -58,10 +59,6 @@ def picture_latents(vae: VaeModel, pixels: torch.Tensor) -> torch.Tensor:
 def latent_geometry(vae: VaeModel) -> tuple[int, int, int]:
     """Channels, spatial and temporal compression."""
     return vae.module.config.latent_channels, 2 ** (len(vae.module.config.block_out_channels) - 1), 1
-
-
-def _describe(row: Tensors) -> str:
-    return ", ".join(f"{name} {tensor.dtype} {list(tensor.shape)}" for name, tensor in row.items()) or "nothing"
 
 
 VAE = VaePart(

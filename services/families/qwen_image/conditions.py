@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from services.conditions import floating
 from services.errors import InvalidRequest
 from services.families.qwen_image.latents import PATCH, pack
 from services.family import Tensors
@@ -16,7 +17,7 @@ def text_condition(conditions: Tensors, branch: str, width: int) -> torch.Tensor
         InvalidRequest: missing, or of another shape or dtype.
     """
     name = f"{branch}/text"
-    text = _floating(conditions, name)
+    text = floating(conditions, name)
     if text.ndim != 3 or text.shape[0] != 1 or text.shape[1] < 1 or text.shape[2] != width:
         raise InvalidRequest(f"the condition {name!r} has the shape {list(text.shape)}: it must be [1, T, {width}]")
     return text
@@ -34,7 +35,7 @@ def picture_conditions(conditions: Tensors, channels: int) -> Tensors:
     names = [f"image/{index}" for index in range(sum(name.startswith("image/") for name in conditions))] or ["image/0"]
     packed, grids = [], []
     for name in names:
-        latents = _floating(conditions, name)
+        latents = floating(conditions, name)
         if (
             latents.ndim != 4
             or latents.shape[:2] != (1, channels)
@@ -47,12 +48,3 @@ def picture_conditions(conditions: Tensors, channels: int) -> Tensors:
         packed.append(pack(latents))
         grids.append([1, latents.shape[2] // PATCH, latents.shape[3] // PATCH])
     return {"pictures": torch.cat(packed, dim=1), "picture_grids": torch.tensor(grids)}
-
-
-def _floating(conditions: Tensors, name: str) -> torch.Tensor:
-    if name not in conditions:
-        raise InvalidRequest(f"the condition {name!r} is missing: there are {', '.join(sorted(conditions)) or 'none'}")
-    tensor = conditions[name]
-    if not tensor.is_floating_point():
-        raise InvalidRequest(f"the condition {name!r} has dtype {tensor.dtype}: it must be a floating-point type")
-    return tensor

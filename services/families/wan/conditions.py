@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from services.conditions import floating
 from services.errors import InvalidRequest
 from services.families.wan.presets import MAX_REFERENCES
 from services.families.wan.text import MAX_TOKENS
@@ -20,7 +21,7 @@ def text_condition(conditions: Tensors, branch: str, width: int) -> torch.Tensor
         InvalidRequest: missing, or of another shape or dtype.
     """
     name = f"{branch}/text"
-    text = _floating(conditions, name)
+    text = floating(conditions, name)
     if text.ndim != 3 or text.shape[0] != 1 or not 1 <= text.shape[1] <= MAX_TOKENS or text.shape[2] != width:
         raise InvalidRequest(
             f"the condition {name!r} has the shape {list(text.shape)}: it must be [1, T, {width}], T <= {MAX_TOKENS}"
@@ -38,7 +39,7 @@ def picture_condition(conditions: Tensors, branch: str, width: int, tokens: int)
         InvalidRequest: missing, or of another shape or dtype.
     """
     name = f"{branch}/pictures"
-    pictures = _floating(conditions, name)
+    pictures = floating(conditions, name)
     if pictures.ndim != 3 or pictures.shape[0] != 1 or pictures.shape[2] != width or not pictures.shape[1]:
         raise InvalidRequest(f"the condition {name!r} has the shape {list(pictures.shape)}: it must be [1, T, {width}]")
     if tokens and pictures.shape[1] != tokens:
@@ -52,7 +53,7 @@ def latent_condition(conditions: Tensors, name: str, shape: Sequence[int]) -> to
     Raises:
         InvalidRequest: missing, or of another shape or dtype.
     """
-    latents = _floating(conditions, name)
+    latents = floating(conditions, name)
     if tuple(latents.shape) != tuple(shape):
         raise InvalidRequest(f"the condition {name!r} has the shape {list(latents.shape)}: it must be {list(shape)}")
     return latents
@@ -69,7 +70,7 @@ def control_condition(conditions: Tensors, channels: int, grid: Sequence[int]) -
     """
     if "control" not in conditions:
         raise InvalidRequest("this model needs an input: a clip (role video) or a reference picture", param="inputs")
-    control = _floating(conditions, "control")
+    control = floating(conditions, "control")
     frames, *sides = grid
     extra = control.shape[2] - frames if control.ndim == 5 else -1
     if not 0 <= extra <= MAX_REFERENCES or tuple(control.shape) != (1, channels, frames + extra, *sides):
@@ -78,12 +79,3 @@ def control_condition(conditions: Tensors, channels: int, grid: Sequence[int]) -
             f"{sides[0]}, {sides[1]}], F between {frames} and {frames + MAX_REFERENCES}"
         )
     return control
-
-
-def _floating(conditions: Tensors, name: str) -> torch.Tensor:
-    if name not in conditions:
-        raise InvalidRequest(f"the condition {name!r} is missing: there are {', '.join(sorted(conditions)) or 'none'}")
-    tensor = conditions[name]
-    if not tensor.is_floating_point():
-        raise InvalidRequest(f"the condition {name!r} has dtype {tensor.dtype}: it must be a floating-point type")
-    return tensor

@@ -9,6 +9,7 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan, WanAttentionBlock
 
 from services.causal_stream import CausalCodec
+from services.conditions import described
 from services.errors import InvalidRequest
 from services.families.wan.control import (
     clip_and_mask,
@@ -46,7 +47,7 @@ def decode(vae: VaeModel, rows: Sequence[Tensors], params: ResolvedParams) -> It
     )
     for row in rows:
         if "latents" not in row or tuple(row["latents"].shape) != shape or not row["latents"].is_floating_point():
-            raise InvalidRequest(f"the VAE needs floating-point 'latents' of shape {list(shape)}, not {_describe(row)}")
+            raise InvalidRequest(f"the VAE needs floating-point 'latents' of shape {list(shape)}, not {described(row)}")
     latents = torch.cat([row["latents"] for row in rows]).to(vae.module.device, vae.module.dtype)
     mean, scale = _statistics(vae, latents)
     return (frames.transpose(1, 2) for frames in vae.codec.decode(latents / scale + mean))
@@ -128,10 +129,6 @@ def _statistics(vae: VaeModel, latents: torch.Tensor) -> tuple[torch.Tensor, tor
     mean = torch.tensor(vae.module.config.latents_mean).view(shape).to(latents.device, latents.dtype)
     scale = 1.0 / torch.tensor(vae.module.config.latents_std).view(shape).to(latents.device, latents.dtype)
     return mean, scale
-
-
-def _describe(row: Tensors) -> str:
-    return ", ".join(f"{name} {tensor.dtype} {list(tensor.shape)}" for name, tensor in row.items()) or "nothing"
 
 
 VAE = VaePart(
