@@ -52,14 +52,14 @@ async def run_cluster(setting: Setting, run_dir: Path) -> tuple[Timing, dict[str
         try:
             await cluster.wait_ready(READY_TIMEOUT_S)
         except StartupError:
-            _print_logs(cluster.run_dir / "logs")
+            print_logs(cluster.run_dir / "logs")
             raise
         ready_s = time.perf_counter() - started_s
         note(f"ready after {ready_s:.1f} s")
         outcomes = await _pictures(cluster.grpc_address, setting)
     failed = [outcome.error for outcome in outcomes if outcome.error]
     if failed:
-        _print_logs(cluster.run_dir / "logs")
+        print_logs(cluster.run_dir / "logs")
         raise RuntimeError(f"the cluster failed: {failed[0]}")
     return _figures(outcomes[1:], setting, ready_s)
 
@@ -93,7 +93,8 @@ def _figures(measured: list[Outcome], setting: Setting, ready_s: float) -> tuple
     return timing, facts
 
 
-def _print_logs(folder: Path) -> None:
+def print_logs(folder: Path) -> None:
+    """The end of every process's log."""
     for path in sorted(folder.glob("*.jsonl")):
         print(f"--- {path.name}\n{path.read_text(errors='replace')[-LOG_TAIL_CHARS:]}", flush=True)
 

@@ -6,8 +6,8 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -55,13 +55,14 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What every request asks for."""
+    """What every request asks for; `more` are fields of GenerationParams beside the named ones."""
 
     model: str
     size_px: int
     steps: int
     guidance: float
     timeout_s: float = 600.0
+    more: Mapping[str, Any] = field(default_factory=dict)
 
 
 def prompt(number: int) -> str:
@@ -71,15 +72,16 @@ def prompt(number: int) -> str:
 
 async def timed_request(stub: gateway_pb2_grpc.GatewayStub, work: Work, index: int, planned_s: float) -> Outcome:
     """Makes one picture and waits for its bytes; `planned_s` is a `time.perf_counter` moment."""
-    params = types_pb2.GenerationParams(
-        model=work.model,
-        prompt=prompt(index),
-        width=work.size_px,
-        height=work.size_px,
-        steps=work.steps,
-        guidance=work.guidance,
-        seed=index,
-    )
+    wish = {
+        "model": work.model,
+        "prompt": prompt(index),
+        "width": work.size_px,
+        "height": work.size_px,
+        "steps": work.steps,
+        "guidance": work.guidance,
+        "seed": index,
+    }
+    params = types_pb2.GenerationParams(**wish | work.more)
     request = gateway_pb2.GenerateRequest(params=params, inline_artifact=True)
     done: gateway_pb2.RequestStatus | None = None
     try:
