@@ -72,7 +72,7 @@ def prompt(number: int) -> str:
 
 async def timed_request(stub: gateway_pb2_grpc.GatewayStub, work: Work, index: int, planned_s: float) -> Outcome:
     """Makes one picture and waits for its bytes; `planned_s` is a `time.perf_counter` moment."""
-    wish = {
+    wish: dict[str, Any] = {
         "model": work.model,
         "prompt": prompt(index),
         "width": work.size_px,
@@ -81,7 +81,7 @@ async def timed_request(stub: gateway_pb2_grpc.GatewayStub, work: Work, index: i
         "guidance": work.guidance,
         "seed": index,
     }
-    params = types_pb2.GenerationParams(**wish | work.more)
+    params = types_pb2.GenerationParams(**(wish | dict(work.more)))
     request = gateway_pb2.GenerateRequest(params=params, inline_artifact=True)
     done: gateway_pb2.RequestStatus | None = None
     try:

@@ -25,7 +25,7 @@ from services.families import load_family
 from services.family import Block, DenoiseState, DitPart, Tensors
 from services.parallel.collectives import sent_bytes, sent_calls
 from services.parallel.degrees import Degrees
-from services.parallel.hsdp import Shards, outside, plan_shards
+from services.parallel.hsdp import PLACES, Shards, outside, plan_shards
 from services.parallel.mesh import PlannedMesh
 from services.parallel.partition import Partition
 from services.parallel.pipeline import own_range
@@ -61,7 +61,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """Bytes of a rank's weights, between two forwards and while two blocks are whole."""
+    """Bytes of a rank's weights, without the places where HSDP makes blocks whole, and with them."""
 
     held: int
     peak: int
@@ -85,7 +85,7 @@ class DryRun:
     ) -> None:
         self.part = load_family(source.family).dit
         self._branches = branches
-        # FSDP needs process groups; what it holds and sends is arithmetic.
+        # HSDP needs process groups; what it holds and sends is arithmetic.
         self._mesh = PlannedMesh(replace(degrees, hsdp_shard=1, hsdp_replicate=1), rank)
         partition = Partition(self.part.plan, self.part.blocks, self._mesh)
         self.model = self.part.load(replace(source.without_weights(), partition=partition), META, dtype)
@@ -103,13 +103,14 @@ class DryRun:
     def weights(self, shards: int = 1) -> Weights:
         """What the rank holds with HSDP's `shards`; 1 shards nothing."""
         held = sum(_bytes(module) for module in self.model.modules.values())
-        gathered = 0
+        if shards == 1:
+            return Weights(held, held)
+        largest = 0
         for name in self.model.modules:
             blocks, parts = self._plans(name, shards)
             held -= sum(plan.whole - plan.held for plan in (*blocks, *parts))
-            pairs = zip(blocks, [*blocks[1:], Shards()], strict=True)
-            gathered = max(gathered, *(block.gathered + following.gathered for block, following in pairs))
-        return Weights(held, held + (gathered if shards > 1 else 0))
+            largest = max(largest, *(plan.gathered for plan in blocks))
+        return Weights(held, held + PLACES * largest)
 
     def gathered(self, shards: int, step: Step) -> tuple[int, int]:
         """What the rank sends in a step so that shards become whole: bytes, and collectives."""
@@ -125,9 +126,8 @@ class DryRun:
         return sent, gatherings * len(blocks) + sum(step.outside_calls)
 
     def _plans(self, name: str, shards: int) -> tuple[list[Shards], list[Shards]]:
-        index = self._mesh.sharing.rank % shards
-        blocks = [plan_shards(block.module, shards, index) for block in self._blocks[name]]
-        return blocks, [plan_shards(part, shards, index) for part in self._outside[name]]
+        blocks = [plan_shards(block.module, shards) for block in self._blocks[name]]
+        return blocks, [plan_shards(part, shards) for part in self._outside[name]]
 
     def example(self, params: ResolvedParams, text_tokens: int) -> Tensors:
         """Random conditions as long as the model's text, or `text_tokens` where it may have any length."""

@@ -19,7 +19,7 @@ from dit_svc.idle_experts import IdleExperts
 from services.family import Block, DenoiseState, DitModel, DitPart, Row
 from services.features import BlockRun, as_it_is
 from services.parallel.collectives import all_gather
-from services.parallel.hsdp import ShardedBlocks
+from services.parallel.hsdp import shard
 from services.parallel.mesh import Axis, Mesh
 from services.parallel.pipeline import PipelineRank
 from services.parallel.sequence import Places, SequenceParallel
@@ -103,11 +103,7 @@ class Forward:
         if self._region is not None:
             for module in model.modules.values():
                 self._region.apply(module)
-        self._sharded: dict[str, ShardedBlocks] = {}
-        if mesh and mesh.degrees.hsdp:
-            device_mesh = mesh.hsdp()
-            for name, module in model.modules.items():
-                self._sharded[name] = ShardedBlocks(module, blocks[name], device_mesh)
+        self._sharded = shard(model.modules, blocks, mesh.hsdp()) if mesh and mesh.degrees.hsdp else {}
         self._through = {name: wrap(_run_of(own)) for name, own in blocks.items()}
         if self._sequence is not None:
             for kind in part.plan.spread:

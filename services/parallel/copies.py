@@ -1,6 +1,6 @@
-"""Heads of a rank's tokens laid out for the ranks that attend with them: one kernel on GPUs, plain copies elsewhere.
+"""Heads of a rank's tokens to the ranks that attend with them: by one kernel on GPUs, or by copy engines beside others.
 
-Shapes: L tokens of one row, H heads, h of them for one rank, W words in a head's width.
+On the CPU by plain copies. Shapes: L tokens of one row, H heads, h of them for one rank, W words in a head's width.
 """
 
 from __future__ import annotations
@@ -34,3 +34,24 @@ def copy_heads(sources: Sequence[torch.Tensor], targets: Sequence[torch.Tensor],
     from services.parallel.copies_cuda import launch
 
     launch(sources, targets, heads)
+
+
+def copy_rows(source: torch.Tensor, target: torch.Tensor) -> None:
+    """Some heads of each token [L, h, W] to where they belong, which may be a peer's memory.
+
+    A token's heads are one piece of memory on both sides, and the tokens are equally far apart, so that copy engines
+    take them on a GPU.
+    """
+    if not source.numel():
+        return
+    if source.device.type != "cuda" or not (_in_rows(source) and _in_rows(target)):
+        target.copy_(source)
+        return
+    from services.parallel.copies_cuda import copy_pitched
+
+    copy_pitched(source, target)
+
+
+def _in_rows(tensor: torch.Tensor) -> bool:
+    """Whether all but the first dimension is one piece of memory."""
+    return tensor[0].is_contiguous()

@@ -1,52 +1,181 @@
-"""HSDP: weights lie in shards over the ranks; those of blocks are gathered a block ahead of their use.
+"""HSDP (arXiv 2304.11277): weights lie in shards over the ranks; those of blocks are gathered a block ahead of use.
 
-Sharding and gathering are PyTorch's FSDP2 (`fully_shard`, arXiv 2304.11277), replicas of shards its 2-D mesh. Its own
-hooks hang on a module's call; here blocks are run by the block list, so when to gather and when to let go is said here.
+Whole weights of blocks are read in two places, which take turns: in one the next block's arrive while this one's are
+used in the other. Parts outside of the blocks get a place while they run. Shards never change, so where ranks see each
+other's memory a block comes by copies out of the peers' shards, straight to where its weights are read, by copy
+engines: nobody waits for anybody, and no multiprocessor is taken from the block that runs. FSDP2 gathers into a buffer
+and copies the weights out of it between two blocks (docs/performance.md has both).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
 
 from services.family import Block
 from services.parallel.collectives import count_sent, peer_memory
 from services.parallel.experts import SpreadExperts
-from services.parallel.peer_memory import PeerMemory
+from services.parallel.mesh import Axis
+
+# Where weights begin, as kernels and copies like it.
+ALIGNMENT_BYTES = 256
+PLACES = 2
+# Called before the first use of what is on its way; on a GPU the host does not wait.
+Arrival = Callable[[], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One rank's rows of a weight.
+
+    Attributes:
+        first: byte of the shard where they begin, the same on every rank.
+        rows: of the whole weight; share: of each rank, the last one's filled up.
+        row_bytes: of one.
+    """
+
+    first: int
+    rows: int
+    share: int
+    row_bytes: int
+
+    @property
+    def size(self) -> int:
+        """Bytes of a rank's rows."""
+        return self.share * self.row_bytes
+
+    def own(self, rank: int) -> slice:
+        """The rows of one rank, which may be none."""
+        return slice(min(self.rows, self.share * rank), min(self.rows, self.share * (rank + 1)))
+
+
+def pieces_of(weights: Iterable[torch.Tensor], ranks: int) -> tuple[list[Piece], int]:
+    """How weights lie in shards over so many ranks, and a shard's bytes. A weight without dimensions is one row."""
+    pieces, end = [], 0
+    for weight in weights:
+        rows = weight.shape[0] if weight.ndim else 1
+        row_bytes = weight.numel() * weight.element_size() // max(1, rows)
+        pieces.append(Piece(end, rows, -(-rows // ranks), row_bytes))
+        end += -(-pieces[-1].size // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+    return pieces, end
+
+
+def weights_of(part: nn.Module) -> list[nn.Parameter]:
+    """What is sharded of a block or a part. Spread experts differ from rank to rank over the same ranks already."""
+    spread = {
+        weight for module in part.modules() if isinstance(module, SpreadExperts) for weight in module.parameters()
+    }
+    return [weight for weight in part.parameters() if weight not in spread]
+
+
+class ShardedWeights:
+    """Weights of one block or part, of which this rank keeps its shard. They are read where `lay` says."""
+
+    def __init__(self, weights: Sequence[nn.Parameter], axis: Axis) -> None:
+        self._weights, self._axis = weights, axis
+        self._peers = peer_memory.get(axis.name)
+        self._pieces, size = pieces_of(weights, axis.size)
+        if self._peers is None:
+            device = weights[0].device if weights else None
+            self._shards = {axis.rank: torch.zeros(size, dtype=torch.uint8, device=device)}
+        else:
+            self._window = self._peers.keep(max(ALIGNMENT_BYTES, size))
+            self._shards = {rank: self._window.of(rank, (size,), torch.uint8) for rank in range(axis.size)}
+        for weight, piece in zip(weights, self._pieces, strict=True):
+            rows = (weight.detach() if weight.ndim else weight.detach()[None])[piece.own(axis.rank)]
+            mine = rows.contiguous().flatten().view(torch.uint8)
+            self.held[piece.first : piece.first + mine.numel()] = mine
+            _forget(weight)
+        if self._peers is not None:
+            self._window.meet()
+
+    @property
+    def held(self) -> torch.Tensor:
+        """This rank's shard, in bytes."""
+        return self._shards[self._axis.rank]
+
+    @property
+    def whole_bytes(self) -> int:
+        """Of a place for them."""
+        return self._axis.size * self.held.numel()
+
+    def lay(self, place: torch.Tensor) -> None:
+        """From now on whole weights are read in `place`, bytes, which others may use too."""
+        self._place = place
+        for weight, piece in zip(self._weights, self._pieces, strict=True):
+            start = piece.first * self._axis.size
+            whole = place[start : start + piece.rows * piece.row_bytes]
+            weight.data = whole.view(weight.dtype).view(weight.shape)
+
+    def leave(self) -> None:
+        """Lets go of the place."""
+        del self._place
+        for weight in self._weights:
+            _forget(weight)
+
+    def gather(self) -> Arrival:
+        """Starts to make the weights whole in their place, once all is done that has been asked of the device."""
+        count_sent("hsdp", self.held, self._axis.size - 1)
+        if self._peers is None:
+            return partial(_wait_for, [self._gather_piece(piece) for piece in self._pieces if piece.size])
+        with self._peers.aside():
+            for piece in self._pieces:
+                for rank, shard in self._shards.items():
+                    start = piece.first * self._axis.size + piece.size * rank
+                    self._place[start : start + piece.size].copy_(shard[piece.first : piece.first + piece.size])
+            return partial(self._peers.wait, self._peers.mark())
+
+    def _gather_piece(self, piece: Piece) -> dist.Work:
+        start = piece.first * self._axis.size
+        whole = self._place[start : start + piece.size * self._axis.size]
+        mine = self.held[piece.first : piece.first + piece.size]
+        work: dist.Work = dist.all_gather_into_tensor(whole, mine, self._axis.group, async_op=True)
+        return work
 
 
 class ShardedBlocks:
-    """Blocks with sharded weights: at most two blocks' weights are whole at a time.
+    """Blocks with sharded weights, at most two of them whole at a time."""
 
-    What lies outside the blocks is sharded too, a part at a time, and gathered by FSDP2's own hooks when it is called.
-    """
-
-    def __init__(self, module: nn.Module, blocks: Sequence[Block], mesh: DeviceMesh) -> None:
-        for part in outside(module, blocks):
-            _shard(part, mesh, reshard_after_forward=True)
-        for block in blocks:
-            _shard(block.module, mesh, ignored_params=_spread(block.module))
-        self._blocks = blocks
+    def __init__(self, blocks: Sequence[Block], weights: Sequence[ShardedWeights]) -> None:
+        self._blocks, self._weights = blocks, weights
 
     def whole(self) -> Iterator[Block]:
         """The blocks one after the other, each with whole weights until the next one is asked for."""
+        arrival = self._weights[0].gather()
         for index, block in enumerate(self._blocks):
-            module: Any = block.module
-            # Waits for a gathering under way, or starts one for the first block.
-            module.unshard()
+            arrival()
             if index + 1 < len(self._blocks):
-                following: Any = self._blocks[index + 1].module
-                following.unshard(async_op=True)
+                arrival = self._weights[index + 1].gather()
             yield block
-            module.reshard()
+
+
+def shard(
+    modules: Mapping[str, nn.Module], blocks: Mapping[str, Sequence[Block]], axis: Axis
+) -> dict[str, ShardedBlocks]:
+    """Leaves of every expert's weights this rank's shards, and in all two places for whole blocks.
+
+    Args:
+        modules: by expert; blocks: those that this rank runs.
+        axis: of the ranks that share.
+    """
+    weights: dict[str, list[ShardedWeights]] = {}
+    for name, module in modules.items():
+        for part in outside(module, blocks[name]):
+            _gather_when_called(part, ShardedWeights(weights_of(part), axis))
+        weights[name] = [ShardedWeights(weights_of(block.module), axis) for block in blocks[name]]
+    size = max(of.whole_bytes for sharded in weights.values() for of in sharded)
+    device = next(weight.device for module in modules.values() for weight in module.parameters())
+    places = [torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(PLACES)]
+    for sharded in weights.values():
+        for index, of in enumerate(sharded):
+            of.lay(places[index % PLACES])
+    return {name: ShardedBlocks(blocks[name], weights[name]) for name in modules}
 
 
 def outside(module: nn.Module, blocks: Sequence[Block]) -> Iterator[nn.Module]:
@@ -61,92 +190,48 @@ def outside(module: nn.Module, blocks: Sequence[Block]) -> Iterator[nn.Module]:
             yield child
 
 
-def _shard(part: Any, mesh: DeviceMesh, **options: Any) -> None:
-    fully_shard(part, mesh=mesh, **options)
-    # Inference needs no gradients, so nothing is kept for a backward pass.
-    part.set_requires_gradient_sync(False)
-    part.set_custom_all_gather(Gather())
+def _wait_for(works: Sequence[dist.Work]) -> None:
+    for work in works:
+        work.wait()
 
 
-class Gathered(dist.Work):
-    """Weights that copy engines bring."""
+def _gather_when_called(part: nn.Module, weights: ShardedWeights) -> None:
+    """Some are called inside of blocks too, so they use no block's place."""
+    device = weights.held.device
 
-    def __init__(self, peers: PeerMemory) -> None:
-        super().__init__()
-        self._peers, self._mark = peers, peers.mark()
+    def come(*_: Any) -> None:
+        weights.lay(torch.empty(weights.whole_bytes, dtype=torch.uint8, device=device))
+        weights.gather()()
 
-    def wait(self, _timeout: timedelta = timedelta(0)) -> bool:
-        """What follows on this stream comes after their arrival; the host does not wait."""
-        self._peers.wait(self._mark)
-        return True
-
-
-class Gather:
-    """How FSDP2 gathers a block's weights: out of the peers' memory where there is a way to it, beside the work.
-
-    NCCL's kernels would take multiprocessors from the block that runs meanwhile.
-    """
-
-    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """Where a block's weights arrive."""
-        return torch.empty(*size, dtype=dtype, device=device)
-
-    def __call__(
-        self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: dist.ProcessGroup, async_op: bool = False
-    ) -> dist.Work | None:
-        """Every rank's piece on every rank; `input_tensor` is this one's place in the output."""
-        count_sent("hsdp", input_tensor, group.size() - 1)
-        if (peers := peer_memory.get(group.group_name)) is None:
-            work: dist.Work | None = dist.all_gather_into_tensor(output_tensor, input_tensor, group, async_op)
-            return work
-        places = output_tensor.view(group.size(), -1)
-        with peers.aside():
-            for rank, piece in enumerate(peers.show(input_tensor, group.size())):
-                if rank != peers.rank:
-                    places[rank].copy_(piece)
-            gathered = Gathered(peers)
-        if async_op:
-            return gathered
-        gathered.wait()
-        return None
+    part.register_forward_pre_hook(come)
+    part.register_forward_hook(lambda *_: weights.leave(), always_call=True)
 
 
-def _spread(block: nn.Module) -> set[nn.Parameter]:
-    """Experts differ from rank to rank, and are spread over the same ranks already."""
-    return {weight for module in block.modules() if isinstance(module, SpreadExperts) for weight in module.parameters()}
+def _forget(weight: nn.Parameter) -> None:
+    """Its shape stays, its memory goes."""
+    weight.data = weight.data.new_zeros(()).expand(weight.shape)
 
 
 @dataclass(frozen=True, slots=True)
 class Shards:
-    """Bytes of one block, or of a part outside of them, on one rank.
+    """Bytes of one block, or of a part outside of them.
 
     Attributes:
         whole: its weights.
-        held: the rank's pieces of them.
-        gathered: while it is whole; pieces are filled up to one size.
+        held: each rank's shard of them.
+        gathered: of the place that it takes while it is whole.
         sent: by the rank, so that it becomes whole everywhere.
     """
 
-    whole: int = 0
-    held: int = 0
-    gathered: int = 0
-    sent: int = 0
+    whole: int
+    held: int
+    gathered: int
+    sent: int
 
 
-def plan_shards(block: nn.Module, shards: int, index: int) -> Shards:
-    """What `_shard` makes of a block or a part on rank `index` of `shards`, by arithmetic.
-
-    The rows of each weight lie in equal pieces, of which the last may be short or empty.
-    """
-    spread = _spread(block)
-    whole = held = filled = 0
-    for weight in block.parameters():
-        if weight in spread:
-            continue
-        rows = weight.shape[0] if weight.ndim else 1
-        row_bytes = weight.numel() * weight.element_size() // rows
-        piece = -(-rows // shards)
-        whole += rows * row_bytes
-        held += max(0, min(piece, rows - piece * index)) * row_bytes
-        filled += piece * row_bytes
-    return Shards(whole, held, filled * shards, filled * (shards - 1))
+def plan_shards(part: nn.Module, ranks: int) -> Shards:
+    """What `ShardedWeights` makes of a block or a part, by arithmetic."""
+    weights = weights_of(part)
+    size = pieces_of(weights, ranks)[1]
+    whole = sum(weight.numel() * weight.element_size() for weight in weights)
+    return Shards(whole, size, size * ranks, size * (ranks - 1))

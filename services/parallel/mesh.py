@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from services.parallel.collectives import peer_memory
 from services.parallel.degrees import AXES, Degrees
@@ -15,6 +14,8 @@ from services.parallel.peer_memory import connect
 
 # Longer than any pause between two ticks: an idle group beats once a second.
 TIMEOUT = timedelta(minutes=5)
+# Along these, ranks hold the same blocks and heads.
+SHARING = ("cfg", "replica", "ring", "ulysses")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +50,7 @@ class Mesh:
         self.device_type = device_type
         self._axes = {axis: self._make((axis,)) for axis in AXES}
         self.sequence = self._make(("ring", "ulysses"))
-        self.sharing = self._make(("cfg", "replica", "ring", "ulysses"))
+        self.sharing = self._make(SHARING)
 
     def __getitem__(self, axis: str) -> Axis:
         """One of AXES."""
@@ -62,39 +63,31 @@ class Mesh:
         peers = self["ring"].size == 1 and self["ulysses"].name in peer_memory
         return frozenset(axes | ({"hsdp"} if self.degrees.hsdp else set()) | ({"peers"} if peers else set()))
 
-    def hsdp(self) -> DeviceMesh:
-        """The mesh of HSDP: replicas of shards, over all ranks that hold the same blocks and heads."""
-        mesh = self._hsdp()
-        self._connect(mesh.get_group("shard"))
-        return mesh
+    def hsdp(self) -> Axis:
+        """Ranks that hold shards of the same weights, all of them together whole; the other such groups are replicas.
 
-    def _hsdp(self) -> DeviceMesh:
-        shape = (self.degrees.hsdp_replicate, self.degrees.hsdp_shard)
-        if self.degrees.pipeline * self.degrees.tensor == 1:
-            return init_device_mesh(self.device_type, shape, mesh_dim_names=("replicate", "shard"))
-        groups = list(self._lines(("cfg", "replica", "ring", "ulysses")))
-        import torch
-
-        meshes = [
-            DeviceMesh(self.device_type, torch.tensor(ranks).view(shape), mesh_dim_names=("replicate", "shard"))
-            for ranks in groups
-        ]
-        return meshes[next(index for index, ranks in enumerate(groups) if self.rank in ranks)]
+        They lie next to each other among those that hold the same blocks and heads.
+        """
+        shards = self.degrees.hsdp_shard
+        lines = self._lines(SHARING)
+        return self._axis([ranks[first : first + shards] for ranks in lines for first in range(0, len(ranks), shards)])
 
     def _make(self, axes: tuple[str, ...]) -> Axis:
-        size = 1
-        for axis in axes:
-            size *= self.degrees.size(axis)
-        if size == 1:
-            return Axis("", 1, 0, None, (self.rank,))
+        return self._axis(list(self._lines(axes)))
+
+    def _axis(self, lines: Sequence[list[int]]) -> Axis:
+        """This rank's of the lines, in which all ranks are."""
         mine: Axis | None = None
-        for ranks in self._lines(axes):
+        for ranks in lines:
+            if len(ranks) == 1:
+                mine = mine or (Axis("", 1, 0, None, (self.rank,)) if self.rank in ranks else None)
+                continue
             # Every rank makes every group, in the same order: that is the library's rule.
             group = self._group(ranks)
             if self.rank in ranks:
                 self._connect(group)
                 name = group.group_name if group else "planned"
-                mine = Axis(name, size, ranks.index(self.rank), group, tuple(ranks))
+                mine = Axis(name, len(ranks), ranks.index(self.rank), group, tuple(ranks))
         assert mine is not None
         return mine
 

@@ -115,6 +115,10 @@ class PeerMemory:
             self._window = self._make(self._window_bytes)
         return self._window
 
+    def keep(self, size: int) -> Window:
+        """A window of so many bytes that is the caller's."""
+        return self._make(size)
+
     def aside(self) -> AbstractContextManager[Any]:
         """Work that goes on beside what follows; it begins after what came before."""
         if self._aside is None:

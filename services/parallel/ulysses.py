@@ -3,9 +3,9 @@
 Every rank has a piece of each field of the sequence (text, image) with all heads. Portion by portion - a row, and in
 long sequences some of a row's heads - it writes the heads of another rank straight to where that rank attends over the
 whole sequence, in the sequence's own order and without filling; what was attended to goes back the same way. The first
-portion is written by a kernel, since all wait for it; the others are packed, and copy engines carry them while the one
-before is attended to. Shapes: B rows, F fields, L tokens of a rank's pieces, S of the whole sequence, n ranks, H heads,
-h of them a rank's in one portion, W words in a head's width.
+portion is written by a kernel, since all wait for it, and in a long sequence it is a small one; copy engines carry the
+others while the one before is attended to. Shapes: B rows, F fields, L tokens of a rank's pieces, S of the whole
+sequence, n ranks, H heads, h of them a rank's in one portion, W words in a head's width.
 """
 
 from __future__ import annotations
@@ -14,17 +14,18 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 import torch
 
 from services.attention import KERNELS
 from services.parallel.collectives import count_sent, peer_memory
-from services.parallel.copies import copy_heads, word_of
+from services.parallel.copies import copy_heads, copy_rows, word_of
 from services.parallel.peer_memory import PeerMemory, Window
 
-# Sequences of so many tokens are attended to in so many portions at least: in fewer, nothing would go on beside the
-# first sending; shorter ones would leave multiprocessors idle in each.
-LONG_TOKENS, PORTIONS = 8192, 5
+# In sequences of so many tokens a rank attends to a tenth of its heads first, while the others arrive, and to one head
+# last, while what it mixed of the others goes back. Few portions leave few multiprocessors idle at their ends.
+LONG_TOKENS, FIRST_SHARE = 8192, 10
 
 
 @torch.library.custom_op("lightloom::ulysses_attention", mutates_args=())
@@ -90,23 +91,26 @@ class Layout:
 
     Attributes:
         slots: by rank and field.
-        heads: the most that a rank has in a portion.
+        before: heads in the portions before each, and in all, of the rank that has the most.
         total: S; length: L.
     """
 
     slots: tuple[tuple[Slot, ...], ...]
     portions: tuple[Portion, ...]
-    heads: int
+    before: tuple[int, ...]
     total: int
     length: int
 
     def attended(self, portion: int) -> int:
         """Where a portion begins, in heads' widths from the start of the window."""
-        return 3 * self.total * self.heads * portion
+        return 3 * self.total * self.before[portion]
 
     def returned(self, portion: int, rank: int) -> int:
         """The same of what a rank gives back."""
-        return self.attended(len(self.portions)) + self.length * self.heads * (portion * len(self.slots) + rank)
+        heads = len(self.slots) * self.before[portion]
+        if portion < len(self.portions):
+            heads += rank * (self.before[portion + 1] - self.before[portion])
+        return self.attended(len(self.portions)) + self.length * heads
 
     @property
     def size(self) -> int:
@@ -115,14 +119,17 @@ class Layout:
 
 
 @lru_cache(maxsize=64)
-def layout_of(lengths: tuple[int, ...], ranks: int, rows: int, heads: int, turns: int) -> Layout:
-    """The layout for fields of these lengths, with a row's heads in so many turns."""
+def layout_of(lengths: tuple[int, ...], ranks: int, rows: int, heads: int) -> Layout:
+    """The layout for fields of these lengths."""
     slots = tuple(tuple(slots_of(lengths, ranks, rank)) for rank in range(ranks))
-    share = -(-heads // ranks)
-    turns = max(1, min(share, turns))
-    by_rank = [turns_of(range(heads)[share * rank : share * (rank + 1)], share, turns) for rank in range(ranks)]
-    portions = tuple(Portion(row, turn) for turn in zip(*by_rank, strict=True) for row in range(rows))
-    return Layout(slots, portions, -(-share // turns), sum(lengths), sum(slot.length for slot in slots[0]))
+    share, total = -(-heads // ranks), sum(lengths)
+    portions, before = [], [0]
+    for row in range(rows):
+        for turn in turns_of(share, first=row == 0, last=row == rows - 1) if total >= LONG_TOKENS else [range(share)]:
+            own = (range(heads)[share * rank :][turn.start : turn.stop] for rank in range(ranks))
+            portions.append(Portion(row, tuple(slice(part.start, part.stop) for part in own)))
+            before.append(before[-1] + len(turn))
+    return Layout(slots, tuple(portions), tuple(before), total, sum(slot.length for slot in slots[0]))
 
 
 def slots_of(lengths: Sequence[int], ranks: int, rank: int) -> list[Slot]:
@@ -136,12 +143,12 @@ def slots_of(lengths: Sequence[int], ranks: int, rank: int) -> list[Slot]:
     return slots
 
 
-def turns_of(heads: range, share: int, turns: int) -> list[slice]:
-    """A rank's heads turn by turn. All ranks have the same turns; those of a rank with fewer heads than `share`, which
-    is the most that one has, may be empty."""
-    length = -(-share // turns)
-    parts = [heads[first : first + length] for first in range(0, share, length)]
-    return [slice(part.start, part.stop) for part in parts]
+def turns_of(share: int, *, first: bool, last: bool) -> list[range]:
+    """The heads of a long row turn by turn, of which a rank has at most `share`."""
+    begin = -(-share // FIRST_SHARE) if first else 0
+    end = share - 1 if last else share
+    cuts = sorted({0, begin, max(begin, end), share})
+    return [range(start, stop) for start, stop in pairwise(cuts)]
 
 
 class Exchange:
@@ -155,8 +162,7 @@ class Exchange:
     def __init__(self, peers: PeerMemory, ranks: int, lengths: Sequence[int], like: torch.Tensor) -> None:
         rows, _, heads, width = like.shape
         self._peers, self._rank, self._dtype = peers, peers.rank, like.dtype
-        turns = PORTIONS // rows if sum(lengths) >= LONG_TOKENS else 1
-        self._layout = layout_of(tuple(lengths), ranks, rows, heads, turns)
+        self._layout = layout_of(tuple(lengths), ranks, rows, heads)
         self._others = [rank for rank in range(ranks) if rank != peers.rank]
         self._word = word_of(width * like.element_size())
         self._width = width * like.element_size() // self._word.itemsize
@@ -171,10 +177,11 @@ class Exchange:
         outputs = [torch.empty_like(query, memory_format=torch.contiguous_format) for query in streams[:count]]
         words = [stream.view(self._word) for stream in (*streams, *outputs)]
         *sent, taken = (fields_of(words[first : first + count], lengths) for first in range(0, 4 * count, count))
-        packed = self._scatter(list(zip(*sent, strict=True)))
+        fields = list(zip(*sent, strict=True))
+        self._scatter(fields)
         self._window.meet()
         # Only now: what meets crosses the same link, and would wait behind all that copy engines have to carry.
-        arrivals = [self._send(index, pieces) for index, pieces in enumerate(packed)]
+        arrivals = [self._send(index, fields) for index in range(len(self._layout.portions))]
         # All are kept to the end: their memory must not be used again while copies read it.
         mixed: list[torch.Tensor] = []
         for index, portion in enumerate(self._layout.portions):
@@ -184,41 +191,39 @@ class Exchange:
                 self._give_back(index - 1, mixed[-1])
             mixed.append(self._mix(index, portion, filling[portion.row] if filling else 0, kernel))
             self._take(portion.row, portion.heads[self._rank], mixed[-1], taken, whole=True)
-        self._peers.wait(self._give_back(len(packed) - 1, mixed[-1]))
+        self._peers.wait(self._give_back(len(arrivals) - 1, mixed[-1]))
         self._window.meet()
         self._collect(taken)
         return outputs
 
-    def _scatter(self, fields: Sequence[tuple[torch.Tensor, ...]]) -> list[dict[int, torch.Tensor]]:
-        """The first portion to all ranks, and this rank's of the others; what is to be sent of those, by rank."""
-        slots, length = self._layout.slots[self._rank], self._layout.length
-        packed: list[dict[int, torch.Tensor]] = []
-        for index, portion in enumerate(self._layout.portions):
-            targets = [self._attended(rank, index, heads) for rank, heads in enumerate(portion.heads)]
-            others = self._others if index else []
-            packed.append({rank: targets[rank].new_empty(length, *targets[rank].shape[1:]) for rank in others})
-            for slot, field in zip(slots, fields, strict=True):
-                places = [
-                    packed[index][rank][slot.piece : slot.piece + slot.real]
-                    if rank in packed[index]
-                    else target[slot.whole : slot.whole + slot.real]
-                    for rank, target in enumerate(targets)
-                ]
-                copy_heads([tensor[portion.row, : slot.real] for tensor in field], places, portion.heads)
-                for rank in self._others:
-                    count_sent("all_to_all", places[rank])
-        return packed
+    def _scatter(self, fields: Sequence[tuple[torch.Tensor, ...]]) -> None:
+        """The first portion to all ranks."""
+        portion = self._layout.portions[0]
+        for slot, field in zip(self._layout.slots[self._rank], fields, strict=True):
+            places = [self._places(rank, 0, slot) for rank in range(len(portion.heads))]
+            copy_heads([tensor[portion.row, : slot.real] for tensor in field], places, portion.heads)
+            for rank in self._others:
+                count_sent("all_to_all", places[rank])
 
-    def _send(self, index: int, packed: dict[int, torch.Tensor]) -> torch.Event | None:
-        """A packed portion to the other ranks; returns when it will be there."""
+    def _send(self, index: int, fields: Sequence[tuple[torch.Tensor, ...]]) -> torch.Event | None:
+        """Another portion to all ranks; returns when it will be there."""
+        portion = self._layout.portions[index]
         with self._peers.aside():
-            for rank, pieces in packed.items():
-                target = self._attended(rank, index, self._layout.portions[index].heads[rank])
-                for slot in self._layout.slots[self._rank]:
-                    # Contiguous on both sides: copy engines take it, and no multiprocessor.
-                    mine = pieces[slot.piece : slot.piece + slot.real]
-                    target[slot.whole : slot.whole + slot.real].copy_(mine)
+            # This rank's own heads last: they have the shorter way.
+            for rank in (*self._others, self._rank) if index else ():
+                heads = portion.heads[rank]
+                for slot, field in zip(self._layout.slots[self._rank], fields, strict=True):
+                    places = self._places(rank, index, slot)
+                    for kind, tensor in enumerate(field):
+                        copy_rows(tensor[portion.row, : slot.real, heads], places[:, kind])
+                    if rank != self._rank:
+                        count_sent("all_to_all", places)
             return self._peers.mark()
+
+    def _places(self, rank: int, index: int, slot: Slot) -> torch.Tensor:
+        """Where a rank attends to this one's tokens of a field: [real, 3, h, W]."""
+        attended = self._attended(rank, index, self._layout.portions[index].heads[rank])
+        return attended[slot.whole : slot.whole + slot.real]
 
     def _mix(self, index: int, portion: Portion, filling: int, kernel: str) -> torch.Tensor:
         """Attention over the whole sequence with this rank's heads, [S, h, W]."""

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
 from unittest.mock import patch
 
 import torch
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
-from dit_svc.engine import Checkpointed, DenoiseJob, Event, Finished, Previewed
+from dit_svc.engine import Checkpointed, DenoiseJob, DitEngine, Event, Finished, Previewed
 from dit_svc.loading import open_engine
 from services.config import EngineSection, ModelSection, ParallelSection, ServiceSection, StageConfig
 from services.families import load_family
 from services.family import Tensors
 from services.parallel.collectives import sent_bytes
 from services.parallel.degrees import Degrees
-from services.parallel.hsdp import Gather
+from services.parallel.hsdp import ShardedWeights
 from services.parallel.mesh import Axis, Mesh
 from services.parallel.sequence import own_piece
 from services.parallel.tensor_sequence import Layout
@@ -79,7 +77,8 @@ def denoise(rank: int, world: int, folder: str, parallel: dict[str, int], engine
     section = ParallelSection(**parallel)
     mesh = Mesh(Degrees.of(section), rank, "cpu")
     assert mesh.degrees.world == world
-    dit, _ = open_engine(config_of(folder, section, engine), mesh)
+    with noted_shards() as shards:
+        dit, _ = open_engine(config_of(folder, section, engine), mesh)
     sent_bytes.clear()
     events: list[Event] = []
     waiting, ticks = list(script.jobs), 0
@@ -103,9 +102,7 @@ def denoise(rank: int, world: int, folder: str, parallel: dict[str, int], engine
         },
         previews=previews_of(events),
         sent=dict(sent_bytes),
-        weight_bytes=sum(
-            held(weight).nbytes for module in dit.model.modules.values() for weight in module.parameters()
-        ),
+        weight_bytes=weight_bytes(dit, shards),
         live_tensors=dit.metrics()["dit_live_tensors"],
         ticks=ticks,
     )
@@ -127,49 +124,56 @@ def previews_of(events: Sequence[Event]) -> dict[str, list[bytes]]:
     return previews
 
 
-def held(weight: torch.Tensor) -> torch.Tensor:
-    """The part of a parameter that is on this rank between two forwards."""
-    return weight.to_local() if isinstance(weight, DTensor) else weight
+@contextmanager
+def noted_shards() -> Iterator[list[ShardedWeights]]:
+    """The shards that are made inside."""
+    shards: list[ShardedWeights] = []
+
+    def make(*arguments) -> ShardedWeights:
+        shards.append(ShardedWeights(*arguments))
+        return shards[-1]
+
+    with patch("services.parallel.hsdp.ShardedWeights", make):
+        yield shards
+
+
+def weight_bytes(dit: DitEngine, shards: Sequence[ShardedWeights]) -> int:
+    """Of what is on this rank between two forwards, without the places of whole blocks."""
+    sharded = {id(weight) for shard in shards for weight in shard._weights}
+    weights = [weight for module in dit.model.modules.values() for weight in module.parameters()]
+    alone = [weight for weight in weights if id(weight) not in sharded]
+    return sum(tensor.nbytes for tensor in (*alone, *(shard.held for shard in shards)))
+
+
+def places_bytes(shards: Sequence[ShardedWeights]) -> int:
+    """Of all places where weights are whole now."""
+    storages = [shard._place.untyped_storage() for shard in shards if hasattr(shard, "_place")]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def gathered_bytes(rank: int, world: int, folder: str, parallel: dict[str, int], script: Script) -> list[int]:
-    """Bytes of weights that HSDP has gathered or is gathering, whenever a block runs."""
-    buffers: list[weakref.ref[torch.Tensor]] = []
-    allocate = Gather.allocate
-
-    def noted(*arguments, **options) -> torch.Tensor:
-        buffer = allocate(*arguments, **options)
-        buffers.append(weakref.ref(buffer))
-        return buffer
-
+    """Bytes of memory where weights are whole, whenever a block runs."""
     section = ParallelSection(**parallel)
-    dit, _ = open_engine(config_of(folder, section, {}), Mesh(Degrees.of(section), rank, "cpu"))
+    with noted_shards() as shards:
+        dit, _ = open_engine(config_of(folder, section, {}), Mesh(Degrees.of(section), rank, "cpu"))
     plan = load_family(open_source(folder).family).dit.plan
-    sharded = [
-        module
-        for transformer in dit.model.modules.values()
-        for module in transformer.modules()
-        if isinstance(module, FSDPModule)
-    ]
-    blocks = [module for module in sharded if isinstance(module, plan.block_classes)]
+    modules = [module for transformer in dit.model.modules.values() for module in transformer.modules()]
     seen: list[int] = []
 
     def watched(forward):
         def watch(*arguments, **options):
-            whole = [weight for part in sharded for weight in part.parameters() if not isinstance(weight, DTensor)]
-            on_their_way = [buffer for ref in buffers if (buffer := ref()) is not None]
-            seen.append(sum(tensor.untyped_storage().nbytes() for tensor in (*whole, *on_their_way)))
+            seen.append(places_bytes(shards))
             return forward(*arguments, **options)
 
         return watch
 
-    for block in blocks:
-        block.forward = watched(block.forward)
-    with patch.object(Gather, "allocate", noted):
-        for job in script.jobs:
-            dit.admit(job)
-        while dit.busy:
-            dit.tick()
+    for block in modules:
+        if isinstance(block, plan.block_classes):
+            block.forward = watched(block.forward)
+    for job in script.jobs:
+        dit.admit(job)
+    while dit.busy:
+        dit.tick()
     return seen
 
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from services.attention import sdpa
-from services.parallel import collectives, ulysses
+from services.family import Block
+from services.parallel import collectives, hsdp, ulysses
 from services.parallel.mesh import Axis
 from services.parallel.peer_memory import STEP_BYTES, PeerMemory
 from services.parallel.sequence import own_piece
@@ -175,3 +176,41 @@ def test_ulysses_is_attention_over_the_whole_sequence(
         for outputs in calls:
             for output, want in zip(outputs, pieces_of(expected, ranks, rank, joined), strict=True):
                 torch.testing.assert_close(output, want)
+
+
+def experts(seed: int) -> dict[str, torch.nn.Module]:
+    torch.manual_seed(seed)
+    made = {}
+    for name, blocks in {"high": 5, "low": 4}.items():
+        parts = [torch.nn.Sequential(torch.nn.Linear(7, 5), torch.nn.LayerNorm(5).bfloat16()) for _ in range(blocks)]
+        parts[1].register_parameter("scale", torch.nn.Parameter(torch.randn(())))
+        made[name] = torch.nn.ModuleDict({"embed": torch.nn.Linear(3, 11), "blocks": torch.nn.ModuleList(parts)})
+    return made
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_blocks_come_out_of_the_peers_shards(ranks, monkeypatch) -> None:
+    expected = experts(0)
+    registry: dict[str, PeerMemory] = {}
+    monkeypatch.setattr(hsdp, "peer_memory", registry)
+    models = [experts(0) for _ in range(ranks)]
+
+    def work(rank, peers):
+        registry[f"shards {rank}"] = peers
+        modules = models[rank]
+        blocks = {
+            name: [Block("", part, lambda streams: streams) for part in module["blocks"]]
+            for name, module in modules.items()
+        }
+        sharded = hsdp.shard(modules, blocks, Axis(f"shards {rank}", ranks, rank, None, tuple(range(ranks))))
+        for name in ("high", "low", "high"):
+            embedded = modules[name]["embed"](torch.ones(3))
+            assert torch.equal(embedded, expected[name]["embed"](torch.ones(3)))
+            for block, theirs in zip(sharded[name].whole(), expected[name]["blocks"], strict=True):
+                assert block.module.state_dict().keys() == theirs.state_dict().keys()
+                for weight, whole in zip(block.module.parameters(), theirs.parameters(), strict=True):
+                    assert torch.equal(weight, whole) and weight.dtype == whole.dtype
+        return True
+
+    _, results = everywhere(ranks, work)
+    assert results == [True] * ranks
