@@ -23,16 +23,14 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import MethodType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
-from torch import nn
 
 from benchmarks.load import write_result
-from services.causal_stream import CausalCodec, _convolve_in_time
+from services.causal_stream import CausalCodec
 from services.families import load_family
 from services.family import VaeModel
 from services.parallel.degrees import Degrees
@@ -74,7 +72,7 @@ class Candidate:
     Attributes:
         layout: weights channels last. fused: norms with their SiLU, and all else that the service does on a GPU.
         compiled: the whole decoder, for each shape.
-        step: latent frames decoded at once. conv3d: convolutions in time as such.
+        step: latent frames decoded at once.
         tuned: cuDNN tries its algorithms.
     """
 
@@ -82,7 +80,6 @@ class Candidate:
     fused: bool = True
     compiled: bool = False
     step: int = 1
-    conv3d: bool = False
     tuned: bool = False
 
 
@@ -93,11 +90,10 @@ CANDIDATES = {
     "tuned": Candidate(tuned=True),
     "step2": Candidate(step=2),
     "step4": Candidate(step=4),
-    "conv3d": Candidate(conv3d=True),
-    "conv3d_tuned": Candidate(conv3d=True, tuned=True),
     "compiled": Candidate(compiled=True),
+    "compiled_step2": Candidate(compiled=True, step=2),
 }
-CLIPS_ONLY = ("step2", "step4", "conv3d", "conv3d_tuned")
+CLIPS_ONLY = ("step2", "step4", "compiled_step2")
 RANKS = ("service", "tuned")
 
 
@@ -164,8 +160,6 @@ def prepared(bench: Bench, case: Case, candidate: Candidate, dtype: torch.dtype,
     model = VaeModel(vae, type(outline.codec)(vae))  # type: ignore[call-arg]
     if isinstance(model.codec, CausalCodec):
         model.codec._frames_a_step = candidate.step
-        if candidate.conv3d:
-            _in_3d(vae)
     if axis is not None:
         model = VaeModel(vae, PatchCodec(model, part.plan, part.latent_geometry(outline)[1], axis))
     if candidate.fused:
@@ -274,16 +268,6 @@ class Notes:
         self.rows.append(row)
         if not self._silent:
             print(json.dumps({key: value for key, value in row.items() if key != "trace"}), flush=True)
-
-
-# ---- Convolutions in time as the library has them -------------------------------------------------------------------
-
-
-def _in_3d(vae: nn.Module) -> None:
-    for module in vae.modules():
-        if isinstance(module, nn.Conv3d):
-            layer: Any = module
-            layer.forward = MethodType(_convolve_in_time, module)
 
 
 # ---- Several ranks --------------------------------------------------------------------------------------------------
