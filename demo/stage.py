@@ -87,7 +87,8 @@ class Stage:
                 if f"exp_avg/{name}" in saved:
                     state = {key: file.get_tensor(f"{key}/{name}") for key in ("step", "exp_avg", "exp_avg_sq")}
                     counter = state.pop("step")
-                    moments = {key: value.to(param.device) for key, value in state.items()}
+                    # In the weight's own layout: the fused optimiser takes no other.
+                    moments = {key: torch.empty_like(param).copy_(value) for key, value in state.items()}
                     fused = bool(self.optimizer.defaults["fused"])
                     self.optimizer.state[param] = {
                         "step": counter.to(param.device) if fused else counter,

@@ -164,11 +164,15 @@ def shard(
         modules: by expert; blocks: those that this rank runs.
         axis: of the ranks that share.
     """
-    weights: dict[str, list[ShardedWeights]] = {}
+    weights: dict[str, list[ShardedWeights]] = {name: [] for name in modules}
     for name, module in modules.items():
         for part in outside(module, blocks[name]):
             _gather_when_called(part, ShardedWeights(weights_of(part), axis))
-        weights[name] = [ShardedWeights(weights_of(block.module), axis) for block in blocks[name]]
+        for block in blocks[name]:
+            weights[name].append(ShardedWeights(weights_of(block.module), axis))
+            if weights[name][-1].held.is_cuda:
+                # Windows are not PyTorch's memory: what a block leaves must be free for the next one's.
+                torch.cuda.empty_cache()
     size = max(of.whole_bytes for sharded in weights.values() for of in sharded)
     device = next(weight.device for module in modules.values() for weight in module.parameters())
     places = [torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(PLACES)]
