@@ -223,6 +223,8 @@ def main() -> None:
         profiled=args.profile,
         traces=args.traces,
     )
+    if args.traces:
+        Path(args.traces).mkdir(parents=True, exist_ok=True)
     layouts = ["one", *args.layouts]
     with TemporaryDirectory() as folder:
         out = args.json.with_suffix(".part.json") if args.json else Path(folder) / "results.json"

@@ -166,36 +166,9 @@ def _convolve_side_by_side(conv: Any, x: torch.Tensor) -> torch.Tensor:
     return clip
 
 
-def stream_of(conv: Any) -> Stream | None:
-    """The clip in work, where a convolution meets frames of the chunk before and nothing was put around it."""
-    own = getattr(conv.forward, "__func__", None) is _convolve_in_time
-    return conv.work.stream if own and not conv.work.stream.one_frame and _kept(conv) else None
-
-
-def frames_before(conv: Any, stream: Stream, x: torch.Tensor) -> torch.Tensor:
-    """What comes before a chunk [B, C, F, H, W] that a convolution takes; black frames before the first one."""
-    before = stream.history.get(conv)
-    if before is None:
-        shape = (x.shape[0], conv.in_channels, _kept(conv), *x.shape[3:])
-        before = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last_3d).zero_()
-    return before
-
-
-def convolve_behind(conv: Any, stream: Stream, x: torch.Tensor) -> torch.Tensor:
-    """A convolution of a chunk that stands behind `frames_before`."""
-    # No copy: the chunk's memory stays until the next one has been read.
-    stream.history[conv] = x[:, :, -_kept(conv) :]
-    out: torch.Tensor = conv._conv_forward(x, conv.weight, conv.bias)
-    return out
-
-
-def _kept(conv: Any) -> int:
-    return int(conv.kernel_size[0] - conv.stride[0])
-
-
 def _with_history(conv: Any, stream: Stream, x: torch.Tensor) -> torch.Tensor:
     """The frames that the convolution meets beside the new ones, before them; the last ones are kept for the next."""
-    kept = _kept(conv)
+    kept = conv.kernel_size[0] - conv.stride[0]
     if not kept:
         return x
     before = stream.history.get(conv)
