@@ -123,7 +123,7 @@ def _check_interpolation(source: str) -> None:
     packaged = Path(__file__).parents[1] / "interpolation_svc" / "weights.safetensors"
     if source == "packaged" and not packaged.is_file():
         raise StartupError(
-            "interpolation.source is 'packaged', and no weights ship yet: name a file of IFNet's weights"
+            f"interpolation.source is 'packaged', and {packaged.name} is missing here: name a file of IFNet's weights"
         )
     if source != "packaged" and not Path(source).is_file():
         raise StartupError(f"interpolation.source {Path(source).absolute()} does not exist")
