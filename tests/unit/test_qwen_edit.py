@@ -24,7 +24,7 @@ from tests.oracle.harness import CPU, Subject, difference, make_folder, relative
 from tests.oracle.qwen_image import ROWS, edit_pipeline, edited, give_token_types, picture
 from text_encoder_svc.engine import TextEngine
 
-[ROW] = [row for row in ROWS if row.variant == "edit"]
+[ROW] = [row for row in ROWS if str(row) == "qwen_image-edit"]
 FLOAT = torch.float32
 
 

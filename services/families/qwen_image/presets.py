@@ -14,7 +14,9 @@ _LIMITS = Limits(output="image", size_multiple_px=16, max_side_px=3584, min_step
 VARIANTS = {
     "t2i": Variant(name="t2i", pipelines=("QwenImagePipeline",), limits=_LIMITS),
     "edit": Variant(
-        name="edit", pipelines=("QwenImageEditPipeline",), limits=replace(_LIMITS, min_inputs=1, max_inputs=1)
+        name="edit",
+        pipelines=("QwenImageEditPipeline",),
+        limits=replace(_LIMITS, min_inputs=1, max_inputs=1, optional_roles=("mask",)),
     ),
     "layered": Variant(
         name="layered",
@@ -36,7 +38,7 @@ VARIANTS = {
     "edit_plus": Variant(
         name="edit_plus",
         pipelines=("QwenImageEditPlusPipeline",),
-        limits=replace(_LIMITS, default_steps=40, min_inputs=1, max_inputs=3),
+        limits=replace(_LIMITS, default_steps=40, min_inputs=1, max_inputs=3, optional_roles=("mask",)),
     ),
 }
 
