@@ -73,26 +73,35 @@ def generate(
     fps: Annotated[float | None, typer.Option(help="Frames a second of a clip.")] = None,
     interpolate: Annotated[int, typer.Option(help="How often to double a clip's frames and rate.")] = 0,
     image: Annotated[
-        list[Path] | None, typer.Option("--image", help="Input picture of an edit model, repeatable.")
+        list[Path] | None,
+        typer.Option("--image", help="Picture to edit, to begin a clip with, or to refer to; repeatable."),
     ] = None,
+    mask: Annotated[
+        Path | None, typer.Option(help="Where to edit: transparent of a picture's, white of a control video's mask.")
+    ] = None,
+    last_image: Annotated[Path | None, typer.Option(help="Picture that a clip ends with.")] = None,
+    control_video: Annotated[Path | None, typer.Option(help="MP4 file that steers a clip (input video).")] = None,
 ) -> None:
     """Make a picture (or clip) from a prompt, with a live progress bar."""
     from lightloom.generate import Wish, generate_to_file
 
     wish = Wish(
         prompt,
-        model,
-        negative_prompt,
-        size,
-        steps,
-        guidance,
-        seed,
-        frames,
-        tuple(image or ()),
-        fps,
-        guidance_2,
-        video,
-        interpolate,
+        model=model,
+        negative_prompt=negative_prompt,
+        size=size,
+        steps=steps,
+        guidance=guidance,
+        guidance_2=guidance_2,
+        seed=seed,
+        frames=frames,
+        fps=fps,
+        video=video,
+        interpolate=interpolate,
+        images=tuple(image or ()),
+        last_image=last_image,
+        control_video=control_video,
+        mask=mask,
     )
     generate_to_file(wish, output or Path("out.mp4" if video else "out.png"), connection)
 

@@ -21,6 +21,7 @@ from services.errors import InvalidRequest
 from services.families import load_family
 from services.request import Media, resolve
 from tests.cluster.running import serving
+from tests.cluster.test_cli import lightloom, refused
 from tests.oracle.qwen_image import edit_pipeline, edited, give_token_types, mask, picture, wish
 from tests.unit.test_media import bomb
 
@@ -122,6 +123,19 @@ def test_the_openai_client_edits_under_a_mask(client, rest, edits):
     assert base64.b64decode(answer.json()["data"][0]["b64_json"]) == ours
     plain = client.generate(PROMPT, images=[INPUT.data], **SMALL).data
     assert not np.array_equal(pixels(ours), pixels(plain))
+
+
+def test_a_mask_from_the_command_line(client, edits, tmp_path):
+    area = mask(90, 50, 4)
+    for name, media in (("picture.png", INPUT), ("mask.png", area)):
+        (tmp_path / name).write_bytes(media.data)
+    options = ["--size", "64x80", "--steps", 4, "--seed", 5, "--address", edits.cluster.grpc_address]
+    command = ["generate", PROMPT, "-o", tmp_path / "out.png", "--image", tmp_path / "picture.png"]
+    done = lightloom(*command, "--mask", tmp_path / "mask.png", *options)
+    assert done.returncode == 0, done.stderr
+    expected = client.generate(PROMPT, images=[INPUT.data, area], **SMALL).data
+    assert (tmp_path / "out.png").read_bytes() == expected
+    refused(lightloom(*command, "--mask", tmp_path / "picture.png", *options), 1, "the mask has no transparency")
 
 
 BAD_MASKS = {
