@@ -241,6 +241,28 @@ def call(pipeline, params: ResolvedParams, output_type: str = "latent", **others
     ).images
 
 
+EDIT_PLUS = OracleRow(
+    family="qwen_image",
+    variant="edit_plus",
+    wishes=(
+        wish("make it red", 1, 5, (64, 80), picture(90, 50, 1), picture(40, 60, 2)),
+        wish("a photo of a large green square on a blue background", 2, 4, (96, 80), picture(64, 200, 2)),
+        wish("dog", 3, 4, (64, 112), picture(31, 29, 3), picture(90, 50, 1), picture(64, 200, 2)),
+    ),
+    together=(
+        wish("make it red", 1, 5, (64, 80), picture(90, 50, 1), picture(40, 60, 2)),
+        wish(
+            "a photo of a large green square on a blue background",
+            2,
+            4,
+            (64, 80),
+            picture(95, 51, 2),
+            picture(41, 61, 5),
+        ),
+        wish("dog", 3, 4, (64, 80), picture(180, 100, 3), picture(80, 120, 6)),
+    ),
+    load_stock=load_edit_plus,
+)
 ROWS = (
     OracleRow(
         family="qwen_image",
@@ -267,37 +289,17 @@ ROWS = (
         ),
         load_stock=load_edit,
     ),
-    OracleRow(
-        family="qwen_image",
-        variant="edit_plus",
-        wishes=(
-            wish("make it red", 1, 5, (64, 80), picture(90, 50, 1), picture(40, 60, 2)),
-            wish("a photo of a large green square on a blue background", 2, 4, (96, 80), picture(64, 200, 2)),
-            wish("dog", 3, 4, (64, 112), picture(31, 29, 3), picture(90, 50, 1), picture(64, 200, 2)),
-        ),
-        together=(
-            wish("make it red", 1, 5, (64, 80), picture(90, 50, 1), picture(40, 60, 2)),
-            wish(
-                "a photo of a large green square on a blue background",
-                2,
-                4,
-                (64, 80),
-                picture(95, 51, 2),
-                picture(41, 61, 5),
-            ),
-            wish("dog", 3, 4, (64, 80), picture(180, 100, 3), picture(80, 120, 6)),
-        ),
-        load_stock=load_edit_plus,
-    ),
-    # The stock pipeline makes the size that it scales the picture to: with tiny areas, this one only.
+    EDIT_PLUS,
+    replace(EDIT_PLUS, variant="edit_2511"),
+    # The stock pipeline makes the size that it scales the picture to.
     OracleRow(
         family="qwen_image",
         variant="edit",
         name="qwen_image-edit-mask",
         wishes=(
-            wish("make it red", 1, 5, (64, 64), picture(50, 50, 1), mask(50, 50, 4)),
-            wish("a photo of a large green square", 2, 4, (64, 64), picture(60, 50, 2), mask(60, 50, 5)),
-            wish("dog", 3, 4, (64, 64), picture(100, 120, 3), mask(100, 120, 6)),
+            wish("make it red", 1, 5, (96, 64), picture(90, 60, 1), mask(90, 60, 4)),
+            wish("a photo of a large green square", 2, 4, (64, 96), picture(70, 100, 2), mask(70, 100, 5)),
+            wish("dog", 3, 4, (64, 64), picture(109, 110, 3), mask(109, 110, 6)),
         ),
         load_stock=load_masked_edit,
     ),

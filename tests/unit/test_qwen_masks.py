@@ -21,7 +21,7 @@ from tests.unit.test_media import bomb
 
 [ROW] = [row for row in ROWS if str(row) == "qwen_image-edit-mask"]
 LIMITS = Limits(output="image")
-LATENTS = torch.zeros(1, 16, 8, 8)
+LATENTS = torch.zeros(1, 16, 8, 12)
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +44,9 @@ def opaque(width: int, height: int) -> Media:
 
 def test_outside_of_the_mask_the_latents_are_the_pictures_own(subject):
     """In any size: the picture is read once more where it is not made in the size that the model looks at it."""
-    wish = replace(ROW.wishes[0], width=96, height=80)
+    wish = replace(ROW.wishes[0], width=112, height=80)
     job = subject.job("a", subject.params(wish))
-    assert job.conditions["kept"].shape == (1, 16, 10, 12)
+    assert job.conditions["kept"].shape == (1, 16, 10, 14)
     kept, anew = (pack(job.conditions[name].expand(-1, 16, -1, -1)) for name in ("kept", "mask"))
     engine = subject.engine()
     engine.admit(job)
@@ -121,8 +121,8 @@ def test_a_mask_is_checked_where_its_pixels_are_read(subject, given, message):
     ("changes", "message"),
     [
         ({"kept": None}, "'kept' is missing"),
-        ({"kept": LATENTS[:, :4]}, r"'kept' has the shape .* must be \[1, 16, 8, 8\]"),
-        ({"mask": LATENTS[:, :1, :4]}, r"'mask' has the shape .* must be \[1, 1, 8, 8\]"),
+        ({"kept": LATENTS[:, :4]}, r"'kept' has the shape .* must be \[1, 16, 8, 12\]"),
+        ({"mask": LATENTS[:, :1, :4]}, r"'mask' has the shape .* must be \[1, 1, 8, 12\]"),
         ({"mask": LATENTS[:, :1].bool()}, "floating-point"),
     ],
 )

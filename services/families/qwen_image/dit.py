@@ -40,10 +40,9 @@ def load(source: ModelSource, device: torch.device, dtype: torch.dtype) -> DitMo
     """
     transformer: Any = source.load(QwenImageTransformer2DModel, "transformer", device, dtype)
     recipe = recipe_of(source)
-    if transformer.config.get("zero_cond_t"):
-        raise StartupError(f"{source.spec}: transformers with zero_cond_t are not served")
-    for option in ("use_additional_t_cond", "use_layer3d_rope"):
-        if bool(transformer.config.get(option)) != recipe.layers:
+    options = {"use_additional_t_cond": recipe.layers, "use_layer3d_rope": recipe.layers}
+    for option, wanted in (options | {"zero_cond_t": recipe.still_pictures}).items():
+        if bool(transformer.config.get(option)) != wanted:
             raise StartupError(f"{source.spec}: {option} does not fit a model that makes {source.variant}")
     attend = Attend()
     transformer.set_attn_processor(JointAttention(attend))
