@@ -160,13 +160,16 @@ def plan(
     frames: Annotated[int | None, typer.Option(help="Frames of a clip; default: the model's own.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Default: the model's own.")] = None,
     text_tokens: Annotated[int, typer.Option(help="Of the prompt, for models that take any number.")] = 512,
+    offload_experts: Annotated[
+        bool, typer.Option("--offload-experts", help="With engine.offload_experts: of two experts, one on each GPU.")
+    ] = False,
     rates: Annotated[Path | None, typer.Option(help="Measured rates (TOML); default: H100 with NVLink.")] = None,
     everything: Annotated[bool, typer.Option("--all", help="Show every layout.")] = False,
 ) -> None:
     """Show which layouts of a denoiser fit on so many GPUs, and which is expected to be fastest. Runs nothing."""
     from lightloom.plan_show import Wish, show_plan
 
-    wish = Wish(model, family, preset, gpus, memory, size, frames, guidance, text_tokens)
+    wish = Wish(model, family, preset, gpus, memory, size, frames, guidance, text_tokens, offload_experts)
     show_plan(wish, rates, everything=everything)
 
 
