@@ -113,7 +113,8 @@ def check_mask(inputs: Sequence[Media], limits: Limits) -> None:
             param="inputs",
         )
     with _opened(masks[0]) as image:
-        if not image.has_transparency_data:
+        # Pillow's own property asserts that a picture with a palette brought one.
+        if "A" not in image.getbands() and "transparency" not in image.info:
             raise InvalidRequest(
                 "the mask has no transparency: send a PNG or WebP that is transparent where the picture is to be "
                 "edited",

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import struct
+import zlib
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -90,6 +93,36 @@ def test_requests_with_a_mask_and_without_share_forwards(subject):
 def test_a_bad_mask_is_found_by_its_header(given, message):
     with pytest.raises(InvalidRequest, match=message):
         check_mask([given, picture(50, 50, 1)], LIMITS)
+
+
+def png(colour_type: int, *chunks: tuple[bytes, bytes]) -> Media:
+    """A PNG of 50x50 pixels without pixels."""
+    header = struct.pack(">IIBBBBB", 50, 50, 8, colour_type, 0, 0, 0)
+    data = b"\x89PNG\r\n\x1a\n"
+    for name, body in ((b"IHDR", header), *chunks, (b"IDAT", b""), (b"IEND", b"")):
+        data += struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+    return Media("image/png", data, "mask")
+
+
+PALETTE = (b"PLTE", bytes(range(6)))
+
+
+@pytest.mark.parametrize(
+    ("given", "transparent"),
+    [
+        (png(4), True),
+        (png(6), True),
+        (png(3, PALETTE, (b"tRNS", b"\0\xff")), True),
+        (png(2, (b"tRNS", bytes(6))), True),
+        (png(3, PALETTE), False),
+        (png(3), False),
+        (png(0), False),
+    ],
+    ids=["grey", "colour", "palette", "one colour", "opaque palette", "no palette", "opaque grey"],
+)
+def test_transparency_is_told_by_the_header(given, transparent):
+    with nullcontext() if transparent else pytest.raises(InvalidRequest, match="no transparency"):
+        check_mask([picture(50, 50, 1), given], LIMITS)
 
 
 def test_a_mask_is_as_large_as_the_picture_is_upright():

@@ -183,7 +183,8 @@ def _with_kept(state: DenoiseState, latents: torch.Tensor, sigma: torch.Tensor) 
     if "anew" not in state.shared:
         return latents
     kept, anew, noise = (state.shared[name] for name in ("kept", "anew", "noise"))
-    sigma = sigma.to(latents.device, latents.dtype)
+    # It stays on the CPU: a single number is an argument of the kernel, and nothing waits for it.
+    sigma = sigma.to(latents.dtype)
     return (1 - anew) * (sigma * noise + (1.0 - sigma) * kept) + anew * latents
 
 
