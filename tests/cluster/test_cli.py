@@ -135,8 +135,12 @@ def test_unknown_requests_and_bad_wishes(cluster, tmp_path):
     refused(lightloom("generate", "a cat", "--image", tmp_path / "none.png", *cluster), 2, "none.png")
     for option in ("--last-image", "--control-video", "--mask"):
         refused(lightloom("generate", "a cat", option, tmp_path, *cluster), 2, str(tmp_path), "cannot be read")
-        words = "takes no mask" if option == "--mask" else "takes no input pictures"
+        words = "no MP4" if option == "--control-video" else "cannot be decoded"
         refused(lightloom("generate", "a cat", option, "README.md", *cluster), 1, words)
+    grid = "docs/demo_grid.png"
+    refused(lightloom("generate", "a cat", "--last-image", grid, *cluster), 1, "'last_image'", "takes image, mask")
+    for option, word in (("--image", "picture"), ("--mask", "mask")):
+        refused(lightloom("generate", "a cat", option, grid, *cluster), 1, "or neither", f"only the {word}")
     large = tmp_path.parent / "large.mp4"
     large.write_bytes(b"\0" * (MAX_INPUT_BYTES + 1))
     refused(lightloom("generate", "a cat", "--control-video", large, *cluster), 1, f"at most {MAX_INPUT_BYTES}")

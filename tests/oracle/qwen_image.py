@@ -101,6 +101,19 @@ def encode_as_edits_do(pipeline: Any) -> None:
     pipeline._encode_vae_image = QwenImageEditPipeline._encode_vae_image.__get__(pipeline)
 
 
+def load_masked(folder: Path, dtype: torch.dtype) -> Stock:
+    pipeline = QwenImageInpaintPipeline.from_pretrained(folder, dtype=dtype)
+    encode_as_edits_do(pipeline)
+    pipeline.vae._encode = CausalCodec(pipeline.vae).encode
+
+    def run(params: ResolvedParams) -> dict[str, torch.Tensor]:
+        media, area = params.inputs
+        pictures = {"image": Image.fromarray(decode_image(media)[0]), "mask_image": stock_mask(area)}
+        return {"latents": call(pipeline, params, strength=1.0, **pictures)}
+
+    return run
+
+
 def load_edit_plus(folder: Path, dtype: torch.dtype) -> Stock:
     pipeline = edit_pipeline(folder, dtype, QwenImageEditPlusPipeline)
     give_token_types(pipeline)
@@ -291,6 +304,17 @@ ROWS = (
     ),
     EDIT_PLUS,
     replace(EDIT_PLUS, variant="edit_2511"),
+    OracleRow(
+        family="qwen_image",
+        variant="t2i",
+        name="qwen_image-t2i-mask",
+        wishes=(
+            wish("a red circle", 1, 5, (64, 80), picture(90, 50, 1), mask(90, 50, 4)),
+            wish("a photo of a large green square", 2, 4, (96, 80), picture(64, 200, 2), mask(64, 200, 5)),
+            wish("dog", 3, 4, (64, 112), picture(31, 29, 3), mask(31, 29, 6)),
+        ),
+        load_stock=load_masked,
+    ),
     # The stock pipeline makes the size that it scales the picture to.
     OracleRow(
         family="qwen_image",

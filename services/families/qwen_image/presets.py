@@ -14,7 +14,11 @@ _LIMITS = Limits(output="image", size_multiple_px=16, max_side_px=3584, min_step
 # Made for one to three pictures, as its authors say.
 _EDIT_PLUS = replace(_LIMITS, default_steps=40, min_inputs=1, max_inputs=3, optional_roles=("mask",))
 VARIANTS = {
-    "t2i": Variant(name="t2i", pipelines=("QwenImagePipeline",), limits=_LIMITS),
+    "t2i": Variant(
+        name="t2i",
+        pipelines=("QwenImagePipeline",),
+        limits=replace(_LIMITS, max_inputs=1, optional_roles=("mask",), pictures_need_mask=True),
+    ),
     "edit": Variant(
         name="edit",
         pipelines=("QwenImageEditPipeline",),

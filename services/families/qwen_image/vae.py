@@ -56,11 +56,11 @@ def encode(vae: VaeModel, inputs: Inputs, params: ResolvedParams) -> Tensors:
     Raises:
         InvalidRequest: the model takes no pictures, or not one of that shape, or the mask does not fit.
     """
-    if not vae.module.config.latent_area_px:
-        raise InvalidRequest("this model takes no input pictures", param="inputs")
+    if "image" not in inputs or not (vae.module.config.latent_area_px or "mask" in inputs):
+        raise InvalidRequest("this model takes no such input pictures", param="inputs")
     encoded: Tensors = {}
     size = (params.width, params.height)
-    for index, picture in enumerate(inputs["image"]):
+    for index, picture in enumerate(inputs["image"] if vae.module.config.latent_area_px else ()):
         if vae.module.config.layers:
             pixels = to_tensor(resized(picture, size))
         else:
