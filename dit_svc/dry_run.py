@@ -21,6 +21,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from dit_svc.forward import Forward
+from dit_svc.idle_experts import ONE_EXPERT, pinned_bytes
+from services.errors import StartupError
 from services.families import load_family
 from services.family import Block, DenoiseState, DitPart, Tensors
 from services.parallel.collectives import sent_bytes, sent_calls
@@ -61,10 +63,14 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """Bytes of a rank's weights, without the places where HSDP makes blocks whole, and with them."""
+    """Bytes of a rank's weights, without the places where HSDP makes blocks whole, and with them.
+
+    `host` are those pinned in the host's memory.
+    """
 
     held: int
     peak: int
+    host: int = 0
 
 
 class DryRun:
@@ -111,6 +117,18 @@ class DryRun:
             held -= sum(plan.whole - plan.held for plan in (*blocks, *parts))
             largest = max(largest, *(plan.gathered for plan in blocks))
         return Weights(held, held + PLACES * largest)
+
+    def offloaded_weights(self) -> Weights:
+        """What the rank holds with `engine.offload_experts`: of its experts the largest, and all of them on the host.
+
+        Raises:
+            StartupError: there is one expert only.
+        """
+        if len(self.model.modules) < 2:
+            raise StartupError(ONE_EXPERT)
+        largest = max(_bytes(module) for module in self.model.modules.values())
+        weights = (weight for module in self.model.modules.values() for weight in module.parameters())
+        return Weights(largest, largest, sum(map(pinned_bytes, weights)))
 
     def gathered(self, shards: int, step: Step) -> tuple[int, int]:
         """What the rank sends in a step so that shards become whole: bytes, and collectives."""

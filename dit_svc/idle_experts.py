@@ -13,6 +13,14 @@ from torch import nn
 from services.errors import StartupError
 from services.family import DitModel
 
+ONE_EXPERT = "engine.offload_experts needs a model of several experts: this one has 1"
+WITH_HSDP = "engine.offload_experts does not go with hsdp: each rank holds 1 share of all experts there"
+
+
+def pinned_bytes(parameter: torch.Tensor) -> int:
+    """What a weight takes of the host: torch rounds each of its pinned allocations up to a power of two."""
+    return 1 << (parameter.nbytes - 1).bit_length()
+
 
 class IdleExperts:
     """Puts the weights of the expert that is wanted on the device. One thread calls everything.
@@ -27,7 +35,7 @@ class IdleExperts:
 
     def __init__(self, model: DitModel, device: torch.device) -> None:
         if len(model.modules) < 2:
-            raise StartupError("engine.offload_experts needs a model of several experts: this one has 1")
+            raise StartupError(ONE_EXPERT)
         self.swaps = 0
         self._modules: Mapping[str, nn.Module] = model.modules
         self._device = device

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from dit_svc.engine import DitEngine
-from dit_svc.idle_experts import IdleExperts
+from dit_svc.idle_experts import WITH_HSDP, IdleExperts
 from services.config import StageConfig
 from services.describe import limits_of, open_model, placement
 from services.errors import StartupError
@@ -62,7 +62,7 @@ def _load(
     if not config.engine.offload_experts:
         return part.load(source, device, dtype), None
     if mesh is not None and mesh.degrees.hsdp:
-        raise StartupError("engine.offload_experts does not go with hsdp: each rank holds 1 share of all experts there")
+        raise StartupError(WITH_HSDP)
     if "graphs" in config.features:
         raise StartupError("engine.offload_experts does not go with CUDA graphs: a graph holds weights in 1 place")
     model = part.load(source, torch.device("cpu"), dtype)

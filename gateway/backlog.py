@@ -70,20 +70,38 @@ class Backlog:
             paces, found = await self._state.backlog(queues, learnt)
         except StateStoreDown:
             paces, found = learnt, {}
-        rows = []
+        rows, decoded = [], {key for (stage, _), key in keys.items() if stage == "vae"}
         for (stage, model), component in components.items():
             here = [replica for replica in self._replicas.of_stage(stage) if replica.serves(model)]
             running = sum(replica.facts.in_flight for replica in here if replica.facts is not None)
-            queued, unit_s = found.get(keys[stage, model]), paces.get(f"{stage}:{component}")
+            unit_s = paces.get(f"{stage}:{component}")
+            if stage == "interpolation":
+                queued = _interpolated([found[key] for key in queues if key in found and key in decoded])
+            else:
+                queued = found.get(keys[stage, model])
             rows.append(Row(stage, model, component, len(here), running, queued, unit_s))
         return rows
 
     @staticmethod
     def _queue(stage: str, model: str, components: dict[tuple[str, str], str]) -> str:
-        """Where requests wait that need the stage: those that wait for a denoiser need a text encoder as well."""
+        """Where requests wait that need the stage: those that wait for a denoiser need a text encoder as well.
+
+        None wait for an interpolator alone: it takes the frames of a clip while they are decoded.
+        """
+        if stage == "interpolation":
+            return ""
         waits_for = "dit" if stage == "text_encoder" else stage
         component = components.get((waits_for, model))
         return queue_key(waits_for, component) if component else ""
+
+
+def _interpolated(decoded: list[Queued]) -> Queued | None:
+    """What waits for an interpolator, of what waits to be decoded; None while that is not known."""
+    if not decoded:
+        return None
+    return Queued(
+        sum(queue.interpolated for queue in decoded), sum(queue.interpolated_pixels for queue in decoded), 0.0
+    )
 
 
 class _Families(Collector):

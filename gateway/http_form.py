@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from fastapi import Request
@@ -30,22 +31,31 @@ class Form(Generic[Body]):
         file: the name of its pictures.
         about: what they are for.
         required: whether there must be one.
+        others: what further files may be there, one of each name, which is an input's role; and what they are for.
     """
 
     body: type[Body]
     file: str
     about: str
     required: bool
+    others: Mapping[str, str] = field(default_factory=dict)
 
 
-EDIT = Form(ImageRequest, "image", "The pictures to edit.", required=True)
+EDIT = Form(
+    ImageRequest,
+    "image",
+    "The pictures to edit.",
+    required=True,
+    others={"mask": "Transparent where the (first) picture is to be edited, and of its size."},
+)
 
 
 def form_description(form: Form[Any]) -> dict[str, Any]:
     """The form, for the OpenAPI description: beside a JSON body where no picture is needed."""
     fields = form.body.model_json_schema()
     file = {"type": "string", "format": "binary"}
-    files = {form.file: {"type": "array", "items": file, "description": form.about}}
+    files: dict[str, Any] = {form.file: {"type": "array", "items": file, "description": form.about}}
+    files |= {name: {**file, "description": about} for name, about in form.others.items()}
     required = ["prompt", form.file] if form.required else ["prompt"]
     schema = fields | {"properties": fields["properties"] | files, "required": required}
     schema |= {"title": f"{form.body.__name__}Form", "description": "Files, and fields as text."}
@@ -110,10 +120,11 @@ async def _pictures_of(data: FormData, form: Form[Any]) -> tuple[Media, ...]:
         if isinstance(value, UploadFile):
             # Clients mark several files of one name with brackets.
             kind = name.removesuffix("[]")[:100]
-            if kind != form.file:
+            if kind != form.file and kind not in form.others:
                 raise InvalidRequest(f"unknown file {kind!r}: {form.about} Send them as {form.file}", param=kind)
-            pictures.append(media_of_bytes(await value.read(), value.content_type or "", kind))
-    if form.required and not pictures:
+            role = kind if kind in form.others else "image"
+            pictures.append(media_of_bytes(await value.read(), value.content_type or "", kind, role))
+    if form.required and all(media.role != "image" for media in pictures):
         raise InvalidRequest(
             f"{form.file} is missing: send multipart/form-data with the picture as a file", param=form.file
         )

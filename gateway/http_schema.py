@@ -106,6 +106,9 @@ class ImageRequest(StrictBody):
         None, description="Pictures to edit: data URLs (data:image/png;base64,...), or https URLs of listed hosts."
     )
     image: str | list[str] | None = Field(None, description="Same as input_image.")
+    mask: str | None = Field(
+        None, description="A picture of the (first) picture's size, as input_image: where it is transparent is edited."
+    )
 
     def file_format(self) -> str:
         """The output format that the request gets."""
@@ -129,7 +132,9 @@ class ImageRequest(StrictBody):
 
     def remote(self) -> list[tuple[str, str]]:
         """(parameter, URL) of the pictures that are to be fetched."""
-        return [(f"input_image.{i}", url) for i, url in enumerate(self._urls()) if is_remote(url)]
+        urls = [(f"input_image.{i}", url) for i, url in enumerate(self._urls())]
+        urls += [("mask", self.mask)] if self.mask else []
+        return [(param, url) for param, url in urls if is_remote(url)]
 
     def _urls(self) -> list[str]:
         pictures = one_of(input_image=self.input_image, image=self.image)
@@ -152,6 +157,8 @@ class ImageRequest(StrictBody):
         self.check()
         width, height = parse_size(self.size)
         inputs += tuple(media_of_url(url, f"input_image.{i}", fetched=fetched) for i, url in enumerate(self._urls()))
+        if self.mask is not None:
+            inputs += (media_of_url(self.mask, "mask", "mask", fetched),)
         check_total(inputs, "input_image")
         return GenerationParams(
             model=model,

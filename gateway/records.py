@@ -37,15 +37,19 @@ class Holding:
 
 @dataclass(frozen=True, slots=True)
 class Queued:
-    """What waits in a queue: requests, their pixels, and pixels times steps."""
+    """What waits in a queue: requests, their pixels, and pixels times steps; those to be interpolated by themselves."""
 
     requests: int
     pixels: float
     pixel_steps: float
+    interpolated: int = 0
+    interpolated_pixels: float = 0.0
 
     def units(self, stage: str) -> float:
         """The work that it is for a stage, as `gateway/pace.py` counts it."""
-        return {"dit": self.pixel_steps, "vae": self.pixels}.get(stage, float(self.requests))
+        return {"dit": self.pixel_steps, "vae": self.pixels, "interpolation": self.pixels}.get(
+            stage, float(self.requests)
+        )
 
 
 def queue_key(stage: str, component_id: str) -> str:

@@ -35,7 +35,7 @@ from services.errors import (
     UnknownRequest,
     WrongState,
 )
-from services.media import first_picture
+from services.media import check_mask, first_picture
 from services.request import MAX_SEED, GenerationParams, Limits, ResolvedParams, check_interpolation, resolve
 from services.telemetry import new_traceparent
 from services.wire import params_to_proto
@@ -155,7 +155,9 @@ class RequestService:
     def _resolve(self, params: GenerationParams) -> tuple[ResolvedParams, Limits]:
         limits = self._replicas.limits(params.model)
         picture = first_picture(params.inputs[: limits.most_inputs])
+        self._check_mask_is_taken(params, limits)
         resolved = resolve(params, limits, seed=secrets.randbelow(MAX_SEED), picture=picture)
+        check_mask(resolved.inputs, limits)
         if resolved.preview_every:
             self._check_previews(params.model)
         if resolved.enable_frame_interpolation:
@@ -194,6 +196,13 @@ class RequestService:
                 request_id=request_id,
             )
         return bool(record)
+
+    def _check_mask_is_taken(self, params: GenerationParams, limits: Limits) -> None:
+        if "mask" in limits.other_roles or all(media.role != "mask" for media in params.inputs):
+            return
+        taking = [info.name for info in self.models() if "mask" in info.limits.optional_roles]
+        others = f"these do: {', '.join(taking)}" if taking else "nor does any other that is served"
+        raise InvalidRequest(f"model {params.model!r} takes no mask; {others}", param="mask")
 
     def _check_previews(self, model: str) -> None:
         if self._replicas.fit(model) is None:

@@ -240,8 +240,8 @@ class State:
         """Notes the paces that this gateway has learnt; returns those of all gateways, and what waits in each queue."""
         noted, found = await self._scripts.run("backlog", [PACES, *queues], SAMPLE, *_flat(paces))
         waiting = {
-            queue: Queued(int(requests), float(pixels), float(work))
-            for queue, (requests, pixels, work) in zip(queues, found, strict=True)
+            queue: Queued(int(row[0]), float(row[1]), float(row[2]), int(row[3]), float(row[4]))
+            for queue, row in zip(queues, found, strict=True)
         }
         return {name: float(pace) for name, pace in record_of(noted).items()}, waiting
 

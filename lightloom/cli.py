@@ -73,26 +73,35 @@ def generate(
     fps: Annotated[float | None, typer.Option(help="Frames a second of a clip.")] = None,
     interpolate: Annotated[int, typer.Option(help="How often to double a clip's frames and rate.")] = 0,
     image: Annotated[
-        list[Path] | None, typer.Option("--image", help="Input picture of an edit model, repeatable.")
+        list[Path] | None,
+        typer.Option("--image", help="Picture to edit, to begin a clip with, or to refer to; repeatable."),
     ] = None,
+    mask: Annotated[
+        Path | None, typer.Option(help="Where to edit: transparent of a picture's, white of a control video's mask.")
+    ] = None,
+    last_image: Annotated[Path | None, typer.Option(help="Picture that a clip ends with.")] = None,
+    control_video: Annotated[Path | None, typer.Option(help="MP4 file that steers a clip (input video).")] = None,
 ) -> None:
     """Make a picture (or clip) from a prompt, with a live progress bar."""
     from lightloom.generate import Wish, generate_to_file
 
     wish = Wish(
         prompt,
-        model,
-        negative_prompt,
-        size,
-        steps,
-        guidance,
-        seed,
-        frames,
-        tuple(image or ()),
-        fps,
-        guidance_2,
-        video,
-        interpolate,
+        model=model,
+        negative_prompt=negative_prompt,
+        size=size,
+        steps=steps,
+        guidance=guidance,
+        guidance_2=guidance_2,
+        seed=seed,
+        frames=frames,
+        fps=fps,
+        video=video,
+        interpolate=interpolate,
+        images=tuple(image or ()),
+        last_image=last_image,
+        control_video=control_video,
+        mask=mask,
     )
     generate_to_file(wish, output or Path("out.mp4" if video else "out.png"), connection)
 
@@ -151,13 +160,16 @@ def plan(
     frames: Annotated[int | None, typer.Option(help="Frames of a clip; default: the model's own.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Default: the model's own.")] = None,
     text_tokens: Annotated[int, typer.Option(help="Of the prompt, for models that take any number.")] = 512,
+    offload_experts: Annotated[
+        bool, typer.Option("--offload-experts", help="With engine.offload_experts: of two experts, one on each GPU.")
+    ] = False,
     rates: Annotated[Path | None, typer.Option(help="Measured rates (TOML); default: H100 with NVLink.")] = None,
     everything: Annotated[bool, typer.Option("--all", help="Show every layout.")] = False,
 ) -> None:
     """Show which layouts of a denoiser fit on so many GPUs, and which is expected to be fastest. Runs nothing."""
     from lightloom.plan_show import Wish, show_plan
 
-    wish = Wish(model, family, preset, gpus, memory, size, frames, guidance, text_tokens)
+    wish = Wish(model, family, preset, gpus, memory, size, frames, guidance, text_tokens, offload_experts)
     show_plan(wish, rates, everything=everything)
 
 

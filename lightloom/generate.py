@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from lightloom import client
 from lightloom.connection import Connection
 from services.errors import StartupError
-from services.request import VIDEO_FORMATS
+from services.request import VIDEO_FORMATS, Media, check_total
 
 FORMATS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp", ".mp4": "mp4", ".raw": "raw", ".zip": "zip"}
 
@@ -35,16 +35,34 @@ class Wish:
     guidance_2: float | None = None
     video: bool = False
     interpolate: int = 0
+    last_image: Path | None = None
+    control_video: Path | None = None
+    mask: Path | None = None
+
+    def inputs(self) -> tuple[Media, ...]:
+        """Pictures and clips, each with what it is for.
+
+        Raises:
+            StartupError: one cannot be read.
+            InvalidRequest: they are too large together.
+        """
+        others = {"last_image": self.last_image, "video": self.control_video, "mask": self.mask}
+        given = [("image", path) for path in self.images] + [(role, path) for role, path in others.items() if path]
+        inputs = []
+        for role, path in given:
+            try:
+                inputs.append(Media("", path.read_bytes(), role))
+            except OSError as error:
+                raise StartupError(f"the input {path} cannot be read: {error.strerror}") from error
+        check_total(inputs, "inputs")
+        return tuple(inputs)
 
     def options(self, output: Path) -> dict[str, Any]:
         """As fields of GenerationParams.
 
         Raises:
-            StartupError: a size or an ending that cannot be read, an input that is not there, no folder to write to.
+            StartupError: a size or an ending that cannot be read, no folder to write to.
         """
-        missing = [str(image) for image in self.images if not image.is_file()]
-        if missing:
-            raise StartupError(f"input picture {missing[0]} does not exist")
         if output.is_dir():
             raise StartupError(f"{output} is a folder: name a file, for example {output / 'out.png'}")
         if not output.parent.is_dir():
@@ -81,7 +99,7 @@ def generate_to_file(wish: Wish, output: Path, connection: Connection) -> client
         KeyboardInterrupt: after Ctrl-C; the request is aborted.
     """
     console = Console(stderr=True)
-    options = wish.options(output)
+    options, inputs = wish.options(output), wish.inputs()
     started_s = time.perf_counter()
     request_id = ""
     with (
@@ -105,7 +123,7 @@ def generate_to_file(wish: Wish, output: Path, connection: Connection) -> client
             bar.update(task, description=progress.state, completed=progress.step, total=progress.total or 1)
 
         try:
-            result = gateway.generate(wish.prompt, model=wish.model, on_progress=show, images=wish.images, **options)
+            result = gateway.generate(wish.prompt, model=wish.model, on_progress=show, images=inputs, **options)
         except KeyboardInterrupt:
             console.print(f"aborted request {request_id}" if request_id else "aborted")
             raise

@@ -23,7 +23,7 @@ from services.config import EngineSection, ModelSection, ServiceSection, StageCo
 from services.describe import limits_of, open_model
 from services.errors import NotEnabled, StartupError
 from services.family import Tensors
-from services.media import ClipWriter, first_picture
+from services.media import ClipWriter, check_mask, first_picture
 from services.request import MAX_SEED, ResolvedParams, open_params, resolve
 from text_encoder_svc.engine import open_engine as open_text
 from vae_svc.engine import VaeChunk, VaeJob, VaeResult
@@ -127,6 +127,7 @@ class Local:
         picture = first_picture(params.inputs[: self._limits.most_inputs])
         if params.enable_frame_interpolation:
             raise NotEnabled("frames are interpolated in a cluster only", param="enable_frame_interpolation")
+        check_mask(params.inputs[: self._limits.most_inputs], self._limits)
         return resolve(params, self._limits, seed=secrets.randbelow(MAX_SEED), picture=picture)
 
     def _encode(self, jobs: Mapping[str, ResolvedParams], busy: dict[str, dict[str, float]]) -> dict[str, Tensors]:

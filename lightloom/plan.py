@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 
 from dit_svc.dry_run import DryRun, Step
+from dit_svc.idle_experts import WITH_HSDP
 from lightloom.plan_rates import Rates
 from services.config import ParallelSection
 from services.errors import StartupError
@@ -28,13 +29,17 @@ MAX_GPUS = 64
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What the GPUs are to do: one request of that shape, on so many of them, each with `memory_bytes`."""
+    """What the GPUs are to do: one request of that shape, on so many of them, each with `memory_bytes`.
+
+    `offload_experts` is that of the engine: of several experts, one at a time is on a GPU.
+    """
 
     source: ModelSource
     params: ResolvedParams
     gpus: int
     memory_bytes: int
     text_tokens: int
+    offload_experts: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +50,7 @@ class Layout:
         section: the degrees as a config has them.
         weight_bytes: held in a forward; 0 where the model refuses the degrees.
         activation_bytes, sent_bytes: of one step of one request; 0 where the weights alone are too much.
+        host_bytes: of pinned memory of the host, for each rank.
         step_s: seconds a step takes when the request is alone; busy_s: when enough others fill a pipeline.
         refusal: why it cannot be used; empty where it can.
     """
@@ -53,6 +59,7 @@ class Layout:
     weight_bytes: int = 0
     activation_bytes: int = 0
     sent_bytes: int = 0
+    host_bytes: int = 0
     step_s: float = 0.0
     busy_s: float = 0.0
     refusal: str = ""
@@ -66,7 +73,11 @@ class Layout:
 
 
 class Planner:
-    """Finds out about layouts, one after the other."""
+    """Finds out about layouts, one after the other.
+
+    Raises:
+        StartupError: experts are to be offloaded, and there is one only.
+    """
 
     def __init__(self, job: Job, rates: Rates) -> None:
         self._job = job
@@ -76,6 +87,8 @@ class Planner:
         self._tokens = alone.part.token_count(alone.model, job.params)
         self._branches = alone.branches(job.params, self._conditions)
         self._experts = bool(alone.part.plan.experts)
+        if job.offload_experts:
+            alone.offloaded_weights()
         # The dry runs of the last layout: those that differ in HSDP alone share them.
         self._known: tuple[Degrees, list[RankRun]] = (Degrees(), [RankRun(alone)])
 
@@ -98,9 +111,16 @@ class Planner:
             runs = self._runs(Degrees.of(section))
         except StartupError as error:
             return Layout(section, refusal=str(error).removeprefix("parallel."))
-        weights = max(run.dry.weights(shards).peak for run in runs)
+        if self._job.offload_experts:
+            if Degrees.of(section).hsdp:
+                return Layout(section, refusal=WITH_HSDP)
+            held = [run.dry.offloaded_weights() for run in runs]
+        else:
+            held = [run.dry.weights(shards) for run in runs]
+        weights, host = max(rank.peak for rank in held), max(rank.host for rank in held)
         if self._missing(weights):
-            return Layout(section, weights, refusal=f"weights and reserve need {self._need(weights):.1f} GiB")
+            refusal = f"weights and reserve need {self._need(weights):.1f} GiB"
+            return Layout(section, weights, host_bytes=host, refusal=refusal)
         steps = [run.step(self._job.params, self._conditions) for run in runs]
         activations = max(step.activation_bytes for step in steps)
         gathered = [run.dry.gathered(shards, step) for run, step in zip(runs, steps, strict=True)]
@@ -112,6 +132,7 @@ class Planner:
             weight_bytes=weights,
             activation_bytes=activations,
             sent_bytes=max(sent),
+            host_bytes=host,
             # The first pass has to get through all ranks, and a step needs all its passes.
             step_s=(passes + len(runs) - 1) * a_pass_s,
             busy_s=passes * a_pass_s,

@@ -42,6 +42,7 @@ class Wish:
     frames: int | None
     guidance: float | None
     text_tokens: int
+    offload_experts: bool = False
 
     def job(self) -> Job:
         """Opened and checked.
@@ -72,7 +73,7 @@ class Wish:
         limits = load_family(source.family).variants[source.variant].limits
         # Input pictures come as latents; the dry run makes some.
         params = resolve(wish, limits.without_inputs(), seed=0)
-        return Job(source, params, self.gpus, memory, self.text_tokens)
+        return Job(source, params, self.gpus, memory, self.text_tokens, self.offload_experts)
 
 
 def parse_memory(text: str) -> int:
@@ -119,13 +120,14 @@ def show_layouts(console: Console, job: Job, rates: Rates, layouts: Sequence[Lay
     console.print(_heading(job, rates), highlight=False)
     table = Table(box=None, pad_edge=False)
     table.add_column("layout", overflow="fold")
-    for title in ("weights GiB", "activations GiB", "sent MB a step", "ms a step", "ms when busy"):
+    host = ("host GiB",) if job.offload_experts else ()
+    for title in ("weights GiB", *host, "activations GiB", "sent MB a step", "ms a step", "ms when busy"):
         table.add_column(title, justify="right", overflow="fold")
     table.add_column("", overflow="fold")
     shown = [*fitting, *refused] if everything else [*whole[:SHOWN], *refused[:SHOWN]]
     for layout in shown:
         first = bool(fitting) and layout is fitting[0]
-        table.add_row(*_row(layout), layout.refusal or ("fits, fastest" if first else "fits"))
+        table.add_row(*_row(layout, host=job.offload_experts), layout.refusal or ("fits, fastest" if first else "fits"))
     console.print(table)
     if hidden := len(layouts) - len(shown):
         console.print(f"{hidden} more layouts: --all shows them", style="dim", highlight=False)
@@ -135,12 +137,19 @@ def show_layouts(console: Console, job: Job, rates: Rates, layouts: Sequence[Lay
 def _heading(job: Job, rates: Rates) -> str:
     params, dtype = job.params, str(DTYPE).removeprefix("torch.")
     frames = f", {params.num_frames} frames" if params.num_frames > 1 else ""
+    offloaded = (
+        "One expert at a time is on a GPU, all are in pinned memory of the host, for each rank; what a swap takes is "
+        "not counted.\n"
+        if job.offload_experts
+        else ""
+    )
     return (
         f"{job.source.spec} ({job.source.family} {job.source.variant}), {dtype}; one request of"
         f" {params.width}x{params.height}{frames}, guidance {params.guidance:g},"
         f" {job.text_tokens} text tokens where their number is free\n"
         f"{job.gpus} GPUs of {job.memory_bytes / GIB:.1f} GiB, {rates.reserve_gib:g} GiB of each reserved;"
         " bytes are those of the rank with the most\n"
+        f"{offloaded}"
         "Times are estimates: arithmetic on a dry run and on rates of GPUs and links. Nothing has been run on a GPU.\n"
     )
 
@@ -156,10 +165,11 @@ def _sharded_in_vain(layout: Layout, fitting: Sequence[Layout]) -> bool:
     )
 
 
-def _row(layout: Layout) -> tuple[str, ...]:
+def _row(layout: Layout, *, host: bool = False) -> tuple[str, ...]:
     keys = ", ".join(f"{key} {json.dumps(value)}" for key, value in layout.keys.items()) or "one rank"
     figures = (
         (layout.weight_bytes / GIB, "{:.2f}"),
+        *([(layout.host_bytes / GIB, "{:.2f}")] if host else []),
         (layout.activation_bytes / GIB, "{:.2f}"),
         (layout.sent_bytes / 1e6, "{:.0f}"),
         (layout.step_s * 1e3, _digits(layout.step_s)),
@@ -180,6 +190,8 @@ def _verdict(job: Job, fitting: Sequence[Layout]) -> str:
     first = fitting[0]
     lines = [f"{key} = {json.dumps(value)}" for key, value in first.keys.items()]
     section = "\n".join(("[parallel]", *lines)) if lines else "no [parallel] section"
+    if job.offload_experts:
+        section += "\n\n[engine]\noffload_experts = true"
     steps = job.params.steps
     text = f"\nExpected to be fastest, {first.step_s * steps:.2f} s for {steps} steps:\n\n{section}"
     busiest = min(fitting, key=lambda layout: layout.busy_s)

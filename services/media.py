@@ -21,7 +21,7 @@ import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from services.errors import InvalidRequest
-from services.request import Media
+from services.request import Limits, Media
 
 Frames = np.ndarray[Any, np.dtype[np.uint8]]  # [F, H, W, 3], RGB, 0 to 255
 PICTURE_ROLES = ("image", "last_image", "mask")
@@ -95,6 +95,33 @@ def image_size(media: Media) -> tuple[int, int]:
         return (image.height, image.width) if on_its_side else (image.width, image.height)
 
 
+def check_mask(inputs: Sequence[Media], limits: Limits) -> None:
+    """Whether a picture's mask has its size and transparency, by their headers alone; of a clip's mask nothing.
+
+    Raises:
+        InvalidRequest: it has not, or as image_size.
+    """
+    masks = [media for media in inputs if media.role == "mask"]
+    pictures = [media for media in inputs if media.role == "image"]
+    if not masks or not pictures or limits.output != "image":
+        return
+    (width, height), size = image_size(pictures[0]), image_size(masks[0])
+    if size != (width, height):
+        raise InvalidRequest(
+            f"the mask has {size[0]}x{size[1]} pixels: the (first) picture has {width}x{height}, and the mask must "
+            "have as many",
+            param="inputs",
+        )
+    with _opened(masks[0]) as image:
+        # Pillow's own property asserts that a picture with a palette brought one.
+        if "A" not in image.getbands() and "transparency" not in image.info:
+            raise InvalidRequest(
+                "the mask has no transparency: send a PNG or WebP that is transparent where the picture is to be "
+                "edited",
+                param="inputs",
+            )
+
+
 def decode_image(media: Media, *, alpha: bool = False) -> Frames:
     """A picture's pixels as [1, H, W, 3], upright as its EXIF data say; with `alpha` [1, H, W, 4], 255 for opaque.
 
@@ -108,7 +135,9 @@ def decode_image(media: Media, *, alpha: bool = False) -> Frames:
 
 
 def decode_inputs(inputs: Sequence[Media], max_frames: int = 1, *, alpha: bool = False) -> dict[str, list[Frames]]:
-    """The pixels of all inputs by role, each [F, H, W, 3], or 4 with `alpha`; of clips the first `max_frames`.
+    """The pixels of all inputs by role, each [F, H, W, 3]; of clips the first `max_frames`.
+
+    Pictures have a fourth channel with `alpha`, and as masks.
 
     Raises:
         InvalidRequest: as decode_image and decode_clip.
@@ -116,7 +145,7 @@ def decode_inputs(inputs: Sequence[Media], max_frames: int = 1, *, alpha: bool =
     decoded: dict[str, list[Frames]] = {}
     for media in inputs:
         clip = media.role == "video" or (media.role == "mask" and _is_clip(media))
-        frames = decode_clip(media, max_frames) if clip else decode_image(media, alpha=alpha)
+        frames = decode_clip(media, max_frames) if clip else decode_image(media, alpha=alpha or media.role == "mask")
         decoded.setdefault(media.role, []).append(frames)
     return decoded
 

@@ -74,7 +74,8 @@ class Limits:
     that sets `guidance` alone leaves at its default.
 
     `min_inputs` and `max_inputs` count inputs of the role "image". Beside them, a request brings one input of each of
-    `needed_roles`, and may bring one of each of `optional_roles`.
+    `needed_roles`, and may bring one of each of `optional_roles`. With `pictures_need_mask`, a picture comes with a
+    mask of what is made anew in it, or not at all.
     """
 
     output: str = "image"
@@ -92,6 +93,7 @@ class Limits:
     max_inputs: int = 0
     needed_roles: tuple[str, ...] = ()
     optional_roles: tuple[str, ...] = ()
+    pictures_need_mask: bool = False
     default_width: int = 1024
     default_height: int = 1024
     default_frames: int = 1
@@ -365,6 +367,12 @@ def _check_inputs(params: ResolvedParams, limits: Limits) -> None:
     for role in limits.other_roles:
         _between(
             f"inputs of the role {role} (count)", roles.count(role), int(role in limits.needed_roles), 1, param="inputs"
+        )
+    if limits.pictures_need_mask and ("image" in roles) != ("mask" in roles):
+        raise InvalidRequest(
+            f"model {params.model!r} takes a picture and a mask of what is made anew in it, or neither: there is only "
+            f"the {'picture' if 'image' in roles else 'mask'}",
+            param="inputs",
         )
     check_total(params.inputs, "inputs")
 

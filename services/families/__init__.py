@@ -30,6 +30,7 @@ PIPELINES = {
     "QwenImagePipeline": ("qwen_image", "t2i"),
     "QwenImageEditPipeline": ("qwen_image", "edit"),
     "QwenImageEditPlusPipeline": ("qwen_image", "edit_plus"),
+    "QwenImageEditPlusPipeline zero_cond_t": ("qwen_image", "edit_2511"),
     "QwenImageLayeredPipeline": ("qwen_image", "layered"),
     "WanPipeline": ("wan", "t2v_one_expert"),
     "WanPipeline boundary_ratio": ("wan", "t2v"),

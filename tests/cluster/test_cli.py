@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from services.config import environment_with_malloc
+from services.request import MAX_INPUT_BYTES
 from tests.cluster.running import wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -132,6 +133,17 @@ def test_unknown_requests_and_bad_wishes(cluster, tmp_path):
     refused(lightloom("generate", "a cat", "--size", "256*256", *cluster), 2, "WIDTHxHEIGHT")
     refused(lightloom("generate", "a cat", "--model", "none", *cluster), 1, "there are demo")
     refused(lightloom("generate", "a cat", "--image", tmp_path / "none.png", *cluster), 2, "none.png")
+    for option in ("--last-image", "--control-video", "--mask"):
+        refused(lightloom("generate", "a cat", option, tmp_path, *cluster), 2, str(tmp_path), "cannot be read")
+        words = "no MP4" if option == "--control-video" else "cannot be decoded"
+        refused(lightloom("generate", "a cat", option, "README.md", *cluster), 1, words)
+    grid = "docs/demo_grid.png"
+    refused(lightloom("generate", "a cat", "--last-image", grid, *cluster), 1, "'last_image'", "takes image, mask")
+    for option, word in (("--image", "picture"), ("--mask", "mask")):
+        refused(lightloom("generate", "a cat", option, grid, *cluster), 1, "or neither", f"only the {word}")
+    large = tmp_path.parent / "large.mp4"
+    large.write_bytes(b"\0" * (MAX_INPUT_BYTES + 1))
+    refused(lightloom("generate", "a cat", "--control-video", large, *cluster), 1, f"at most {MAX_INPUT_BYTES}")
     refused(lightloom("generate", "a cat", "-o", tmp_path / "none" / "a.png", *cluster), 2, "no folder")
     refused(lightloom("generate", "a cat", "-o", tmp_path, *cluster), 2, "is a folder")
     refused(lightloom("generate", "a cat", "--seed", -1, *cluster), 1, "seed is -1", "between 0 and 2^64 - 1")

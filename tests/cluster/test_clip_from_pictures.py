@@ -16,6 +16,7 @@ from services.families import load_family
 from services.request import GenerationParams, Media, resolve
 from services.weights import open_source
 from tests.cluster.running import serving
+from tests.cluster.test_cli import lightloom
 from tests.oracle.wan import load_stock_of_pictures, picture
 from vae_svc.engine import to_pixels
 
@@ -69,7 +70,7 @@ def test_roles_by_rest_and_what_they_may_be(clips):
         assert (status["state"], status["error"]) == ("done", None)
         for inputs, says in (
             (INPUTS[:1], "inputs of the role last_image"),
-            ((*INPUTS, picture(8, 8, 1, "mask")), "takes image, last_image"),
+            ((*INPUTS, picture(8, 8, 1, "mask")), "takes no mask; nor does any other"),
         ):
             answer = rest.post("/v1/requests", json={"prompt": PROMPT, "inputs": json_of(inputs), **SMALL})
             assert answer.status_code == 400
@@ -85,3 +86,15 @@ def test_roles_by_rest_and_what_they_may_be(clips):
 def test_without_pictures_it_is_refused(clips):
     with Client(clips.grpc_address) as client, pytest.raises(InvalidRequest, match="needs an input picture"):
         client.generate(PROMPT, **SMALL)
+
+
+def test_from_the_command_line(clips, tmp_path):
+    for name, media in zip(("first.png", "last.png"), INPUTS, strict=True):
+        (tmp_path / name).write_bytes(media.data)
+    options = ["--size", "96x64", "--steps", 3, "--frames", 5, "--seed", 3, "--address", clips.grpc_address]
+    options += ["--image", tmp_path / "first.png", "--last-image", tmp_path / "last.png"]
+    done = lightloom("generate", PROMPT, "-o", tmp_path / "out.raw", *options)
+    assert done.returncode == 0, done.stderr
+    with Client(clips.grpc_address) as client:
+        result = client.generate(PROMPT, images=INPUTS, output_format="raw", **SMALL)
+    assert (tmp_path / "out.raw").read_bytes() == result.data

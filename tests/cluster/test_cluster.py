@@ -58,6 +58,24 @@ def test_the_same_seed_gives_the_same_picture_through_rest_and_grpc(client, base
     assert base64.b64decode(answer.data[0].b64_json) == ours
 
 
+def test_under_a_mask_the_rest_of_the_picture_stays(client, base_url):
+    before = client.generate(PROMPT, seed=7).data
+    wish = "a large green square above a small blue star on a white background"
+    area = np.full((256, 256, 4), 255, np.uint8)
+    # The lower half, where the circle is.
+    area[128:, :, 3] = 0
+    file = io.BytesIO()
+    Image.fromarray(area).save(file, "PNG")
+    theirs = openai.OpenAI(base_url=f"{base_url}/v1", api_key="none", max_retries=0)
+    made = theirs.images.edit(model="demo", prompt=wish, image=before, mask=file.getvalue(), extra_body={"seed": 3})
+    after = picture(base64.b64decode(made.data[0].b64_json))
+    apart = np.abs(after.astype(int) - picture(before)).mean(axis=(1, 2))
+    assert apart[:112].max() < 8 < 16 < apart[144:].max()
+    assert score(after, parse(wish)).agrees
+    with pytest.raises(openai.BadRequestError, match="or neither: there is only the picture"):
+        theirs.images.edit(model="demo", prompt=wish, image=before)
+
+
 def test_the_openai_client_streams_and_makes_several(base_url):
     theirs = openai.OpenAI(base_url=f"{base_url}/v1", api_key="none", max_retries=0)
     many = theirs.images.generate(model="demo", prompt=PROMPT, n=2, response_format="url", extra_body={"steps": 3})

@@ -19,9 +19,10 @@ from gateway.replicas import BACK_OFF_S
 from lightloom.client import Client
 from services.errors import InvalidRequest
 from services.families import load_family
-from services.request import resolve
+from services.request import Media, resolve
 from tests.cluster.running import serving
-from tests.oracle.qwen_image import edit_pipeline, edited, give_token_types, picture, wish
+from tests.cluster.test_cli import lightloom, refused
+from tests.oracle.qwen_image import edit_pipeline, edited, give_token_types, mask, picture, wish
 from tests.unit.test_media import bomb
 
 PROMPT = "make it red"
@@ -107,8 +108,69 @@ def test_the_openai_client_edits_with_files(client, edits):
     events = list(theirs.images.edit(image=INPUT.data, stream=True, partial_images=1, **wish))
     assert [event.type for event in events] == ["image_edit.partial_image", "image_edit.completed"]
     assert base64.b64decode(events[-1].b64_json) == expected
-    with pytest.raises(openai.BadRequestError, match="mask"):
-        theirs.images.edit(image=INPUT.data, mask=INPUT.data, **wish)
+
+
+def test_the_openai_client_edits_under_a_mask(client, rest, edits):
+    theirs = openai.OpenAI(base_url=f"{edits.base_url}/v1", api_key="none", max_retries=0)
+    area = mask(90, 50, 4)
+    made = theirs.images.edit(
+        image=INPUT.data, mask=area.data, prompt=PROMPT, size="64x80", extra_body={"steps": 4, "seed": 5}
+    )
+    ours = client.generate(PROMPT, images=[INPUT.data, area], **SMALL).data
+    assert base64.b64decode(made.data[0].b64_json) == ours
+    body = {"prompt": PROMPT, "size": "64x80", "steps": 4, "seed": 5, "image": url(INPUT.data), "mask": url(area.data)}
+    answer = rest.post("/v1/images/generations", json=body)
+    assert base64.b64decode(answer.json()["data"][0]["b64_json"]) == ours
+    plain = client.generate(PROMPT, images=[INPUT.data], **SMALL).data
+    assert not np.array_equal(pixels(ours), pixels(plain))
+
+
+def test_a_mask_from_the_command_line(client, edits, tmp_path):
+    area = mask(90, 50, 4)
+    for name, media in (("picture.png", INPUT), ("mask.png", area)):
+        (tmp_path / name).write_bytes(media.data)
+    options = ["--size", "64x80", "--steps", 4, "--seed", 5, "--address", edits.cluster.grpc_address]
+    command = ["generate", PROMPT, "-o", tmp_path / "out.png", "--image", tmp_path / "picture.png"]
+    done = lightloom(*command, "--mask", tmp_path / "mask.png", *options)
+    assert done.returncode == 0, done.stderr
+    expected = client.generate(PROMPT, images=[INPUT.data, area], **SMALL).data
+    assert (tmp_path / "out.png").read_bytes() == expected
+    refused(lightloom(*command, "--mask", tmp_path / "picture.png", *options), 1, "the mask has no transparency")
+
+
+BAD_MASKS = {
+    "another size": (mask(50, 90, 4).data, "the mask has 50x90 pixels"),
+    "no transparency": (INPUT.data, "the mask has no transparency"),
+    "no picture": (b"not a picture", "mask is of no known type"),
+    "broken": (b"\x89PNG\r\n\x1a\n" + b"\x00" * 64, "cannot be decoded"),
+    "bomb": (bomb(60000, 60000), "too many pixels"),
+    "clip": (b"\0\0\0\x18ftypisom" + b"\0" * 64, "cannot be decoded"),
+    "cut": (mask(90, 50, 4).data[:-300], "cannot be decoded"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_MASKS)
+def test_a_bad_mask_is_refused_and_the_service_lives(rest, client, edits, case):
+    data, text = BAD_MASKS[case]
+    before = edits.cluster.status()
+    answer = rest.post("/v1/images/edits", data={"prompt": PROMPT}, files={"image": INPUT.data, "mask": data})
+    assert answer.status_code == 400, answer.text
+    assert text in answer.json()["error"]["message"]
+    with pytest.raises(InvalidRequest):
+        client.generate(PROMPT, images=[INPUT.data, Media("image/png", data, "mask")])
+    assert client.generate(PROMPT, images=[INPUT.data], **SMALL).data
+    assert edits.cluster.status() == before
+
+
+def test_one_mask_and_only_with_a_picture(rest):
+    area = mask(90, 50, 4).data
+    answer = rest.post("/v1/images/edits", data={"prompt": PROMPT}, files={"mask": area})
+    assert answer.status_code == 400
+    assert "image is missing" in answer.json()["error"]["message"]
+    files = [("image", INPUT.data), ("mask", area), ("mask", area)]
+    answer = rest.post("/v1/images/edits", data={"prompt": PROMPT}, files=files)
+    assert answer.status_code == 400
+    assert "inputs of the role mask (count) is 2" in answer.json()["error"]["message"]
 
 
 def test_without_a_size_the_result_has_the_pictures_shape(client):
@@ -125,7 +187,7 @@ def test_both_encoders_saw_the_picture(client):
 HEADER_BROKEN = b"\x89PNG\r\n\x1a\n" + b"\x00" * 64
 REFUSED = {
     "none": ([], "needs an input picture"),
-    "two": ([INPUT.data] * 2, "inputs (count) is 2: it must be 1"),
+    "two": ([INPUT.data] * 2, "inputs of the role image (count) is 2: it must be 1"),
     "broken": ([HEADER_BROKEN], "cannot be decoded"),
     "bomb": ([bomb(60000, 60000)], "too many pixels"),
     "bomb that the library allows": ([bomb(9000, 9000)], "too many pixels"),

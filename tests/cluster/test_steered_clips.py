@@ -15,6 +15,7 @@ from services.families import load_family
 from services.request import GenerationParams, Media, resolve
 from services.weights import open_source
 from tests.cluster.running import serving
+from tests.cluster.test_cli import lightloom
 from tests.cluster.test_clip_from_pictures import json_of
 from tests.oracle.wan import clip, load_vace, picture
 from vae_svc.engine import to_pixels
@@ -81,3 +82,15 @@ def test_what_cannot_steer_is_refused_and_the_next_request_runs(clips, inputs, s
         with pytest.raises(InvalidRequest, match=says):
             client.generate(PROMPT, images=inputs, **SMALL)
         assert client.generate(PROMPT, images=INPUTS[:1], **SMALL).num_frames == 5
+
+
+def test_from_the_command_line(clips, tmp_path):
+    options = ["--size", "96x64", "--steps", 3, "--frames", 5, "--seed", 3, "--address", clips.grpc_address]
+    for name, media in zip(("video.mp4", "mask.mp4", "thing.png"), INPUTS, strict=True):
+        (tmp_path / name).write_bytes(media.data)
+    options += ["--control-video", tmp_path / "video.mp4", "--mask", tmp_path / "mask.mp4"]
+    done = lightloom("generate", PROMPT, "-o", tmp_path / "out.raw", "--image", tmp_path / "thing.png", *options)
+    assert done.returncode == 0, done.stderr
+    with Client(clips.grpc_address) as client:
+        result = client.generate(PROMPT, images=INPUTS, output_format="raw", **SMALL)
+    assert (tmp_path / "out.raw").read_bytes() == result.data

@@ -22,7 +22,7 @@ VALUES = sorted((Path(__file__).parent / "values").glob("*.yaml"))
 EVERYTHING = Path(__file__).parent / "values/everything.yaml"
 RELEASE, NAMESPACE = "pix", "media"
 # What `python -m` runs for a stage, and its gRPC service.
-STAGES = {"text_encoder_svc": "TextEncoder", "dit_svc": "Dit", "vae_svc": "Vae"}
+STAGES = {"text_encoder_svc": "TextEncoder", "dit_svc": "Dit", "vae_svc": "Vae", "interpolation_svc": "Interpolation"}
 
 Object = dict[str, Any]
 

@@ -15,7 +15,7 @@ from services.config import EngineSection, ModelSection, ParallelSection, Servic
 from services.errors import StartupError
 from services.features import ORDER
 from services.parallel.degrees import Degrees
-from services.request import Limits
+from services.request import InterpolationLimits, Limits
 from tests.deploy.chart import (
     CHART,
     EVERYTHING,
@@ -85,7 +85,7 @@ def test_services_accept_their_configs(objects: list[Object], tmp_path: Path) ->
         config = started_with(objects, pod, tmp_path)
         if module == "gateway":
             continue
-        parse(Limits, config.limits, "limits.")
+        parse(InterpolationLimits if module == "interpolation_svc" else Limits, config.limits, "limits.")
         assert Degrees.of(config.parallel).world >= 1
         for name, options in config.features.items():
             parse(importlib.import_module(ORDER[name]).Config, options, f"features.{name}.")
@@ -114,6 +114,8 @@ def test_the_schema_of_values_has_the_keys_of_the_services() -> None:
         "engine": (EngineSection, set()),
         "parallel": (ParallelSection, {"hosts", "leader_address", "agent_token_file"}),
         "limits": (Limits, set()),
+        "interpolationModel": (ModelSection, {"name", "family", "preset"}),
+        "interpolationLimits": (InterpolationLimits, set()),
     }
     for name, (cls, own) in known.items():
         assert set(definitions[name]["properties"]) | own == {field.name for field in fields(cls)}, name
@@ -130,6 +132,9 @@ def test_the_schema_of_values_has_the_keys_of_the_services() -> None:
         ("models.wan.stages.dit.autoscaling.minReplicas", 0, "minReplicas"),
         ("models.wan.limits.max_pixel", 5, "max_pixel"),
         ("models.a-name-of-32-characters-exactly1", {"model": {"source": "x"}}, "longer than 52 characters"),
+        ("interpolation.model.preset", "x", "preset"),
+        ("interpolation.limits.max_exponent", 2, "max_exponent"),
+        ("interpolation.hosts", 2, "hosts"),
         ("models.Wan", {"model": {"source": "x"}}, "Wan"),
         ("gateway.config.redis.url", "redis://:secret@r:6379", "redis"),
         ("redis.existingSecret", "", "name a Secret with the key `url`"),

@@ -109,7 +109,9 @@ def test_gateways_find_all_stages_by_names_that_exist(objects: list[Object], tmp
     pods = dict(pod_templates(objects))
     services = by_name(objects, "Service")
     stages = started_with(objects, pods["pix-lightloom-gateway"], tmp_path).stages
-    for stage in ("text_encoder", "dit", "vae"):
+    there = "pix-lightloom-interpolation" in pods
+    assert bool(stages.interpolation) == there, "a name that leads nowhere"
+    for stage in ("text_encoder", "dit", "vae", *(["interpolation"] if there else [])):
         name, _, port = getattr(stages, stage).removeprefix("dns:///").partition(":")
         assert services[name]["spec"]["clusterIP"] == "None"
         # DNS leads to the pod's own port.
@@ -234,7 +236,7 @@ def test_autoscaled_stages_have_a_target_without_replicas_and_figures_that_gatew
     everything: list[Object],
 ) -> None:
     exported: dict[str, Metric] = {family.name: family for family in families([])}
-    assert len(of_kind(everything, "ScaledObject")) == 3
+    assert len(of_kind(everything, "ScaledObject")) == 4
     for item in of_kind(everything, "ScaledObject"):
         target = item["spec"]["scaleTargetRef"]
         found = by_name(everything, target["kind"])[target["name"]]
@@ -247,7 +249,8 @@ def test_autoscaled_stages_have_a_target_without_replicas_and_figures_that_gatew
             chosen = dict(pair.split("=") for pair in labels.replace('"', "").split(","))
             assert chosen.pop("namespace") == NAMESPACE
             assert set(chosen) <= set(exported[metric]._labelnames)
-            assert chosen["model"] == "wan"
+            # The interpolator is that of all models.
+            assert chosen["model"] == ("" if chosen["stage"] == "interpolation" else "wan")
             assert trigger["metadata"]["ignoreNullValues"] == "false"
 
 
@@ -280,6 +283,7 @@ def test_policies_let_through_what_the_cluster_says_to_itself_and_nothing_else(e
         ("gateway", "text-encoder-wan", 50051),
         ("gateway", "dit-wan", 50051),
         ("gateway", "vae-wan", 50051),
+        ("gateway", "interpolation", 50051),
         ("gateway", "redis", 6379),
     }
     # A group's ranks reach each other at every port.

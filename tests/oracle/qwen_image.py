@@ -11,9 +11,17 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from diffusers import QwenImageEditPipeline, QwenImageEditPlusPipeline, QwenImageLayeredPipeline, QwenImagePipeline
+from diffusers import (
+    QwenImageEditInpaintPipeline,
+    QwenImageEditPipeline,
+    QwenImageEditPlusPipeline,
+    QwenImageInpaintPipeline,
+    QwenImageLayeredPipeline,
+    QwenImagePipeline,
+)
 from diffusers.pipelines.qwenimage import (
     pipeline_qwenimage_edit,
+    pipeline_qwenimage_edit_inpaint,
     pipeline_qwenimage_edit_plus,
     pipeline_qwenimage_layered,
 )
@@ -40,6 +48,20 @@ def picture(width: int, height: int, seed: int, channels: int = 3) -> Media:
     return Media(*encode_frames(frames, "png", 90, 0.0))
 
 
+def mask(width: int, height: int, seed: int) -> Media:
+    """A PNG that is transparent in a box a third as long, and half so along a band; its colours say nothing."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (1, height, width, 4), dtype=np.uint8)
+    pixels[..., 3] = 255
+    pixels[:, height // 4 : height // 4 + height // 3, width // 3 : 2 * width // 3, 3] = 0
+    pixels[:, -height // 5 :, :, 3] = 90
+    return Media(*encode_frames(pixels, "png", 90, 0.0), role="mask")
+
+
+def stock_mask(media: Media) -> Image.Image:
+    """As the stock pipelines take it: white where the picture is edited."""
+    return Image.fromarray(255 - decode_image(media, alpha=True)[0, :, :, 3])
+
+
 def load_t2i(folder: Path, dtype: torch.dtype) -> Stock:
     pipeline = QwenImagePipeline.from_pretrained(folder, dtype=dtype)
     return lambda params: {"latents": call(pipeline, params)}
@@ -53,6 +75,45 @@ def load_edit(folder: Path, dtype: torch.dtype) -> Stock:
     return lambda params: {"latents": edited(pipeline, folder, params)}
 
 
+def load_masked_edit(folder: Path, dtype: torch.dtype) -> Stock:
+    pipeline = edit_pipeline(folder, dtype, QwenImageEditInpaintPipeline)
+    encode_as_edits_do(pipeline)
+    give_token_types(pipeline)
+    pipeline.vae._encode = CausalCodec(pipeline.vae).encode
+    area_px = json.loads((folder / "model_index.json").read_text())["latent_area_px"]
+    dimensions = pipeline_qwenimage_edit_inpaint.calculate_dimensions
+
+    def run(params: ResolvedParams) -> dict[str, torch.Tensor]:
+        media, area = params.inputs
+        pictures = {"image": Image.fromarray(decode_image(media)[0]), "mask_image": stock_mask(area)}
+        resized = patch.object(
+            pipeline_qwenimage_edit_inpaint, "calculate_dimensions", lambda _, ratio: dimensions(area_px, ratio)
+        )
+        with resized:
+            # All of its noise, as an edit without a mask begins.
+            return {"latents": call(pipeline, params, strength=1.0, **pictures)}
+
+    return run
+
+
+def encode_as_edits_do(pipeline: Any) -> None:
+    """Gives a pipeline for masks the picture's likeliest latents: it draws them, where the one for edits does not."""
+    pipeline._encode_vae_image = QwenImageEditPipeline._encode_vae_image.__get__(pipeline)
+
+
+def load_masked(folder: Path, dtype: torch.dtype) -> Stock:
+    pipeline = QwenImageInpaintPipeline.from_pretrained(folder, dtype=dtype)
+    encode_as_edits_do(pipeline)
+    pipeline.vae._encode = CausalCodec(pipeline.vae).encode
+
+    def run(params: ResolvedParams) -> dict[str, torch.Tensor]:
+        media, area = params.inputs
+        pictures = {"image": Image.fromarray(decode_image(media)[0]), "mask_image": stock_mask(area)}
+        return {"latents": call(pipeline, params, strength=1.0, **pictures)}
+
+    return run
+
+
 def load_edit_plus(folder: Path, dtype: torch.dtype) -> Stock:
     pipeline = edit_pipeline(folder, dtype, QwenImageEditPlusPipeline)
     give_token_types(pipeline)
@@ -64,11 +125,40 @@ def load_edit_plus(folder: Path, dtype: torch.dtype) -> Stock:
     }
 
     def run(params: ResolvedParams) -> dict[str, torch.Tensor]:
-        images = [Image.fromarray(decode_image(media)[0]) for media in params.inputs]
+        images = [Image.fromarray(decode_image(media)[0]) for media in params.inputs if media.role == "image"]
+        masks = [stock_mask(media) for media in params.inputs if media.role == "mask"]
+        put_back = {"callback_on_step_end": keeper(pipeline, params, images[0], *masks)} if masks else {}
         with patch.multiple(pipeline_qwenimage_edit_plus, **areas):
-            return {"latents": call(pipeline, params, image=images)}
+            return {"latents": call(pipeline, params, image=images, **put_back)}
 
     return run
+
+
+def keeper(pipeline: QwenImageEditPlusPipeline, params: ResolvedParams, picture: Image.Image, area: Image.Image) -> Any:
+    """What puts a picture back outside of a mask after each step: the stock pipeline for masks has no such edits."""
+    parts = {name: pipeline.components[name] for name in ("scheduler", "vae", "text_encoder", "tokenizer")}
+    inpaint = QwenImageInpaintPipeline(transformer=pipeline.transformer, **parts)
+    encode_as_edits_do(inpaint)
+    size = {"height": params.height, "width": params.width}
+    pixels, mask_pixels = (
+        processor.preprocess(image, **size)
+        for processor, image in ((inpaint.image_processor, picture), (inpaint.mask_processor, area))
+    )
+    sides, kind = (1, 16, params.height, params.width), (pipeline.dtype, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(params.seed)
+    # At full noise the timestep has no part in it; the scheduler is set by the call that follows.
+    scaled = patch.object(inpaint.scheduler, "scale_noise", lambda sample, _, noise: noise)
+    with scaled:
+        _, noise, kept = inpaint.prepare_latents(pixels, None, *sides, *kind, generator)
+    anew, _ = inpaint.prepare_mask_latents(mask_pixels, pixels, *sides[:2], 1, *sides[2:], *kind, generator)
+
+    def put_back(pipe: Any, step: int, _timestep: Any, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        timesteps, before = pipe.scheduler.timesteps, kept
+        if step < len(timesteps) - 1:
+            before = pipe.scheduler.scale_noise(kept, timesteps[step + 1][None], noise)
+        return values | {"latents": (1 - anew) * before + anew * values["latents"]}
+
+    return put_back
 
 
 def load_layered(folder: Path, dtype: torch.dtype) -> Stock:
@@ -164,6 +254,28 @@ def call(pipeline, params: ResolvedParams, output_type: str = "latent", **others
     ).images
 
 
+EDIT_PLUS = OracleRow(
+    family="qwen_image",
+    variant="edit_plus",
+    wishes=(
+        wish("make it red", 1, 5, (64, 80), picture(90, 50, 1), picture(40, 60, 2)),
+        wish("a photo of a large green square on a blue background", 2, 4, (96, 80), picture(64, 200, 2)),
+        wish("dog", 3, 4, (64, 112), picture(31, 29, 3), picture(90, 50, 1), picture(64, 200, 2)),
+    ),
+    together=(
+        wish("make it red", 1, 5, (64, 80), picture(90, 50, 1), picture(40, 60, 2)),
+        wish(
+            "a photo of a large green square on a blue background",
+            2,
+            4,
+            (64, 80),
+            picture(95, 51, 2),
+            picture(41, 61, 5),
+        ),
+        wish("dog", 3, 4, (64, 80), picture(180, 100, 3), picture(80, 120, 6)),
+    ),
+    load_stock=load_edit_plus,
+)
 ROWS = (
     OracleRow(
         family="qwen_image",
@@ -190,25 +302,44 @@ ROWS = (
         ),
         load_stock=load_edit,
     ),
+    EDIT_PLUS,
+    replace(EDIT_PLUS, variant="edit_2511"),
+    OracleRow(
+        family="qwen_image",
+        variant="t2i",
+        name="qwen_image-t2i-mask",
+        wishes=(
+            wish("a red circle", 1, 5, (64, 80), picture(90, 50, 1), mask(90, 50, 4)),
+            wish("a photo of a large green square", 2, 4, (96, 80), picture(64, 200, 2), mask(64, 200, 5)),
+            wish("dog", 3, 4, (64, 112), picture(31, 29, 3), mask(31, 29, 6)),
+        ),
+        load_stock=load_masked,
+    ),
+    # The stock pipeline makes the size that it scales the picture to.
+    OracleRow(
+        family="qwen_image",
+        variant="edit",
+        name="qwen_image-edit-mask",
+        wishes=(
+            wish("make it red", 1, 5, (96, 64), picture(90, 60, 1), mask(90, 60, 4)),
+            wish("a photo of a large green square", 2, 4, (64, 96), picture(70, 100, 2), mask(70, 100, 5)),
+            wish("dog", 3, 4, (64, 64), picture(109, 110, 3), mask(109, 110, 6)),
+        ),
+        load_stock=load_masked_edit,
+    ),
     OracleRow(
         family="qwen_image",
         variant="edit_plus",
+        name="qwen_image-edit_plus-mask",
         wishes=(
-            wish("make it red", 1, 5, (64, 80), picture(90, 50, 1), picture(40, 60, 2)),
-            wish("a photo of a large green square on a blue background", 2, 4, (96, 80), picture(64, 200, 2)),
-            wish("dog", 3, 4, (64, 112), picture(31, 29, 3), picture(90, 50, 1), picture(64, 200, 2)),
+            wish("make it red", 1, 5, (64, 80), picture(90, 50, 1), picture(40, 60, 2), mask(90, 50, 4)),
+            wish("a photo of a large green square", 2, 4, (96, 80), picture(64, 200, 2), mask(64, 200, 5)),
+            wish("dog", 3, 4, (64, 112), mask(31, 29, 6), picture(31, 29, 3), picture(90, 50, 1)),
         ),
         together=(
-            wish("make it red", 1, 5, (64, 80), picture(90, 50, 1), picture(40, 60, 2)),
-            wish(
-                "a photo of a large green square on a blue background",
-                2,
-                4,
-                (64, 80),
-                picture(95, 51, 2),
-                picture(41, 61, 5),
-            ),
-            wish("dog", 3, 4, (64, 80), picture(180, 100, 3), picture(80, 120, 6)),
+            wish("make it red", 1, 5, (64, 80), picture(90, 50, 1), picture(40, 60, 2), mask(90, 50, 4)),
+            wish("a photo of a large green square", 2, 4, (64, 80), picture(95, 51, 2), picture(41, 61, 5)),
+            wish("dog", 3, 4, (64, 80), picture(180, 100, 3), picture(80, 120, 6), mask(180, 100, 6)),
         ),
         load_stock=load_edit_plus,
     ),

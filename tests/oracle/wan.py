@@ -135,7 +135,7 @@ def steering(params: ResolvedParams) -> dict[str, Any]:
         if role in decoded:
             [frames] = decoded[role]
             frames = frames.repeat(params.num_frames, 0) if len(frames) == 1 else frames
-            inputs[name] = [Image.fromarray(frame) for frame in frames]
+            inputs[name] = [Image.fromarray(frame).convert("RGB") for frame in frames]
     if "image" in decoded:
         inputs["reference_images"] = [Image.fromarray(frames[0]) for frames in decoded["image"]]
     return inputs

@@ -38,7 +38,11 @@ FOUR = {
 NAMES = [str(row) for row in ROWS]
 VARIANTS = {row.family: [str(other) for other in ROWS if other.family == row.family] for row in ROWS}
 # The first of each family, and those whose blocks differ from its blocks, go through every layout of two ranks.
-CUTS = [variants[0] for variants in VARIANTS.values()] + ["wan-vace", "wan-i2v_one_expert"]
+CUTS = [variants[0] for variants in VARIANTS.values()] + [
+    "qwen_image-edit_2511",
+    "wan-vace",
+    "wan-i2v_one_expert",
+]
 Layouts = dict[str, dict[str, int]]
 
 

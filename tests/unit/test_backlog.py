@@ -14,7 +14,7 @@ from gateway.pace import Pace
 from gateway.records import queue_key
 from gateway.replicas import Replica, Replicas
 from gateway.state import State
-from gateway.ticket import Ticket
+from gateway.ticket import Ticket, feed_key
 from protos import types_pb2
 
 PIXELS, STEPS = 64 * 64, 10
@@ -77,6 +77,26 @@ async def test_seconds_are_what_replicas_took_for_the_work_that_waits(state: Sta
     assert now["queued_seconds", "text_encoder"] == pytest.approx(3.0)
     assert now["queued_seconds", "vae"] == pytest.approx(3.0)
     assert (now["running_requests", "dit"], now["replicas", "dit"]) == (4, 1)
+
+
+async def test_what_waits_for_an_interpolator_are_clips_that_wait_to_be_decoded(state: State) -> None:
+    replicas = cluster()
+    facts = types_pb2.DescribeResponse(component_id="i", in_flight=2)
+    replicas.known["interpolation", "a"] = Replica("interpolation", "a", cast(Any, None), facts)
+    replicas._last["interpolation", ""] = facts
+    replicas.known["interpolation", "a"].took(usage(4.0), PARAMS)
+    empty = await figures(Backlog(state, replicas))
+    assert empty["queued_requests", "interpolation"] == empty["queued_seconds", "interpolation"] == 0
+    await queue(state, "vae", 2)
+    for index, stage in enumerate(("vae", "vae", "vae", "dit")):
+        ticket = Ticket(feed=feed_key("m", with_inputs=False, interpolated=True))
+        await state.submit(f"smooth{index}", queue_key(stage, stage[0]), ticket, {"pixels": PIXELS, "total": STEPS})
+    now = await figures(Backlog(state, replicas))
+    assert now["queued_requests", "vae"] == 5
+    # Two at a time in 4 seconds are 2 seconds each.
+    assert now["queued_requests", "interpolation"] == 3
+    assert now["queued_seconds", "interpolation"] == pytest.approx(6.0)
+    assert now["running_requests", "interpolation"] == 2
 
 
 async def test_a_new_gateway_knows_what_others_learnt_and_replicas_that_left(state: State) -> None:

@@ -59,7 +59,7 @@ def test_masks_may_be_clips_or_pictures():
         "mask": [(3, 48, 64, 3)],
         "image": [(1, 9, 8, 3), (1, 11, 10, 3)],
     }
-    assert decode_inputs([picture(8, 9, 1, "mask")], 3)["mask"][0].shape == (1, 9, 8, 3)
+    assert decode_inputs([picture(8, 9, 1, "mask")], 3)["mask"][0].shape == (1, 9, 8, 4)
 
 
 @pytest.mark.parametrize(

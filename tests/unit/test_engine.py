@@ -13,7 +13,7 @@ from services.request import ResolvedParams
 from tests.oracle.harness import Subject, difference, make_folder, run
 from tests.oracle.qwen_image import ROWS
 
-[ROW] = [row for row in ROWS if row.variant == "t2i"]
+[ROW] = [row for row in ROWS if str(row) == "qwen_image-t2i"]
 
 
 # Steps of three requests in one batch: when the second one meets its end, the first one makes its last step.

@@ -192,6 +192,41 @@ def test_what_does_not_fit_says_what_it_needs():
     assert layouts["{'tensor_parallel_size': 2}"].refusal.startswith("needs 2")
 
 
+def test_an_expert_that_is_idle_is_on_the_host(tiny, layouts):
+    offloading = replace(tiny, gpus=2, offload_experts=True)
+    found = {str(layout.keys): layout for layout in Planner(offloading, Rates()).layouts()}
+    resident = {str(layout.keys): layout for layout in Planner(replace(tiny, gpus=2), Rates()).layouts()}
+    for key, layout in found.items():
+        if "hsdp" in key:
+            assert layout.refusal.startswith("engine.offload_experts does not go with hsdp")
+            continue
+        # The experts are alike, and so are steps.
+        assert layout.weight_bytes == resident[key].weight_bytes / 2
+        assert layout.host_bytes >= resident[key].weight_bytes and not resident[key].host_bytes
+        assert (layout.step_s, layout.sent_bytes) == (resident[key].step_s, resident[key].sent_bytes)
+    whole, cut = found["{'ulysses_degree': 2}"], found["{'tensor_parallel_size': 2}"]
+    assert cut.host_bytes < 0.7 * whole.host_bytes
+    said = io.StringIO()
+    show_layouts(Console(file=said, width=240), offloading, Rates(), list(found.values()), everything=True)
+    assert "host GiB" in said.getvalue()
+    assert said.getvalue().endswith("[engine]\noffload_experts = true\n")
+
+
+def test_a_full_size_model_of_two_experts_fits_where_one_does():
+    wish = Wish("random:0", "wan", "wan2.2-t2v-a14b", 1, "40GiB", "", 5, None, 512)
+    [resident], [offloading] = (
+        Planner(replace(wish, offload_experts=offload).job(), Rates()).layouts() for offload in (False, True)
+    )
+    assert resident.refusal.startswith("weights and reserve need 56.3 GiB")
+    assert not offloading.refusal
+    assert offloading.weight_bytes == resident.weight_bytes / 2
+
+
+def test_one_expert_cannot_be_offloaded():
+    with pytest.raises(StartupError, match="needs a model of several experts: this one has 1"):
+        Planner(replace(FULL, offload_experts=True).job(), Rates())
+
+
 # ---- What is said ---------------------------------------------------------------------------------------------------
 
 

@@ -5,15 +5,18 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import MethodType
 
 import numpy as np
 import pytest
 import torch
 from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit import calculate_dimensions
+from torch._dynamo.testing import CompileCounter
 
 from dit_svc.engine import DenoiseJob
 from services.errors import InvalidRequest, StartupError
 from services.families.qwen_image import FAMILY
+from services.families.qwen_image.cut import Batch
 from services.families.qwen_image.pictures import scaled
 from services.families.qwen_image.presets import SCHEDULER
 from services.family import TextInput
@@ -24,7 +27,7 @@ from tests.oracle.harness import CPU, Subject, difference, make_folder, relative
 from tests.oracle.qwen_image import ROWS, edit_pipeline, edited, give_token_types, picture
 from text_encoder_svc.engine import TextEngine
 
-[ROW] = [row for row in ROWS if row.variant == "edit"]
+[ROW] = [row for row in ROWS if str(row) == "qwen_image-edit"]
 FLOAT = torch.float32
 
 
@@ -89,7 +92,7 @@ def test_prompts_with_other_pictures_or_none_share_a_batch(text):
         TextInput("make it red", (frames(90, 50),)),
         TextInput("a photo of a large green square on a blue background", (frames(40, 200, 2),)),
         TextInput("dog"),
-        TextInput("dog", (frames(64, 64, 3), frames(30, 64, 4))),
+        TextInput("dog", (frames(64, 64, 3), frames(30, 90, 4))),
     ]
     together = FAMILY.text.encode(text, inputs)
     for batched, item in zip(together, inputs, strict=True):
@@ -102,7 +105,7 @@ def test_rows_and_columns_of_the_picture_count(text, folder):
     """The stock pipeline loses them under transformers 5 (see give_token_types); once it does not, drop that."""
     item = TextInput("make it red", (frames(90, 50),))
     [ours] = FAMILY.text.encode(text, [item])
-    image = scaled(item.images[0], 64 * 64)
+    image = scaled(item.images[0], 96 * 64)
     pipeline = edit_pipeline(folder, FLOAT)
     dropped, _ = pipeline.encode_prompt(item.text, image=image)
     give_token_types(pipeline)
@@ -187,17 +190,62 @@ def test_random_weights_of_a_preset_edit_too(folder):
     assert dit.variant == "edit"
 
 
-def test_a_transformer_that_needs_more_than_the_cut_knows_is_refused(folder, tmp_path):
+def test_a_transformer_that_is_none_of_the_variants_is_refused(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "model")
     config = tmp_path / "model/transformer/config.json"
     config.write_text(config.read_text().replace('"zero_cond_t": false', '"zero_cond_t": true'))
-    with pytest.raises(StartupError, match="zero_cond_t"):
+    with pytest.raises(StartupError, match="zero_cond_t does not fit a model that makes edit"):
         FAMILY.dit.load(open_source(str(tmp_path / "model")), CPU, FLOAT)
+
+
+def test_a_folder_tells_2511_from_2509_by_its_transformer(tmp_path):
+    for variant in ("edit_plus", "edit_2511"):
+        FAMILY.tiny(tmp_path / variant, variant, 0)
+        assert open_source(str(tmp_path / variant)).variant == variant
+    assert open_source("random:0", family="qwen_image", preset="qwen-image-edit-2511").variant == "edit_2511"
+    assert open_source("random:0", family="qwen_image", preset="qwen-image-edit-2509").variant == "edit_plus"
 
 
 def test_the_area_is_part_of_the_component(folder, tmp_path):
     before = open_source(str(folder)).component_id("vae", ("vae",))
     shutil.copytree(folder, tmp_path / "model")
     index = tmp_path / "model/model_index.json"
-    index.write_text(index.read_text().replace('"latent_area_px": 4096', '"latent_area_px": 8192'))
+    index.write_text(index.read_text().replace('"latent_area_px": 6144', '"latent_area_px": 8192'))
     assert open_source(str(tmp_path / "model")).component_id("vae", ("vae",)) != before
+
+
+def test_two_graphs_serve_blocks_with_pictures_at_timestep_0(tmp_path):
+    FAMILY.tiny(tmp_path, "edit_2511", 0)
+    module = FAMILY.dit.load(open_source(str(tmp_path)), CPU, FLOAT).modules[""]
+    blocks = FAMILY.dit.blocks(module)
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    [cls] = FAMILY.dit.plan.block_classes
+    forward = torch.compile(cls.forward, backend=counter, fullgraph=True, dynamic=True)
+    for block in blocks:
+        block.module.forward = MethodType(forward, block.module)
+
+    def run(rows: int, text: int, sides: tuple[int, int], pictures: int) -> torch.Tensor:
+        grids = ((1, *sides), *[(1, 3, 5)] * pictures)
+        own = sides[0] * sides[1]
+        batch = Batch(
+            latents=torch.randn(rows, own + 15 * pictures, 64),
+            timestep=torch.rand(rows),
+            text=torch.randn(rows, text, 48),
+            filling=None,
+            grids=grids,
+            num_image_tokens=own,
+        )
+        streams = FAMILY.dit.embed(module, batch)
+        for block in blocks:
+            streams = block.run(streams)
+        return FAMILY.dit.head(module, streams)
+
+    with torch.fx.experimental._config.patch(use_duck_shape=False):
+        for rows in (1, 2):
+            run(rows, 23, (4, 6), 1)
+        graphs = counter.frame_count
+        for rows, text, sides, pictures in ((3, 50, (4, 4), 2), (1, 77, (7, 9), 3), (4, 12, (5, 6), 1)):
+            assert run(rows, text, sides, pictures).isfinite().all()
+    torch._dynamo.reset()
+    assert counter.frame_count == graphs == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -132,3 +133,20 @@ def test_the_pictures_shape_stays_within_the_models_pixels() -> None:
         resolved = resolve(make(), limits, seed=0, picture=(width, 999))
         assert resolved.width * resolved.height <= 512 * 512
         assert resolved.width % 32 == resolved.height % 32 == 0
+
+
+@pytest.mark.parametrize(
+    ("roles", "says"),
+    [
+        (("image",), "takes a picture and a mask .* or neither: there is only the picture"),
+        (("mask",), "or neither: there is only the mask"),
+        (("image", "mask", "mask"), "of the role mask .* between 0 and 1"),
+        (("image", "mask"), ""),
+        ((), ""),
+    ],
+)
+def test_a_picture_that_needs_a_mask_comes_with_one_or_not_at_all(roles, says):
+    limits = replace(LIMITS, max_inputs=1, optional_roles=("mask",), pictures_need_mask=True)
+    wish = make(inputs=tuple(Media("image/png", b"", role) for role in roles))
+    with pytest.raises(InvalidRequest, match=says) if says else nullcontext():
+        resolve(wish, limits, seed=0)

@@ -1,4 +1,4 @@
-"""What other services send to the denoiser, checked: embeddings of each branch, latents of each input picture."""
+"""What other services send to the denoiser, checked: embeddings of branches, latents of input pictures, a mask."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 
 from services.conditions import floating
 from services.errors import InvalidRequest
+from services.families.qwen_image.cut import Grid
 from services.families.qwen_image.latents import PATCH, pack
 from services.family import Tensors
 
@@ -48,3 +49,29 @@ def picture_conditions(conditions: Tensors, channels: int) -> Tensors:
         packed.append(pack(latents))
         grids.append([1, latents.shape[2] // PATCH, latents.shape[3] // PATCH])
     return {"pictures": torch.cat(packed, dim=1), "picture_grids": torch.tensor(grids)}
+
+
+def mask_conditions(conditions: Tensors, channels: int, grid: Grid) -> Tensors:
+    """What a mask keeps: the picture's latents "kept" [1, C, h, w] and the "mask" [1, 1, h, w], 1 where it is edited.
+
+    Args:
+        grid: of the picture that is made: frames, rows and columns of patches.
+
+    Returns:
+        "kept" and "anew", both packed [1, S, 4 C]; nothing where there is no mask.
+
+    Raises:
+        InvalidRequest: one is missing, or has another shape or dtype.
+    """
+    if "mask" not in conditions:
+        return {}
+    height, width = grid[1] * PATCH, grid[2] * PATCH
+    masked = []
+    for name, depth in (("kept", channels), ("mask", 1)):
+        tensor = floating(conditions, name)
+        if tuple(tensor.shape) != (1, depth, height, width):
+            raise InvalidRequest(
+                f"the condition {name!r} has the shape {list(tensor.shape)}: it must be {[1, depth, height, width]}"
+            )
+        masked.append(pack(tensor.expand(-1, channels, -1, -1)))
+    return {"kept": masked[0], "anew": masked[1]}

@@ -6,7 +6,7 @@ Shapes: B rows, S image tokens, T text tokens, C latent channels, D width.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,9 +29,9 @@ PLAN = ModelPlan(
     gathered=("*_mod.1", "img_in", "txt_in", "time_text_embed.*", "norm_out.linear", "proj_out"),
     attention=(JOINT,),
     spread=(JOINT,),
-    sequence=(Tokens("hidden"), Tokens("text"), Tokens("rotary")),
+    sequence=(Tokens("hidden"), Tokens("text"), Tokens("rotary"), Tokens("still")),
     region=SequenceRegion(
-        fields=(Tokens("hidden"), Tokens("text")),
+        fields=(Tokens("hidden"), Tokens("text"), Tokens("still")),
         gathers={
             "*.attn": {"hidden_states": HIDDEN, "encoder_hidden_states": TEXT},
             "*.img_mlp": {"hidden_states": HIDDEN},
@@ -79,7 +79,9 @@ class QwenStreams:
         hidden: image tokens [B, S, D].
         text: [B, T, D].
         filling: as in `Batch`: text comes first in joint attention.
+        temb: [B, D]; where input pictures stand at timestep 0, [2 B, D]: those of the rows, then those of timestep 0.
         rotary: factors [1, S, D / 2, 2] of the image and [1 or B, T, D / 2, 2] of the text.
+        still: [B, S], 1 for the tokens that stand at timestep 0; None in models that have none.
     """
 
     hidden: torch.Tensor
@@ -88,6 +90,7 @@ class QwenStreams:
     temb: torch.Tensor
     rotary: tuple[torch.Tensor, torch.Tensor]
     num_image_tokens: int
+    still: torch.Tensor | None = None
 
 
 def embed(module: nn.Module, batch: Batch) -> QwenStreams:
@@ -96,6 +99,11 @@ def embed(module: nn.Module, batch: Batch) -> QwenStreams:
     hidden = model.img_in(batch.latents)
     timestep = batch.timestep.to(hidden.dtype)
     text = model.txt_in(model.txt_norm(batch.text))
+    still = None
+    if model.config.zero_cond_t:
+        timestep = torch.cat([timestep, timestep * 0])
+        still = torch.zeros(hidden.shape[:2], dtype=torch.int, device=hidden.device)
+        still[:, batch.num_image_tokens :] = 1
     # Of latents that are no plain RGB picture.
     kind = timestep.new_zeros(len(timestep), dtype=torch.long) if model.config.use_additional_t_cond else None
     image, words = model.pos_embed([list(batch.grids)], max_txt_seq_len=text.shape[1], device=hidden.device)
@@ -106,6 +114,7 @@ def embed(module: nn.Module, batch: Batch) -> QwenStreams:
         temb=model.time_text_embed(timestep, hidden, kind),
         rotary=(rotary_factors(image), _behind_filling(rotary_factors(words), batch.filling)),
         num_image_tokens=batch.num_image_tokens,
+        still=still,
     )
 
 
@@ -132,8 +141,9 @@ def _block(name: str, block: Any) -> Block:
             encoder_hidden_states_mask=streams.filling,
             temb=streams.temb,
             image_rotary_emb=streams.rotary,
+            modulate_index=streams.still,
         )
-        return QwenStreams(hidden, text, streams.filling, streams.temb, streams.rotary, streams.num_image_tokens)
+        return replace(streams, hidden=hidden, text=text)
 
     return Block(name, block, run)
 
@@ -141,5 +151,6 @@ def _block(name: str, block: Any) -> Block:
 def head(module: nn.Module, streams: QwenStreams) -> torch.Tensor:
     """Velocity [B, S, 4 C] of the picture's own tokens."""
     model: Any = module
-    prediction: torch.Tensor = model.proj_out(model.norm_out(streams.hidden, streams.temb))
+    temb = streams.temb[: len(streams.hidden)]
+    prediction: torch.Tensor = model.proj_out(model.norm_out(streams.hidden, temb))
     return prediction[:, : streams.num_image_tokens]

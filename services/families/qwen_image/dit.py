@@ -20,7 +20,7 @@ from torch import nn
 from services.attention import Attend
 from services.errors import InvalidRequest, StartupError
 from services.families.qwen_image.attention import JOINT, JointAttention
-from services.families.qwen_image.conditions import picture_conditions, text_condition
+from services.families.qwen_image.conditions import mask_conditions, picture_conditions, text_condition
 from services.families.qwen_image.cut import PLAN, Batch, Grid, blocks, embed, head
 from services.families.qwen_image.latents import PATCH, pack, unpack
 from services.families.qwen_image.recipes import Recipe, recipe_of
@@ -40,10 +40,9 @@ def load(source: ModelSource, device: torch.device, dtype: torch.dtype) -> DitMo
     """
     transformer: Any = source.load(QwenImageTransformer2DModel, "transformer", device, dtype)
     recipe = recipe_of(source)
-    if transformer.config.get("zero_cond_t"):
-        raise StartupError(f"{source.spec}: transformers with zero_cond_t are not served")
-    for option in ("use_additional_t_cond", "use_layer3d_rope"):
-        if bool(transformer.config.get(option)) != recipe.layers:
+    options = {"use_additional_t_cond": recipe.layers, "use_layer3d_rope": recipe.layers}
+    for option, wanted in (options | {"zero_cond_t": recipe.still_pictures}).items():
+        if bool(transformer.config.get(option)) != wanted:
             raise StartupError(f"{source.spec}: {option} does not fit a model that makes {source.variant}")
     attend = Attend()
     transformer.set_attn_processor(JointAttention(attend))
@@ -83,6 +82,9 @@ def prepare(model: DitModel, request_id: str, params: ResolvedParams, conditions
         shared["pictures"] = shared["pictures"].to(model.device, model.dtype)
         if model.options["recipe"].layers and shared["picture_grids"].tolist() != [[1, *grid[1:]]]:
             raise InvalidRequest("the latents of the picture to take apart have not the size of its layers")
+    noise = _noise(model, params, grid)
+    if masked := mask_conditions(conditions, model.geometry["channels"], grid):
+        shared |= {name: tensor.to(model.device, model.dtype) for name, tensor in masked.items()} | {"noise": noise}
     scheduler = FlowMatchEulerDiscreteScheduler.from_config(dict(model.scheduler_config))
     if params.steps < 2 and scheduler.config.shift_terminal:
         # The schedule is stretched so that its last noise level is shift_terminal; one level cannot be both ends.
@@ -98,7 +100,7 @@ def prepare(model: DitModel, request_id: str, params: ResolvedParams, conditions
     state = DenoiseState(
         request_id=request_id,
         params=params,
-        latents=_noise(model, params, grid),
+        latents=noise,
         timesteps=scheduler.timesteps.cpu(),
         sigmas=scheduler.sigmas.cpu(),
         scheduler=scheduler,
@@ -142,7 +144,7 @@ def collate(model: DitModel, rows: Sequence[Row]) -> Batch:
     # The stock pipeline rounds the timestep to the latents' dtype before it divides.
     steps = torch.stack([row.state.timesteps[row.state.step] for row in rows])
     latents = torch.cat([row.state.latents for row in rows])
-    if first.shared:
+    if "pictures" in first.shared:
         latents = torch.cat([latents, torch.cat([row.state.shared["pictures"] for row in rows])], dim=1)
     return Batch(
         latents=latents,
@@ -169,10 +171,21 @@ def combine(model: DitModel, state: DenoiseState, predictions: Mapping[str, torc
 
 
 def advance(_model: DitModel, state: DenoiseState, prediction: torch.Tensor) -> None:
-    """One Euler step of the request's own scheduler."""
+    """One Euler step of the request's own scheduler; what a mask keeps is put back, as noisy as the rest."""
     timestep = state.scheduler.timesteps[state.step]
-    state.latents = state.scheduler.step(prediction, timestep, state.latents, return_dict=False)[0]
+    stepped = state.scheduler.step(prediction, timestep, state.latents, return_dict=False)[0]
     state.step += 1
+    state.latents = _with_kept(state, stepped, state.sigmas[state.step])
+
+
+def _with_kept(state: DenoiseState, latents: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    """The latents where the mask says that they are made anew, else those of the picture at that noise level."""
+    if "anew" not in state.shared:
+        return latents
+    kept, anew, noise = (state.shared[name] for name in ("kept", "anew", "noise"))
+    # It stays on the CPU: a single number is an argument of the kernel, and nothing waits for it.
+    sigma = sigma.to(latents.dtype)
+    return (1 - anew) * (sigma * noise + (1.0 - sigma) * kept) + anew * latents
 
 
 def finish(_model: DitModel, state: DenoiseState) -> Tensors:
@@ -183,6 +196,7 @@ def finish(_model: DitModel, state: DenoiseState) -> Tensors:
 def preview_latents(model: DitModel, state: DenoiseState, prediction: torch.Tensor) -> torch.Tensor:
     """x0 = x - sigma v, as [F, C, H/8, W/8]. `state` stands after the step that `prediction` made."""
     clean = state.latents - state.sigmas[state.step].to(state.latents.device, state.latents.dtype) * prediction
+    clean = _with_kept(state, clean, state.sigmas.new_zeros(()))
     return unpack(clean, grid_of(model, state.params))[0].transpose(0, 1)
 
 
@@ -207,7 +221,7 @@ def example_conditions(model: DitModel, params: ResolvedParams, text_tokens: int
 
 
 def _grids(model: DitModel, state: DenoiseState) -> tuple[Grid, ...]:
-    inputs = state.shared["picture_grids"].tolist() if state.shared else []
+    inputs = state.shared["picture_grids"].tolist() if "picture_grids" in state.shared else []
     pictures, rows, columns = grid_of(model, state.params)
     return *[(1, rows, columns)] * pictures, *(tuple(grid) for grid in inputs)
 

@@ -11,10 +11,18 @@ from services.request import Limits
 # The schedule is stretched so that its last noise level is shift_terminal; a single level cannot be both ends. For
 # weights without shift_terminal, a config may set limits.min_steps to 1.
 _LIMITS = Limits(output="image", size_multiple_px=16, max_side_px=3584, min_steps=2, default_negative_prompt=" ")
+# Made for one to three pictures, as its authors say.
+_EDIT_PLUS = replace(_LIMITS, default_steps=40, min_inputs=1, max_inputs=3, optional_roles=("mask",))
 VARIANTS = {
-    "t2i": Variant(name="t2i", pipelines=("QwenImagePipeline",), limits=_LIMITS),
+    "t2i": Variant(
+        name="t2i",
+        pipelines=("QwenImagePipeline",),
+        limits=replace(_LIMITS, max_inputs=1, optional_roles=("mask",), pictures_need_mask=True),
+    ),
     "edit": Variant(
-        name="edit", pipelines=("QwenImageEditPipeline",), limits=replace(_LIMITS, min_inputs=1, max_inputs=1)
+        name="edit",
+        pipelines=("QwenImageEditPipeline",),
+        limits=replace(_LIMITS, min_inputs=1, max_inputs=1, optional_roles=("mask",)),
     ),
     "layered": Variant(
         name="layered",
@@ -32,12 +40,8 @@ VARIANTS = {
             max_inputs=1,
         ),
     ),
-    # Made for one to three pictures, as its authors say.
-    "edit_plus": Variant(
-        name="edit_plus",
-        pipelines=("QwenImageEditPlusPipeline",),
-        limits=replace(_LIMITS, default_steps=40, min_inputs=1, max_inputs=3),
-    ),
+    "edit_plus": Variant(name="edit_plus", pipelines=("QwenImageEditPlusPipeline",), limits=_EDIT_PLUS),
+    "edit_2511": Variant(name="edit_2511", pipelines=("QwenImageEditPlusPipeline",), limits=_EDIT_PLUS),
 }
 
 _TEXT_ENCODER: dict[str, Any] = {
@@ -121,6 +125,12 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "model_index": {"_class_name": "QwenImageEditPlusPipeline"},
         "processor": PROCESSOR,
         **_COMPONENTS,
+    },
+    "qwen-image-edit-2511": {
+        "model_index": {"_class_name": "QwenImageEditPlusPipeline"},
+        "processor": PROCESSOR,
+        **_COMPONENTS,
+        "transformer": _TRANSFORMER | {"zero_cond_t": True},
     },
     "qwen-image-edit": {
         "model_index": {"_class_name": "QwenImageEditPipeline"},

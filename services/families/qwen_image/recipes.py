@@ -23,6 +23,7 @@ class Recipe:
         latent_area_px: the same for the VAE.
         layers: the variant takes a picture apart: it makes pictures with transparency, as many as there are frames,
             behind one more, the whole.
+        still_pictures: input pictures stand at timestep 0, where those of other variants have that of the result.
     """
 
     template: str
@@ -31,6 +32,7 @@ class Recipe:
     vision_area_px: int = 0
     latent_area_px: int = 0
     layers: bool = False
+    still_pictures: bool = False
 
     @property
     def takes_pictures(self) -> bool:
@@ -53,11 +55,13 @@ _EDIT = Recipe(
     vision_area_px=MEGAPIXEL,
     latent_area_px=MEGAPIXEL,
 )
+_EDIT_PLUS = replace(_EDIT, picture="Picture {}: " + _PICTURE, vision_area_px=384 * 384)
 RECIPES = {
     "t2i": _TEXT,
     "layered": replace(_TEXT, latent_area_px=640 * 640, layers=True),
     "edit": _EDIT,
-    "edit_plus": replace(_EDIT, picture="Picture {}: " + _PICTURE, vision_area_px=384 * 384),
+    "edit_plus": _EDIT_PLUS,
+    "edit_2511": replace(_EDIT_PLUS, still_pictures=True),
 }
 
 

@@ -17,7 +17,7 @@ from services.families.qwen_image.presets import PROCESSOR, SCHEDULER, VARIANTS
 
 TEXT_WIDTH = 48
 # Of input pictures, for the text encoder and the VAE; a megapixel would take a minute.
-AREA_PX = {"edit": (64 * 64, 64 * 64), "edit_plus": (64 * 64, 96 * 64)}
+AREA_PX = {"edit": (96 * 64, 96 * 64), "edit_plus": (64 * 64, 96 * 64), "edit_2511": (64 * 64, 96 * 64)}
 WORDS = (
     "system user assistant Describe the image by detailing color , shape size texture quantity text spatial "
     "relationships of objects and background : a an red blue green circle square star on in with left right small "
@@ -48,6 +48,7 @@ def tiny(folder: Path, variant: str, seed: int) -> None:
         axes_dims_rope=(4, 6, 6),
         use_additional_t_cond=layered,
         use_layer3d_rope=layered,
+        zero_cond_t=variant == "edit_2511",
     ).save_pretrained(folder / "transformer")
     mean = torch.randn(16) * 0.1
     std = torch.rand(16) + 0.5

@@ -9,12 +9,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers.models.autoencoders.autoencoder_kl_qwenimage import AutoencoderKLQwenImage, QwenImageAttentionBlock
-from PIL import Image
 
 from services.causal_stream import CausalCodec
 from services.errors import InvalidRequest
 from services.families.qwen_image.latents import PATCH, unpack
-from services.families.qwen_image.pictures import scaled, to_tensor
+from services.families.qwen_image.pictures import edited_area, resized, scaled, to_tensor
 from services.families.qwen_image.recipes import recipe_of
 from services.family import Inputs, Tensors, VaeModel, VaePart, VaePlan
 from services.request import ResolvedParams
@@ -51,19 +50,26 @@ def decode(vae: VaeModel, rows: Sequence[Tensors], params: ResolvedParams) -> It
 def encode(vae: VaeModel, inputs: Inputs, params: ResolvedParams) -> Tensors:
     """Each picture, scaled to the model's area, as "image/N" [1, C, h, w]; one to take apart to the size of its layers.
 
+    With a mask also the first picture in the size that is made, as "kept", and "mask" [1, 1, h, w], 1 where it is
+    edited.
+
     Raises:
-        InvalidRequest: the model takes no pictures, or not one of that shape.
+        InvalidRequest: the model takes no pictures, or not one of that shape, or the mask does not fit.
     """
-    if not vae.module.config.latent_area_px:
-        raise InvalidRequest("this model takes no input pictures", param="inputs")
-    encoded = {}
-    for index, picture in enumerate(inputs["image"]):
+    if "image" not in inputs or not (vae.module.config.latent_area_px or "mask" in inputs):
+        raise InvalidRequest("this model takes no such input pictures", param="inputs")
+    encoded: Tensors = {}
+    size = (params.width, params.height)
+    for index, picture in enumerate(inputs["image"] if vae.module.config.latent_area_px else ()):
         if vae.module.config.layers:
-            size = (params.width, params.height)
-            pixels = to_tensor(Image.fromarray(picture[0]).resize(size, Image.Resampling.LANCZOS))
+            pixels = to_tensor(resized(picture, size))
         else:
             pixels = to_tensor(scaled(picture, vae.module.config.latent_area_px))
         encoded[f"image/{index}"] = picture_latents(vae, pixels)
+    if "mask" in inputs:
+        [mask], first = inputs["mask"], inputs["image"][0]
+        encoded["mask"] = edited_area(mask, first, size, compression(vae))
+        encoded["kept"] = picture_latents(vae, to_tensor(resized(first, size)))
     return encoded
 
 

@@ -31,7 +31,8 @@ def clip_and_mask(inputs: Inputs, params: ResolvedParams) -> tuple[torch.Tensor,
     clip = pixels_of(_enough(inputs["video"][0], "clip", params), params)
     if "mask" not in inputs:
         return clip, torch.ones(shape)
-    mask = inputs["mask"][0]
+    # White counts here, not transparency.
+    mask = inputs["mask"][0][..., :3]
     if len(mask) == 1:
         return clip, ((pixels_of(mask, params) + 1) / 2).clamp(0, 1).expand(shape)
     return clip, ((pixels_of(_enough(mask, "mask", params), params) + 1) / 2).clamp(0, 1)

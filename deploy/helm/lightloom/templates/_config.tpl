@@ -20,7 +20,7 @@
 {{- define "lightloom.gatewayConfig" -}}
 {{- $name := include "lightloom.name" . }}
 {{- $stages := dict }}
-{{- range $stage := list "text_encoder" "dit" "vae" }}
+{{- range $stage := (include "lightloom.stageNames" . | fromYaml).names }}
 {{- $_ := set $stages $stage (printf "dns:///%s-%s:50051" $name (include "lightloom.dashed" $stage)) }}
 {{- end }}
 {{- $access := dict }}
@@ -99,7 +99,7 @@ key: {{ . }}/tls.key
 {{/* Config of a stage: an entry of lightloom.stages. */}}
 {{- define "lightloom.stageConfig" -}}
 {{- $service := merge (dict "host" "0.0.0.0" "port" 50051 "metrics_port" 9090 "name" .name) .values.service }}
-{{- $table := dict "service" $service "model" (merge (dict "name" .model) .section) "engine" .values.engine "limits" .limits }}
+{{- $table := dict "service" $service "model" (merge (dict "name" (.model | default .stage)) .section) "engine" .values.engine "limits" .limits }}
 {{- if .tls }}
 {{- $_ := set $service "health_port" 50052 }}
 {{- $_ := set $table "tls" (include "lightloom.certificates" "/etc/lightloom-tls" | fromYaml) }}

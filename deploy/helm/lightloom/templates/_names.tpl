@@ -5,6 +5,11 @@
 {{/* A stage as it stands in names: text-encoder. */}}
 {{- define "lightloom.dashed" -}}{{ . | replace "_" "-" }}{{- end }}
 
+{{/* The stages that run: the YAML of a list under `names`. */}}
+{{- define "lightloom.stageNames" -}}
+names: [text_encoder, dit, vae{{ if .Values.interpolation.model.source }}, interpolation{{ end }}]
+{{- end }}
+
 {{/* What selects the pods of a component: dict root, component, model (may be ""). */}}
 {{- define "lightloom.selector" -}}
 app.kubernetes.io/name: {{ .root.Chart.Name }}
@@ -38,7 +43,8 @@ helm.sh/chart: {{ .root.Chart.Name }}-{{ .root.Chart.Version }}
 {{ .root.Values.image.repository }}/{{ .component }}:{{ .root.Values.image.tag | default .root.Chart.AppVersion }}
 {{- end }}
 
-{{/* Every stage of every model, its values over the stage's defaults: the YAML of a list under `stages`. */}}
+{{/* Every stage of every model, its values over the stage's defaults, and the interpolator of all models: the YAML of a
+     list under `stages`. */}}
 {{- define "lightloom.stages" -}}
 stages:
 {{- $tls := include "lightloom.stagesHaveTls" . | eq "yes" }}
@@ -52,5 +58,9 @@ stages:
 {{- end }}
   - {{ dict "model" $name "stage" $stage "component" $component "section" $model.model "limits" ($model.limits | default dict) "values" $values "tls" $tls "hosts" ($values.hosts | default 1 | int) "name" $full | toJson }}
 {{- end }}
+{{- end }}
+{{- if .Values.interpolation.model.source }}
+{{- $values := omit .Values.interpolation "model" "limits" }}
+  - {{ dict "model" "" "stage" "interpolation" "component" "interpolation" "section" .Values.interpolation.model "limits" .Values.interpolation.limits "values" $values "tls" $tls "hosts" 1 "name" (printf "%s-interpolation" (include "lightloom.name" .)) | toJson }}
 {{- end }}
 {{- end }}

@@ -54,7 +54,7 @@ spec:
         {{- end }}
         - {name: metrics, containerPort: 9090}
       {{- $port := ternary 50052 50051 .entry.tls }}
-      {{- $service := printf "lightloom.v1.%s" (get (dict "text_encoder" "TextEncoder" "dit" "Dit" "vae" "Vae") .entry.stage) }}
+      {{- $service := printf "lightloom.v1.%s" (get (dict "text_encoder" "TextEncoder" "dit" "Dit" "vae" "Vae" "interpolation" "Interpolation") .entry.stage) }}
       {{- include "lightloom.probes" (dict "ready" (dict "grpc" (dict "port" $port "service" $service)) "live" (dict "grpc" (dict "port" $port "service" "live")) "startSeconds" $values.service.start_timeout_s) | nindent 6 }}
       {{- end }}
       lifecycle:
