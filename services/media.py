@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import itertools
 import queue
 import struct
 import threading
@@ -20,14 +19,11 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from services.clip_reader import Frames, decode_clip
 from services.errors import InvalidRequest
 from services.request import Media
 
-Frames = np.ndarray[Any, np.dtype[np.uint8]]  # [F, H, W, 3], RGB, 0 to 255
 PICTURE_ROLES = ("image", "last_image", "mask")
-# Of all frames that are read of a clip: 81 of 1920x1080.
-MAX_CLIP_PIXELS = 192 * 1024 * 1024
-CLIP_CODECS = ("h264", "hevc", "vp9", "av1", "libdav1d", "mpeg4")
 MAX_INPUT_PIXELS = 64 * 1024 * 1024
 # What clients may send, by the name that they know it by.
 INPUT_MIMES = {
@@ -119,57 +115,6 @@ def decode_inputs(inputs: Sequence[Media], max_frames: int = 1, *, alpha: bool =
         frames = decode_clip(media, max_frames) if clip else decode_image(media, alpha=alpha)
         decoded.setdefault(media.role, []).append(frames)
     return decoded
-
-
-def decode_clip(media: Media, max_frames: int) -> Frames:
-    """The first frames of an MP4 file, [F, H, W, 3], F at most `max_frames`.
-
-    Raises:
-        InvalidRequest: not an MP4 file, with another coding than CLIP_CODECS, damaged, without frames, or with more
-            pixels in so many frames than MAX_CLIP_PIXELS.
-    """
-    import av
-
-    try:
-        # The one demuxer, which reads no other files.
-        with av.open(io.BytesIO(media.data), "r", format="mp4") as container:
-            if not container.streams.video:
-                raise InvalidRequest("an input clip has no pictures", param="inputs")
-            stream = container.streams.video[0]
-            # A coding that nobody knows has no context.
-            coding = getattr(stream.codec_context, "name", "unknown")
-            if coding not in CLIP_CODECS:
-                raise InvalidRequest(
-                    f"an input clip is coded as {coding}: send {', '.join(CLIP_CODECS)}", param="inputs"
-                )
-            frames = _frames(container.decode(stream), (stream.height, stream.width), max_frames)
-    except (av.error.FFmpegError, ValueError, OSError) as error:
-        raise InvalidRequest(
-            f"an input clip cannot be decoded ({error}): send a whole MP4 file", param="inputs"
-        ) from error
-    if not frames:
-        raise InvalidRequest("an input clip has 0 frames", param="inputs")
-    return np.stack(frames)
-
-
-def _frames(decoded: Iterator[Any], size: tuple[int, int], max_frames: int) -> list[Any]:
-    height, width = size
-    if height * width * max_frames > MAX_CLIP_PIXELS:
-        raise InvalidRequest(
-            f"an input clip has {width}x{height} pixels: at most {MAX_CLIP_PIXELS // max_frames} are allowed in each "
-            f"of {max_frames} frames",
-            param="inputs",
-        )
-    frames: list[Any] = []
-    for frame in itertools.islice(decoded, max_frames):
-        if (frame.height, frame.width) != size:
-            raise InvalidRequest(
-                f"an input clip changes its size from {width}x{height} to {frame.width}x{frame.height}", param="inputs"
-            )
-        if frame.is_corrupt:
-            raise InvalidRequest(f"an input clip is damaged at frame {len(frames) + 1}", param="inputs")
-        frames.append(frame.to_ndarray(format="rgb24"))
-    return frames
 
 
 def _is_clip(media: Media) -> bool:

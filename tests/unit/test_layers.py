@@ -50,6 +50,7 @@ FORBIDDEN: list[tuple[str, tuple[str, ...]]] = [
             "request",
             "admission",
             "media",
+            "clip_reader",
         )
     ],
 ]
