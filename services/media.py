@@ -21,6 +21,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from services.clip_reader import Frames, decode_clip
 from services.errors import InvalidRequest
+from services.picture_parts import check_parts
 from services.request import Media
 
 PICTURE_ROLES = ("image", "last_image", "mask")
@@ -133,6 +134,7 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
 
 @contextlib.contextmanager
 def _opened(media: Media) -> Iterator[Image.Image]:
+    check_parts(media.data)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)

@@ -93,6 +93,43 @@ def test_the_header_alone_says_nothing_about_the_rest():
         decode_image(cut)
 
 
+def with_junk(kind: str, junk: bytes) -> bytes:
+    """A picture with that before its other parts."""
+    data, place = file_of(kind), {"PNG": 33, "JPEG": 2}[kind]
+    return data[:place] + junk + data[place:]
+
+
+def segment(data: bytes, kind: bytes = b"\xfe") -> bytes:
+    return b"\xff" + kind + struct.pack(">H", 2 + len(data)) + data
+
+
+@pytest.mark.parametrize(
+    ("kind", "junk"),
+    [
+        ("PNG", (struct.pack(">I", 0) + b"juNk" + struct.pack(">I", zlib.crc32(b"juNk"))) * 500_000),
+        ("JPEG", segment(b"") * 1_500_000),
+        ("JPEG", b"\xff" * 6_000_000),
+        ("JPEG", segment(b"") + b"\0" * 6_000_000),
+        ("JPEG", segment(b"Exif\0\0" + b"x" * 600, b"\xe1") * 10_000),
+    ],
+    ids=["chunks", "segments", "filling", "rubbish", "exif"],
+)
+def test_a_picture_of_many_parts_is_refused_at_once(kind, junk):
+    data = with_junk(kind, junk)
+    begun_s = time.perf_counter()
+    with pytest.raises(InvalidRequest, match="save it without metadata"):
+        image_size(Media("image/png", data))
+    assert time.perf_counter() - begun_s < 0.1
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_metadata_as_programs_write_it_is_no_hindrance(kind):
+    comment = {} if kind == "PNG" else {"comment": "t" * 60_000}
+    data = file_of(kind, icc_profile=b"p" * 1_000_000, **comment)
+    assert image_size(Media("image/png", data)) == (40, 24)
+    assert decode_image(Media("image/png", data)).shape == (1, 24, 40, 3)
+
+
 @pytest.mark.parametrize("data", [b"", b"GIF", b"\x89PNG\r\n\x1a\n", b"<svg/>", b"%PDF-1.7", b"\x00" * 4096])
 def test_what_is_no_picture_is_refused(data):
     with pytest.raises(InvalidRequest, match="cannot be decoded"):
