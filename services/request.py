@@ -341,6 +341,8 @@ def _check_frames(params: ResolvedParams, limits: Limits) -> None:
             f"model {params.model!r} makes {limits.output}: enable_frame_interpolation needs one that makes video",
             param="enable_frame_interpolation",
         )
+    elif params.fps:
+        raise InvalidRequest(f"model {params.model!r} makes {limits.output}: fps is for clips", param="fps")
 
 
 def _check_inputs(params: ResolvedParams, limits: Limits) -> None:

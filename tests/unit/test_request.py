@@ -99,6 +99,8 @@ def test_frames_follow_the_rule_of_the_model() -> None:
         resolve(make(num_frames=18), VIDEO, seed=0)
     with pytest.raises(InvalidRequest, match="fps is 0.5"):
         resolve(make(fps=0.5), VIDEO, seed=0)
+    with pytest.raises(InvalidRequest, match="fps is for clips"):
+        resolve(make(fps=16.0), LIMITS, seed=0)
     check(resolve(make(num_frames=21), VIDEO, seed=0), VIDEO)
 
 
