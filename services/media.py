@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import queue
 import struct
 import threading
@@ -100,8 +101,13 @@ def decode_image(media: Media, *, alpha: bool = False) -> Frames:
     """
     with _opened(media) as image:
         turn = _turn(image)
-        upright = image if turn is None else image.transpose(turn)
+        upright = _eight_bits(image if turn is None else image.transpose(turn))
         return np.asarray(upright.convert("RGBA" if alpha else "RGB"))[None].copy()
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Grey of 16 bits scaled, which the library would clip to white."""
+    return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)) if image.mode == "I;16" else image
 
 
 def decode_inputs(inputs: Sequence[Media], max_frames: int = 1, *, alpha: bool = False) -> dict[str, list[Frames]]:
@@ -161,27 +167,9 @@ def encode_frames(frames: Frames, output_format: str, quality: int, fps: float) 
         quality: 1 to 100; lossless formats ignore it.
         fps: frames a second of a clip.
     """
-    if output_format in ("raw", "mp4"):
-        writer = ClipWriter(output_format, quality, fps, len(frames))
-        writer.add(frames)
-        return writer.finish()
-    file = io.BytesIO()
-    if output_format == "zip":
-        with zipfile.ZipFile(file, "w") as archive:
-            for index, frame in enumerate(frames):
-                archive.writestr(f"{index:02}.png", encode_frames(frame[None], "png", quality, fps)[1])
-        return MIMES["zip"], file.getvalue()
-    first, *more = (Image.fromarray(frame) for frame in frames)
-    options: dict[str, dict[str, Any]] = {
-        # Level 1 costs a sixth of the default's time for a few percent more bytes.
-        "png": {"compress_level": 1},
-        "jpeg": {"quality": quality},
-        "webp": {"quality": quality, "method": 2},
-    }
-    if output_format == "webp" and more:
-        options["webp"] |= {"save_all": True, "append_images": more, "duration": round(1000 / fps)}
-    first.save(file, output_format.upper(), **options[output_format])
-    return MIMES[output_format], file.getvalue()
+    writer = ClipWriter(output_format, quality, fps, len(frames))
+    writer.add(frames)
+    return writer.finish()
 
 
 class ClipWriter:
@@ -235,18 +223,48 @@ class ClipWriter:
             elif output_format == "raw":
                 self._made = RAW_MIME, b"".join(chunk.tobytes() for chunk in self._taken())
             else:
-                self._made = encode_frames(np.concatenate(list(self._taken())), output_format, quality, fps)
+                pictures = (Image.fromarray(frame) for chunk in self._taken() for frame in chunk)
+                self._made = MIMES[output_format], _pictures(pictures, output_format, quality, fps)
         except Exception as error:  # noqa: BLE001 - it is raised by `finish`
             self._made = error
-            for _ in self._taken():
-                """Whoever adds frames must not wait for ever."""
+        while not self._ended:
+            # Whoever adds frames must not wait for ever.
+            self._ended = self._chunks.get() is None
 
     def _taken(self) -> Iterator[Frames]:
-        while not self._ended:
+        """The chunks, up to the last frame: what is to be done at the end begins before `finish` is called."""
+        missing = self._num_frames
+        while missing > 0 and not self._ended:
             chunk = self._chunks.get()
             self._ended = chunk is None
             if chunk is not None and not self._given_up:
+                missing -= len(chunk)
                 yield chunk
+
+
+def _pictures(pictures: Iterator[Image.Image], output_format: str, quality: int, fps: float) -> bytes:
+    file = io.BytesIO()
+    # Level 1 costs a sixth of the default's time for a few percent more bytes.
+    png = {"compress_level": 1}
+    if output_format == "zip":
+        with zipfile.ZipFile(file, "w") as archive:
+            for index, picture in enumerate(pictures):
+                with archive.open(f"{index:02}.png", "w") as entry:
+                    picture.save(entry, "PNG", **png)
+        return file.getvalue()
+    first, *more = pictures
+    options: dict[str, dict[str, Any]] = {
+        "png": png,
+        "jpeg": {"quality": quality},
+        "webp": {"quality": quality, "method": 2},
+    }
+    if output_format == "webp" and more:
+        # Whole milliseconds each, which do not drift apart from the rate.
+        starts_ms = [round(1000 * index / fps) for index in range(len(more) + 2)]
+        durations_ms = [end - start for start, end in itertools.pairwise(starts_ms)]
+        options["webp"] |= {"save_all": True, "append_images": more, "duration": durations_ms}
+    first.save(file, output_format.upper(), **options[output_format])
+    return file.getvalue()
 
 
 def _mp4(chunks: Iterator[Frames], num_frames: int, quality: int, fps: float) -> bytes:
@@ -259,11 +277,27 @@ def _mp4(chunks: Iterator[Frames], num_frames: int, quality: int, fps: float) ->
     with open_container(file, "w", format="mp4", options={"moov_size": str(index_bytes)}) as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000))
         stream.pix_fmt = "yuv420p"
+        _mark_colours(stream.codec_context)
         stream.options = {"crf": str(round(40 - 0.3 * quality)), "preset": "veryfast"}
         for index, frames in enumerate(chunks):
             if not index:
                 stream.height, stream.width = frames.shape[1], frames.shape[2]
             for pixels in frames:
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+                container.mux(stream.encode(_bt709(av.VideoFrame.from_ndarray(pixels, format="rgb24"))))
         container.mux(stream.encode())
     return file.getvalue()
+
+
+def _mark_colours(context: Any) -> None:
+    """Players guess what a file does not say, and guess another way for large pictures than for small ones."""
+    from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
+
+    context.colorspace, context.color_range = Colorspace.ITU709, ColorRange.MPEG
+    context.color_primaries, context.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
+
+
+def _bt709(frame: Any) -> Any:
+    """RGB as what `_mark_colours` promises."""
+    from av.video.reformatter import ColorRange, Colorspace
+
+    return frame.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG)

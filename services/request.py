@@ -273,7 +273,8 @@ def check_interpolation(params: ResolvedParams, allowed: InterpolationLimits) ->
     _between("frame_interpolation_exp", params.frame_interpolation_exp, 1, allowed.max_exp)
     _between("frame_interpolation_scale", params.frame_interpolation_scale, allowed.min_scale, allowed.max_scale)
     frames, max_frames = interpolated_frames(params), allowed.max_frames
-    if params.output_format == "raw":
+    if params.output_format != "mp4":
+        # The others are held whole where they are made.
         max_frames = min(max_frames, MAX_MEDIA_BYTES // (3 * pixels))
     if frames > max_frames:
         raise InvalidRequest(

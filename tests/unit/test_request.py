@@ -79,8 +79,9 @@ def test_a_schedule_may_need_more_steps_than_one() -> None:
         ({"frame_interpolation_scale": math.inf}, "frame_interpolation_scale", "between 0.25 and 4.0"),
         ({"num_frames": 81, "frame_interpolation_exp": 4}, "frame_interpolation_exp", "makes 1281 frames of 81"),
         ({"width": 512, "height": 512}, "width", "at most 70000"),
-        # 257 frames fit, and as raw pixels they are more than a gateway takes.
+        # 257 frames fit, and as raw pixels, or whole in memory, they are too many.
         ({"frame_interpolation_exp": 4, "output_format": "raw"}, "frame_interpolation_exp", "of this size and format"),
+        ({"frame_interpolation_exp": 4, "output_format": "webp"}, "frame_interpolation_exp", "of this size and format"),
     ],
 )
 def test_what_interpolation_does_not_accept(
