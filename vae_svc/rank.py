@@ -47,6 +47,7 @@ class VaeProgram:
         # Rank 0 answers for the group, so it alone encodes media.
         self._speaks = mesh is None or not mesh.rank
         self._open: dict[str, Opened] = {}
+        self._decoded: list[VaeResult] = []
 
     def describe(self) -> types_pb2.DescribeResponse:
         """This replica, with the fit that its models' previews need."""
@@ -90,17 +91,26 @@ class VaeProgram:
         self._forget(str(call.id))
 
     def tick(self) -> bool:
-        """One chunk of frames."""
+        """One chunk of frames. What has been decoded is encoded during the next chunk, and answered then."""
+        decoded, self._decoded = self._decoded, []
         for event in self._engine.tick():
             opened = self._open.get(event.job.request_id)
             if opened is None:
                 continue
             if isinstance(event, VaeChunk):
                 self._take_frames(opened, event)
+            elif event.error is None and event.job.latents is not None and not opened.frames_only:
+                self._decoded.append(event)
             else:
-                self._answer(opened, event)
-                self._forget(event.job.request_id)
-        return self._engine.busy
+                self._end(event)
+        for result in decoded:
+            self._end(result)
+        return self._engine.busy or bool(self._decoded)
+
+    def _end(self, result: VaeResult) -> None:
+        if (opened := self._open.get(result.job.request_id)) is not None:
+            self._answer(opened, result)
+            self._forget(result.job.request_id)
 
     def _forget(self, key: str) -> None:
         opened = self._open.pop(key, None)
