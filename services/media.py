@@ -186,7 +186,7 @@ class ClipWriter:
 
     def __init__(self, output_format: str, quality: int, fps: float, num_frames: int) -> None:
         self._options = (output_format, quality, fps)
-        self._num_frames = num_frames
+        self._num_frames = self._missing = num_frames
         self._chunks: queue.Queue[Frames | None] = queue.Queue(CHUNKS_AHEAD)
         self._given_up = self._ended = False
         self._made: tuple[str, bytes] | BaseException | None = None
@@ -201,7 +201,7 @@ class ClipWriter:
         """(mime, bytes), once all frames are encoded.
 
         Raises:
-            Exception: what the encoder failed with.
+            Exception: what the encoder failed with, or that frames are missing.
         """
         self._chunks.put(None)
         self._thread.join()
@@ -225,6 +225,8 @@ class ClipWriter:
             else:
                 pictures = (Image.fromarray(frame) for chunk in self._taken() for frame in chunk)
                 self._made = MIMES[output_format], _pictures(pictures, output_format, quality, fps)
+            if self._missing > 0:
+                raise RuntimeError(f"{self._missing} of {self._num_frames} frames never came")
         except Exception as error:  # noqa: BLE001 - it is raised by `finish`
             self._made = error
         while not self._ended:
@@ -233,12 +235,11 @@ class ClipWriter:
 
     def _taken(self) -> Iterator[Frames]:
         """The chunks, up to the last frame: what is to be done at the end begins before `finish` is called."""
-        missing = self._num_frames
-        while missing > 0 and not self._ended:
+        while self._missing > 0 and not self._ended:
             chunk = self._chunks.get()
             self._ended = chunk is None
             if chunk is not None and not self._given_up:
-                missing -= len(chunk)
+                self._missing -= len(chunk)
                 yield chunk
 
 

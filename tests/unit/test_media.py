@@ -229,6 +229,14 @@ def test_what_is_encoded_at_the_end_begins_with_the_last_frame():
     writer.close()
 
 
+@pytest.mark.parametrize("output_format", ["mp4", "webp", "raw"])
+def test_a_clip_without_all_its_frames_is_none(output_format):
+    writer = ClipWriter(output_format, 90, 12.0, 5)
+    writer.add(np.zeros((4, 32, 48, 3), np.uint8))
+    with pytest.raises(RuntimeError, match="1 of 5 frames never came"):
+        writer.finish()
+
+
 def test_more_frames_than_announced_hold_up_nobody():
     writer = ClipWriter("raw", 90, 12.0, 1)
     for _ in range(20):
