@@ -188,8 +188,9 @@ class ClipWriter:
         self._options = (output_format, quality, fps)
         self._num_frames = self._missing = num_frames
         self._chunks: queue.Queue[Frames | None] = queue.Queue(CHUNKS_AHEAD)
-        self._given_up = self._ended = False
+        self._given_up = self._told = self._ended = False
         self._made: tuple[str, bytes] | BaseException | None = None
+        self._done = threading.Event()
         self._thread = threading.Thread(target=self._run, name="clip writer", daemon=True)
         self._thread.start()
 
@@ -197,13 +198,18 @@ class ClipWriter:
         """The next frames [F, H, W, 3]."""
         self._chunks.put(frames)
 
+    def is_done(self, timeout_s: float = 0.0) -> bool:
+        """Whether `finish` would not wait; no frames follow. Waits for that, `timeout_s` at most."""
+        self._end()
+        return self._done.wait(timeout_s)
+
     def finish(self) -> tuple[str, bytes]:
         """(mime, bytes), once all frames are encoded.
 
         Raises:
             Exception: what the encoder failed with, or that frames are missing.
         """
-        self._chunks.put(None)
+        self._end()
         self._thread.join()
         if isinstance(self._made, tuple):
             return self._made
@@ -213,7 +219,12 @@ class ClipWriter:
     def close(self) -> None:
         """Ends the thread; what was added is lost."""
         self._given_up = True
-        self._chunks.put(None)
+        self._end()
+
+    def _end(self) -> None:
+        if not self._told:
+            self._told = True
+            self._chunks.put(None)
 
     def _run(self) -> None:
         output_format, quality, fps = self._options
@@ -229,6 +240,7 @@ class ClipWriter:
                 raise RuntimeError(f"{self._missing} of {self._num_frames} frames never came")
         except Exception as error:  # noqa: BLE001 - it is raised by `finish`
             self._made = error
+        self._done.set()
         while not self._ended:
             # Whoever adds frames must not wait for ever.
             self._ended = self._chunks.get() is None

@@ -22,6 +22,8 @@ from vae_svc.engine import VaeChunk, VaeJob, VaeResult, open_engine
 
 SUBFOLDERS = ("vae",)
 MAX_LATENT_BYTES = 1024**3
+# A call that comes while the encoder alone works waits that long at most.
+LOOK_EVERY_S = 0.02
 
 
 class Opened:
@@ -46,6 +48,7 @@ class VaeProgram:
         self._engine = open_engine(config, mesh)
         # Rank 0 answers for the group, so it alone encodes media.
         self._speaks = mesh is None or not mesh.rank
+        self._alone = mesh is None
         self._open: dict[str, Opened] = {}
         self._decoded: list[VaeResult] = []
 
@@ -91,7 +94,7 @@ class VaeProgram:
         self._forget(str(call.id))
 
     def tick(self) -> bool:
-        """One chunk of frames. What has been decoded is encoded during the next chunk, and answered then."""
+        """One chunk of frames. What has been decoded is encoded beside the next chunks, and answered then."""
         decoded, self._decoded = self._decoded, []
         for event in self._engine.tick():
             opened = self._open.get(event.job.request_id)
@@ -104,8 +107,18 @@ class VaeProgram:
             else:
                 self._end(event)
         for result in decoded:
-            self._end(result)
+            if self._is_encoded(result):
+                self._end(result)
+            else:
+                self._decoded.append(result)
         return self._engine.busy or bool(self._decoded)
+
+    def _is_encoded(self, result: VaeResult) -> bool:
+        """The ranks of a group end a call in the same tick, so there the one that encodes is waited for."""
+        opened = self._open.get(result.job.request_id)
+        if opened is None or opened.writer is None or not self._alone:
+            return True
+        return opened.writer.is_done(0.0 if self._engine.busy else LOOK_EVERY_S)
 
     def _end(self, result: VaeResult) -> None:
         if (opened := self._open.get(result.job.request_id)) is not None:

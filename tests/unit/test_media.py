@@ -26,7 +26,6 @@ from services.media import (
     image_size,
 )
 from services.request import Media
-from tests.cluster.running import wait_for
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8)
 
@@ -224,7 +223,7 @@ def test_an_animation_lasts_as_long_as_its_frames():
 def test_what_is_encoded_at_the_end_begins_with_the_last_frame():
     writer = ClipWriter("png", 90, 0.0, 1)
     writer.add(PIXELS[None])
-    wait_for(lambda: writer._made is not None)
+    assert writer._done.wait(20.0)
     assert writer.finish()[0] == "image/png"
     writer.close()
 
@@ -233,6 +232,7 @@ def test_what_is_encoded_at_the_end_begins_with_the_last_frame():
 def test_a_clip_without_all_its_frames_is_none(output_format):
     writer = ClipWriter(output_format, 90, 12.0, 5)
     writer.add(np.zeros((4, 32, 48, 3), np.uint8))
+    assert writer.is_done(20.0)
     with pytest.raises(RuntimeError, match="1 of 5 frames never came"):
         writer.finish()
 

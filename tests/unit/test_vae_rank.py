@@ -1,4 +1,4 @@
-"""The VAE's rank: pictures are encoded while the next ones are decoded."""
+"""The VAE's rank: what was decoded is encoded beside what comes next."""
 
 from __future__ import annotations
 
@@ -23,6 +23,12 @@ class Writer:
 
     def __init__(self, notes: list[str], *_options: object) -> None:
         self._notes = notes
+        self._looks = 0
+
+    def is_done(self, _timeout_s: float) -> bool:
+        """Not at the first look."""
+        self._looks += 1
+        return self._looks > 1
 
     def add(self, frames: object) -> None:
         self._notes.append("decoded")
@@ -58,7 +64,7 @@ def kinds(outbox: FrameQueue) -> list[Kind]:
     return [frame.kind for frame in frames]
 
 
-def test_a_picture_is_answered_once_the_next_one_is_decoded(notes):
+def test_a_slow_encoder_holds_up_no_decode(notes):
     program, outbox = rank.VaeProgram(CONFIG), FrameQueue(1 << 20)
     calls = [decode(program, call_id, outbox) for call_id in (1, 2)]
     while program.tick():
