@@ -38,17 +38,17 @@ def decode_clip(media: Media, max_frames: int) -> Frames:
     """
     command = [sys.executable, "-m", "services.clip_reader", str(max_frames)]
     reader = subprocess.run(command, input=media.data, capture_output=True, check=False)
-    head, _, pixels = reader.stdout.partition(b"\n")
-    if reader.returncode or not head:
+    head_bytes = reader.stdout.find(b"\n") + 1
+    if reader.returncode or not head_bytes:
         raise InvalidRequest(
             f"an input clip cannot be read within {MAX_BYTES >> 20} MiB of memory and {MAX_CPU_S} s: send a whole MP4 "
             "file of ordinary frames",
             param="inputs",
         )
-    answer = json.loads(head)
+    answer = json.loads(reader.stdout[:head_bytes])
     if refusal := answer.get("refusal"):
         raise InvalidRequest(refusal, param="inputs")
-    return np.frombuffer(pixels, np.uint8).reshape(answer["shape"])
+    return np.frombuffer(reader.stdout, np.uint8, offset=head_bytes).reshape(answer["shape"])
 
 
 def read_frames(data: bytes, max_frames: int) -> list[Frames]:
