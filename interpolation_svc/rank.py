@@ -16,10 +16,10 @@ from interpolation_svc.engine import (
     weights_of,
 )
 from protos import interpolation_pb2, types_pb2, vae_pb2
+from services.clip_writer import ClipWriter
 from services.config import StageConfig, parse
 from services.describe import placement
 from services.errors import CorruptTensor, InvalidRequest
-from services.media import ClipWriter
 from services.rank_process import Call, run
 from services.request import InterpolationLimits, ResolvedParams, check_interpolation, interpolated_frames
 from services.telemetry import internal_error, make_span

@@ -7,10 +7,10 @@ import time
 import torch
 
 from protos import text_encoder_pb2, types_pb2, vae_pb2
+from services.clip_writer import ClipWriter
 from services.config import StageConfig
 from services.describe import describe, open_model
 from services.errors import CorruptTensor
-from services.media import ClipWriter
 from services.parallel.mesh import Mesh
 from services.rank_process import Call, run
 from services.request import ResolvedParams

@@ -13,8 +13,9 @@ import pytest
 
 from services import clip_reader
 from services.clip_reader import decode_clip, read_frames
+from services.clip_writer import encode_frames
 from services.errors import InvalidRequest
-from services.media import decode_inputs, encode_frames, first_picture
+from services.media import decode_inputs, first_picture
 from services.request import Media
 from tests.oracle.wan import clip, picture
 from tests.unit.mp4_boxes import clip_of_claims

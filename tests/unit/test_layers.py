@@ -51,6 +51,7 @@ FORBIDDEN: list[tuple[str, tuple[str, ...]]] = [
             "admission",
             "media",
             "clip_reader",
+            "clip_writer",
             "picture_parts",
         )
     ],

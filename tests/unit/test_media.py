@@ -15,16 +15,9 @@ from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTr
 from PIL import ExifTags, Image, ImageFile, ImageOps
 
 from gateway.http_inputs import media_of_bytes
+from services.clip_writer import ClipWriter, encode_frames
 from services.errors import InvalidRequest
-from services.media import (
-    MAX_INPUT_PIXELS,
-    PICTURE_FORMATS,
-    ClipWriter,
-    decode_image,
-    encode_frames,
-    first_picture,
-    image_size,
-)
+from services.media import MAX_INPUT_PIXELS, PICTURE_FORMATS, decode_image, first_picture, image_size
 from services.request import Media
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8)
