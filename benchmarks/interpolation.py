@@ -29,7 +29,7 @@ from benchmarks.load import write_result
 from interpolation_svc.clip import Clip
 from interpolation_svc.ifnet import MULTIPLE_PX, V4_22_LITE, IFNet
 from interpolation_svc.weights import PACKAGED, load_ifnet
-from services.media import ClipWriter
+from services.clip_writer import ClipWriter
 
 VAE_FRAMES = 4
 """A VAE's chunk: what comes of one latent frame."""

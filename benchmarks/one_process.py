@@ -19,9 +19,9 @@ from benchmarks.load import Work, prompt
 from dit_svc.engine import DenoiseJob, Failed, Finished
 from dit_svc.loading import open_engine as open_dit
 from lightloom.local import Local
+from services.clip_writer import encode_frames
 from services.config import EngineSection, ModelSection, ServiceSection, StageConfig
 from services.describe import limits_of, open_model
-from services.media import encode_frames
 from services.request import GenerationParams, ResolvedParams, resolve
 from text_encoder_svc.engine import open_engine as open_text
 from vae_svc.engine import VaeChunk, VaeJob

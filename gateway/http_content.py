@@ -46,7 +46,8 @@ async def content_response(content: Content, request: Request) -> Response:
         # Its content never changes, but who may see it can.
         "Cache-Control": "private, no-cache",
     }
-    if etag in request.headers.get("if-none-match", ""):
+    known = request.headers.get("if-none-match", "")
+    if known == "*" or etag in known:
         return Response(status_code=304, headers=headers)
     wanted = request.headers.get("range", "") if request.headers.get("if-range", etag) == etag else ""
     part = byte_range(wanted, artifact.nbytes)

@@ -27,12 +27,11 @@ from protos import gateway_pb2, types_pb2
 from services.errors import InvalidRequest
 from services.request import GenerationParams, Media, check_total
 
-# How far a clip is when a stage begins, and how far when it ends, in percent: denoising is nearly all of the time.
+# How far a clip is when a stage begins, and how far when it ends, in percent: denoising, with encoding before it, is
+# nearly all of the time, and decoding, with interpolation behind it, counts no steps.
 PROGRESS = {
-    types_pb2.STAGE_TEXT_ENCODER: (0, 2),
     types_pb2.STAGE_DIT: (2, 90),
-    types_pb2.STAGE_VAE: (90, 97),
-    types_pb2.STAGE_INTERPOLATION: (97, 99),
+    types_pb2.STAGE_VAE: (90, 99),
 }
 # OpenAI knows fewer states than a request has.
 STATES = {"queued": "queued", "running": "in_progress", "cancelling": "in_progress", "done": "completed"}
@@ -129,7 +128,9 @@ def frames_of(seconds: str | float, fps: float, limits: types_pb2.Limits) -> int
     if not 0 < length < math.inf:
         raise InvalidRequest(f"seconds is {str(seconds)[:40]!r}: send a number above 0", param="seconds")
     multiple = limits.frame_multiple
-    frames = max(0, round((length * fps - 1) / multiple)) * multiple + 1
+    # No clip is as long, and what rounds to a whole number must be finite.
+    exact = min(length * fps, 2.0 * (limits.max_frames + multiple))
+    frames = max(0, round((exact - 1) / multiple)) * multiple + 1
     if frames > limits.max_frames:
         longest = limits.max_frames / fps
         raise InvalidRequest(
@@ -140,8 +141,8 @@ def frames_of(seconds: str | float, fps: float, limits: types_pb2.Limits) -> int
 
 
 def is_video(status: gateway_pb2.RequestStatus) -> bool:
-    """Whether a request asks for a clip."""
-    return status.params.output_format == types_pb2.OUTPUT_FORMAT_MP4 or status.params.num_frames > 1
+    """Whether a request asks for a clip: of all results, it alone has a rate."""
+    return status.params.fps > 0
 
 
 def video_json(status: gateway_pb2.RequestStatus) -> dict[str, Any]:
@@ -163,11 +164,17 @@ def video_json(status: gateway_pb2.RequestStatus) -> dict[str, Any]:
         "expires_at": None,
         "model": params.model,
         "prompt": params.prompt,
-        "seconds": f"{params.num_frames / params.fps:g}" if params.fps else "0",
+        "seconds": f"{seconds_of(params):g}",
         "size": f"{params.width}x{params.height}",
         "remixed_from_video_id": None,
         "error": {"code": failed.reason, "message": failed.message} if failed else None,
     }
+
+
+def seconds_of(params: types_pb2.GenerationParams) -> float:
+    """How long the file of a clip plays."""
+    times = 1 << params.frame_interpolation_exp if params.enable_frame_interpolation else 1
+    return ((params.num_frames - 1) * times + 1) / (params.fps * times)
 
 
 def progress_of(status: gateway_pb2.RequestStatus) -> int:

@@ -16,10 +16,10 @@ from interpolation_svc.engine import (
     weights_of,
 )
 from protos import interpolation_pb2, types_pb2, vae_pb2
+from services.clip_writer import ClipWriter
 from services.config import StageConfig, parse
 from services.describe import placement
 from services.errors import CorruptTensor, InvalidRequest
-from services.media import ClipWriter
 from services.rank_process import Call, run
 from services.request import InterpolationLimits, ResolvedParams, check_interpolation, interpolated_frames
 from services.telemetry import internal_error, make_span
@@ -30,6 +30,8 @@ from services.wire import interpolation_limits_to_proto, media_messages, resolve
 MAX_BUNDLE_BYTES = 512 * 1024 * 1024
 # Frames that may wait here; then who sends more waits.
 MAX_WAITING_BYTES = 128 * 1024 * 1024
+# A call that comes while the encoder alone works waits that long at most.
+LOOK_EVERY_S = 0.02
 
 
 class Opened:
@@ -53,6 +55,7 @@ class InterpolationProgram:
         self._limits = parse(InterpolationLimits, config.limits, "limits.")
         self._engine = open_engine(config)
         self._open: dict[str, Opened] = {}
+        self._interpolated: list[InterpolationResult] = []
 
     def describe(self) -> types_pb2.DescribeResponse:
         """This replica; it names no model, as it takes the clips of any."""
@@ -122,7 +125,8 @@ class InterpolationProgram:
         self._forget(str(call.id))
 
     def tick(self) -> bool:
-        """One batch of pictures."""
+        """One batch of pictures. A clip that is still being encoded is answered once it is, beside the others."""
+        interpolated, self._interpolated = self._interpolated, []
         for event in self._engine.tick():
             opened = self._open.get(event.job.request_id)
             if opened is None:
@@ -130,11 +134,23 @@ class InterpolationProgram:
             if opened.call.cancelled:
                 self.cancelled(opened.call)
             elif isinstance(event, InterpolationResult):
-                self._answer(opened, event)
-                self._forget(event.job.request_id)
+                interpolated.append(event)
             else:
                 self._encode(opened, event)
-        return self._engine.busy
+        for result in interpolated:
+            self._end(result)
+        return self._engine.busy or bool(self._interpolated)
+
+    def _end(self, result: InterpolationResult) -> None:
+        opened = self._open.get(result.job.request_id)
+        if opened is None:
+            return
+        timeout_s = 0.0 if self._engine.busy else LOOK_EVERY_S
+        if result.error is None and opened.writer is not None and not opened.writer.is_done(timeout_s):
+            self._interpolated.append(result)
+            return
+        self._answer(opened, result)
+        self._forget(result.job.request_id)
 
     def _encode(self, opened: Opened, chunk: InterpolationChunk) -> None:
         assert opened.writer is not None

@@ -19,11 +19,12 @@ import torch
 from dit_svc.engine import DenoiseJob, Failed, Finished
 from dit_svc.loading import open_engine as open_dit
 from lightloom.client import Result
+from services.clip_writer import ClipWriter
 from services.config import EngineSection, ModelSection, ServiceSection, StageConfig
 from services.describe import limits_of, open_model
 from services.errors import NotEnabled, StartupError
 from services.family import Tensors
-from services.media import ClipWriter, check_mask, first_picture
+from services.media import check_mask, first_picture
 from services.request import MAX_SEED, ResolvedParams, open_params, resolve
 from text_encoder_svc.engine import open_engine as open_text
 from vae_svc.engine import VaeChunk, VaeJob, VaeResult

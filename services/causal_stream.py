@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any
@@ -89,25 +90,35 @@ class CausalCodec:
         """Latents [B, C, F', h, w] to chunks of frames [B, 3, F, H, W], the first of one latent frame."""
         frames, step = latents.shape[2], self._frames_a_step
         stream = Stream(one_frame=frames == 1)
-        self._work.stream = stream
-        latents = self._vae.post_quant_conv(latents)
+        with self._worked_on(stream):
+            latents = self._vae.post_quant_conv(latents)
         for start, end in _chunks(frames, step):
-            self._work.stream = stream
-            first = {"first_chunk": stream.first} if self._says_first else {}
-            chunk = self._vae.decoder(latents[:, :, start:end], **first)
-            stream.first = False
+            with self._worked_on(stream):
+                first = {"first_chunk": stream.first} if self._says_first else {}
+                chunk = self._vae.decoder(latents[:, :, start:end], **first)
+                stream.first = False
             yield unpatchify(chunk, self._patch)
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
         """Pixels [B, 3, F, H, W], F = 4 k + 1, to means and log variances [B, 2 C, F', h, w]."""
         frames, step = pixels.shape[2], 2 ** sum(self._vae.config.temperal_downsample)
-        self._work.stream = stream = Stream(one_frame=frames == 1)
+        stream = Stream(one_frame=frames == 1)
         moments: list[torch.Tensor] = []
-        for start, end in _chunks(frames, step):
-            moments.append(self._vae.encoder(patchify(pixels[:, :, start:end], self._patch)))
-            stream.first = False
-        whole: torch.Tensor = self._vae.quant_conv(torch.cat(moments, dim=2))
+        with self._worked_on(stream):
+            for start, end in _chunks(frames, step):
+                moments.append(self._vae.encoder(patchify(pixels[:, :, start:end], self._patch)))
+                stream.first = False
+            whole: torch.Tensor = self._vae.quant_conv(torch.cat(moments, dim=2))
         return whole
+
+    @contextmanager
+    def _worked_on(self, stream: Stream) -> Iterator[None]:
+        self._work.stream = stream
+        try:
+            yield
+        finally:
+            # A clip's history is gigabytes: it goes with the clip.
+            self._work.stream = Stream(one_frame=True)
 
     @property
     def _patch(self) -> int:

@@ -275,7 +275,8 @@ def check_interpolation(params: ResolvedParams, allowed: InterpolationLimits) ->
     _between("frame_interpolation_exp", params.frame_interpolation_exp, 1, allowed.max_exp)
     _between("frame_interpolation_scale", params.frame_interpolation_scale, allowed.min_scale, allowed.max_scale)
     frames, max_frames = interpolated_frames(params), allowed.max_frames
-    if params.output_format == "raw":
+    if params.output_format != "mp4":
+        # The others are held whole where they are made.
         max_frames = min(max_frames, MAX_MEDIA_BYTES // (3 * pixels))
     if frames > max_frames:
         raise InvalidRequest(
@@ -343,6 +344,8 @@ def _check_frames(params: ResolvedParams, limits: Limits) -> None:
             f"model {params.model!r} makes {limits.output}: enable_frame_interpolation needs one that makes video",
             param="enable_frame_interpolation",
         )
+    elif params.fps:
+        raise InvalidRequest(f"model {params.model!r} makes {limits.output}: fps is for clips", param="fps")
 
 
 def _check_inputs(params: ResolvedParams, limits: Limits) -> None:

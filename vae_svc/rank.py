@@ -7,10 +7,10 @@ import time
 import torch
 
 from protos import text_encoder_pb2, types_pb2, vae_pb2
+from services.clip_writer import ClipWriter
 from services.config import StageConfig
 from services.describe import describe, open_model
 from services.errors import CorruptTensor
-from services.media import ClipWriter
 from services.parallel.mesh import Mesh
 from services.rank_process import Call, run
 from services.request import ResolvedParams
@@ -22,6 +22,8 @@ from vae_svc.engine import VaeChunk, VaeJob, VaeResult, open_engine
 
 SUBFOLDERS = ("vae",)
 MAX_LATENT_BYTES = 1024**3
+# A call that comes while the encoder alone works waits that long at most.
+LOOK_EVERY_S = 0.02
 
 
 class Opened:
@@ -46,7 +48,9 @@ class VaeProgram:
         self._engine = open_engine(config, mesh)
         # Rank 0 answers for the group, so it alone encodes media.
         self._speaks = mesh is None or not mesh.rank
+        self._alone = mesh is None
         self._open: dict[str, Opened] = {}
+        self._decoded: list[VaeResult] = []
 
     def describe(self) -> types_pb2.DescribeResponse:
         """This replica, with the fit that its models' previews need."""
@@ -90,17 +94,36 @@ class VaeProgram:
         self._forget(str(call.id))
 
     def tick(self) -> bool:
-        """One chunk of frames."""
+        """One chunk of frames. What has been decoded is encoded beside the next chunks, and answered then."""
+        decoded, self._decoded = self._decoded, []
         for event in self._engine.tick():
             opened = self._open.get(event.job.request_id)
             if opened is None:
                 continue
             if isinstance(event, VaeChunk):
                 self._take_frames(opened, event)
+            elif event.error is None and event.job.latents is not None and not opened.frames_only:
+                self._decoded.append(event)
             else:
-                self._answer(opened, event)
-                self._forget(event.job.request_id)
-        return self._engine.busy
+                self._end(event)
+        for result in decoded:
+            if self._is_encoded(result):
+                self._end(result)
+            else:
+                self._decoded.append(result)
+        return self._engine.busy or bool(self._decoded)
+
+    def _is_encoded(self, result: VaeResult) -> bool:
+        """The ranks of a group end a call in the same tick, so there the one that encodes is waited for."""
+        opened = self._open.get(result.job.request_id)
+        if opened is None or opened.writer is None or not self._alone:
+            return True
+        return opened.writer.is_done(0.0 if self._engine.busy else LOOK_EVERY_S)
+
+    def _end(self, result: VaeResult) -> None:
+        if (opened := self._open.get(result.job.request_id)) is not None:
+            self._answer(opened, result)
+            self._forget(result.job.request_id)
 
     def _forget(self, key: str) -> None:
         opened = self._open.pop(key, None)

@@ -1,7 +1,8 @@
 """A VAE's pictures in overlapping tiles, on one rank or spread over several.
 
-Tiles bound the memory of large pictures. Norms and attention of a tile see that tile only, so the picture is nearly,
-not exactly, that of the whole; the ranks change nothing about it, bit for bit.
+Tiles bound the memory of large pictures; of clips hardly, as each tile keeps its history. Norms and attention of a tile
+see that tile only, so the picture is nearly, not exactly, that of the whole; the ranks change nothing about it, bit for
+bit.
 """
 
 from __future__ import annotations

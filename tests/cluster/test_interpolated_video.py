@@ -105,7 +105,7 @@ def test_a_smooth_clip_by_openais_call_from_json_and_from_a_form(rest):
             stream = container.streams.video[0]
             assert (sum(1 for _ in container.decode(stream)), float(stream.average_rate)) == (33, 32.0)
         length = rest.get(f"/v1/videos/{answer.headers['x-request-id']}").json()["seconds"]
-        assert float(length) == pytest.approx(9 / 8), "that of the model's own frames"
+        assert float(length) == pytest.approx(33 / 32), "as the file plays"
 
 
 def test_a_smooth_clip_from_the_command_line(running, here, tmp_path):

@@ -68,6 +68,8 @@ def test_layers_by_rest(cluster):
         content = rest.get(f"/v1/requests/{made['id']}/content")
         assert content.headers["content-type"] == "application/zip"
         assert layers_of(content.content).shape == (3, 80, 64, 4)
+        assert made["id"] not in [video["id"] for video in rest.get("/v1/videos").json()["data"]]
+        assert rest.get(f"/v1/videos/{made['id']}").status_code == 404
         # That call speaks of pictures only.
         answer = rest.post(
             "/v1/images/generations", json={"prompt": PROMPT, "input_image": json_of((INPUT,))[0]["data_url"]}

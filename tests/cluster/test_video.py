@@ -216,6 +216,7 @@ def test_a_clip_in_one_call_from_json(rest):
         ({"seconds": "nan"}, "seconds", "a number above 0"),
         ({"seconds": "long"}, "seconds", "a number above 0"),
         ({"seconds": 12}, "seconds", "at most 5.06"),
+        ({"seconds": 1e308}, "seconds", "at most 5.06"),
         ({"seconds": "0.5", "num_frames": 81}, "seconds", "mean the same and differ"),
         ({"size": "72x64"}, "width", "use 64 or 80"),
         ({"remix": "x"}, "remix", "unknown field"),

@@ -30,7 +30,8 @@ from transformers import PreTrainedTokenizerFast, Qwen2VLProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from services.causal_stream import CausalCodec
-from services.media import decode_image, encode_frames
+from services.clip_writer import encode_frames
+from services.media import decode_image
 from services.request import GenerationParams, Media, ResolvedParams
 from tests.oracle.harness import OracleRow, Stock
 

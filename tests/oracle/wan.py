@@ -15,7 +15,8 @@ from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from services.causal_stream import CausalCodec
-from services.media import decode_image, decode_inputs, encode_frames
+from services.clip_writer import encode_frames
+from services.media import decode_image, decode_inputs
 from services.request import GenerationParams, Media, ResolvedParams
 from tests.oracle.harness import OracleRow, Stock
 

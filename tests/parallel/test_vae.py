@@ -146,7 +146,14 @@ def test_what_cannot_be_shared_is_refused_before_a_weight_is_read(tmp_path, para
 
 
 def peak_bytes(
-    family: str, preset: str, sides: tuple[int, int], frames: int, ranks: int, *, encode: bool = False
+    family: str,
+    preset: str,
+    sides: tuple[int, int],
+    frames: int,
+    ranks: int,
+    *,
+    encode: bool = False,
+    tile_px: int = 0,
 ) -> int:
     """Of one decode or encode, on the rank with the most: the one whose piece is the largest and has two neighbours."""
     part = load_family(family).vae
@@ -156,6 +163,8 @@ def peak_bytes(
     if ranks > 1:
         rank = min(1, ranks - 2)
         codec = PatchCodec(model, part.plan, compression, PlannedMesh(Degrees(patch=ranks), rank)["patch"])
+    if tile_px:
+        codec = TileCodec(codec, tile_px, compression)
     causal = hasattr(model.module, "clear_cache")
     inner = ((frames if encode else (frames - 1) // per_latent + 1),) if causal else ()
     scale = 1 if encode else compression
@@ -186,6 +195,13 @@ def test_a_rank_holds_its_share_of_the_activations(family, preset, sides, frames
         share = peak_bytes(family, preset, sides, frames, ranks, encode=encode) / whole
         # Beside it: rows of the neighbours, and the whole result.
         assert 1 / ranks < share < 1.25 / ranks + 0.05, (ranks, share)
+
+
+def test_tiles_bound_the_memory_of_pictures_and_save_little_of_a_clips():
+    full = ("qwen_image", "qwen-image", (1024, 1024), 1, 1)
+    assert peak_bytes(*full, tile_px=256) < peak_bytes(*full) / 8
+    clip = ("wan", "wan2.2-t2v-a14b", (480, 832), 9, 1)
+    assert 0.8 < peak_bytes(*clip, tile_px=256) / peak_bytes(*clip) < 0.9
 
 
 @pytest.mark.parametrize(("ranks"), [1, 2])

@@ -11,7 +11,8 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl_qwenimage import AutoencoderKLQwenImage
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
-from services.causal_stream import CausalCodec, patchify, unpatchify
+from services import causal_stream
+from services.causal_stream import CausalCodec, Stream, patchify, unpatchify
 
 SMALL = {"base_dim": 8, "z_dim": 4, "dim_mult": [1, 2, 2, 2], "num_res_blocks": 1}
 MOMENTS = {"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}
@@ -74,6 +75,18 @@ def latents_of(vae: Any, frames: int) -> torch.Tensor:
     return torch.randn(1, vae.config.z_dim, frames, 8, 12)
 
 
+def made_streams(monkeypatch: pytest.MonkeyPatch) -> list[Stream]:
+    """Those that are made from now on."""
+    streams: list[Stream] = []
+
+    def make(**options: bool) -> Stream:
+        streams.append(Stream(**options))
+        return streams[-1]
+
+    monkeypatch.setattr(causal_stream, "Stream", make)
+    return streams
+
+
 def test_a_picture_is_nearly_the_same(stock, codec):
     latents, pixels = latents_of(stock, 1), torch.rand(2, 3, 1, 64, 96) * 2 - 1
     assert apart(decoded(codec, latents), stock.decode(latents).sample) <= 1e-5
@@ -102,15 +115,34 @@ def test_several_latent_frames_a_step_are_nearly_the_same(stock):
         assert apart(decoded(CausalCodec(copy.deepcopy(stock), step), latents), theirs) <= 1e-5
 
 
-def test_memory_does_not_grow_with_the_clip(stock, codec):
+def test_memory_does_not_grow_with_the_clip(stock, codec, monkeypatch):
     """What is alive while a chunk waits to be taken: the same after the fifth chunk as after the third."""
+    streams = made_streams(monkeypatch)
     alive, chunks = [], []
     for chunk in codec.decode(latents_of(stock, 6)):
-        alive.append(sum(kept.nbytes for kept in codec._work.stream.history.values()))
+        [stream] = [stream for stream in streams if not stream.one_frame]
+        alive.append(sum(kept.nbytes for kept in stream.history.values()))
         chunks.append(weakref.ref(chunk))
         del chunk
         assert sum(ref() is not None for ref in chunks) <= 1
     assert alive[2] == alive[5] > 0
+
+
+@pytest.mark.parametrize("end", ["decoded", "given up", "encoded"])
+def test_nothing_is_kept_of_a_clip_that_has_ended(stock, codec, monkeypatch, end):
+    streams = made_streams(monkeypatch)
+    if end == "encoded":
+        codec.encode(torch.rand(1, 3, 9, 64, 96))
+    else:
+        chunks = codec.decode(latents_of(stock, 3))
+        next(chunks)
+        if end == "decoded":
+            list(chunks)
+        del chunks
+    histories = [weakref.ref(kept) for stream in streams for kept in stream.history.values()]
+    assert histories
+    streams.clear()
+    assert [ref for ref in histories if ref() is not None] == []
 
 
 def test_decoding_and_pictures_run_no_3d_convolution_and_pictures_keep_no_history(stock, codec, monkeypatch):

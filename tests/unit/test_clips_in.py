@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import io
 import random
+import resource
 import time
 
 import av
 import numpy as np
 import pytest
 
-from services import media
+from services import clip_reader
+from services.clip_reader import decode_clip, read_frames
+from services.clip_writer import encode_frames
 from services.errors import InvalidRequest
-from services.media import decode_clip, decode_inputs, encode_frames, first_picture
+from services.media import decode_inputs, first_picture
 from services.request import Media
 from tests.oracle.wan import clip, picture
+from tests.unit.mp4_boxes import clip_of_claims
 
 
 def coded(codec: str, container: str = "mp4", sizes: tuple[tuple[int, int], ...] = ((64, 48),) * 5) -> bytes:
@@ -70,7 +74,7 @@ def test_masks_may_be_clips_or_pictures():
         (coded("mpeg2video"), "coded as mpeg2video"),
         (coded("libx264", "matroska"), "cannot be decoded"),
         (sound(), "no pictures"),
-        (clip(64, 48, 5, 1).data[:800], "0 frames"),
+        (clip(64, 48, 5, 1).data[:1000], "0 frames"),
         (picture(8, 8, 1).data, "cannot be decoded"),
     ],
     ids=["empty", "only a head", "coding", "container", "sound", "cut", "picture"],
@@ -93,11 +97,26 @@ def test_a_playlist_that_names_other_files_is_not_followed(tmp_path):
 def test_more_pixels_than_allowed_are_refused_before_any_is_decoded(monkeypatch):
     data = coded("libx264", sizes=((1920, 1088),) * 2)
     assert decode_clip(Media("video/mp4", data, "video"), 81).shape == (2, 1088, 1920, 3)
-    monkeypatch.setattr(media, "MAX_CLIP_PIXELS", 81 * 1920 * 1088 - 1)
+    monkeypatch.setattr(clip_reader, "MAX_CLIP_PIXELS", 81 * 1920 * 1088 - 1)
     start_s = time.perf_counter()
     with pytest.raises(InvalidRequest, match="1920x1088 pixels: at most 2088959 are allowed in each of 81 frames"):
-        decode_clip(Media("video/mp4", data, "video"), 81)
+        read_frames(data, 81)
     assert time.perf_counter() - start_s < 0.5
+
+
+@pytest.mark.parametrize(("samples", "edits"), [(100_000_000, 0), (20_000, 20_000)], ids=["frames", "edits"])
+def test_a_clip_of_claims_takes_no_memory_of_this_process(samples, edits):
+    bomb = clip_of_claims(samples, edits)
+    before_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(InvalidRequest, match="cannot be decoded|0 frames"):
+        decode_clip(Media("video/mp4", bomb, "video"), 5)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before_kib < 64 * 1024
+
+
+def test_a_reader_that_dies_refuses_the_clip(monkeypatch):
+    monkeypatch.setattr(clip_reader.sys, "executable", "/bin/false")
+    with pytest.raises(InvalidRequest, match="within 2048 MiB of memory and 60 s"):
+        decode_clip(clip(64, 48, 5, 1), 5)
 
 
 def test_damage_is_refused_or_harmless():
@@ -108,10 +127,10 @@ def test_damage_is_refused_or_harmless():
             damaged[chance.randrange(len(damaged))] = chance.randrange(256)
         data = bytes(damaged[: chance.randrange(1, len(damaged) + 1)])
         try:
-            frames = decode_clip(Media("video/mp4", data, "video"), 9)
+            frames = read_frames(data, 9)
         except InvalidRequest:
             continue
-        assert frames.dtype == np.uint8
+        assert {frame.dtype for frame in frames} == {np.dtype(np.uint8)}
         assert 1 <= len(frames) <= 9
 
 

@@ -30,8 +30,8 @@ from demo.clips.train_denoiser import (
 )
 from demo.scenes import SHAPES
 from demo.stage import Stage
+from services.clip_writer import encode_frames
 from services.families.wan.presets import NEGATIVE_PROMPT
-from services.media import encode_frames
 
 
 @pytest.fixture(scope="module")

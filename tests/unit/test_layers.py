@@ -50,6 +50,9 @@ FORBIDDEN: list[tuple[str, tuple[str, ...]]] = [
             "request",
             "admission",
             "media",
+            "clip_reader",
+            "clip_writer",
+            "picture_parts",
         )
     ],
 ]

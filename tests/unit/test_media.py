@@ -8,21 +8,16 @@ import struct
 import time
 import zlib
 
+import av
 import numpy as np
 import pytest
+from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 from PIL import ExifTags, Image, ImageFile, ImageOps
 
 from gateway.http_inputs import media_of_bytes
+from services.clip_writer import ClipWriter, encode_frames
 from services.errors import InvalidRequest
-from services.media import (
-    MAX_INPUT_PIXELS,
-    PICTURE_FORMATS,
-    ClipWriter,
-    decode_image,
-    encode_frames,
-    first_picture,
-    image_size,
-)
+from services.media import MAX_INPUT_PIXELS, PICTURE_FORMATS, decode_image, first_picture, image_size
 from services.request import Media
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8)
@@ -49,6 +44,14 @@ def test_every_mode_becomes_rgb(mode):
     file = io.BytesIO()
     Image.fromarray(PIXELS).convert("L" if mode == "I;16" else mode).convert(mode).save(file, "PNG")
     assert decode_image(Media("image/png", file.getvalue())).shape == (1, 24, 40, 3)
+
+
+def test_grey_of_16_bits_keeps_its_shades():
+    shades = np.linspace(0, 65535, 40).astype(np.uint16)[None].repeat(24, 0)
+    file = io.BytesIO()
+    Image.fromarray(shades).save(file, "PNG")
+    decoded = decode_image(Media("image/png", file.getvalue()))[0]
+    assert np.array_equal(decoded, (shades >> 8).astype(np.uint8)[..., None].repeat(3, 2))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -91,6 +94,43 @@ def test_the_header_alone_says_nothing_about_the_rest():
     image_size(cut)
     with pytest.raises(InvalidRequest, match="cannot be decoded"):
         decode_image(cut)
+
+
+def with_junk(kind: str, junk: bytes) -> bytes:
+    """A picture with that before its other parts."""
+    data, place = file_of(kind), {"PNG": 33, "JPEG": 2}[kind]
+    return data[:place] + junk + data[place:]
+
+
+def segment(data: bytes, kind: bytes = b"\xfe") -> bytes:
+    return b"\xff" + kind + struct.pack(">H", 2 + len(data)) + data
+
+
+@pytest.mark.parametrize(
+    ("kind", "junk"),
+    [
+        ("PNG", (struct.pack(">I", 0) + b"juNk" + struct.pack(">I", zlib.crc32(b"juNk"))) * 500_000),
+        ("JPEG", segment(b"") * 1_500_000),
+        ("JPEG", b"\xff" * 6_000_000),
+        ("JPEG", segment(b"") + b"\0" * 6_000_000),
+        ("JPEG", segment(b"Exif\0\0" + b"x" * 600, b"\xe1") * 10_000),
+    ],
+    ids=["chunks", "segments", "filling", "rubbish", "exif"],
+)
+def test_a_picture_of_many_parts_is_refused_at_once(kind, junk):
+    data = with_junk(kind, junk)
+    begun_s = time.perf_counter()
+    with pytest.raises(InvalidRequest, match="save it without metadata"):
+        image_size(Media("image/png", data))
+    assert time.perf_counter() - begun_s < 0.1
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_metadata_as_programs_write_it_is_no_hindrance(kind):
+    comment = {} if kind == "PNG" else {"comment": "t" * 60_000}
+    data = file_of(kind, icc_profile=b"p" * 1_000_000, **comment)
+    assert image_size(Media("image/png", data)) == (40, 24)
+    assert decode_image(Media("image/png", data)).shape == (1, 24, 40, 3)
 
 
 @pytest.mark.parametrize("data", [b"", b"GIF", b"\x89PNG\r\n\x1a\n", b"<svg/>", b"%PDF-1.7", b"\x00" * 4096])
@@ -143,6 +183,58 @@ def test_a_clip_in_chunks_is_the_file_of_the_whole_clip():
         for chunk in np.split(frames, (1, 5)):
             writer.add(chunk)
         assert writer.finish() == encode_frames(frames, output_format, 80, 12.0)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (1280, 720)], ids=["small", "large"])
+def test_the_colours_of_an_mp4_are_those_that_its_marks_say(size):
+    width, height = size
+    colour = np.array([200, 30, 60], np.uint8)
+    _, data = encode_frames(np.broadcast_to(colour, (2, height, width, 3)), "mp4", 100, 16.0)
+    with av.open(io.BytesIO(data)) as container:
+        frame = next(container.decode(video=0))
+        context = container.streams.video[0].codec_context
+    assert (frame.colorspace, frame.color_range) == (Colorspace.ITU709, ColorRange.MPEG)
+    assert (context.color_primaries, context.color_trc) == (ColorPrimaries.BT709, ColorTrc.BT709)
+    # By the matrix of BT.709: Y = 0.2126 R + 0.7152 G + 0.0722 B, from 16 to 235.
+    luma = 16 + 219 * (np.array([0.2126, 0.7152, 0.0722]) @ colour) / 255
+    assert bytes(frame.planes[0])[0] == pytest.approx(luma, abs=1.5)
+    assert np.abs(frame.to_ndarray(format="rgb24")[0, 0].astype(int) - colour).max() <= 3
+
+
+def test_an_animation_lasts_as_long_as_its_frames():
+    frames = np.random.default_rng(0).integers(0, 256, (33, 16, 16, 3), dtype=np.uint8)
+    _, data = encode_frames(frames, "webp", 50, 16.0)
+    with Image.open(io.BytesIO(data)) as image:
+        durations_ms = []
+        for index in range(image.n_frames):
+            image.seek(index)
+            image.load()
+            durations_ms.append(image.info["duration"])
+    assert (len(durations_ms), sum(durations_ms)) == (33, round(33 / 16 * 1000))
+
+
+def test_what_is_encoded_at_the_end_begins_with_the_last_frame():
+    writer = ClipWriter("png", 90, 0.0, 1)
+    writer.add(PIXELS[None])
+    assert writer._done.wait(20.0)
+    assert writer.finish()[0] == "image/png"
+    writer.close()
+
+
+@pytest.mark.parametrize("output_format", ["mp4", "webp", "raw"])
+def test_a_clip_without_all_its_frames_is_none(output_format):
+    writer = ClipWriter(output_format, 90, 12.0, 5)
+    writer.add(np.zeros((4, 32, 48, 3), np.uint8))
+    assert writer.is_done(20.0)
+    with pytest.raises(RuntimeError, match="1 of 5 frames never came"):
+        writer.finish()
+
+
+def test_more_frames_than_announced_hold_up_nobody():
+    writer = ClipWriter("raw", 90, 12.0, 1)
+    for _ in range(20):
+        writer.add(PIXELS[None])
+    assert writer.finish()[1] == PIXELS.tobytes()
 
 
 def test_frames_are_encoded_before_the_last_has_come():

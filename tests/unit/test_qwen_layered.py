@@ -13,9 +13,10 @@ from PIL import Image
 
 from dit_svc.engine import DenoiseJob
 from lightloom.local import Local
+from services.clip_writer import encode_frames
 from services.errors import InvalidRequest
 from services.families.qwen_image import FAMILY
-from services.media import decode_image, encode_frames
+from services.media import decode_image
 from services.request import GenerationParams, Media, resolve
 from services.weights import open_source
 from tests.oracle.harness import CPU, Subject, make_folder

@@ -80,8 +80,9 @@ def test_a_schedule_may_need_more_steps_than_one() -> None:
         ({"frame_interpolation_scale": math.inf}, "frame_interpolation_scale", "between 0.25 and 4.0"),
         ({"num_frames": 81, "frame_interpolation_exp": 4}, "frame_interpolation_exp", "makes 1281 frames of 81"),
         ({"width": 512, "height": 512}, "width", "at most 70000"),
-        # 257 frames fit, and as raw pixels they are more than a gateway takes.
+        # 257 frames fit, and as raw pixels, or whole in memory, they are too many.
         ({"frame_interpolation_exp": 4, "output_format": "raw"}, "frame_interpolation_exp", "of this size and format"),
+        ({"frame_interpolation_exp": 4, "output_format": "webp"}, "frame_interpolation_exp", "of this size and format"),
     ],
 )
 def test_what_interpolation_does_not_accept(
@@ -100,6 +101,8 @@ def test_frames_follow_the_rule_of_the_model() -> None:
         resolve(make(num_frames=18), VIDEO, seed=0)
     with pytest.raises(InvalidRequest, match="fps is 0.5"):
         resolve(make(fps=0.5), VIDEO, seed=0)
+    with pytest.raises(InvalidRequest, match="fps is for clips"):
+        resolve(make(fps=16.0), LIMITS, seed=0)
     check(resolve(make(num_frames=21), VIDEO, seed=0), VIDEO)
 
 

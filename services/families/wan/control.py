@@ -56,8 +56,11 @@ def resized(frames: Frames, width: int, height: int) -> torch.Tensor:
     """Frames [F, H, W, 3] at another size: [F, 3, H, W] in [-1, 1], fp32."""
     size = (width, height)
     scaled = [np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.LANCZOS)) for frame in frames]
-    # Divided and shifted in this order, as the library's image processor does: the last bits depend on it.
-    return 2.0 * torch.from_numpy(np.stack(scaled).astype(np.float32) / 255.0).permute(0, 3, 1, 2) - 1.0
+    # Divided and shifted in this order, as the library's image processor does: the last bits depend on it. In place, as
+    # a reference picture of a few hundred kilobytes may have 64 million pixels.
+    pixels = np.stack(scaled).astype(np.float32)
+    pixels /= 255.0
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).mul_(2.0).sub_(1.0)
 
 
 def reference_pixels(picture: Frames, params: ResolvedParams, unit: int) -> torch.Tensor:
