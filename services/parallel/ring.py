@@ -25,24 +25,26 @@ def ring_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    masks: torch.Tensor | None,
+    masks: torch.Tensor,
+    every: torch.Tensor,
     group: str,
-    size: int,
     kernel: str,
 ) -> torch.Tensor:
-    """[B, L, H, D] of this rank's queries over the keys of all `size` ranks.
+    """[B, L, H, D] of this rank's queries over the keys of all ranks.
 
     Args:
-        masks: [n, B, L], which keys of each rank's piece count; None where all do.
+        masks: [n, B, L], which keys of each rank's piece count.
+        every: one bool on the CPU, whether all do. A value, so that a compiled graph serves both.
         kernel: name of a kernel of `services/attention.py`; where it has no partial form PyTorch's own is taken.
     """
     piece, peers = torch.stack((key, value)), peer_memory.get(group)
-    count_sent("ring", piece, size - 1)
+    count_sent("ring", piece, masks.shape[0] - 1)
+    all_count = bool(every)
     merged: Partial | None = None
     for owner, keys_values in (
         _passed_on(piece, group_of(group)) if peers is None else _read(piece, peers, group_of(group))
     ):
-        mask = None if masks is None else masks[owner]
+        mask = None if all_count else masks[owner]
         merged = _merge(merged, partial_attention(query, keys_values[0], keys_values[1], mask, kernel))
     assert merged is not None
     return merged[0].to(query.dtype).transpose(1, 2).contiguous()
@@ -53,13 +55,13 @@ def _(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    masks: torch.Tensor | None,
+    masks: torch.Tensor,
+    every: torch.Tensor,
     group: str,
-    size: int,
     kernel: str,
 ) -> torch.Tensor:
     if query.device.type == "meta":  # a dry run
-        count_sent("ring", torch.stack((key, value)), size - 1)
+        count_sent("ring", torch.stack((key, value)), masks.shape[0] - 1)
     return torch.empty_like(query, memory_format=torch.contiguous_format)
 
 

@@ -33,17 +33,18 @@ class Places:
     """Where the tokens of joined pieces belong, for the forward in hand.
 
     Attributes:
-        tokens: [K] positions of real tokens among all joined pieces, in the sequence's own order; None where the
-            pieces have no filling and order does not matter.
+        tokens: [K] positions of real tokens among all joined pieces, in the sequence's own order.
         back: [n L] for each joined place its index into `tokens`; filling takes any.
         lengths: [F] tokens of each joint field, on the CPU.
-        masks: for ring attention, which keys of each rank's piece count, [n, B, L]; None where all do.
+        masks: for ring attention, which keys of each rank's piece count, [n, B, L].
+        every: whether all do, on the CPU.
     """
 
-    tokens: torch.Tensor | None = None
-    back: torch.Tensor | None = None
-    masks: torch.Tensor | None = None
+    tokens: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    back: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     lengths: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    masks: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    every: torch.Tensor = field(default_factory=lambda: torch.empty(0))
 
 
 class SequenceParallel:
@@ -95,8 +96,6 @@ class SequenceParallel:
         query, key, value = _scatter_heads(query, key, value, self._ulysses)
         if self._ring.size > 1:
             mixed = self._across_ring(kernel, query, key, value)
-        elif self.places.tokens is None or self.places.back is None:
-            mixed = kernel(query, key, value, None)
         else:
             tokens = self.places.tokens
             query, key, value = (tensor.index_select(1, tokens) for tensor in (query, key, value))
@@ -104,21 +103,22 @@ class SequenceParallel:
         return _gather_heads(mixed, self._ulysses)[:, :, :heads]
 
     def _across_ring(self, kernel: Kernel, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        ring, masks = self._ring, self.places.masks
-        mixed: torch.Tensor = ring_attention(query, key, value, masks, ring.name, ring.size, kernel.__name__)
+        ring, places = self._ring, self.places
+        mixed: torch.Tensor = ring_attention(query, key, value, places.masks, places.every, ring.name, kernel.__name__)
         return mixed
 
     def _find_places(self, streams: Any) -> Places:
         """Joined pieces stand rank by rank, in each the fields of the joint sequence one after the other."""
         lengths = tuple(getattr(streams, field).shape[1] for field in self._plan.joint)
         filling = getattr(streams, "filling", None)
-        if self._at_once or (filling is None and all(length % self._whole.size == 0 for length in lengths)):
+        if self._at_once:
             return Places(lengths=torch.tensor(lengths))
         if self._ring.size == 1:
             tokens, back = token_orders(lengths, self._whole.size, streams.hidden.device)
             return Places(tokens, back, lengths=torch.tensor(lengths))
         order = joined_order(lengths, self._whole.size)
-        return Places(masks=_ring_masks(order, filling, streams.hidden, self._ring.size))
+        every = filling is None and bool((order >= 0).all())
+        return Places(masks=_ring_masks(order, filling, streams.hidden, self._ring.size), every=torch.tensor(every))
 
 
 def own_piece(tensor: torch.Tensor, dim: int, axis: Axis) -> torch.Tensor:
@@ -164,7 +164,8 @@ def token_orders(lengths: tuple[int, ...], ranks: int, device: torch.device) -> 
 def _ring_masks(order: torch.Tensor, filling: torch.Tensor | None, hidden: torch.Tensor, ring: int) -> torch.Tensor:
     first = order.new_zeros(hidden.shape[0], 1) if filling is None else filling[:, None]
     by_rank: torch.Tensor = (order.to(first.device) >= first).unflatten(1, (ring, -1))
-    return by_rank.transpose(0, 1).contiguous().to(hidden.device)
+    # A copy even of one row: compiled code tells strides apart that stand for nothing.
+    return by_rank.transpose(0, 1).clone(memory_format=torch.contiguous_format).to(hidden.device)
 
 
 def _scatter_heads(
