@@ -22,7 +22,7 @@ from protos import gateway_pb2, gateway_pb2_grpc, types_pb2
 from services.free_port import free_port
 from tests.cluster.gateway_process import GatewayProcess, gateway
 from tests.cluster.running import figures, wait_for
-from tests.cluster.sleeping import sleeping_stages
+from tests.cluster.sleeping import Stages, addresses_of
 
 # 4 s of denoising, one after the other: the last of three is still there when a gateway has waited for its stages.
 STEPS = 200
@@ -53,20 +53,14 @@ class Cluster:
         return gateway(self.folder / name, self.redis.url, self.addresses, settings=settings)
 
 
-@pytest.fixture(scope="module")
-def stages(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, dict[str, int]]]:
-    with sleeping_stages(tmp_path_factory.mktemp("stages"), {"text_encoder": 8, "dit": 8, "vae": 8}) as stages:
-        yield stages
-
-
 @pytest.fixture
-def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stages: dict[str, dict[str, int]]) -> Iterator[Cluster]:
+def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sleeping: Stages) -> Iterator[Cluster]:
     monkeypatch.delenv("REDIS_URL", raising=False)
-    made = Cluster(tmp_path, {name: f"127.0.0.1:{service['port']}" for name, service in stages.items()})
+    made = Cluster(tmp_path, addresses_of(sleeping))
     yield made
     made.redis.stop()
     # Gateways are gone, and with them what they had asked for.
-    wait_for(lambda: not any(figures(service["metrics_port"])["in_flight"] for service in stages.values()))
+    wait_for(lambda: not any(figures(service["metrics_port"])["in_flight"] for service in sleeping.values()))
 
 
 @contextmanager
