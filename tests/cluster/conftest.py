@@ -12,6 +12,7 @@ import pytest
 from lightloom.cli import main
 from lightloom.client import Client
 from tests.cluster.running import RunningCluster
+from tests.cluster.sleeping import sleeping_stages
 
 
 @pytest.fixture(scope="session")
@@ -29,6 +30,20 @@ def monkeypatch_session():
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(Path(__file__).parents[2])
         yield patch
+
+
+@pytest.fixture(scope="session")
+def sleeping(tmp_path_factory, monkeypatch_session):
+    """Stages that sleep instead of computing, for all who bring a Redis and gateways of their own."""
+    with sleeping_stages(tmp_path_factory.mktemp("sleeping"), {"text_encoder": 64, "dit": 64, "vae": 64}) as stages:
+        yield stages
+
+
+@pytest.fixture(scope="session")
+def one_by_one(sleeping, tmp_path_factory):
+    """The same, with a denoiser of a single slot."""
+    with sleeping_stages(tmp_path_factory.mktemp("one"), {"dit": 1}) as stages:
+        yield {**sleeping, **stages}
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,8 +49,11 @@ def ready(metrics_port: int) -> bool:
         return False
 
 
+Stages = Mapping[str, Mapping[str, int]]
+
+
 @contextmanager
-def sleeping_stages(folder: Path, slots: dict[str, int]) -> Iterator[dict[str, dict[str, int]]]:
+def sleeping_stages(folder: Path, slots: Mapping[str, int]) -> Iterator[Stages]:
     """One replica of each stage, ready; gives the ports of each."""
     with ExitStack() as stack:
         stages = {name: stack.enter_context(sleeping_stage(folder, name, most)) for name, most in slots.items()}
@@ -58,30 +61,34 @@ def sleeping_stages(folder: Path, slots: dict[str, int]) -> Iterator[dict[str, d
         yield stages
 
 
+def addresses_of(stages: Stages) -> dict[str, str]:
+    """Where gateways find them."""
+    return {name: f"127.0.0.1:{service['port']}" for name, service in stages.items()}
+
+
 @dataclass(frozen=True)
 class SleepingCluster:
-    """Redis, the stages, and what a gateway needs to serve them."""
+    """Redis, and what else a gateway needs to serve the stages."""
 
     redis_url: str
     addresses: dict[str, str]
 
 
 @contextmanager
-def sleeping_cluster(folder: Path, dit_slots: int = 64) -> Iterator[SleepingCluster]:
-    """Without a gateway: tests start their own."""
-    with ExitStack() as stack:
-        redis = start_redis(folder / "redis")
-        stack.callback(redis.stop)
-        stages = stack.enter_context(sleeping_stages(folder, {"text_encoder": 64, "dit": dit_slots, "vae": 64}))
-        addresses = {name: f"127.0.0.1:{service['port']}" for name, service in stages.items()}
-        yield SleepingCluster(redis.url, addresses)
+def sleeping_cluster(folder: Path, stages: Stages) -> Iterator[SleepingCluster]:
+    """Without a gateway: tests start their own. The stages may serve others too, one after the other."""
+    redis = start_redis(folder / "redis")
+    try:
+        yield SleepingCluster(redis.url, addresses_of(stages))
+    finally:
+        redis.stop()
 
 
 @contextmanager
-def sleeping_gateway(folder: Path, dit_slots: int = 64, **options: Any) -> Iterator[GatewayProcess]:
+def sleeping_gateway(folder: Path, stages: Stages, **options: Any) -> Iterator[GatewayProcess]:
     """A gateway with a cluster of its own; options as GatewayProcess."""
     with (
-        sleeping_cluster(folder, dit_slots) as cluster,
+        sleeping_cluster(folder, stages) as cluster,
         gateway(folder / "gateway", cluster.redis_url, cluster.addresses, **options) as running,
     ):
         yield running

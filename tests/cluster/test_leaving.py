@@ -21,8 +21,8 @@ from lightloom.redis_server import RedisServer, start_redis
 from protos import gateway_pb2, gateway_pb2_grpc, types_pb2
 from services.free_port import free_port
 from tests.cluster.gateway_process import GatewayProcess, gateway
-from tests.cluster.running import wait_for
-from tests.cluster.sleeping import sleeping_stages
+from tests.cluster.running import figures, wait_for
+from tests.cluster.sleeping import Stages, addresses_of
 
 # 4 s of denoising, one after the other: the last of three is still there when a gateway has waited for its stages.
 STEPS = 200
@@ -54,12 +54,13 @@ class Cluster:
 
 
 @pytest.fixture
-def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sleeping: Stages) -> Iterator[Cluster]:
     monkeypatch.delenv("REDIS_URL", raising=False)
-    with sleeping_stages(tmp_path, {"text_encoder": 8, "dit": 8, "vae": 8}) as stages:
-        made = Cluster(tmp_path, {name: f"127.0.0.1:{service['port']}" for name, service in stages.items()})
-        yield made
-        made.redis.stop()
+    made = Cluster(tmp_path, addresses_of(sleeping))
+    yield made
+    made.redis.stop()
+    # Gateways are gone, and with them what they had asked for.
+    wait_for(lambda: not any(figures(service["metrics_port"])["in_flight"] for service in sleeping.values()))
 
 
 @contextmanager

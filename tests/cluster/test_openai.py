@@ -17,8 +17,8 @@ FAST = {"steps": 2}
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory) -> Iterator[SleepingCluster]:
-    with sleeping_cluster(tmp_path_factory.mktemp("cluster")) as running:
+def cluster(tmp_path_factory, sleeping) -> Iterator[SleepingCluster]:
+    with sleeping_cluster(tmp_path_factory.mktemp("cluster"), sleeping) as running:
         yield running
 
 

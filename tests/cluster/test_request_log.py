@@ -21,8 +21,8 @@ LINE = re.compile(r"lightloom_(?P<name>\w+)(\{(?P<labels>.*)\})? (?P<value>\S+)"
 
 
 @pytest.fixture(scope="module")
-def running(tmp_path_factory) -> Iterator[GatewayProcess]:
-    with sleeping_gateway(tmp_path_factory.mktemp("log")) as made:
+def running(tmp_path_factory, sleeping) -> Iterator[GatewayProcess]:
+    with sleeping_gateway(tmp_path_factory.mktemp("log"), sleeping) as made:
         yield made
 
 
@@ -118,9 +118,9 @@ def test_paths_that_are_none_make_no_counters_of_their_own(running):
     assert "nowhere" not in running.rest.get("/metrics").text
 
 
-def test_a_request_that_is_too_late_in_its_queue_is_counted_by_one_gateway(tmp_path):
+def test_a_request_that_is_too_late_in_its_queue_is_counted_by_one_gateway(tmp_path, one_by_one):
     with (
-        sleeping_cluster(tmp_path, dit_slots=1) as cluster,
+        sleeping_cluster(tmp_path, one_by_one) as cluster,
         gateway(tmp_path / "one", cluster.redis_url, cluster.addresses) as patient,
         gateway(tmp_path / "two", cluster.redis_url, cluster.addresses, settings=IMPATIENT) as other,
     ):

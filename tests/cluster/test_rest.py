@@ -18,8 +18,8 @@ BODY = {"prompt": "a red circle", "steps": 2}
 
 
 @pytest.fixture(scope="module")
-def running(tmp_path_factory) -> Iterator[GatewayProcess]:
-    with sleeping_gateway(tmp_path_factory.mktemp("rest"), dit_slots=1) as made:
+def running(tmp_path_factory, one_by_one) -> Iterator[GatewayProcess]:
+    with sleeping_gateway(tmp_path_factory.mktemp("rest"), one_by_one) as made:
         yield made
 
 

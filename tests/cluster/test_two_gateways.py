@@ -10,7 +10,7 @@ import httpx
 from lightloom.redis_server import start_redis
 from tests.cluster.gateway_process import gateway
 from tests.cluster.running import wait_for
-from tests.cluster.sleeping import sleeping_stages
+from tests.cluster.sleeping import addresses_of, sleeping_stages
 
 SLOTS, REQUESTS, STEPS = 4, 80, 3
 
@@ -28,7 +28,7 @@ def test_gateways_that_share_a_replica_do_not_overbook_it(tmp_path: Path) -> Non
         stack.callback(redis.stop)
         slots = {"text_encoder": 64, "dit": SLOTS, "vae": 64}
         stages = stack.enter_context(sleeping_stages(tmp_path, slots))
-        addresses = {name: f"127.0.0.1:{service['port']}" for name, service in stages.items()}
+        addresses = addresses_of(stages)
         folders = [tmp_path / "one", tmp_path / "two"]
         for folder in folders:
             folder.mkdir()

@@ -118,8 +118,14 @@ class FaultCluster:
             process.wanted = False
         self._redis_wanted = False
         time.sleep(2 * RESTART_EVERY_S)
-        for process in sorted(self.processes.values(), key=lambda process: not process.name.startswith("gateway")):
-            process.end()
+        # Gateways first: they would take a stage that ends for a broken one.
+        gateways = self.of("gateway")
+        stages = [process for process in self.processes.values() if process not in gateways]
+        for group in (gateways, stages):
+            for process in group:
+                process.end()
+            for process in group:
+                process.wait()
         self._stopping.set()
         self._supervisor.join()
         self.redis.stop()

@@ -109,18 +109,22 @@ class Process:
         while self.restarts == lives:
             time.sleep(0.05)
 
-    def end(self) -> int:
-        """For good. Returns the exit code."""
+    def end(self) -> None:
+        """For good: SIGTERM, also to one that is frozen. `wait` for it."""
         self.wanted = False
+        if self._process is not None:
+            self._process.terminate()
+            self._process.send_signal(signal.SIGCONT)
+
+    def wait(self) -> None:
+        """Until it has ended; it is killed when it does not."""
         if self._process is None:
-            return 0
-        self._process.terminate()
-        self._process.send_signal(signal.SIGCONT)
+            return
         try:
-            return self._process.wait(END_TIMEOUT_S)
+            self._process.wait(END_TIMEOUT_S)
         except subprocess.TimeoutExpired:
             self._process.kill()
-            return self._process.wait()
+            self._process.wait()
 
     def log(self) -> str:
         """What it has written."""

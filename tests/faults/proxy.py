@@ -18,7 +18,7 @@ T = TypeVar("T")
 CHUNK_BYTES = 16 * 1024
 # On their way through a slow proxy, at most; and what the kernel may hold before it. Loopback's own buffers hold
 # megabytes, which a slow line would have to carry before a ping that comes behind them.
-CHUNKS_UNDER_WAY = 16
+CHUNKS_UNDER_WAY = 32
 RECEIVE_BUFFER_BYTES = 128 * 1024
 BOTH = ("up", "down")
 _RESET = struct.pack("ii", 1, 0)
@@ -122,16 +122,22 @@ class Proxy:
         assert task is not None
         self._tasks.add(task)
         writers = [writer]
+        ways: list[asyncio.Task[None]] = []
         try:
             there, onward = await asyncio.open_connection(*self._target)
             writers.append(onward)
             sockets = {w.get_extra_info("socket")._sock for w in writers}
             self._sockets |= sockets
-            await asyncio.gather(self._pass(reader, onward, "up"), self._pass(there, writer, "down"))
+            passes = self._pass(reader, onward, "up"), self._pass(there, writer, "down")
+            ways = [asyncio.create_task(way) for way in passes]
+            await asyncio.gather(*ways)
         except (OSError, asyncio.CancelledError):
             pass
         finally:
             self._tasks.discard(task)
+            # The one that is left when the other way breaks may wait for room that nobody makes.
+            for way in ways:
+                way.cancel()
             for opened in writers:
                 self._sockets.discard(opened.get_extra_info("socket")._sock)
                 opened.transport.abort()
@@ -150,14 +156,16 @@ class Proxy:
     async def _send(
         self, under_way: asyncio.Queue[tuple[float, bytes]], writer: asyncio.StreamWriter, direction: str
     ) -> None:
+        clock = asyncio.get_running_loop().time
+        free_s = 0.0
         while True:
             due_s, data = await under_way.get()
             if not data:
                 writer.write_eof()
                 return
-            await asyncio.sleep(max(0.0, due_s - asyncio.get_running_loop().time()))
-            if self._bytes_per_s:
-                await asyncio.sleep(len(data) / self._bytes_per_s)
+            free_s = max(due_s, free_s) + (len(data) / self._bytes_per_s if self._bytes_per_s else 0.0)
+            # By the clock: sleeps are longer than they should be, and a rate must not suffer from it.
+            await asyncio.sleep(max(0.0, free_s - clock()))
             await self._way[direction].wait()
             writer.write(self._spoilt(data, direction))
             await writer.drain()

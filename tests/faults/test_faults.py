@@ -78,7 +78,7 @@ async def test_f8_and_f4_silent_workers(cluster, reference):
 
 async def test_f9_a_bad_line_to_the_vae(cluster, reference):
     async with Run(cluster, "f9", 1) as run:
-        history = await network.bad_line_to_the_vae(run, pictures=2, bytes_per_s=8e6, crowd=4)
+        history = await network.bad_line_to_the_vae(run, pictures=2, bytes_per_s=8e6, crowd=8)
     assert check(history, reference=reference) == []
     assert run.measured["transfers_repeated"] >= 2
     assert run.measured["gateway_growth_mib"] < 64

@@ -25,6 +25,16 @@ from tests.faults.history import History, Line, Recorder, read_lines
 RECIPES = [Recipe(f"a small red circle, number {number}", seed=number, steps=20, side_px=128) for number in range(3)]
 # Of 255: what another order of the sums in a batch may change.
 TOLERANCE = 2
+LEASE_S = 2.0
+
+
+class ShortLeases(Cluster):
+    """A fifth of the usual ones: what a killed gateway had waits for their end."""
+
+    async def _spawn(self, name, module, table):
+        if module == "gateway":
+            table["gateway"]["lease_s"] = LEASE_S
+        return await super()._spawn(name, module, table)
 
 
 class RealCluster(RunningCluster):
@@ -37,7 +47,7 @@ class RealCluster(RunningCluster):
     async def _make(self, config, run_dir):
         engine = EngineSection(max_batch=self._max_batch)
         models = {name: replace(entry, engine=engine) for name, entry in config.models.items()}
-        return Cluster(replace(config, models=models), run_dir)
+        return ShortLeases(replace(config, models=models), run_dir)
 
     def urls(self) -> list[str]:
         """Of both gateways."""

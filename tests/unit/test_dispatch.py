@@ -25,20 +25,21 @@ LOOP_TURNS = 20
 
 
 class Runs:
-    """A Lifecycle whose requests run until they are aborted."""
+    """A Lifecycle whose requests run until they are aborted or handed back."""
 
     def __init__(self, state: State) -> None:
         self.memory = Memory(1)
         self.state = state
         self.claims: list[Claim] = []
+        self._stopping = asyncio.Event()
 
     def hand_back(self) -> None:
-        pass
+        self._stopping.set()
 
     async def run(self, claim: Claim, replica: Replica) -> None:
         self.claims.append(claim)
         try:
-            await asyncio.sleep(60)
+            await self._stopping.wait()
         except asyncio.CancelledError:
             await asyncio.shield(self.state.commit(claim, "cancelled", "", "", {}))
 

@@ -186,10 +186,15 @@ def test_what_does_not_fit_says_what_it_needs():
     whole, cut = layouts["{'ulysses_degree': 2}"], layouts["{'tensor_parallel_size': 2}"]
     assert whole.refusal == f"weights and reserve need {whole.weight_bytes / GIB + 3:.1f} GiB"
     assert not cut.refusal
-    # Room for the weights, but not for a step.
-    tight = replace(FULL, memory=f"{(cut.weight_bytes + cut.activation_bytes) / GIB + 2.99}GiB").job()
-    layouts = {str(layout.keys): layout for layout in Planner(tight, Rates()).layouts()}
-    assert layouts["{'tensor_parallel_size': 2}"].refusal.startswith("needs 2")
+
+
+def test_room_for_the_weights_but_not_for_a_step_does_not_fit(tiny):
+    pair = replace(tiny, gpus=2)
+    largest = max(Planner(pair, Rates()).layouts(), key=lambda layout: layout.activation_bytes)
+    memory_bytes = 3 * GIB + largest.weight_bytes + largest.activation_bytes // 2
+    layouts = Planner(replace(pair, memory_bytes=memory_bytes), Rates()).layouts()
+    [found] = [layout for layout in layouts if layout.keys == largest.keys]
+    assert found.refusal == "needs 3.0 GiB"
 
 
 def test_an_expert_that_is_idle_is_on_the_host(tiny, layouts):
@@ -254,8 +259,8 @@ def test_shards_that_nobody_needs_are_shown_when_all_is_asked_for(tiny, layouts)
     assert len([line for line in texts[1].splitlines() if "fits" in line or "divide" in line]) == len(layouts)
 
 
-def test_nothing_fits_is_said():
-    job = replace(FULL, memory="4GiB").job()
+def test_nothing_fits_is_said(tiny):
+    job = replace(tiny, gpus=2, memory_bytes=GIB)
     said = io.StringIO()
     show_layouts(Console(file=said, width=240), job, Rates(), Planner(job, Rates()).layouts(), everything=False)
     assert "No layout fits" in said.getvalue()

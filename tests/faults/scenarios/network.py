@@ -69,15 +69,14 @@ async def bad_line_to_the_vae(run: Run, pictures: int, bytes_per_s: float, crowd
                 elif number % 3 == 1:
                     proxy.flip_after("up", run.random.randrange(2_000_000, 15_000_000))
                 await task
-            proxy.slow(delay_s=0.05, bytes_per_s=CROWD_BYTES_PER_S)
+            proxy.slow(delay_s=0.01, bytes_per_s=CROWD_BYTES_PER_S)
             # One of the three may have gone on at the other gateway.
-            for number in range(len(run.cluster.of("gateway"))):
-                await asyncio.gather(*run.start([LARGE], gateway=number))
-                pictures += 1
+            each = [LARGE] * len(run.cluster.of("gateway"))
+            await asyncio.gather(*run.start(each))
             await asyncio.gather(*run.start([LARGE] * crowd))
         proxy.slow()
         history = await run.finish()
     begun = history.of_workers("begin")
     transfers = [line for name in history.accepted for line in begun[name] if line["replica"] == vae.name]
-    run.measured["transfers_repeated"] = float(len(transfers) - pictures - crowd)
+    run.measured["transfers_repeated"] = float(len(transfers) - pictures - len(each) - crowd)
     return history
