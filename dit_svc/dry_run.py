@@ -297,11 +297,12 @@ def _attention(
     return mixed.transpose(1, 2)
 
 
-def _ring_flops(query: list[int], *_others: Any, out_shape: Any = None) -> int:
-    """Each rank's queries [B, L, H, D] see the L keys of all `size` ranks, in two products."""
+def _ring_flops(
+    query: list[int], _key: Any, _value: Any, masks: list[int], *_others: Any, out_shape: Any = None
+) -> int:
+    """Each rank's queries [B, L, H, D] see the L keys of all ranks, of masks [n, B, L], in two products."""
     rows, tokens, heads, width = query
-    size: int = _others[-2]
-    return 4 * rows * heads * width * tokens * tokens * size
+    return 4 * rows * heads * width * tokens * tokens * masks[0]
 
 
 RING_FLOPS = {torch.ops.lightloom.ring_attention: _ring_flops}
