@@ -18,8 +18,6 @@ from demo.clips.batches import MovingBatch, paint
 from demo.clips.scenes import NUM_FRAMES, SIDE_PX
 from demo.stage import Stage
 
-TRAINING_FRAMES = 17
-"""A causal autoencoder that is right for clips of this length is right for longer ones."""
 MAX_LATENT_NOISE = 0.2
 """The decoder meets latents with up to this share of noise, so that it forgives small errors of the denoiser."""
 
@@ -110,8 +108,8 @@ def train(
         end_s, first_step = started + run_s, stage.step + 1
         while not stage.finished and time.monotonic() < end_s:
             chosen = scenes[torch.randint(len(scenes), (batch_size,), device=device)]
-            begin = int(torch.randint(NUM_FRAMES - TRAINING_FRAMES + 1, ()))
-            tracks = chosen.tracks()[:, begin : begin + TRAINING_FRAMES].contiguous()
+            # Whole clips: one trained on 17 frames carried colours on from the first frame, and lost them after 19.
+            tracks = chosen.tracks()
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 loss, squared = loss_of(vae, chosen, tracks)
             loss.backward()
