@@ -11,7 +11,7 @@ import contextlib
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -416,11 +416,8 @@ class DitEngine:
 
     def _late(self, state: DenoiseState) -> int:
         """The last step but one that is made here; the first one where none is."""
-        here = []
-        for state.step in range(state.num_steps):
-            if not self._elsewhere(state):
-                here.append(state.step)
-        return (here or [0])[-2:][0]
+        here = [step for step in range(state.num_steps) if not self._elsewhere(replace(state, step=step))]
+        return here[-2:][0] if here else 0
 
     def metrics(self) -> dict[str, float]:
         """Plain figures. `dit_live_tensors` returns to 0 when no request runs."""

@@ -138,7 +138,7 @@ def trace(connection: Connection, request_id: str) -> None:
 
 @app.command()
 def scale(
-    replicas: Annotated[list[str], typer.Argument(help="STAGE=COUNT, for example dit=3.")],
+    replicas: Annotated[list[str], typer.Argument(help="STAGE=COUNT, for example dit=3 or dit.low_noise=2.")],
     model: Annotated[str, typer.Option(help="Only this model's stages.")] = "",
     run_dir: RunDir = DEFAULT_RUN_DIR,
 ) -> None:

@@ -91,11 +91,18 @@ def _print_json(
 def _models(models: Sequence[gateway_pb2.ModelInfo]) -> Table:
     table = Table("model", "family", "ready", "replicas", "running", box=None, pad_edge=False)
     for model in models:
-        stages = [types_pb2.Stage.Name(replica.stage).removeprefix("STAGE_").lower() for replica in model.replicas]
+        stages = [_stage(replica) for replica in model.replicas]
         counts = ", ".join(f"{stage} {stages.count(stage)}" for stage in dict.fromkeys(stages))
         running = sum(replica.in_flight for replica in model.replicas)
-        table.add_row(model.name, model.family, "yes" if model.ready else "no", counts, str(running))
+        ready = "yes" if model.ready else ", ".join(["no", *(f"no {expert}" for expert in model.missing_experts)])
+        table.add_row(model.name, model.family, ready, counts, str(running))
     return table
+
+
+def _stage(replica: gateway_pb2.Replica) -> str:
+    """As `lightloom scale` takes it."""
+    stage = types_pb2.Stage.Name(replica.stage).removeprefix("STAGE_").lower()
+    return f"{stage}.{replica.expert}" if replica.expert else stage
 
 
 def _requests(console: Console, requests: Sequence[gateway_pb2.RequestStatus]) -> Table:
@@ -137,7 +144,7 @@ def show_scaled(run_dir: Path, model: str, replicas: Mapping[str, int]) -> None:
         console.print(f"starting: {', '.join(late)}; `lightloom status` shows when they serve")
     for stage in (stage for stage, count in replicas.items() if count == 0):
         # A model's limits are those of its denoiser: without one, nothing can be checked.
-        fresh = "new ones are refused" if stage == "dit" else "new ones too"
+        fresh = "new ones are refused" if stage.startswith("dit") else "new ones too"
         console.print(f"no {stage} is left: accepted requests wait until there is one, {fresh}")
 
 

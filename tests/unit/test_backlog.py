@@ -12,7 +12,7 @@ from gateway.backlog import Backlog
 from gateway.config import RedisSection, StagesSection
 from gateway.pace import Pace
 from gateway.records import queue_key
-from gateway.replicas import Replica, Replicas
+from gateway.replicas import Place, Replica, Replicas
 from gateway.state import State
 from gateway.ticket import Ticket, feed_key
 from protos import types_pb2
@@ -35,7 +35,7 @@ def cluster(**running: int) -> Replicas:
     for stage in ("text_encoder", "dit", "vae"):
         facts = types_pb2.DescribeResponse(models=["m"], component_id=stage[0], in_flight=running.get(stage, 0))
         replicas.known[stage, "a"] = Replica(stage, "a", cast(Any, None), facts)
-        replicas._last[stage, "m"] = facts
+        replicas._last[Place(stage, "m")] = facts
     return replicas
 
 

@@ -1,4 +1,4 @@
-"""Two denoisers with one expert each: a request that goes on from one to the other, what each reads, what is refused."""
+"""Denoisers with one expert each: requests that go on from one to the other, what each reads, what is refused."""
 
 from __future__ import annotations
 
@@ -121,9 +121,7 @@ def test_only_the_weights_of_the_held_expert_are_read(folders, tmp_path, expert)
 
 
 def test_each_has_a_queue_of_its_own(folders):
-    ids = {
-        DitProgram(config(folders["t2v"], expert=expert)).describe().component_id for expert in ("", *FOLDERS)
-    }
+    ids = {DitProgram(config(folders["t2v"], expert=expert)).describe().component_id for expert in ("", *FOLDERS)}
     assert len(ids) == 3
     whole = DitProgram(config(folders["t2v"])).describe()
     assert (whole.expert, list(whole.experts)) == ("", [])
