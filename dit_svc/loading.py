@@ -68,8 +68,8 @@ def with_expert(source: ModelSource, part: DitPart, expert: str) -> ModelSource:
     """
     experts = part.experts(source)
     if expert and (expert not in experts or len(experts) < 2):
-        has = f"{source.spec} has {', '.join(experts)}" if len(experts) > 1 else f"{source.spec} has 1 expert only"
-        raise StartupError(f"engine.expert is {expert!r}: {has}")
+        has = ", ".join(experts) if len(experts) > 1 else "1 only, without a name"
+        raise StartupError(f"{source.spec} has no expert {expert!r}: it has {has}")
     return replace(source, expert=expert)
 
 
