@@ -297,11 +297,10 @@ class Replicas:
             UnknownModel: no replica names the model.
             NotReady: the model is known, but no DiT replica is here now, or none with one of its experts.
         """
+        lacking = self.missing_experts(model)
         facts = self._facts("dit", model)
-        for expert in self.missing_experts(model):
-            raise self._absent("dit", model, expert)
-        if facts is None:
-            raise self._absent("dit", model)
+        if lacking or facts is None:
+            raise self._absent("dit", model, *lacking[:1])
         return limits_from_proto(facts.limits)
 
     def fit(self, model: str) -> types_pb2.LatentRgbFit | None:

@@ -129,11 +129,11 @@ def abort(connection: Connection, request_id: str) -> None:
 
 @app.command()
 @connected
-def trace(connection: Connection, request_id: str) -> None:
-    """Draw one request's timeline over all processes."""
+def trace(connection: Connection, request_ids: list[str]) -> None:
+    """Draw a request's timeline over all processes, or those of several on one clock."""
     from lightloom.show import show_trace
 
-    show_trace(connection, request_id)
+    show_trace(connection, request_ids)
 
 
 @app.command()

@@ -23,6 +23,8 @@ COLUMN_GAP = 2
 # A pipe has no width of its own, and what reads it wants whole values.
 PIPE_CHARS = 400
 PROMPT_CHARS = 60
+# Of an id, which tell requests apart.
+ID_CHARS = 8
 
 
 def output() -> Console:
@@ -148,28 +150,36 @@ def show_scaled(run_dir: Path, model: str, replicas: Mapping[str, int]) -> None:
         console.print(f"no {stage} is left: accepted requests wait until there is one, {fresh}")
 
 
-def show_trace(connection: Connection, request_id: str) -> None:
-    """Every span as a bar on the request's own time."""
+def show_trace(connection: Connection, request_ids: Sequence[str]) -> None:
+    """Every span as a bar, on one time for all requests."""
     with connection.open() as client:
-        spans = client.trace(request_id)
+        traces = [(request_id, client.trace(request_id)) for request_id in request_ids]
     console = output()
-    if not spans:
+    found = [(request_id, span) for request_id, spans in traces for span in spans]
+    if not found:
         console.print("nothing was recorded yet")
         return
-    start = min(span.start_unix_ns for span in spans)
-    total = max(max(span.start_unix_ns + span.duration_ns for span in spans) - start, 1)
+    found.sort(key=lambda pair: pair[1].start_unix_ns)
+    start = found[0][1].start_unix_ns
+    total = max(max(span.start_unix_ns + span.duration_ns for _, span in found) - start, 1)
+    # Whose it is goes without saying where there is one.
+    shown = slice(0 if len(request_ids) > 1 else 1, None)
+    titles = ("request", "process", "span", "start ms", "ms")[shown]
     rows = [
-        (span.process, span.name, f"{(span.start_unix_ns - start) / 1e6:.1f}", f"{span.duration_ns / 1e6:.1f}")
-        for span in spans
+        (request_id[:ID_CHARS], span.process, span.name, *_ms(span.start_unix_ns - start, span.duration_ns))[shown]
+        for request_id, span in found
     ]
-    titles = ("process", "span", "start ms", "ms")
     chars = min(_room(console, titles, rows) - 1, BAR_CHARS)
     table = Table(*titles, "", box=None, pad_edge=False)
-    for row, span in zip(rows, spans, strict=True):
+    for row, (_, span) in zip(rows, found, strict=True):
         before = round((span.start_unix_ns - start) / total * chars)
         length = max(1, round(span.duration_ns / total * chars))
         table.add_row(*row, Text(" " * before + "█" * min(length, chars - before + 1), no_wrap=True))
     console.print(table)
+
+
+def _ms(*nanoseconds: int) -> list[str]:
+    return [f"{duration / 1e6:.1f}" for duration in nanoseconds]
 
 
 def show_features() -> None:
