@@ -92,35 +92,44 @@ class Checkpoints:
             await to_its_end(self._keep(checkpoint))
 
     async def _keep(self, checkpoint: Checkpoint) -> None:
+        before = list(self._work.checkpoints)
         try:
             # Not worth waiting for room.
-            await self._put(checkpoint, time.monotonic())
+            kept = await self._put(checkpoint, time.monotonic())
+            self._work.checkpoints[:] = [kept, *before][:KEPT]
+            noted = await self._note()
         except (OSError, ServiceError) as error:
             log.warning("no checkpoint of step %d: %s", checkpoint.step, error)
+            noted = "lost"
+        if noted == "lost":
+            self._work.checkpoints[:] = before
+            await self._store.drop_latents(self._name(checkpoint))
+            return
+        await self._store.drop_latents(*(old.name for old in before[KEPT - 1 :]))
 
-    async def hand_on(self, checkpoint: Checkpoint) -> None:
-        """As `keep`, but nobody goes on without it: it waits for room in the store.
+    async def hand_on(self, checkpoint: Checkpoint) -> dict[str, str]:
+        """Stores one for another denoiser, when there is room; returns what the commit has to note with it.
 
         Raises:
-            ServiceError: it could not be stored and noted.
+            ServiceError: it could not be stored.
         """
-        await self._put(checkpoint, self._work.deadline_s)
-
-    async def _put(self, checkpoint: Checkpoint, until_s: float) -> None:
-        name = f"{self._work.request_id}.{self._work.claim.fence}.{checkpoint.step}"
-        before = list(self._work.checkpoints)
-        noted = "lost"
         try:
-            await self._store.put_latents(name, checkpoint.messages, until_s)
-            digest = await asyncio.to_thread(_digest, checkpoint.messages)
-            self._work.checkpoints[:] = [Kept(name, checkpoint.step, digest), *before][:KEPT]
-            noted = await self._note()
-        finally:
-            if noted == "lost":
-                self._work.checkpoints[:] = before
-                await to_its_end(self._store.drop_latents(name))
-        if noted != "lost":
-            await self._store.drop_latents(*(old.name for old in before[KEPT - 1 :]))
+            kept = await self._put(checkpoint, self._work.deadline_s)
+        except BaseException:
+            await to_its_end(self._store.drop_latents(self._name(checkpoint)))
+            raise
+        # From now on, it goes with the request.
+        self._work.checkpoints.insert(0, kept)
+        step, checkpoints = self._noted
+        return {"checkpoint_step": str(step), "checkpoints": checkpoints}
+
+    async def _put(self, checkpoint: Checkpoint, until_s: float) -> Kept:
+        name = self._name(checkpoint)
+        await self._store.put_latents(name, checkpoint.messages, until_s)
+        return Kept(name, checkpoint.step, await asyncio.to_thread(_digest, checkpoint.messages))
+
+    def _name(self, checkpoint: Checkpoint) -> str:
+        return f"{self._work.request_id}.{self._work.claim.fence}.{checkpoint.step}"
 
     async def forget(self) -> None:
         """The denoiser cannot go on from them: the next attempt begins anew.
@@ -133,10 +142,13 @@ class Checkpoints:
         await self._store.drop_latents(*(old.name for old in dropped))
 
     async def _note(self) -> str:
+        return await self._state.checkpoint(self._work.claim, self._lease_s, *self._noted)
+
+    @property
+    def _noted(self) -> tuple[int, str]:
+        """The newest one's step, and all of them as a record has them."""
         kept = self._work.checkpoints
-        step = kept[0].step if kept else 0
-        text = json.dumps([asdict(one) for one in kept]) if kept else ""
-        return await self._state.checkpoint(self._work.claim, self._lease_s, step, text)
+        return (kept[0].step, json.dumps([asdict(one) for one in kept])) if kept else (0, "")
 
 
 async def drop_between_stages(state: State, store: Store, request_id: str) -> None:

@@ -267,8 +267,8 @@ class Lifecycle:
             queue = queue_key("dit", self._replicas.component("dit", model, after))
         except NotReady as error:
             raise refused(replica, error) from None
-        await checkpoints.hand_on(checkpoint)
-        await self._settle(work, await self._state.commit(work.claim, "queued", "dit", queue, work.fields(**more)))
+        fields = work.fields(**more, **await checkpoints.hand_on(checkpoint))
+        await self._settle(work, await self._state.commit(work.claim, "queued", "dit", queue, fields))
 
     async def _hand_over(self, work: Work, latents: Latents, decode: Decode | None) -> None:
         """Keeps the latents and moves the request on to its VAE: the call that runs, or the queue."""

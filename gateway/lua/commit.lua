@@ -4,19 +4,17 @@
 -- or it has ended; and what came after an event.
 local id, target = ARGV[1], ARGV[6]
 if redis.call('HGET', KEYS[1], 'fence') ~= ARGV[2] then return {'lost', {}, {}} end
-local state, stage = unpack(redis.call('HMGET', KEYS[1], 'state', 'stage'))
+local state = redis.call('HGET', KEYS[1], 'state')
 -- The same owner once more: the answer to its first call was lost.
 if state == target and state ~= 'running' then return {state, unpack(news(id, ARGV[4], ARGV[5]))} end
 if state ~= 'running' and state ~= 'cancelling' then return {'lost', {}, {}} end
 if state == 'cancelling' then target = 'cancelled' end
 free(id)
+-- The next replica is another one: there it has done no harm yet. A next denoiser's checkpoints are among the fields.
+redis.call('HDEL', KEYS[1], 'checkpoints', 'checkpoint_step', 'alone')
 redis.call('HSET', KEYS[1], 'state', target, 'updated', now(), unpack(ARGV, 9))
-if target == 'cancelled' then redis.call('HDEL', KEYS[1], 'artifact', 'file') end
+if target == 'cancelled' then redis.call('HDEL', KEYS[1], 'artifact', 'file', 'checkpoints', 'checkpoint_step') end
 if target == 'running' or target == 'queued' then redis.call('HSET', KEYS[1], 'stage', ARGV[7]) end
--- The next replica is another one: there it has done no harm yet.
-redis.call('HDEL', KEYS[1], 'alone')
--- Another denoiser, with another expert, goes on from them.
-if target ~= 'queued' or stage ~= ARGV[7] then redis.call('HDEL', KEYS[1], 'checkpoints', 'checkpoint_step') end
 if target ~= 'running' then redis.call('ZREM', KEYS[2], id) end
 if target == 'queued' then
   redis.call('HSET', KEYS[1], 'queue', ARGV[8], 'attempt', 0)
