@@ -97,8 +97,9 @@ def test_an_mp4_by_rest_and_its_trace(rest, client):
 
 def test_the_denoiser_goes_on_with_the_next_request_meanwhile(running, rest, client, here):
     """While one clip is decoded and interpolated, another makes its steps; `lightloom trace` of both shows it."""
-    smooth = client.submit(PROMPT, frame_interpolation_exp=3, **SMOOTH, **{**SMALL, "num_frames": 33, "seed": 6})
-    following = client.submit(PROMPT, **{**SMALL, "steps": 100, "seed": 7})
+    # Long enough for several events, of which there are five a second.
+    smooth = client.submit(PROMPT, frame_interpolation_exp=4, **SMOOTH, **{**SMALL, "num_frames": 49, "seed": 6})
+    following = client.submit(PROMPT, **{**SMALL, "num_frames": 17, "steps": 100, "seed": 7})
     wait_for(lambda: state(client, smooth) == state(client, following) == "done", 90)
     spans = {span.name: span for span in client.trace(smooth)}
     start_ns = spans["vae.decode"].start_unix_ns
