@@ -152,11 +152,11 @@ def test_a_dead_replica_of_either_costs_no_step_of_the_other(running, client, re
 
 
 def test_without_one_of_them_new_requests_are_refused_and_accepted_ones_wait(running, client, resident):
+    before = steps(running, "high_noise")
     with frozen(running, "high_noise"):
         waiting, damaged, aborted = (client.submit(PROMPT, **WISH) for _ in range(3))
         wait_for(lambda: state(client, aborted) == "running")
         running.run(running.cluster.scale("clips", "dit.low_noise", 0))
-    before = steps(running, "high_noise")
     for request_id in (waiting, damaged, aborted):
         wait_for(lambda: state(client, request_id) == "queued", 30)  # noqa: B023 - called at once
         status = client.get(request_id)

@@ -83,7 +83,7 @@ async def test_what_waits_for_an_interpolator_are_clips_that_wait_to_be_decoded(
     replicas = cluster()
     facts = types_pb2.DescribeResponse(component_id="i", in_flight=2)
     replicas.known["interpolation", "a"] = Replica("interpolation", "a", cast(Any, None), facts)
-    replicas._last["interpolation", ""] = facts
+    replicas._last[Place("interpolation", "")] = facts
     replicas.known["interpolation", "a"].took(usage(4.0), PARAMS)
     empty = await figures(Backlog(state, replicas))
     assert empty["queued_requests", "interpolation"] == empty["queued_seconds", "interpolation"] == 0
