@@ -156,12 +156,17 @@ class DryRun:
         return len(self.part.branches(self.model, self._state(params, conditions)))
 
     def step(self, params: ResolvedParams, conditions: Tensors) -> Step:
-        """The first step of a request that is alone.
+        """The first step of a request that is alone; of those with the held expert, where it is one of several.
 
         Raises:
             InvalidRequest: conditions or parameters that the model does not take.
+            StartupError: no step is one of the held expert.
         """
         state = self._state(params, conditions)
+        while self.part.expert(self.model, state) not in self.model.modules:
+            state.step += 1
+            if state.done:
+                raise StartupError(f"no step of such a request has the expert {', '.join(self.model.modules)}")
         parts = self._outside[self.part.expert(self.model, state)]
         tally, alive = self._tally, LiveBytes(self.model.modules.values())
         with torch.no_grad(), tally.counting(parts), alive:

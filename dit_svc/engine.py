@@ -11,7 +11,7 @@ import contextlib
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -62,13 +62,19 @@ class Previewed:
 
 @dataclass(frozen=True, slots=True)
 class Checkpointed:
-    """A checkpoint that was asked for; with `stopped` the engine has let the request go."""
+    """A checkpoint; with `stopped` the engine has let the request go.
+
+    `expert` takes the next step where that is the reason, as it is not here; else it was asked for. `busy_s` as of
+    Finished.
+    """
 
     request_id: str
     step: int
     tensors: Tensors
     attributes: dict[str, str]
     stopped: bool
+    expert: str
+    busy_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -354,15 +360,23 @@ class DitEngine:
 
     def _make_checkpoints(self) -> None:
         for running in list(self._requests.values()):
-            if not running.checkpoint_wanted:
+            state, elsewhere = running.state, self._elsewhere(running.state)
+            if not (running.checkpoint_wanted or elsewhere):
                 continue
-            tensors, attributes = save_state(running.state)
+            tensors, attributes = save_state(state)
             tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
-            request_id = running.state.request_id
-            self._events.append(Checkpointed(request_id, running.state.step, tensors, attributes, running.stop_wanted))
+            stops = running.stop_wanted or bool(elsewhere)
+            self._events.append(
+                Checkpointed(state.request_id, state.step, tensors, attributes, stops, elsewhere, running.busy_s)
+            )
             running.checkpoint_wanted = False
-            if running.stop_wanted:
-                del self._requests[request_id]
+            if stops:
+                del self._requests[state.request_id]
+
+    def _elsewhere(self, state: DenoiseState) -> str:
+        """The expert of the next step, if another replica holds it."""
+        expert = self._part.expert(self._model, state)
+        return "" if expert in self._model.modules else expert
 
     def _finish(self, running: Running) -> None:
         started_s = time.perf_counter()
@@ -387,15 +401,23 @@ class DitEngine:
         """Runs batches of one row and of several, so that everything is compiled and allocated before service.
 
         Args:
+            params: with steps of every expert that is held, of which two are made.
             conditions: random ones, for every branch.
         """
         for count in (1, 2, min(3, self._config.max_batch)):
             for index in range(count):
                 self.admit(DenoiseJob(f"warm-up-{index}", params, conditions))
+            for running in self._requests.values():
+                running.state.step = self._late(running.state)
             while self._requests:
                 self.tick()
             self._events.clear()
         self._counters = Counters()
+
+    def _late(self, state: DenoiseState) -> int:
+        """The last step but one that is made here; the first one where none is."""
+        here = [step for step in range(state.num_steps) if not self._elsewhere(replace(state, step=step))]
+        return here[-2:][0] if here else 0
 
     def metrics(self) -> dict[str, float]:
         """Plain figures. `dit_live_tensors` returns to 0 when no request runs."""

@@ -37,6 +37,9 @@ def open_engine(config: StageConfig, mesh: Mesh | None = None) -> tuple[DitEngin
     """
     source = open_model(config.model)
     family = load_family(source.family)
+    if config.engine.expert and config.engine.offload_experts:
+        raise StartupError("engine.offload_experts does not go with engine.expert: 1 expert is held, and none is idle")
+    source = with_expert(source, family.dit, config.engine.expert)
     if mesh is not None and (mesh.degrees.tensor * mesh.degrees.pipeline > 1 or mesh.degrees.expert):
         source = replace(source, partition=Partition(family.dit.plan, family.dit.blocks, mesh))
     model, idle = _load(config, source, family.dit, mesh)
@@ -47,12 +50,27 @@ def open_engine(config: StageConfig, mesh: Mesh | None = None) -> tuple[DitEngin
         for guidance in WARMUP_GUIDANCES:
             # Pictures come as latents, among the conditions.
             limits = limits_of(config, source).without_inputs()
-            params = _warmup_params(config.model.name, limits, guidance)
+            # A replica of one expert makes its own steps of an ordinary request.
+            steps = limits.default_steps if config.engine.expert else 2
+            params = _warmup_params(config.model.name, limits, guidance, steps)
             engine.warm_up(params, family.dit.example_conditions(model, params, WARMUP_TEXT_TOKENS))
         if model.device.type == "cuda":
             torch.cuda.empty_cache()
     features.seal()
     return engine, features
+
+
+def with_expert(source: ModelSource, part: DitPart, expert: str) -> ModelSource:
+    """The source of that expert's weights alone; the same one for "".
+
+    Raises:
+        StartupError: the model has no such expert.
+    """
+    experts = part.experts(source)
+    if expert and (expert not in experts or len(experts) < 2):
+        has = ", ".join(experts) if len(experts) > 1 else "1 only, without a name"
+        raise StartupError(f"{source.spec} has no expert {expert!r}: it has {has}")
+    return replace(source, expert=expert)
 
 
 def _load(
@@ -69,7 +87,7 @@ def _load(
     return replace(model, device=device), IdleExperts(model, device)
 
 
-def _warmup_params(model: str, limits: Limits, guidance: float) -> ResolvedParams:
+def _warmup_params(model: str, limits: Limits, guidance: float, steps: int) -> ResolvedParams:
     # Sizes that are odd for the model, so that no dimension is mistaken for another one's.
     side = min(limits.max_side_px, max(limits.min_side_px, WARMUP_SIDE_PX)) // limits.size_multiple_px
     side *= limits.size_multiple_px
@@ -79,7 +97,7 @@ def _warmup_params(model: str, limits: Limits, guidance: float) -> ResolvedParam
         width=side,
         height=side + limits.size_multiple_px,
         num_frames=min(limits.max_frames, 2 * limits.frame_multiple + 1),
-        steps=2,
+        steps=steps,
         guidance=min(guidance, limits.max_guidance),
     )
     return resolve(wish, limits, seed=0)

@@ -21,6 +21,7 @@ from protos import dit_pb2, types_pb2
 from services.config import StageConfig
 from services.describe import describe, open_model
 from services.errors import CorruptTensor, InvalidRequest, NotReady
+from services.families import load_family
 from services.parallel.mesh import Mesh
 from services.rank_process import Call, run
 from services.request import ResolvedParams
@@ -66,9 +67,16 @@ class DitProgram:
 
     def describe(self) -> types_pb2.DescribeResponse:
         """This replica."""
-        source = open_model(self._config.model)
+        source, held = open_model(self._config.model), self._config.engine.expert
+        experts = load_family(source.family).dit.experts(source)
         subfolders = [name for name in SUBFOLDERS if source.has(name)]
-        return describe(self._config, types_pb2.STAGE_DIT, source, subfolders, self._features.options)
+        if held:
+            # Of the others' folders nothing is known here; they may not even be there.
+            subfolders = [experts[held], "scheduler"]
+        facts = describe(self._config, types_pb2.STAGE_DIT, source, subfolders, self._features.options)
+        facts.expert = held
+        facts.experts.extend(experts if held else ())
+        return facts
 
     def opened(self, call: Call) -> None:
         """A request begins."""
@@ -139,14 +147,18 @@ class DitProgram:
             case Previewed():
                 call.send(dit_pb2.DenoiseResponse(preview=media_to_proto(event.media)).SerializeToString())
             case Checkpointed():
-                self._send_bundle(
-                    call, dit_pb2.BundleStart.KIND_CHECKPOINT, event.step, event.tensors, event.attributes
+                start = dit_pb2.BundleStart(
+                    kind=dit_pb2.BundleStart.KIND_CHECKPOINT, step=event.step, expert=event.expert
                 )
+                self._send_bundle(call, start, event.tensors, event.attributes)
+                if event.expert:
+                    self._send_usage(opened, event.busy_s)
                 if event.stopped:
                     self._close(opened)
             case Finished():
                 total = opened.params.steps if opened.params else 0
-                self._send_bundle(call, dit_pb2.BundleStart.KIND_LATENTS, total, event.tensors, {})
+                start = dit_pb2.BundleStart(kind=dit_pb2.BundleStart.KIND_LATENTS, step=total)
+                self._send_bundle(call, start, event.tensors, {})
                 # Behind the latents, which the next stage waits for.
                 if opened.last_step is not None:
                     call.send(opened.last_step)
@@ -174,12 +186,10 @@ class DitProgram:
     def _send_bundle(
         self,
         call: Call,
-        kind: dit_pb2.BundleStart.Kind,
-        step: int,
+        start: dit_pb2.BundleStart,
         tensors: dict[str, torch.Tensor],
         attributes: dict[str, str],
     ) -> None:
-        start = dit_pb2.BundleStart(kind=kind, step=step)
         call.send(dit_pb2.DenoiseResponse(bundle=start).SerializeToString())
         call.send_tensors(tensors, attributes)
 

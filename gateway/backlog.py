@@ -13,7 +13,7 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from gateway.records import Queued, queue_key
-from gateway.replicas import Replicas
+from gateway.replicas import Place, Replicas
 from gateway.state import State
 from services.errors import StateStoreDown
 
@@ -22,7 +22,10 @@ LABELS = ("stage", "model", "component")
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A stage of a model now. `queued` is None while Redis does not answer, `unit_s` while nobody has worked yet."""
+    """A stage of a model now, or one expert of it.
+
+    `queued` is None while Redis does not answer, `unit_s` while nobody has worked yet.
+    """
 
     stage: str
     model: str
@@ -61,38 +64,44 @@ class Backlog:
         return generate_latest(registry)
 
     async def rows(self) -> list[Row]:
-        """A row for every stage of every model that has had a replica since this gateway started."""
+        """A row for every place of every model that has had a replica since this gateway started."""
         components = self._replicas.components()
-        keys = {place: self._queue(*place, components) for place in components}
+        keys = {place: self._queue(place, component) for place, component in components.items()}
         learnt = {f"{stage}:{component}": pace for (stage, component), pace in self._replicas.paces().items()}
         queues = sorted({key for key in keys.values() if key})
         try:
             paces, found = await self._state.backlog(queues, learnt)
         except StateStoreDown:
             paces, found = learnt, {}
-        rows, decoded = [], {key for (stage, _), key in keys.items() if stage == "vae"}
-        for (stage, model), component in components.items():
-            here = [replica for replica in self._replicas.of_stage(stage) if replica.serves(model)]
+        rows, decoded = [], {key for place, key in keys.items() if place.stage == "vae"}
+        for place, component in components.items():
+            stage, model, expert = place
+            here = [
+                replica
+                for replica in self._replicas.of_stage(stage)
+                if replica.facts is not None and replica.serves(model) and replica.facts.expert == expert
+            ]
             running = sum(replica.facts.in_flight for replica in here if replica.facts is not None)
             unit_s = paces.get(f"{stage}:{component}")
             if stage == "interpolation":
                 queued = _interpolated([found[key] for key in queues if key in found and key in decoded])
             else:
-                queued = found.get(keys[stage, model])
+                queued = found.get(keys[place])
             rows.append(Row(stage, model, component, len(here), running, queued, unit_s))
         return rows
 
-    @staticmethod
-    def _queue(stage: str, model: str, components: dict[tuple[str, str], str]) -> str:
+    def _queue(self, place: Place, component: str) -> str:
         """Where requests wait that need the stage: those that wait for a denoiser need a text encoder as well.
 
         None wait for an interpolator alone: it takes the frames of a clip while they are decoded.
         """
-        if stage == "interpolation":
+        if place.stage == "interpolation":
             return ""
-        waits_for = "dit" if stage == "text_encoder" else stage
-        component = components.get((waits_for, model))
-        return queue_key(waits_for, component) if component else ""
+        if place.stage != "text_encoder":
+            return queue_key(place.stage, component)
+        # A second expert finds its texts in the encoder's cache.
+        denoiser = self._replicas.last_facts("dit", place.model)
+        return queue_key("dit", denoiser.component_id) if denoiser is not None else ""
 
 
 def _interpolated(decoded: list[Queued]) -> Queued | None:

@@ -28,10 +28,14 @@ KEPT = 2
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """What a denoiser needs to go on after `step`: its messages, as they came."""
+    """What a denoiser needs to go on after `step`: its messages, as they came.
+
+    `expert` takes the next step where the denoiser that made it could not: another one holds it.
+    """
 
     step: int
     messages: Sequence[bytes]
+    expert: str = ""
 
 
 class Checkpoints:
@@ -39,6 +43,9 @@ class Checkpoints:
 
     Args:
         every_s: seconds of denoising that a fault may cost at most; a request that is done sooner has no checkpoint.
+
+    Attributes:
+        onward: the last one, when it is for another expert.
     """
 
     def __init__(self, state: State, store: Store, work: Work, every_s: float, lease_s: float) -> None:
@@ -48,6 +55,7 @@ class Checkpoints:
         self._every_s = every_s
         self._lease_s = lease_s
         self._last_s = time.monotonic()
+        self.onward: Checkpoint | None = None
 
     def due(self, step: int, total: int) -> bool:
         """Whether the step that was just made should be followed by a checkpoint. True once for each."""
@@ -74,27 +82,54 @@ class Checkpoints:
     async def keep(self, checkpoint: Checkpoint) -> None:
         """Stores one and notes it under the fence. One that cannot be stored is no reason to stop.
 
+        One for another expert is left to `hand_on`.
+
         Who is cancelled meanwhile waits all the same: a file that is not noted would be nobody's.
         """
-        await to_its_end(self._keep(checkpoint))
+        if checkpoint.expert:
+            self.onward = checkpoint
+        else:
+            await to_its_end(self._keep(checkpoint))
 
     async def _keep(self, checkpoint: Checkpoint) -> None:
-        name = f"{self._work.request_id}.{self._work.claim.fence}.{checkpoint.step}"
         before = list(self._work.checkpoints)
         try:
             # Not worth waiting for room.
-            await self._store.put_latents(name, checkpoint.messages, time.monotonic())
-            digest = await asyncio.to_thread(_digest, checkpoint.messages)
-            self._work.checkpoints[:] = [Kept(name, checkpoint.step, digest), *before][:KEPT]
+            kept = await self._put(checkpoint, time.monotonic())
+            self._work.checkpoints[:] = [kept, *before][:KEPT]
             noted = await self._note()
         except (OSError, ServiceError) as error:
             log.warning("no checkpoint of step %d: %s", checkpoint.step, error)
             noted = "lost"
         if noted == "lost":
             self._work.checkpoints[:] = before
-            await self._store.drop_latents(name)
+            await self._store.drop_latents(self._name(checkpoint))
             return
         await self._store.drop_latents(*(old.name for old in before[KEPT - 1 :]))
+
+    async def hand_on(self, checkpoint: Checkpoint) -> dict[str, str]:
+        """Stores one for another denoiser, when there is room; returns what the commit has to note with it.
+
+        Raises:
+            ServiceError: it could not be stored.
+        """
+        try:
+            kept = await self._put(checkpoint, self._work.deadline_s)
+        except BaseException:
+            await to_its_end(self._store.drop_latents(self._name(checkpoint)))
+            raise
+        # From now on, it goes with the request.
+        self._work.checkpoints.insert(0, kept)
+        step, checkpoints = self._noted
+        return {"checkpoint_step": str(step), "checkpoints": checkpoints}
+
+    async def _put(self, checkpoint: Checkpoint, until_s: float) -> Kept:
+        name = self._name(checkpoint)
+        await self._store.put_latents(name, checkpoint.messages, until_s)
+        return Kept(name, checkpoint.step, await asyncio.to_thread(_digest, checkpoint.messages))
+
+    def _name(self, checkpoint: Checkpoint) -> str:
+        return f"{self._work.request_id}.{self._work.claim.fence}.{checkpoint.step}"
 
     async def forget(self) -> None:
         """The denoiser cannot go on from them: the next attempt begins anew.
@@ -107,10 +142,13 @@ class Checkpoints:
         await self._store.drop_latents(*(old.name for old in dropped))
 
     async def _note(self) -> str:
+        return await self._state.checkpoint(self._work.claim, self._lease_s, *self._noted)
+
+    @property
+    def _noted(self) -> tuple[int, str]:
+        """The newest one's step, and all of them as a record has them."""
         kept = self._work.checkpoints
-        step = kept[0].step if kept else 0
-        text = json.dumps([asdict(one) for one in kept]) if kept else ""
-        return await self._state.checkpoint(self._work.claim, self._lease_s, step, text)
+        return (kept[0].step, json.dumps([asdict(one) for one in kept])) if kept else (0, "")
 
 
 async def drop_between_stages(state: State, store: Store, request_id: str) -> None:

@@ -76,6 +76,7 @@ def model_json(model: gateway_pb2.ModelInfo) -> dict[str, Any]:
         "family": model.family,
         "variants": list(model.variants),
         "ready": model.ready,
+        "missing_experts": list(model.missing_experts),
         "limits": every_field_json(model.limits),
         "replicas": [{**every_field_json(item), "stage": stage_name(item.stage)} for item in model.replicas],
     }

@@ -1,5 +1,7 @@
 """What happens to a claimed request: text encoder into denoiser, latents kept, VAE and interpolator, artifact, commit.
 
+Where the experts of a model lie in denoisers of their own, a request waits for the next one with its checkpoint.
+
 Tensor frames are relayed as the bytes they came as. A stage that breaks gives the request back to the queue; every
 change of state is made under the claim's fence.
 """
@@ -18,7 +20,7 @@ from gateway.decode import Decode
 from gateway.memory import Memory
 from gateway.records import TERMINAL, Claim, queue_key
 from gateway.replicas import Replica, Replicas
-from gateway.stage_calls import Feed, Latents, denoise
+from gateway.stage_calls import Feed, Latents, denoise, refused
 from gateway.state import State
 from gateway.store import Store, artifact_name
 from gateway.to_its_end import to_its_end
@@ -167,7 +169,10 @@ class Lifecycle:
             decode = await self._follow(work, replica, feed, latents, progress, checkpoints)
             work.spans.append(make_span("gateway.denoise", self._process, start_ns, time.time_ns()))
             await progress.close()
-            await self._hand_over(work, latents, decode)
+            if checkpoints.onward is not None:
+                await self._hand_on(work, replica, checkpoints, checkpoints.onward)
+            else:
+                await self._hand_over(work, latents, decode)
         except InvalidRequest:
             if resume is None:
                 raise
@@ -248,6 +253,23 @@ class Lifecycle:
         wanted = work.params.enable_frame_interpolation
         return self._replicas.choose("interpolation", work.params.model) if wanted else None
 
+    async def _hand_on(self, work: Work, replica: Replica, checkpoints: Checkpoints, checkpoint: Checkpoint) -> None:
+        """Keeps the checkpoint and moves the request to the queue of the expert that takes its next step."""
+        model, experts = work.params.model, self._replicas.experts(work.params.model)
+        before, after = work.claim.record.get("expert", b"").decode() or next(iter(experts), ""), checkpoint.expert
+        if after not in experts or after == before:
+            raise refused(replica, CorruptTensor(f"the denoiser handed on to an expert {after!r}, which is not there"))
+        more = {"expert": after, "step": str(checkpoint.step)}
+        if experts.index(after) < experts.index(before):
+            lost = CorruptTensor(f"the checkpoint with which the expert {before} was to go on is lost")
+            more["denoised_again"] = self._once_more(work, lost)
+        try:
+            queue = queue_key("dit", self._replicas.component("dit", model, after))
+        except NotReady as error:
+            raise refused(replica, error) from None
+        fields = work.fields(**more, **await checkpoints.hand_on(checkpoint))
+        await self._settle(work, await self._state.commit(work.claim, "queued", "dit", queue, fields))
+
     async def _hand_over(self, work: Work, latents: Latents, decode: Decode | None) -> None:
         """Keeps the latents and moves the request on to its VAE: the call that runs, or the queue."""
         self.memory.learn(work, latents.nbytes)
@@ -280,14 +302,19 @@ class Lifecycle:
             await decode.close()
 
     async def _denoise_again(self, work: Work, error: CorruptTensor) -> None:
-        """Back to the denoiser's queue: its latents are lost. Where that happens again and again, the request fails."""
+        """Back to the denoiser's queue: its latents are lost."""
+        times = self._once_more(work, error)
+        queue = queue_key("dit", self._replicas.component("dit", work.params.model))
+        fields = work.fields(queue=queue, denoised_again=times, step="0", expert="")
+        await self._settle(work, await self._state.commit(work.claim, "queued", "dit", queue, fields))
+
+    def _once_more(self, work: Work, error: CorruptTensor) -> str:
+        """How often it will have been denoised again. Where that happens again and again, the request fails."""
         times = int(work.claim.record.get("denoised_again", b"0")) + 1
         if times >= self._config.max_attempts:
             raise error
         log.warning("%s is denoised again: %s", work.request_id, error.message)
-        queue = queue_key("dit", self._replicas.component("dit", work.params.model))
-        fields = work.fields(queue=queue, denoised_again=str(times), step="0")
-        await self._settle(work, await self._state.commit(work.claim, "queued", "dit", queue, fields))
+        return str(times)
 
     async def _finish(self, work: Work, decode: Decode) -> None:
         """Media to the store, then DONE."""

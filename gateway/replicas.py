@@ -11,11 +11,12 @@ import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import grpc
 
 from gateway.config import StagesSection
+from gateway.experts import following, missing, takes
 from gateway.pace import Pace, units
 from gateway.ticket import Offer, feed_key
 from protos import (
@@ -59,6 +60,14 @@ _STUBS: dict[str, Any] = {
     "vae": vae_pb2_grpc.VaeStub,
     "interpolation": interpolation_pb2_grpc.InterpolationStub,
 }
+
+
+class Place(NamedTuple):
+    """What serves a model in a stage; `expert` where its denoisers hold one each."""
+
+    stage: str
+    model: str
+    expert: str = ""
 
 
 @dataclass(slots=True)
@@ -166,8 +175,8 @@ class Replicas:
     tls: TlsSection = field(default_factory=TlsSection)
     known: dict[tuple[str, str], Replica] = field(default_factory=dict)
     _tls_stamps: tuple[Stamp, ...] = ()
-    # What the newest replica of a stage said, by stage and model: it holds when all of them are away for a moment.
-    _last: dict[tuple[str, str], types_pb2.DescribeResponse] = field(default_factory=dict)
+    # What the newest replica of a place said: it holds when all of them are away for a moment.
+    _last: dict[Place, types_pb2.DescribeResponse] = field(default_factory=dict)
     _unresolved: set[str] = field(default_factory=set)
 
     def of_stage(self, stage: str) -> list[Replica]:
@@ -192,11 +201,13 @@ class Replicas:
     def feeds(self, component_id: str) -> list[str] | None:
         """What requests of a DiT component may need of other stages and can have now, as feed keys; None for all."""
         served, held = [], False
-        for (stage, model), facts in self._last.items():
+        for (stage, model, _), facts in self._last.items():
             if stage != "dit" or facts.component_id != component_id:
                 continue
             # Where latents go must be known, too, though not free yet.
-            text = self._with_credit("text_encoder", model) is not None and ("vae", model) in self._last
+            onward = [self.last_facts("dit", model, expert) for expert in following(facts)]
+            onward.append(self.last_facts("vae", model))
+            text = self._with_credit("text_encoder", model) is not None and None not in onward
             vae = text and self._with_credit("vae", model) is not None
             wanted = {False: text, True: vae} if facts.limits.max_inputs else {False: text}
             served += [
@@ -212,7 +223,7 @@ class Replicas:
         """What requests of a VAE component can have now: without a free interpolator, those that need none."""
         if self._with_credit("interpolation", "") is not None:
             return None
-        models = [model for (_, model), facts in self._last.items() if facts.component_id == component_id]
+        models = [place.model for place, facts in self._last.items() if facts.component_id == component_id]
         return [feed_key(model, with_inputs=inputs) for model in models for inputs in (False, True)]
 
     def interpolation_limits(self) -> InterpolationLimits:
@@ -221,7 +232,7 @@ class Replicas:
         Raises:
             NotEnabled: there has been none.
         """
-        facts = self._facts("interpolation", "") or self._last.get(("interpolation", ""))
+        facts = self.last_facts("interpolation", "")
         if facts is None:
             raise NotEnabled(
                 "there is no interpolation service here: ask without enable_frame_interpolation",
@@ -229,21 +240,34 @@ class Replicas:
             )
         return interpolation_limits_from_proto(facts.interpolation_limits)
 
-    def component(self, stage: str, model: str) -> str:
+    def component(self, stage: str, model: str, expert: str = "") -> str:
         """The component id of a model's stage; the last known one when no replica is here now.
+
+        Args:
+            expert: of a denoiser: the one that takes the next step; "" for the first.
 
         Raises:
             UnknownModel: no replica names the model.
             NotReady: the model is known, but that stage has not been here yet.
         """
-        facts = self._facts(stage, model) or self._last.get((stage, model))
+        facts = self.last_facts(stage, model, expert)
         if facts is None:
-            raise self._absent(stage, model)
+            raise self._absent(stage, model, expert)
         return facts.component_id
 
-    def components(self) -> dict[tuple[str, str], str]:
-        """The component id of every stage and model; the last known one of those that are away."""
+    def components(self) -> dict[Place, str]:
+        """The component id of every place; the last known one of those that are away."""
         return {place: facts.component_id for place, facts in self._last.items()}
+
+    def experts(self, model: str) -> list[str]:
+        """In the order of their steps, where denoisers hold one each or have done so."""
+        known = (facts.experts for place, facts in self._last.items() if place.model == model and facts.expert)
+        return list(next(known, []))
+
+    def missing_experts(self, model: str) -> list[str]:
+        """Those that no denoiser holds now, though one of the model is here."""
+        held = [replica.facts for replica in self.of_stage("dit") if replica.facts and replica.serves(model)]
+        return missing(held)
 
     async def release(self, replica_id: str, request_id: str, fence: int) -> None:
         """Tells a denoiser that the owners of a request with older fences have lost it. One that does not answer finds
@@ -271,11 +295,12 @@ class Replicas:
 
         Raises:
             UnknownModel: no replica names the model.
-            NotReady: the model is known, but no DiT replica is here now.
+            NotReady: the model is known, but no DiT replica is here now, or none with one of its experts.
         """
+        lacking = self.missing_experts(model)
         facts = self._facts("dit", model)
-        if facts is None:
-            raise self._absent("dit", model)
+        if lacking or facts is None:
+            raise self._absent("dit", model, *lacking[:1])
         return limits_from_proto(facts.limits)
 
     def fit(self, model: str) -> types_pb2.LatentRgbFit | None:
@@ -284,23 +309,33 @@ class Replicas:
         Raises:
             UnknownModel, NotReady: as `component`.
         """
-        facts = self._facts("vae", model) or self._last.get(("vae", model))
+        facts = self.last_facts("vae", model)
         if facts is None:
             raise self._absent("vae", model)
         return facts.latent_rgb_fit if facts.HasField("latent_rgb_fit") else None
 
-    def _facts(self, stage: str, model: str) -> types_pb2.DescribeResponse | None:
+    def last_facts(self, stage: str, model: str, expert: str = "") -> types_pb2.DescribeResponse | None:
+        """What serves a model's stage now, or else did so last; None when nobody has yet.
+
+        Args:
+            expert: as of `component`.
+        """
+        last = (facts for place, facts in self._last.items() if place[:2] == (stage, model))
+        return self._facts(stage, model, expert) or next((f for f in last if takes(f, expert)), None)
+
+    def _facts(self, stage: str, model: str, expert: str = "") -> types_pb2.DescribeResponse | None:
         for replica in self.of_stage(stage):
-            if replica.serves(model):
+            if replica.facts is not None and replica.serves(model) and takes(replica.facts, expert):
                 return replica.facts
         return None
 
-    def _absent(self, stage: str, model: str) -> ServiceError:
+    def _absent(self, stage: str, model: str, expert: str = "") -> ServiceError:
         try:
             self.model(model)
         except UnknownModel as unknown:
             return unknown
-        return NotReady(f"model {model!r} has no {stage} replica now", retry_after_s=2.0)
+        holding = f" with its expert {expert}" if expert else ""
+        return NotReady(f"model {model!r} has no {stage} replica{holding} now", retry_after_s=2.0)
 
     def model(self, name: str) -> gateway_pb2.ModelInfo:
         """One of `models`.
@@ -331,7 +366,8 @@ class Replicas:
                 if replica.healthy:
                     stages.setdefault(name, set()).add(replica.stage)
         for name, info in models.items():
-            info.ready = stages.get(name, set()) >= set(MODEL_STAGES)
+            info.missing_experts.extend(self.missing_experts(name))
+            info.ready = stages.get(name, set()) >= set(MODEL_STAGES) and not info.missing_experts
         return models
 
     async def watch(self) -> None:
@@ -396,7 +432,7 @@ class Replicas:
             replica.silent_because = reason
         else:
             replica.told(facts, ours)
-            self._last |= {(replica.stage, model): facts for model in facts.models or ("",)}
+            self._last |= {Place(replica.stage, model, facts.expert): facts for model in facts.models or ("",)}
         if replica.healthy and not before:
             log.info("%s replica %s joined", replica.stage, replica.address)
         if replica.has_credit and not credit:
@@ -431,4 +467,5 @@ def _replica_proto(replica: Replica, facts: types_pb2.DescribeResponse) -> gatew
         in_flight=facts.in_flight,
         max_in_flight=facts.max_in_flight,
         healthy=replica.healthy,
+        expert=facts.expert,
     )

@@ -25,6 +25,7 @@ from gateway.state import State
 from gateway.store import Store
 from gateway.ticket import Ticket, batch_key, feed_key
 from gateway.withdrawals import Withdrawals
+from gateway.work import busy_in, spans_in
 from protos import gateway_pb2, types_pb2
 from services.errors import (
     InvalidRequest,
@@ -52,12 +53,14 @@ _STAGES = {b"dit": types_pb2.STAGE_DIT, b"vae": types_pb2.STAGE_VAE}
 class Health:
     """Whether the gateway can take requests: Redis takes writes, and which models have all their stages.
 
-    `interpolation`: whether there is somebody who makes frames between frames.
+    `interpolation`: whether there is somebody who makes frames between frames. `missing_experts`: of models whose
+    denoisers hold one each, those that nobody holds.
     """
 
     redis: bool
     models: dict[str, bool]
     interpolation: bool
+    missing_experts: dict[str, list[str]]
 
     @property
     def ready(self) -> bool:
@@ -352,13 +355,7 @@ class RequestService:
             UnknownRequest: as `get`.
         """
         record = await self._record(request_id)
-        spans = [
-            span
-            for key, value in record.items()
-            if key.startswith("spans:")
-            for span in gateway_pb2.TraceResponse.FromString(value).spans
-        ]
-        return sorted(spans, key=lambda span: span.start_unix_ns)
+        return sorted(spans_in(record), key=lambda span: span.start_unix_ns)
 
     def models(self) -> list[gateway_pb2.ModelInfo]:
         """Every model, with its limits and replicas."""
@@ -374,8 +371,13 @@ class RequestService:
 
     async def health(self) -> Health:
         """For probes and the launcher."""
-        models = {info.name: info.ready for info in self.models()}
-        return Health(await self._state.writable(), models, bool(self._replicas.of_stage("interpolation")))
+        infos = self.models()
+        return Health(
+            redis=await self._state.writable(),
+            models={info.name: info.ready for info in infos},
+            interpolation=bool(self._replicas.of_stage("interpolation")),
+            missing_experts={info.name: list(info.missing_experts) for info in infos if info.missing_experts},
+        )
 
 
 def _new_id(tenant: str, idempotency_key: str) -> str:
@@ -437,7 +439,7 @@ def status_of(request_id: str, record: dict[str, bytes]) -> gateway_pb2.RequestS
         created_unix_s=float(record["created"]),
         updated_unix_s=float(record["updated"]),
         params=types_pb2.GenerationParams.FromString(record["params"]),
-        busy_s={key.removeprefix("busy:"): float(value) for key, value in record.items() if key.startswith("busy:")},
+        busy_s=busy_in(record),
         queued_s=float(record.get("queued_s", 0)),
         input_bytes=[int(nbytes) for nbytes in record.get("input_bytes", b"").split()],
     )

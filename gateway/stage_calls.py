@@ -72,12 +72,14 @@ async def denoise(
 ) -> AsyncGenerator[dit_pb2.DenoiseResponse | Checkpoint]:
     """Conditions into the denoiser; yields its events and checkpoints, and collects the frames of its latents.
 
+    It ends with the latents, or with a checkpoint for another expert.
+
     Raises:
         NotReady: the replica leaves; if a checkpoint came, it was the last one.
         ServiceError: what a stage failed with.
     """
     checkpoint: Latents | None = None
-    step = 0
+    start = dit_pb2.BundleStart()
     method: Any = replica.channel.stream_stream(_DENOISE)
     with replica.in_use(work.batch):
         call = method(**work.call_options())
@@ -88,15 +90,15 @@ async def denoise(
                 if frame is None:
                     response = dit_pb2.DenoiseResponse.FromString(message)
                     if response.WhichOneof("kind") == "bundle":
-                        step = response.bundle.step
-                        checkpoint = Latents() if response.bundle.kind == _CHECKPOINT else None
+                        start = response.bundle
+                        checkpoint = Latents() if start.kind == _CHECKPOINT else None
                     yield response
                 elif checkpoint is None:
                     latents.add(message, frame)
                 else:
                     checkpoint.add(message, frame)
                     if checkpoint.whole:
-                        yield Checkpoint(step, checkpoint.messages)
+                        yield Checkpoint(start.step, checkpoint.messages, start.expert)
         except grpc.aio.AioRpcError as error:
             raise (feed.failure or failed(replica, error)) from error
         except CorruptTensor as error:
@@ -111,8 +113,14 @@ async def denoise(
             call.cancel()
             feeding.cancel()
             await asyncio.gather(feeding, return_exceptions=True)
-    if checkpoint is not None and checkpoint.whole:
-        raise refused(replica, NotReady(f"the replica left: it handed the request back after step {step}"))
+    handed = checkpoint is not None and checkpoint.whole
+    if not (handed and start.expert):
+        _check_end(replica, latents, start.step if handed else None)
+
+
+def _check_end(replica: Replica, latents: Latents, handed_back: int | None) -> None:
+    if handed_back is not None:
+        raise refused(replica, NotReady(f"the replica left: it handed the request back after step {handed_back}"))
     if not latents.whole:
         raise refused(replica, CorruptTensor("the denoiser's stream ended before its latents were whole"))
 

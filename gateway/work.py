@@ -37,9 +37,22 @@ def kept_in(record: Mapping[str, bytes]) -> list[Kept]:
     return [Kept(**fields) for fields in json.loads(text)] if text else []
 
 
+def busy_in(record: Mapping[str, bytes]) -> dict[str, float]:
+    """Seconds by stage, as a request's record has them."""
+    return {key.removeprefix("busy:"): float(value) for key, value in record.items() if key.startswith("busy:")}
+
+
+def spans_in(record: Mapping[str, bytes]) -> list[types_pb2.Span]:
+    """A request's timeline, as its record has it."""
+    noted = (gateway_pb2.TraceResponse.FromString(v) for key, v in record.items() if key.startswith("spans:"))
+    return [span for part in noted for span in part.spans]
+
+
 @dataclass(slots=True)
 class Work:
-    """A claim in work, with what its stages reported. `deadline_s` is on this process's monotonic clock."""
+    """A claim in work, with what its stages reported, before this claim too. `deadline_s` is on this process's
+    monotonic clock.
+    """
 
     claim: Claim
     params: types_pb2.GenerationParams
@@ -61,6 +74,8 @@ class Work:
             deadline_s=time.monotonic() + left_s,
             traceparent=record["traceparent"].decode(),
             checkpoints=kept_in(record),
+            busy_s=busy_in(record),
+            spans=spans_in(record),
         )
 
     @property

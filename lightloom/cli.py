@@ -129,16 +129,16 @@ def abort(connection: Connection, request_id: str) -> None:
 
 @app.command()
 @connected
-def trace(connection: Connection, request_id: str) -> None:
-    """Draw one request's timeline over all processes."""
+def trace(connection: Connection, request_ids: list[str]) -> None:
+    """Draw a request's timeline over all processes, or those of several on one clock."""
     from lightloom.show import show_trace
 
-    show_trace(connection, request_id)
+    show_trace(connection, request_ids)
 
 
 @app.command()
 def scale(
-    replicas: Annotated[list[str], typer.Argument(help="STAGE=COUNT, for example dit=3.")],
+    replicas: Annotated[list[str], typer.Argument(help="STAGE=COUNT, for example dit=3 or dit.low_noise=2.")],
     model: Annotated[str, typer.Option(help="Only this model's stages.")] = "",
     run_dir: RunDir = DEFAULT_RUN_DIR,
 ) -> None:
@@ -163,13 +163,14 @@ def plan(
     offload_experts: Annotated[
         bool, typer.Option("--offload-experts", help="With engine.offload_experts: of two experts, one on each GPU.")
     ] = False,
+    expert: Annotated[str, typer.Option(help="The one that a denoiser holds; default: all the model has.")] = "",
     rates: Annotated[Path | None, typer.Option(help="Measured rates (TOML); default: H100 with NVLink.")] = None,
     everything: Annotated[bool, typer.Option("--all", help="Show every layout.")] = False,
 ) -> None:
     """Show which layouts of a denoiser fit on so many GPUs, and which is expected to be fastest. Runs nothing."""
     from lightloom.plan_show import Wish, show_plan
 
-    wish = Wish(model, family, preset, gpus, memory, size, frames, guidance, text_tokens, offload_experts)
+    wish = Wish(model, family, preset, gpus, memory, size, frames, guidance, text_tokens, offload_experts, expert)
     show_plan(wish, rates, everything=everything)
 
 

@@ -39,11 +39,19 @@ class GatewayEntry:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertEntry:
+    """The denoisers that hold one expert of a model, and their device where it is not the model's."""
+
+    replicas: int = 1
+    device: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelEntry:
     """One model: its weights (see services.config.ModelSection) and how many replicas each stage gets.
 
     `parallel` spreads each replica of the denoiser over ranks, `text_parallel` each of the text encoder,
-    `vae_parallel` each of the VAE.
+    `vae_parallel` each of the VAE. With `experts`, each denoiser holds one of them; there is none that holds all.
     """
 
     source: str
@@ -60,6 +68,13 @@ class ModelEntry:
     features: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     limits: Mapping[str, Any] = field(default_factory=dict)
     replicas: Mapping[str, int] = field(default_factory=dict)
+    experts: Mapping[str, ExpertEntry] = field(default_factory=dict)
+
+    @property
+    def stages(self) -> dict[str, int]:
+        """Replicas by stage, where `replicas` does not say otherwise; denoisers of one expert are `dit.EXPERT`."""
+        denoisers = {f"dit.{name}": expert.replicas for name, expert in self.experts.items()}
+        return {"text_encoder": 1, **(denoisers or {"dit": 1}), "vae": 1}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,6 +124,7 @@ def load_cluster(path: Path) -> ClusterConfig:
         check_axes(Degrees.of(entry.parallel), DIT_AXES, "Dit")
         check_axes(Degrees.of(entry.text_parallel), TEXT_AXES, "TextEncoder")
         check_axes(Degrees.of(entry.vae_parallel), VAE_AXES, "Vae")
+        _check_experts(f"models.{name}", entry)
         parse(Limits, entry.limits, f"models.{name}.limits.")
         for feature in entry.features:
             if feature not in ORDER:
@@ -117,6 +133,26 @@ def load_cluster(path: Path) -> ClusterConfig:
         check_count(config.interpolation.replicas, "interpolation.replicas")
         parse(InterpolationLimits, config.interpolation.limits, "interpolation.limits.")
     return config
+
+
+def _check_experts(where: str, entry: ModelEntry) -> None:
+    if not entry.experts:
+        return
+    for name, expert in entry.experts.items():
+        check_count(expert.replicas, f"{where}.experts.{name}.replicas")
+    for key, given in (
+        ("replicas.dit", "dit" in entry.replicas),
+        ("engine.expert", entry.engine.expert),
+        ("engine.offload_experts", entry.engine.offload_experts),
+    ):
+        if given:
+            raise StartupError(f"{where}.{key} does not go with {where}.experts: 1 denoiser holds 1 expert there")
+
+
+def check_stage(model: str, entry: ModelEntry, stage: str) -> None:
+    """Raises StartupError for a stage that the model has not: denoisers hold all experts, or one each."""
+    if stage not in entry.stages:
+        raise StartupError(f"model {model!r} has no stage {stage!r}: there are {', '.join(entry.stages)}")
 
 
 def _check_interpolation(source: str) -> None:
@@ -176,7 +212,7 @@ def check_count(count: int, where: str) -> None:
 
 
 def parse_replicas(settings: list[str]) -> dict[str, int]:
-    """`["dit=2", "vae=1"]` as a mapping.
+    """`["dit=2", "vae=1"]` as a mapping; whether a model has an expert `dit.EXPERT` is for `check_stage`.
 
     Raises:
         StartupError: says how to write it.
@@ -187,7 +223,8 @@ def parse_replicas(settings: list[str]) -> dict[str, int]:
         if not count.isdigit():
             raise StartupError(f"{setting!r}: write it as STAGE=COUNT, for example dit=2")
         replicas[stage] = int(count)
-    check_replicas(replicas, "replicas", (*STAGES, INTERPOLATION))
+    experts = [stage for stage in replicas if stage.startswith("dit.")]
+    check_replicas(replicas, "replicas", (*STAGES, INTERPOLATION, *experts))
     return replicas
 
 

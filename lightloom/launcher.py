@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any
 
 from lightloom.child import Child, first_failure
-from lightloom.cluster_config import INTERPOLATION, STAGES, ClusterConfig, ModelEntry, write_toml
+from lightloom.cluster_config import INTERPOLATION, STAGES, ClusterConfig, ModelEntry, check_stage, write_toml
 from lightloom.control import ControlServer
 from lightloom.member import Member, ProcessRow
 from lightloom.ports import address_of, try_port
@@ -98,8 +98,11 @@ class Cluster:
             self._address_file(stage).parent.mkdir(exist_ok=True)
             self._address_file(stage).write_text("")
         for model, entry in self.config.models.items():
-            for stage in STAGES:
-                await self.scale(model, stage, entry.replicas.get(stage, 1))
+            # `up --replicas` counts for every model, and for the interpolator, which is of none.
+            counts = {**entry.stages, **entry.replicas}
+            counts.pop(INTERPOLATION, None)
+            for stage, count in counts.items():
+                await self.scale(model, stage, count)
         if self.config.interpolation is not None:
             await self.scale("", INTERPOLATION, self.config.interpolation.replicas)
         for index in range(self.config.gateway.replicas):
@@ -128,14 +131,19 @@ class Cluster:
     async def scale(self, model: str, stage: str, count: int) -> None:
         """Brings a stage of a model to `count` replicas; those that leave finish their work first.
 
-        The interpolator is a stage of the model "".
+        The interpolator is a stage of the model "", denoisers of one expert are `dit.EXPERT`.
+
+        Raises:
+            StartupError: the model has no such stage.
         """
+        if model:
+            check_stage(model, self.config.models[model], stage)
         replicas = self._replicas.setdefault((model, stage), [])
         for _ in range(count - len(replicas)):
             replicas.append(await self._start_stage(model, stage))
         leaving = replicas[count:]
         del replicas[count:]
-        self._write_addresses(stage)
+        self._write_addresses(stage.partition(".")[0])
         if leaving:
             await asyncio.sleep(LEAVE_S)
             await asyncio.gather(*(member.child.stop(60.0) for member in leaving))
@@ -173,9 +181,10 @@ class Cluster:
     def _children(self) -> list[Child]:
         return [member.child for member in self._members()]
 
-    async def _start_stage(self, model: str, stage: str) -> Member:
+    async def _start_stage(self, model: str, name: str) -> Member:
+        stage, _, expert = name.partition(".")
         self._started += 1
-        name = "-".join(filter(None, (stage, model, str(self._started))))
+        name = "-".join(filter(None, (stage, model, expert, str(self._started))))
         port, metrics_port = free_port(), free_port()
         entry = self.config.interpolation if stage == INTERPOLATION else self.config.models[model]
         assert entry is not None
@@ -196,6 +205,9 @@ class Cluster:
             table["model"] |= {"family": entry.family, "preset": entry.preset}
             table["features"] = entry.features if stage == "dit" else {}
             table["parallel"] = asdict(parallel[stage]) if stage in parallel else {}
+            if expert:
+                table["model"]["device"] = entry.experts[expert].device or entry.device
+                table["engine"]["expert"] = expert
         child = await self._spawn(name, f"{stage}_svc", table)
         return Member(child, f"127.0.0.1:{port}", "127.0.0.1", metrics_port)
 
@@ -240,7 +252,8 @@ class Cluster:
         return self.run_dir / "addresses" / stage
 
     def _write_addresses(self, stage: str) -> None:
-        listed = [member.address for (_, s), replicas in self._replicas.items() if s == stage for member in replicas]
+        of_stage = (replicas for (_, name), replicas in self._replicas.items() if name.partition(".")[0] == stage)
+        listed = [member.address for replicas in of_stage for member in replicas]
         path = self._address_file(stage)
         fresh = path.with_suffix(".new")
         fresh.write_text("".join(f"{address}\n" for address in listed))
@@ -264,9 +277,12 @@ class Cluster:
                 return {"error": f"unknown model {unknown[0]!r}: there are {', '.join(self.config.models)}"}
             if INTERPOLATION in request["replicas"] and self.config.interpolation is None:
                 return {"error": "the cluster has no interpolation: its config has no such section"}
-            for stage, count in request["replicas"].items():
-                served = [""] if stage == INTERPOLATION else models
-                await asyncio.gather(*(self.scale(model, stage, count) for model in served))
+            try:
+                for stage, count in request["replicas"].items():
+                    served = [""] if stage == INTERPOLATION else models
+                    await asyncio.gather(*(self.scale(model, stage, count) for model in served))
+            except StartupError as error:
+                return {"error": str(error)}
         return {"processes": await self.look(), "ready": self.ready, "grpc": self.grpc_address}
 
 

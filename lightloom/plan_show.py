@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from dit_svc.loading import with_expert
 from lightloom.plan import DTYPE, GIB, MAX_GPUS, Job, Layout, Planner
 from lightloom.plan_rates import Rates, read_rates
 from services.errors import StartupError
@@ -43,6 +44,7 @@ class Wish:
     guidance: float | None
     text_tokens: int
     offload_experts: bool = False
+    expert: str = ""
 
     def job(self) -> Job:
         """Opened and checked.
@@ -62,6 +64,8 @@ class Wish:
         if self.model.startswith("random:") and not (self.family and self.preset):
             raise StartupError(f"{self.model} has no shape of its own: give --family and --preset")
         source = open_source(self.model, family=self.family, preset=self.preset)
+        family = load_family(source.family)
+        source = with_expert(source, family.dit, self.expert)
         wish = GenerationParams(
             model="plan",
             prompt="plan",
@@ -70,7 +74,7 @@ class Wish:
             num_frames=self.frames,
             guidance=self.guidance,
         )
-        limits = load_family(source.family).variants[source.variant].limits
+        limits = family.variants[source.variant].limits
         # Input pictures come as latents; the dry run makes some.
         params = resolve(wish, limits.without_inputs(), seed=0)
         return Job(source, params, self.gpus, memory, self.text_tokens, self.offload_experts)
@@ -143,8 +147,9 @@ def _heading(job: Job, rates: Rates) -> str:
         if job.offload_experts
         else ""
     )
+    only = f", its expert {job.source.expert} alone" if job.source.expert else ""
     return (
-        f"{job.source.spec} ({job.source.family} {job.source.variant}), {dtype}; one request of"
+        f"{job.source.spec} ({job.source.family} {job.source.variant}){only}, {dtype}; one request of"
         f" {params.width}x{params.height}{frames}, guidance {params.guidance:g},"
         f" {job.text_tokens} text tokens where their number is free\n"
         f"{job.gpus} GPUs of {job.memory_bytes / GIB:.1f} GiB, {rates.reserve_gib:g} GiB of each reserved;"

@@ -23,6 +23,8 @@ COLUMN_GAP = 2
 # A pipe has no width of its own, and what reads it wants whole values.
 PIPE_CHARS = 400
 PROMPT_CHARS = 60
+# Of an id, which tell requests apart.
+ID_CHARS = 8
 
 
 def output() -> Console:
@@ -91,11 +93,18 @@ def _print_json(
 def _models(models: Sequence[gateway_pb2.ModelInfo]) -> Table:
     table = Table("model", "family", "ready", "replicas", "running", box=None, pad_edge=False)
     for model in models:
-        stages = [types_pb2.Stage.Name(replica.stage).removeprefix("STAGE_").lower() for replica in model.replicas]
+        stages = [_stage(replica) for replica in model.replicas]
         counts = ", ".join(f"{stage} {stages.count(stage)}" for stage in dict.fromkeys(stages))
         running = sum(replica.in_flight for replica in model.replicas)
-        table.add_row(model.name, model.family, "yes" if model.ready else "no", counts, str(running))
+        ready = "yes" if model.ready else ", ".join(["no", *(f"no {expert}" for expert in model.missing_experts)])
+        table.add_row(model.name, model.family, ready, counts, str(running))
     return table
+
+
+def _stage(replica: gateway_pb2.Replica) -> str:
+    """As `lightloom scale` takes it."""
+    stage = types_pb2.Stage.Name(replica.stage).removeprefix("STAGE_").lower()
+    return f"{stage}.{replica.expert}" if replica.expert else stage
 
 
 def _requests(console: Console, requests: Sequence[gateway_pb2.RequestStatus]) -> Table:
@@ -137,32 +146,40 @@ def show_scaled(run_dir: Path, model: str, replicas: Mapping[str, int]) -> None:
         console.print(f"starting: {', '.join(late)}; `lightloom status` shows when they serve")
     for stage in (stage for stage, count in replicas.items() if count == 0):
         # A model's limits are those of its denoiser: without one, nothing can be checked.
-        fresh = "new ones are refused" if stage == "dit" else "new ones too"
+        fresh = "new ones are refused" if stage.startswith("dit") else "new ones too"
         console.print(f"no {stage} is left: accepted requests wait until there is one, {fresh}")
 
 
-def show_trace(connection: Connection, request_id: str) -> None:
-    """Every span as a bar on the request's own time."""
+def show_trace(connection: Connection, request_ids: Sequence[str]) -> None:
+    """Every span as a bar, on one time for all requests."""
     with connection.open() as client:
-        spans = client.trace(request_id)
+        traces = [(request_id, client.trace(request_id)) for request_id in request_ids]
     console = output()
-    if not spans:
+    found = [(request_id, span) for request_id, spans in traces for span in spans]
+    if not found:
         console.print("nothing was recorded yet")
         return
-    start = min(span.start_unix_ns for span in spans)
-    total = max(max(span.start_unix_ns + span.duration_ns for span in spans) - start, 1)
+    found.sort(key=lambda pair: pair[1].start_unix_ns)
+    start = found[0][1].start_unix_ns
+    total = max(max(span.start_unix_ns + span.duration_ns for _, span in found) - start, 1)
+    # Whose it is goes without saying where there is one.
+    shown = slice(0 if len(request_ids) > 1 else 1, None)
+    titles = ("request", "process", "span", "start ms", "ms")[shown]
     rows = [
-        (span.process, span.name, f"{(span.start_unix_ns - start) / 1e6:.1f}", f"{span.duration_ns / 1e6:.1f}")
-        for span in spans
+        (request_id[:ID_CHARS], span.process, span.name, *_ms(span.start_unix_ns - start, span.duration_ns))[shown]
+        for request_id, span in found
     ]
-    titles = ("process", "span", "start ms", "ms")
     chars = min(_room(console, titles, rows) - 1, BAR_CHARS)
     table = Table(*titles, "", box=None, pad_edge=False)
-    for row, span in zip(rows, spans, strict=True):
+    for row, (_, span) in zip(rows, found, strict=True):
         before = round((span.start_unix_ns - start) / total * chars)
         length = max(1, round(span.duration_ns / total * chars))
         table.add_row(*row, Text(" " * before + "█" * min(length, chars - before + 1), no_wrap=True))
     console.print(table)
+
+
+def _ms(*nanoseconds: int) -> list[str]:
+    return [f"{duration / 1e6:.1f}" for duration in nanoseconds]
 
 
 def show_features() -> None:

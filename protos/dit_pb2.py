@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from protos import types_pb2 as protos_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x10protos/dit.proto\x12\x0clightloom.v1\x1a\x12protos/types.proto\"?\n\x0eReleaseRequest\x12-\n\x07\x63ontext\x18\x01 \x01(\x0b\x32\x1c.lightloom.v1.RequestContext\"\x11\n\x0fReleaseResponse\"\xde\x01\n\x0c\x44\x65noiseStart\x12-\n\x07\x63ontext\x18\x01 \x01(\x0b\x32\x1c.lightloom.v1.RequestContext\x12.\n\x06params\x18\x02 \x01(\x0b\x32\x1e.lightloom.v1.GenerationParams\x12\x13\n\x0bnum_bundles\x18\x03 \x01(\r\x12\x0e\n\x06resume\x18\x04 \x01(\x08\x12\x37\n\x0elatent_rgb_fit\x18\x05 \x01(\x0b\x32\x1a.lightloom.v1.LatentRgbFitH\x00\x88\x01\x01\x42\x11\n\x0f_latent_rgb_fit\"\xa8\x01\n\x0e\x44\x65noiseRequest\x12+\n\x05start\x18\x01 \x01(\x0b\x32\x1a.lightloom.v1.DenoiseStartH\x00\x12*\n\x05\x66rame\x18\x02 \x01(\x0b\x32\x19.lightloom.v1.TensorFrameH\x00\x12\x35\n\ncheckpoint\x18\x03 \x01(\x0b\x32\x1f.lightloom.v1.CheckpointRequestH\x00\x42\x06\n\x04kind\"!\n\x11\x43heckpointRequest\x12\x0c\n\x04stop\x18\x01 \x01(\x08\"W\n\tStepEvent\x12\x0c\n\x04step\x18\x01 \x01(\r\x12\r\n\x05total\x18\x02 \x01(\r\x12\r\n\x05sigma\x18\x03 \x01(\x01\x12\x0f\n\x07seconds\x18\x04 \x01(\x01\x12\r\n\x05\x62\x61tch\x18\x05 \x01(\r\"\x8e\x01\n\x0b\x42undleStart\x12,\n\x04kind\x18\x01 \x01(\x0e\x32\x1e.lightloom.v1.BundleStart.Kind\x12\x0c\n\x04step\x18\x02 \x01(\r\"C\n\x04Kind\x12\x14\n\x10KIND_UNSPECIFIED\x10\x00\x12\x10\n\x0cKIND_LATENTS\x10\x01\x12\x13\n\x0fKIND_CHECKPOINT\x10\x02\"\xee\x01\n\x0f\x44\x65noiseResponse\x12\'\n\x04step\x18\x01 \x01(\x0b\x32\x17.lightloom.v1.StepEventH\x00\x12*\n\x05\x66rame\x18\x02 \x01(\x0b\x32\x19.lightloom.v1.TensorFrameH\x00\x12)\n\x05usage\x18\x03 \x01(\x0b\x32\x18.lightloom.v1.StageUsageH\x00\x12&\n\x07preview\x18\x04 \x01(\x0b\x32\x13.lightloom.v1.MediaH\x00\x12+\n\x06\x62undle\x18\x05 \x01(\x0b\x32\x19.lightloom.v1.BundleStartH\x00\x42\x06\n\x04kind2\xe4\x01\n\x03\x44it\x12I\n\x08\x44\x65scribe\x12\x1d.lightloom.v1.DescribeRequest\x1a\x1e.lightloom.v1.DescribeResponse\x12J\n\x07\x44\x65noise\x12\x1c.lightloom.v1.DenoiseRequest\x1a\x1d.lightloom.v1.DenoiseResponse(\x01\x30\x01\x12\x46\n\x07Release\x12\x1c.lightloom.v1.ReleaseRequest\x1a\x1d.lightloom.v1.ReleaseResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x10protos/dit.proto\x12\x0clightloom.v1\x1a\x12protos/types.proto\"?\n\x0eReleaseRequest\x12-\n\x07\x63ontext\x18\x01 \x01(\x0b\x32\x1c.lightloom.v1.RequestContext\"\x11\n\x0fReleaseResponse\"\xde\x01\n\x0c\x44\x65noiseStart\x12-\n\x07\x63ontext\x18\x01 \x01(\x0b\x32\x1c.lightloom.v1.RequestContext\x12.\n\x06params\x18\x02 \x01(\x0b\x32\x1e.lightloom.v1.GenerationParams\x12\x13\n\x0bnum_bundles\x18\x03 \x01(\r\x12\x0e\n\x06resume\x18\x04 \x01(\x08\x12\x37\n\x0elatent_rgb_fit\x18\x05 \x01(\x0b\x32\x1a.lightloom.v1.LatentRgbFitH\x00\x88\x01\x01\x42\x11\n\x0f_latent_rgb_fit\"\xa8\x01\n\x0e\x44\x65noiseRequest\x12+\n\x05start\x18\x01 \x01(\x0b\x32\x1a.lightloom.v1.DenoiseStartH\x00\x12*\n\x05\x66rame\x18\x02 \x01(\x0b\x32\x19.lightloom.v1.TensorFrameH\x00\x12\x35\n\ncheckpoint\x18\x03 \x01(\x0b\x32\x1f.lightloom.v1.CheckpointRequestH\x00\x42\x06\n\x04kind\"!\n\x11\x43heckpointRequest\x12\x0c\n\x04stop\x18\x01 \x01(\x08\"W\n\tStepEvent\x12\x0c\n\x04step\x18\x01 \x01(\r\x12\r\n\x05total\x18\x02 \x01(\r\x12\r\n\x05sigma\x18\x03 \x01(\x01\x12\x0f\n\x07seconds\x18\x04 \x01(\x01\x12\r\n\x05\x62\x61tch\x18\x05 \x01(\r\"\x9e\x01\n\x0b\x42undleStart\x12,\n\x04kind\x18\x01 \x01(\x0e\x32\x1e.lightloom.v1.BundleStart.Kind\x12\x0c\n\x04step\x18\x02 \x01(\r\x12\x0e\n\x06\x65xpert\x18\x03 \x01(\t\"C\n\x04Kind\x12\x14\n\x10KIND_UNSPECIFIED\x10\x00\x12\x10\n\x0cKIND_LATENTS\x10\x01\x12\x13\n\x0fKIND_CHECKPOINT\x10\x02\"\xee\x01\n\x0f\x44\x65noiseResponse\x12\'\n\x04step\x18\x01 \x01(\x0b\x32\x17.lightloom.v1.StepEventH\x00\x12*\n\x05\x66rame\x18\x02 \x01(\x0b\x32\x19.lightloom.v1.TensorFrameH\x00\x12)\n\x05usage\x18\x03 \x01(\x0b\x32\x18.lightloom.v1.StageUsageH\x00\x12&\n\x07preview\x18\x04 \x01(\x0b\x32\x13.lightloom.v1.MediaH\x00\x12+\n\x06\x62undle\x18\x05 \x01(\x0b\x32\x19.lightloom.v1.BundleStartH\x00\x42\x06\n\x04kind2\xe4\x01\n\x03\x44it\x12I\n\x08\x44\x65scribe\x12\x1d.lightloom.v1.DescribeRequest\x1a\x1e.lightloom.v1.DescribeResponse\x12J\n\x07\x44\x65noise\x12\x1c.lightloom.v1.DenoiseRequest\x1a\x1d.lightloom.v1.DenoiseResponse(\x01\x30\x01\x12\x46\n\x07Release\x12\x1c.lightloom.v1.ReleaseRequest\x1a\x1d.lightloom.v1.ReleaseResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -45,11 +45,11 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STEPEVENT']._serialized_start=569
   _globals['_STEPEVENT']._serialized_end=656
   _globals['_BUNDLESTART']._serialized_start=659
-  _globals['_BUNDLESTART']._serialized_end=801
-  _globals['_BUNDLESTART_KIND']._serialized_start=734
-  _globals['_BUNDLESTART_KIND']._serialized_end=801
-  _globals['_DENOISERESPONSE']._serialized_start=804
-  _globals['_DENOISERESPONSE']._serialized_end=1042
-  _globals['_DIT']._serialized_start=1045
-  _globals['_DIT']._serialized_end=1273
+  _globals['_BUNDLESTART']._serialized_end=817
+  _globals['_BUNDLESTART_KIND']._serialized_start=750
+  _globals['_BUNDLESTART_KIND']._serialized_end=817
+  _globals['_DENOISERESPONSE']._serialized_start=820
+  _globals['_DENOISERESPONSE']._serialized_end=1058
+  _globals['_DIT']._serialized_start=1061
+  _globals['_DIT']._serialized_end=1289
 # @@protoc_insertion_point(module_scope)

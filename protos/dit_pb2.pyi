@@ -62,7 +62,7 @@ class StepEvent(_message.Message):
     def __init__(self, step: _Optional[int] = ..., total: _Optional[int] = ..., sigma: _Optional[float] = ..., seconds: _Optional[float] = ..., batch: _Optional[int] = ...) -> None: ...
 
 class BundleStart(_message.Message):
-    __slots__ = ("kind", "step")
+    __slots__ = ("kind", "step", "expert")
     class Kind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         KIND_UNSPECIFIED: _ClassVar[BundleStart.Kind]
@@ -73,9 +73,11 @@ class BundleStart(_message.Message):
     KIND_CHECKPOINT: BundleStart.Kind
     KIND_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
+    EXPERT_FIELD_NUMBER: _ClassVar[int]
     kind: BundleStart.Kind
     step: int
-    def __init__(self, kind: _Optional[_Union[BundleStart.Kind, str]] = ..., step: _Optional[int] = ...) -> None: ...
+    expert: str
+    def __init__(self, kind: _Optional[_Union[BundleStart.Kind, str]] = ..., step: _Optional[int] = ..., expert: _Optional[str] = ...) -> None: ...
 
 class DenoiseResponse(_message.Message):
     __slots__ = ("step", "frame", "usage", "preview", "bundle")

@@ -179,23 +179,25 @@ class ModelsRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class ModelInfo(_message.Message):
-    __slots__ = ("name", "family", "variants", "limits", "replicas", "ready")
+    __slots__ = ("name", "family", "variants", "limits", "replicas", "ready", "missing_experts")
     NAME_FIELD_NUMBER: _ClassVar[int]
     FAMILY_FIELD_NUMBER: _ClassVar[int]
     VARIANTS_FIELD_NUMBER: _ClassVar[int]
     LIMITS_FIELD_NUMBER: _ClassVar[int]
     REPLICAS_FIELD_NUMBER: _ClassVar[int]
     READY_FIELD_NUMBER: _ClassVar[int]
+    MISSING_EXPERTS_FIELD_NUMBER: _ClassVar[int]
     name: str
     family: str
     variants: _containers.RepeatedScalarFieldContainer[str]
     limits: _types_pb2.Limits
     replicas: _containers.RepeatedCompositeFieldContainer[Replica]
     ready: bool
-    def __init__(self, name: _Optional[str] = ..., family: _Optional[str] = ..., variants: _Optional[_Iterable[str]] = ..., limits: _Optional[_Union[_types_pb2.Limits, _Mapping]] = ..., replicas: _Optional[_Iterable[_Union[Replica, _Mapping]]] = ..., ready: _Optional[bool] = ...) -> None: ...
+    missing_experts: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, name: _Optional[str] = ..., family: _Optional[str] = ..., variants: _Optional[_Iterable[str]] = ..., limits: _Optional[_Union[_types_pb2.Limits, _Mapping]] = ..., replicas: _Optional[_Iterable[_Union[Replica, _Mapping]]] = ..., ready: _Optional[bool] = ..., missing_experts: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Replica(_message.Message):
-    __slots__ = ("address", "stage", "replica_id", "component_id", "in_flight", "max_in_flight", "healthy")
+    __slots__ = ("address", "stage", "replica_id", "component_id", "in_flight", "max_in_flight", "healthy", "expert")
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     STAGE_FIELD_NUMBER: _ClassVar[int]
     REPLICA_ID_FIELD_NUMBER: _ClassVar[int]
@@ -203,6 +205,7 @@ class Replica(_message.Message):
     IN_FLIGHT_FIELD_NUMBER: _ClassVar[int]
     MAX_IN_FLIGHT_FIELD_NUMBER: _ClassVar[int]
     HEALTHY_FIELD_NUMBER: _ClassVar[int]
+    EXPERT_FIELD_NUMBER: _ClassVar[int]
     address: str
     stage: _types_pb2.Stage
     replica_id: str
@@ -210,7 +213,8 @@ class Replica(_message.Message):
     in_flight: int
     max_in_flight: int
     healthy: bool
-    def __init__(self, address: _Optional[str] = ..., stage: _Optional[_Union[_types_pb2.Stage, str]] = ..., replica_id: _Optional[str] = ..., component_id: _Optional[str] = ..., in_flight: _Optional[int] = ..., max_in_flight: _Optional[int] = ..., healthy: _Optional[bool] = ...) -> None: ...
+    expert: str
+    def __init__(self, address: _Optional[str] = ..., stage: _Optional[_Union[_types_pb2.Stage, str]] = ..., replica_id: _Optional[str] = ..., component_id: _Optional[str] = ..., in_flight: _Optional[int] = ..., max_in_flight: _Optional[int] = ..., healthy: _Optional[bool] = ..., expert: _Optional[str] = ...) -> None: ...
 
 class ModelsResponse(_message.Message):
     __slots__ = ("models",)

@@ -127,6 +127,7 @@ class EngineSection:
     `cache_bytes` bounds the text encoder's embedding cache. `tile_px` is the VAE's tile side; 0: no tiling.
     `vae_compile` compiles the VAE's decoder for the default size (other sizes run as without it).
     `offload_experts` keeps one expert of a denoiser on the device and the others in the host's pinned memory.
+    `expert` is the one that a denoiser holds, where other replicas hold the others; empty: all.
     """
 
     max_batch: int = 8
@@ -135,6 +136,7 @@ class EngineSection:
     tile_px: int = 0
     vae_compile: bool = False
     offload_experts: bool = False
+    expert: str = ""
     warmup: bool = True
 
 

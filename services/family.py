@@ -203,17 +203,22 @@ class DitModel:
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
+def one_expert(_source: ModelSource) -> Mapping[str, str]:
+    """A model of one transformer."""
+    return {"": "transformer"}
+
+
 @dataclass(frozen=True, slots=True)
 class DitPart:
     """A family's denoiser as functions. None of them loops over steps: the engine owns the loop.
 
     Attributes:
-        load: reads the transformer(s), the scheduler's config and nothing else.
+        load: reads the transformer(s), or that of `source.expert` alone, the scheduler's config and nothing else.
         plan: data for the features, the same for every model of the family.
         prepare: parameters and conditions (names as the text and VAE parts made them) to a state at step 0. Noise
             comes from a CPU generator with the request's seed, full shape. Raises InvalidRequest when a
             peer sent conditions of the wrong name, shape or dtype.
-        expert: which module takes the state's next step.
+        expert: which module takes the state's next step; where it is held elsewhere, the request goes on there.
         branches: guidance branches the next step needs, positive first.
         batch_key: states with equal keys may share a forward (shape, expert, text length where unmasked; never step).
         collate: rows to the family's batch (opaque to the engine).
@@ -226,6 +231,7 @@ class DitPart:
         preview_latents: the state's estimate of the clean latents as [F, C, H, W] in VAE layout, normalised.
         token_count: tokens of one row, for cost and memory estimates.
         example_conditions: random conditions for a warm-up, with that many text tokens.
+        experts: names of a model's experts and the subfolders of their weights, in the order of their steps.
     """
 
     load: Callable[[ModelSource, torch.device, torch.dtype], DitModel]
@@ -244,6 +250,7 @@ class DitPart:
     preview_latents: Callable[[DitModel, DenoiseState, torch.Tensor], torch.Tensor]
     token_count: Callable[[DitModel, ResolvedParams], int]
     example_conditions: Callable[[DitModel, ResolvedParams, int], Tensors]
+    experts: Callable[[ModelSource], Mapping[str, str]] = one_expert
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,6 +50,7 @@ class ModelSource:
         family, variant: who serves it, by the pipeline class that model_index.json (or the preset) names.
         partition: set on a rank that holds a share of the denoiser's weights.
         encoders: likewise of text encoders, by subfolder.
+        expert: set where one expert of the denoiser is held, and the others' weights are not read.
     """
 
     spec: str
@@ -60,6 +61,7 @@ class ModelSource:
     preset: Mapping[str, Mapping[str, Any]] | None = None
     partition: Partition | None = None
     encoders: Mapping[str, Partition] = field(default_factory=dict)
+    expert: str = ""
 
     def config(self, subfolder: str, name: str = "config.json") -> dict[str, Any]:
         """A component's config as plain data.

@@ -10,11 +10,11 @@ if state == target and state ~= 'running' then return {state, unpack(news(id, AR
 if state ~= 'running' and state ~= 'cancelling' then return {'lost', {}, {}} end
 if state == 'cancelling' then target = 'cancelled' end
 free(id)
-redis.call('HSET', KEYS[1], 'state', target, 'updated', now(), unpack(ARGV, 9))
-if target == 'cancelled' then redis.call('HDEL', KEYS[1], 'artifact', 'file') end
-if target == 'running' or target == 'queued' then redis.call('HSET', KEYS[1], 'stage', ARGV[7]) end
--- The next stage's replica is another one: there it has done no harm yet.
+-- The next replica is another one: there it has done no harm yet. A next denoiser's checkpoints are among the fields.
 redis.call('HDEL', KEYS[1], 'checkpoints', 'checkpoint_step', 'alone')
+redis.call('HSET', KEYS[1], 'state', target, 'updated', now(), unpack(ARGV, 9))
+if target == 'cancelled' then redis.call('HDEL', KEYS[1], 'artifact', 'file', 'checkpoints', 'checkpoint_step') end
+if target == 'running' or target == 'queued' then redis.call('HSET', KEYS[1], 'stage', ARGV[7]) end
 if target ~= 'running' then redis.call('ZREM', KEYS[2], id) end
 if target == 'queued' then
   redis.call('HSET', KEYS[1], 'queue', ARGV[8], 'attempt', 0)

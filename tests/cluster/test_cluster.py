@@ -211,7 +211,12 @@ def calls_of(running_cluster, name: str) -> float:
 
 
 def test_health_metrics_models_and_trace(rest, client):
-    assert rest.get("/health").json() == {"redis": True, "models": {"demo": True}, "interpolation": False}
+    assert rest.get("/health").json() == {
+        "redis": True,
+        "models": {"demo": True},
+        "interpolation": False,
+        "missing_experts": {},
+    }
     assert "lightloom_requests_total{" in rest.get("/metrics").text
     assert rest.get("/").status_code == rest.get("/docs").status_code == rest.get("/openapi.json").status_code == 200
     assert rest.get("/nowhere").json()["error"]["code"] == "unknown_route"

@@ -95,6 +95,31 @@ def test_an_mp4_by_rest_and_its_trace(rest, client):
     )
 
 
+def test_the_denoiser_goes_on_with_the_next_request_meanwhile(running, rest, client, here):
+    """While one clip is decoded and interpolated, another makes its steps; `lightloom trace` of both shows it."""
+    # Long enough for several events, of which there are five a second.
+    large = {"width": 192, "height": 128, "num_frames": 49, "steps": 2}
+    smooth = client.submit(PROMPT, frame_interpolation_exp=4, **SMOOTH, **large)
+    following = client.submit(PROMPT, **{**SMALL, "num_frames": 17, "steps": 100, "seed": 7})
+    wait_for(lambda: state(client, smooth) == state(client, following) == "done", 90)
+    spans = {span.name: span for span in client.trace(smooth)}
+    start_ns = spans["vae.decode"].start_unix_ns
+    end_ns = spans["interpolate"].start_unix_ns + spans["interpolate"].duration_ns
+    # An event's id begins with its time, in ms.
+    blocks = rest.get(f"/v1/requests/{following}/events").text.split("\n\n")
+    told_ms = [int(block.split("id: ")[1].split("-")[0]) for block in blocks if "event: step" in block]
+    meanwhile = [ms for ms in told_ms if start_ns < ms * 1e6 < end_ns]
+    assert len(meanwhile) >= 2, (told_ms, start_ns, end_ns)
+    shown = here("trace", smooth, following, "--address", running.cluster.grpc_address).stdout.splitlines()
+    bars = {
+        (line.split()[0], line.split()[2]): range(line.index("█"), line.rindex("█") + 1)
+        for line in shown
+        if "█" in line
+    }
+    steps = set(bars[following[:8], "dit.denoise"])
+    assert steps & set(bars[smooth[:8], "vae.decode"]) and steps & set(bars[smooth[:8], "interpolate"])
+
+
 def test_a_smooth_clip_by_openais_call_from_json_and_from_a_form(rest):
     wish = {"prompt": PROMPT, "size": "96x64", "num_frames": 9, "steps": 2, "fps": 8, "frame_interpolation_exp": 2}
     as_form = {name: str(value) for name, value in wish.items()} | {"enable_frame_interpolation": "true"}

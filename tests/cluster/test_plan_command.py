@@ -61,6 +61,7 @@ def test_heads_that_do_not_divide_are_in_the_table(tmp_path, here):
         ((*FULL, "--gpus", 0), 2, "--gpus is 0: it must be between 1 and 64"),
         ((*FULL, "--gpus", 2, "--size", "1000x1000"), 1, "width 1000 is not a multiple of 16: use 992 or 1008"),
         ((*FULL, "--gpus", 2, "--rates", "nowhere.toml"), 2, "nowhere.toml does not exist"),
+        ((*FULL, "--gpus", 2, "--expert", "low_noise"), 2, "no expert 'low_noise': it has 1 only"),
         (("--model", "nowhere", "--gpus", 2), 2, "model folder nowhere does not exist"),
     ],
 )

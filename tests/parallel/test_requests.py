@@ -132,3 +132,21 @@ def job_with_previews(subject) -> DenoiseJob:
 
 def picture(data: bytes) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(data))).astype(int)
+
+
+@pytest.mark.parametrize(("high", "low"), [("pipeline", "tensor"), ("hsdp", "pipeline"), ("cfg", "ulysses")])
+def test_groups_of_one_expert_each_hand_requests_on(pool, prepared, high, low):
+    """From one layout to another; behind a pipeline, other requests are under way when one comes to the boundary."""
+    subject = prepared("wan-t2v")
+    jobs, stock = subject.jobs_of(*subject.row.wishes)
+
+    def reports(layout: str, expert: str, admitted: list[DenoiseJob]) -> list[Report]:
+        arguments = str(subject.folder), LAYOUTS[layout], {"max_batch": 8, "expert": expert}, Script(admitted)
+        return pool.run("denoise", 2, *arguments)
+
+    for report in reports(high, "high_noise", jobs):
+        assert report.checkpoints.keys() == stock.keys() and not report.finished and report.live_tensors == 0
+    onward = [replace(job, checkpoint=report.checkpoints[job.request_id]) for job in jobs]
+    for report in reports(low, "low_noise", onward):
+        assert report.finished.keys() == stock.keys() and report.live_tensors == 0
+        assert all(difference(report.finished[name], expected) <= 1e-4 for name, expected in stock.items())

@@ -12,7 +12,7 @@ from gateway.backlog import Backlog
 from gateway.config import RedisSection, StagesSection
 from gateway.pace import Pace
 from gateway.records import queue_key
-from gateway.replicas import Replica, Replicas
+from gateway.replicas import Place, Replica, Replicas
 from gateway.state import State
 from gateway.ticket import Ticket, feed_key
 from protos import types_pb2
@@ -35,7 +35,7 @@ def cluster(**running: int) -> Replicas:
     for stage in ("text_encoder", "dit", "vae"):
         facts = types_pb2.DescribeResponse(models=["m"], component_id=stage[0], in_flight=running.get(stage, 0))
         replicas.known[stage, "a"] = Replica(stage, "a", cast(Any, None), facts)
-        replicas._last[stage, "m"] = facts
+        replicas._last[Place(stage, "m")] = facts
     return replicas
 
 
@@ -83,7 +83,7 @@ async def test_what_waits_for_an_interpolator_are_clips_that_wait_to_be_decoded(
     replicas = cluster()
     facts = types_pb2.DescribeResponse(component_id="i", in_flight=2)
     replicas.known["interpolation", "a"] = Replica("interpolation", "a", cast(Any, None), facts)
-    replicas._last["interpolation", ""] = facts
+    replicas._last[Place("interpolation", "")] = facts
     replicas.known["interpolation", "a"].took(usage(4.0), PARAMS)
     empty = await figures(Backlog(state, replicas))
     assert empty["queued_requests", "interpolation"] == empty["queued_seconds", "interpolation"] == 0

@@ -12,7 +12,7 @@ from gateway.config import GatewaySection, RedisSection, StagesSection
 from gateway.dispatch import Dispatcher
 from gateway.memory import Memory
 from gateway.records import Claim, queue_key
-from gateway.replicas import Replica, Replicas
+from gateway.replicas import Place, Replica, Replicas
 from gateway.state import State
 from gateway.ticket import Ticket, feed_key
 from protos import types_pb2
@@ -66,7 +66,7 @@ class Gateway:
         self.replicas = Replicas(StagesSection(), lambda: None)
         for one in replicas:
             self.replicas.known[one.stage, one.address] = one
-            self.replicas._last |= {(one.stage, model): one.facts for model in one.facts.models or ("",)}
+            self.replicas._last |= {Place(one.stage, model): one.facts for model in one.facts.models or ("",)}
         self.runs = Runs(self.state)
         parts = cast(Any, self.runs), cast(Any, Writes())
         self.dispatcher = Dispatcher(self.state, self.replicas, *parts, GatewaySection())
@@ -85,7 +85,7 @@ async def test_a_model_without_an_encoder_holds_no_other_model_up(url) -> None:
     gateway = Gateway(url, *(replica(stage, stage, "a") for stage in ("text_encoder", "dit", "vae")))
     await gateway.state._scripts.redis.flushall()
     facts = types_pb2.DescribeResponse(component_id="dit", models=["b"])
-    gateway.replicas._last |= {("dit", "b"): facts, ("vae", "b"): facts}
+    gateway.replicas._last |= {Place("dit", "b"): facts, Place("vae", "b"): facts}
     queue = queue_key("dit", "dit")
     for request_id in ("b1", "b2", "a1", "b3", "a2"):
         ticket = Ticket(feed=feed_key(request_id[0], with_inputs=False))
@@ -104,7 +104,7 @@ async def test_a_model_without_an_encoder_holds_no_other_model_up(url) -> None:
 async def test_requests_with_pictures_wait_for_both_encoders(url, busy) -> None:
     gateway = Gateway(url, *(replica(stage, stage, "m") for stage in ("text_encoder", "dit", "vae")))
     await gateway.state._scripts.redis.flushall()
-    gateway.replicas._last["dit", "m"].limits.max_inputs = 1
+    gateway.replicas._last[Place("dit", "m")].limits.max_inputs = 1
     [only] = gateway.replicas.of_stage(busy)
     only.others = 8
     queue = queue_key("dit", "dit")

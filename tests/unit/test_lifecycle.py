@@ -18,7 +18,7 @@ from gateway.lifecycle import Lifecycle
 from gateway.links import Links
 from gateway.objects import Folder
 from gateway.records import queue_key
-from gateway.replicas import Replica, Replicas
+from gateway.replicas import Place, Replica, Replicas
 from gateway.requests import RequestService
 from gateway.state import State
 from gateway.store import Store
@@ -162,7 +162,7 @@ async def test_a_cancelled_request_leaves_no_file_however_often_its_owner_hears_
 ) -> None:
     """By the abort, by a second one, and by the beat that finds the lease lost, while the file is being written."""
     own, _ = two
-    own.lifecycle._replicas._last["vae", ""] = types_pb2.DescribeResponse(component_id="v", models=[""])
+    own.lifecycle._replicas._last[Place("vae", "")] = types_pb2.DescribeResponse(component_id="v", models=[""])
     writing, goes_on = threading.Event(), threading.Event()
 
     def slow_sync(_file: int) -> None:
@@ -220,8 +220,8 @@ async def test_a_result_whose_commit_was_not_answered_is_kept(two) -> None:
 async def test_a_request_whose_latents_are_lost_is_denoised_again(two) -> None:
     own, _ = two
     vae = queue_key("vae", "v")
-    own.lifecycle._replicas._last["dit", ""] = types_pb2.DescribeResponse(component_id="d", models=[""])
-    own.lifecycle._replicas._last["vae", ""] = types_pb2.DescribeResponse(component_id="v", models=[""])
+    own.lifecycle._replicas._last[Place("dit", "")] = types_pb2.DescribeResponse(component_id="d", models=[""])
+    own.lifecycle._replicas._last[Place("vae", "")] = types_pb2.DescribeResponse(component_id="v", models=[""])
     await own.submit("r")
     for times in range(3):
         work = await own.claim(lease_s=10.0)

@@ -169,6 +169,17 @@ def test_layouts_cost_what_they_are_made_of(full):
     assert list(full.values())[0] is cfg
 
 
+def test_a_denoiser_of_one_expert_holds_half_and_takes_its_own_steps(tiny):
+    both = Planner(replace(tiny, gpus=1), Rates()).layouts()
+    for expert in ("high_noise", "low_noise"):
+        alone = Planner(replace(tiny, gpus=1, source=replace(tiny.source, expert=expert)), Rates()).layouts()
+        assert [2 * layout.weight_bytes for layout in alone] == [layout.weight_bytes for layout in both]
+        assert [layout.step_s for layout in alone] == [layout.step_s for layout in both]
+    few = replace(tiny, gpus=1, source=replace(tiny.source, expert="low_noise"), params=replace(tiny.params, steps=1))
+    with pytest.raises(StartupError, match="no step of such a request has the expert low_noise"):
+        Planner(few, Rates()).layouts()
+
+
 def test_slower_links_cost_time_where_they_are_used(full):
     slow = {
         str(layout.keys): layout for layout in Planner(FULL.job(), replace(Rates(), all_reduce_gb_s=27.4)).layouts()

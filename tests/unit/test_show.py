@@ -59,11 +59,19 @@ def test_ids_are_whole_on_a_narrow_terminal(monkeypatch, tmp_path):
 
 
 def test_bars_fit_on_a_narrow_terminal(monkeypatch):
-    first, *_, last = lines(monkeypatch, show_trace, ID)[1:]
+    first, *_, last = lines(monkeypatch, show_trace, [ID])[1:]
     assert "gateway.denoise" in first and "vae.decode" in last
     # One after the other: the last bar begins where the first has ended, and is whole.
     assert first.count("█") == last.count("█") >= 8
     assert first.rindex("█") < last.index("█")
+
+
+def test_requests_stand_on_one_clock(monkeypatch):
+    title, *rows = lines(monkeypatch, show_trace, [ID, "f" * 32])
+    assert title.split()[:2] == ["request", "process"]
+    assert [line.split()[0] for line in rows] == [ID[:8], "f" * 8] * 3
+    places = [(line.index("█"), line.rindex("█")) for line in rows]
+    assert places[::2] == places[1::2], "what happened at once is below each other"
 
 
 def row(**changed) -> ProcessRow:

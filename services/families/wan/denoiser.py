@@ -43,7 +43,7 @@ def load(source: ModelSource, device: torch.device, dtype: torch.dtype) -> DitMo
     scheduler = source.config("scheduler", "scheduler_config.json")
     _check_scheduler(source, scheduler)
     ratio = settings.get("boundary_ratio")
-    folders = {ONLY: "transformer"} if ratio is None else {HIGH_NOISE: "transformer", LOW_NOISE: "transformer_2"}
+    folders = {name: folder for name, folder in experts(source).items() if source.expert in ("", name)}
     cls = WanVACETransformer3DModel if source.variant.startswith("vace") else WanTransformer3DModel
     modules = {name: source.load(cls, folder, device, dtype) for name, folder in folders.items()}
     attention = {SELF: Attend(), CROSS: Attend()}
@@ -69,6 +69,13 @@ def load(source: ModelSource, device: torch.device, dtype: torch.dtype) -> DitMo
             "timestep_per_token": bool(settings.get("expand_timesteps")),
         },
     )
+
+
+def experts(source: ModelSource) -> Mapping[str, str]:
+    """Two where the settings have a boundary between them."""
+    if source.settings().get("boundary_ratio") is None:
+        return {ONLY: "transformer"}
+    return {HIGH_NOISE: "transformer", LOW_NOISE: "transformer_2"}
 
 
 def _check_scheduler(source: ModelSource, config: Mapping[str, Any]) -> None:
@@ -288,4 +295,5 @@ DENOISER = DitPart(
     preview_latents=preview_latents,
     token_count=token_count,
     example_conditions=example_conditions,
+    experts=experts,
 )
