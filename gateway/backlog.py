@@ -13,7 +13,8 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from gateway.records import Queued, queue_key
-from gateway.replicas import Place, Replicas
+from gateway.replica import Place
+from gateway.replicas import Replicas
 from gateway.state import State
 from services.errors import StateStoreDown
 

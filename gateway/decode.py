@@ -14,7 +14,7 @@ from typing import Any
 
 import grpc
 
-from gateway.replicas import Replica
+from gateway.replica import Replica
 from gateway.stage_calls import Latents, failed, refused
 from gateway.work import Work
 from protos import gateway_pb2, interpolation_pb2, types_pb2, vae_pb2

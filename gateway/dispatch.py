@@ -10,7 +10,8 @@ from collections.abc import Collection
 from gateway.config import GatewaySection
 from gateway.lifecycle import Lifecycle
 from gateway.records import Claim, queue_key
-from gateway.replicas import Replica, Replicas
+from gateway.replica import Replica
+from gateway.replicas import Replicas
 from gateway.state import Fields, State
 from gateway.store_writes import StoreWrites
 from gateway.ticket import Offer, Start, Ticket

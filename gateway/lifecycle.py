@@ -19,7 +19,8 @@ from gateway.config import GatewaySection
 from gateway.decode import Decode
 from gateway.memory import Memory
 from gateway.records import TERMINAL, Claim, queue_key
-from gateway.replicas import Replica, Replicas
+from gateway.replica import Replica
+from gateway.replicas import Replicas
 from gateway.stage_calls import Feed, Latents, denoise, refused
 from gateway.state import State
 from gateway.store import Store, artifact_name

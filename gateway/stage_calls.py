@@ -14,7 +14,7 @@ from typing import Any
 import grpc
 
 from gateway.checkpoints import Checkpoint
-from gateway.replicas import Replica
+from gateway.replica import Replica
 from gateway.scripts import heed_cancel
 from gateway.work import Work
 from protos import dit_pb2, text_encoder_pb2, types_pb2

@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from gateway.replicas import BACK_OFF_S
+from gateway.replica import BACK_OFF_S
 from lightloom.client import Client
 from services.errors import InvalidRequest
 from services.families import load_family

@@ -12,7 +12,8 @@ from gateway.backlog import Backlog
 from gateway.config import RedisSection, StagesSection
 from gateway.pace import Pace
 from gateway.records import queue_key
-from gateway.replicas import Place, Replica, Replicas
+from gateway.replica import Place, Replica
+from gateway.replicas import Replicas
 from gateway.state import State
 from gateway.ticket import Ticket, feed_key
 from protos import types_pb2

@@ -12,7 +12,7 @@ import pytest
 
 from gateway.decode import Decode
 from gateway.records import Claim
-from gateway.replicas import Replica
+from gateway.replica import Replica
 from gateway.stage_calls import Latents
 from gateway.work import Work
 from protos import interpolation_pb2, types_pb2, vae_pb2

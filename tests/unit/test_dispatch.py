@@ -12,7 +12,8 @@ from gateway.config import GatewaySection, RedisSection, StagesSection
 from gateway.dispatch import Dispatcher
 from gateway.memory import Memory
 from gateway.records import Claim, queue_key
-from gateway.replicas import Place, Replica, Replicas
+from gateway.replica import Place, Replica
+from gateway.replicas import Replicas
 from gateway.state import State
 from gateway.ticket import Ticket, feed_key
 from protos import types_pb2

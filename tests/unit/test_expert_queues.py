@@ -13,7 +13,8 @@ from gateway.config import GatewaySection, RedisSection, StagesSection
 from gateway.lifecycle import Lifecycle
 from gateway.objects import Folder
 from gateway.records import queue_key
-from gateway.replicas import Place, Replica, Replicas
+from gateway.replica import Place, Replica
+from gateway.replicas import Replicas
 from gateway.state import State
 from gateway.store import Store
 from gateway.ticket import Ticket

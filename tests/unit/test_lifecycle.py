@@ -18,7 +18,8 @@ from gateway.lifecycle import Lifecycle
 from gateway.links import Links
 from gateway.objects import Folder
 from gateway.records import queue_key
-from gateway.replicas import Place, Replica, Replicas
+from gateway.replica import Place, Replica
+from gateway.replicas import Replicas
 from gateway.requests import RequestService
 from gateway.state import State
 from gateway.store import Store
