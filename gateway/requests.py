@@ -3,29 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import re
 import secrets
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
 
 from gateway.config import GatewaySection
-from gateway.cost import cost_of, megapixel_steps, pixels
+from gateway.cost import cost_of, megapixel_steps
 from gateway.dispatch import Dispatcher
 from gateway.followers import StoredEvent
 from gateway.keys import ApiKey
 from gateway.links import Links, content_path
 from gateway.quotas import Quotas
-from gateway.records import TERMINAL, queue_key
+from gateway.records import queue_key
 from gateway.replicas import Replicas
 from gateway.state import State
+from gateway.status import digest_of, record_fields, state_number, status_of, stored_params
 from gateway.store import Store
 from gateway.ticket import Ticket, batch_key, feed_key
 from gateway.withdrawals import Withdrawals
-from gateway.work import busy_in, spans_in
+from gateway.work import spans_in
 from protos import gateway_pb2, types_pb2
 from services.errors import (
     InvalidRequest,
@@ -39,14 +38,13 @@ from services.errors import (
 from services.media import check_mask, first_picture
 from services.request import MAX_SEED, GenerationParams, Limits, ResolvedParams, check_interpolation, resolve
 from services.telemetry import new_traceparent
-from services.wire import params_to_proto
 
 MAX_LIST, LISTED_AT_ONCE = 1000, 100
 # A gRPC message takes 16 MiB: a list of long prompts ends before that.
 MAX_LIST_BYTES = 8 * 1024 * 1024
 MAX_KEY_CHARS = 128
+_NAMES = tuple(GenerationParams.__dataclass_fields__)
 _EVENT_ID = re.compile(r"[0-9]{1,19}(-[0-9]{1,19})?")
-_STAGES = {b"dit": types_pb2.STAGE_DIT, b"vae": types_pb2.STAGE_VAE}
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,13 +128,13 @@ class RequestService:
         params = GenerationParams(**{name: getattr(params, name) for name in _NAMES} | {"model": model})
         resolved, limits = self._resolve(params)
         request_id = _new_id(key.tenant, idempotency_key)
-        body = _digest(params, priority)
+        body = digest_of(params, priority)
         if idempotency_key and await self._repeats(request_id, body):
             return request_id
         queue = queue_key("dit", self._replicas.component("dit", model))
-        stored_params, inputs = _stored(resolved)
-        fields = _fields(resolved, stored_params) | {"body": body, "traceparent": new_traceparent(traceparent)}
-        ticket = self._ticket(resolved, limits, priority, key.tenant, len(stored_params) + len(inputs))
+        stored, inputs = stored_params(resolved)
+        fields = record_fields(resolved, stored) | {"body": body, "traceparent": new_traceparent(traceparent)}
+        ticket = self._ticket(resolved, limits, priority, key.tenant, len(stored) + len(inputs))
         charge = megapixel_steps(resolved)
         # Last: what is refused above costs nothing.
         await self._quotas.take(key, charge)
@@ -386,66 +384,3 @@ def _new_id(tenant: str, idempotency_key: str) -> str:
     # A tenant's name has no slash, so no two tenants share an id.
     name = f"lightloom/{tenant}/{idempotency_key}"
     return uuid.uuid5(uuid.NAMESPACE_URL, name).hex if idempotency_key else uuid.uuid4().hex
-
-
-def _digest(params: GenerationParams, priority: int) -> str:
-    """Of what the client asked for, before anything is filled in: a drawn seed must not tell two tries apart."""
-    asked = params_to_proto(params).SerializeToString(deterministic=True)
-    return hashlib.sha256(b"%d/%b" % (priority, asked)).hexdigest()
-
-
-def _stored(params: ResolvedParams) -> tuple[bytes, bytes]:
-    """The parameters as the record has them, with the kinds of pictures only: it goes along with every status.
-
-    And the pictures, b"" when there are none; Work.take_inputs puts them back.
-    """
-    message = params_to_proto(params)
-    inputs = types_pb2.GenerationParams(inputs=message.inputs).SerializeToString()
-    for media in message.inputs:
-        media.data = b""
-    return message.SerializeToString(), inputs
-
-
-def _fields(params: ResolvedParams, stored: bytes) -> dict[str, str | bytes | float]:
-    """What a record has of the parameters, beside them as they are stored."""
-    return {
-        "params": stored,
-        "model": params.model,
-        "input_bytes": " ".join(str(len(media.data)) for media in params.inputs),
-        "total": params.steps,
-        "pixels": pixels(params),
-        "step": 0,
-    }
-
-
-_NAMES = tuple(GenerationParams.__dataclass_fields__)
-
-
-def state_number(name: str) -> gateway_pb2.RequestState:
-    """ "queued" as the proto's number."""
-    number: Any = gateway_pb2.RequestState.Value(f"REQUEST_STATE_{name.upper()}")
-    return cast(gateway_pb2.RequestState, number)
-
-
-def status_of(request_id: str, record: dict[str, bytes]) -> gateway_pb2.RequestStatus:
-    """A stored record as clients see it; of inputs only their kind."""
-    status = gateway_pb2.RequestStatus(
-        request_id=request_id,
-        state=state_number(record["state"].decode()),
-        stage=_STAGES.get(record.get("stage", b""), types_pb2.STAGE_UNSPECIFIED),
-        step=int(record.get("step", 0)),
-        total_steps=int(record.get("total", 0)),
-        attempt=max(0, int(record.get("attempt", 0))),
-        created_unix_s=float(record["created"]),
-        updated_unix_s=float(record["updated"]),
-        params=types_pb2.GenerationParams.FromString(record["params"]),
-        busy_s=busy_in(record),
-        queued_s=float(record.get("queued_s", 0)),
-        input_bytes=[int(nbytes) for nbytes in record.get("input_bytes", b"").split()],
-    )
-    if "artifact" in record:
-        status.artifact.ParseFromString(record["artifact"])
-    if "error" in record and record["state"].decode() in TERMINAL:
-        status.error.ParseFromString(record["error"])
-        status.error.request_id = request_id
-    return status
