@@ -139,7 +139,7 @@ class RequestService:
         # Last: what is refused above costs nothing.
         await self._quotas.take(key, charge)
         try:
-            stored = await self._dispatcher.submit(request_id, queue, ticket, fields, inputs)
+            accepted = await self._dispatcher.submit(request_id, queue, ticket, fields, inputs)
         except Overloaded:
             await self._quotas.give_back(key, charge)
             raise
@@ -148,7 +148,7 @@ class RequestService:
             if not idempotency_key:
                 self._withdrawals.add(request_id)
             raise
-        if not stored:
+        if not accepted:
             await self._quotas.give_back(key, charge)
             await self._repeats(request_id, body)
         return request_id
