@@ -127,8 +127,7 @@ class DryRun:
         if len(self.model.modules) < 2:
             raise StartupError(ONE_EXPERT)
         largest = max(_bytes(module) for module in self.model.modules.values())
-        weights = (weight for module in self.model.modules.values() for weight in module.parameters())
-        return Weights(largest, largest, sum(map(pinned_bytes, weights)))
+        return Weights(largest, largest, pinned_bytes(self.model))
 
     def gathered(self, shards: int, step: Step) -> tuple[int, int]:
         """What the rank sends in a step so that shards become whole: bytes, and collectives."""

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dit_svc.engine import DitEngine
-from dit_svc.idle_experts import IdleExperts
+from dit_svc.idle_experts import IdleExperts, Packs, _pin
 from dit_svc.loading import open_engine
 from services.config import EngineSection, StageConfig, parse
 from services.errors import StartupError
@@ -110,3 +110,18 @@ def test_what_it_does_not_go_with_stops_the_start(folder, tmp_path):
     load_family("wan").tiny(tmp_path, "t2v_one_expert", 0)
     with pytest.raises(StartupError, match="this one has 1"):
         open_engine(config(tmp_path))
+
+
+def test_weights_in_packs(folder, monkeypatch):
+    monkeypatch.setattr("dit_svc.idle_experts.PACK_BYTES", 2**15)
+    module = PART.load(open_source(str(folder)), CPU, torch.float32).modules["low_noise"]
+    expected = {key: tensor.clone() for key, tensor in module.state_dict().items()}
+    weights = list(module.parameters())
+    packs = Packs.of([weight.nbytes for weight in weights])
+    assert max(weight.nbytes for weight in weights) > 2**15
+    assert len(packs.sizes) > 3
+    assert all(size & (size - 1) == 0 for size in packs.sizes)
+    _pin(weights, pinned=False)
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in module.state_dict().items())
+    storages = {weight.untyped_storage().data_ptr(): weight.untyped_storage().nbytes() for weight in weights}
+    assert sorted(storages.values()) == sorted(packs.sizes)
