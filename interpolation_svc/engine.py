@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -129,9 +129,14 @@ class InterpolationEngine:
         running = self._running.get(request_id)
         return running is None or running.whole
 
-    def tick(self) -> list[InterpolationChunk | InterpolationResult]:
-        """Works on one batch."""
-        running = next((running for running in self._running.values() if running.has_work), None)
+    def tick(self, full: Collection[str] = ()) -> list[InterpolationChunk | InterpolationResult]:
+        """Works on one batch.
+
+        Args:
+            full: request ids of which nobody takes frames now. They get none.
+        """
+        ready = (running for key, running in self._running.items() if running.has_work and key not in full)
+        running = next(ready, None)
         if running is None:
             return []
         key = running.job.request_id

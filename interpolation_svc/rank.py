@@ -32,6 +32,8 @@ MAX_BUNDLE_BYTES = 512 * 1024 * 1024
 MAX_WAITING_BYTES = 128 * 1024 * 1024
 # A call that comes while the encoder alone works waits that long at most.
 LOOK_EVERY_S = 0.02
+# Frames are taken again: that is seen so soon.
+ROOM_EVERY_S = 0.005
 
 
 class Opened:
@@ -45,6 +47,10 @@ class Opened:
         self.fps = 0.0
         self.num_frames = 0
         self.writer: ClipWriter | None = None
+
+    def is_full(self) -> bool:
+        """Whether the encoder takes no more frames now."""
+        return self.writer is not None and not self.call.cancelled and self.writer.is_full()
 
 
 class InterpolationProgram:
@@ -127,7 +133,11 @@ class InterpolationProgram:
     def tick(self) -> bool:
         """One batch of pictures. A clip that is still being encoded is answered once it is, beside the others."""
         interpolated, self._interpolated = self._interpolated, []
-        for event in self._engine.tick():
+        full = {key for key, opened in self._open.items() if opened.is_full()}
+        events = self._engine.tick(full)
+        if full and not events and self._engine.busy:
+            time.sleep(ROOM_EVERY_S)
+        for event in events:
             opened = self._open.get(event.job.request_id)
             if opened is None:
                 continue

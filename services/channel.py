@@ -21,7 +21,10 @@ from typing import NamedTuple
 from services.errors import ErrorRecord, ServiceError
 
 HEADER = struct.Struct("<IBQ")
+TAKEN = struct.Struct("<Q")
 MAX_FRAME_BYTES = 8 * 1024 * 1024
+# A call has room for more while fewer bytes of it are on their way to its caller.
+CALL_ROOM_BYTES = 8 * 1024 * 1024
 PROCESS = 0
 
 # Above HIGH an AsyncChannel asks its senders to wait, until it is down to LOW.
@@ -38,6 +41,7 @@ class Kind(IntEnum):
     HALF_CLOSE = 3
     CANCEL = 4
     SHUTDOWN = 5
+    TAKEN = 6
     READY = 17
     FINISH = 18
     ERROR = 19
@@ -55,6 +59,11 @@ class Frame(NamedTuple):
     kind: Kind
     call_id: int
     payload: bytes
+
+
+def taken_to_bytes(num_bytes: int) -> bytes:
+    """Payload of TAKEN: so many bytes of a call's messages have gone on to its caller."""
+    return TAKEN.pack(num_bytes)
 
 
 class ChannelBroken(Exception):

@@ -36,8 +36,9 @@ def encode_frames(frames: Frames, output_format: str, quality: int, fps: float) 
 class ClipWriter:
     """Encodes a clip on a thread of its own while its later frames are still being made.
 
-    At most `CHUNKS_AHEAD` chunks wait for the encoder; then `add` waits too, so that memory does not grow with a clip
-    that is decoded faster than it is encoded. Give it up with `close` when no `finish` will come.
+    At most `CHUNKS_AHEAD` chunks wait for the encoder; then it `is_full`, and `add` waits too, so that memory does not
+    grow with a clip that is decoded faster than it is encoded. Nothing else waits but `finish`. Give it up with `close`
+    when no `finish` will come.
 
     Args:
         output_format: mp4, raw, or one that is encoded at the end: png and jpeg (the first frame), webp.
@@ -48,7 +49,8 @@ class ClipWriter:
     def __init__(self, output_format: str, quality: int, fps: float, num_frames: int) -> None:
         self._options = (output_format, quality, fps)
         self._num_frames = self._missing = num_frames
-        self._chunks: queue.Queue[Frames | None] = queue.Queue(CHUNKS_AHEAD)
+        self._chunks: queue.SimpleQueue[Frames | None] = queue.SimpleQueue()
+        self._room = threading.Semaphore(CHUNKS_AHEAD)
         self._given_up = self._told = self._ended = False
         self._made: tuple[str, bytes] | BaseException | None = None
         self._done = threading.Event()
@@ -57,11 +59,22 @@ class ClipWriter:
 
     def add(self, frames: Frames) -> None:
         """The next frames [F, H, W, 3]."""
+        self._room.acquire()
         self._chunks.put(frames)
+
+    def is_full(self) -> bool:
+        """Whether `add` would wait, or after the last frame `finish`."""
+        return not self._done.is_set() and (self._told or self._chunks.qsize() >= CHUNKS_AHEAD)
+
+    def end(self) -> None:
+        """Says that no frames follow."""
+        if not self._told:
+            self._told = True
+            self._chunks.put(None)
 
     def is_done(self, timeout_s: float = 0.0) -> bool:
         """Whether `finish` would not wait; no frames follow. Waits for that, `timeout_s` at most."""
-        self._end()
+        self.end()
         return self._done.wait(timeout_s)
 
     def finish(self) -> tuple[str, bytes]:
@@ -70,7 +83,7 @@ class ClipWriter:
         Raises:
             Exception: what the encoder failed with, or that frames are missing.
         """
-        self._end()
+        self.end()
         self._thread.join()
         if isinstance(self._made, tuple):
             return self._made
@@ -80,12 +93,7 @@ class ClipWriter:
     def close(self) -> None:
         """Ends the thread; what was added is lost."""
         self._given_up = True
-        self._end()
-
-    def _end(self) -> None:
-        if not self._told:
-            self._told = True
-            self._chunks.put(None)
+        self.end()
 
     def _run(self) -> None:
         output_format, quality, fps = self._options
@@ -104,12 +112,17 @@ class ClipWriter:
         self._done.set()
         while not self._ended:
             # Whoever adds frames must not wait for ever.
-            self._ended = self._chunks.get() is None
+            self._ended = self._next() is None
+
+    def _next(self) -> Frames | None:
+        chunk = self._chunks.get()
+        self._room.release()
+        return chunk
 
     def _taken(self) -> Iterator[Frames]:
         """The chunks, up to the last frame: what is to be done at the end begins before `finish` is called."""
         while self._missing > 0 and not self._ended:
-            chunk = self._chunks.get()
+            chunk = self._next()
             self._ended = chunk is None
             if chunk is not None and not self._given_up:
                 self._missing -= len(chunk)

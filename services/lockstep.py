@@ -1,11 +1,13 @@
-"""Ranks of a group go together: before every tick rank 0 says how many frames all of them handle.
+"""Ranks of a group go together: before every tick rank 0 says how many frames all of them handle, and which calls wait.
 
-Every rank gets the same frames in the same order from the front, and what a program does follows from the frames and
-the ticks between them. So one number a tick is all that the ranks must agree on; everything else they decide alike.
+Every rank gets the same frames in the same order from the front, and what a program does follows from the frames, the
+ticks between them and the calls whose callers are behind, which rank 0 alone can see. So these are all that the ranks
+must agree on; everything else they decide alike.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from urllib.parse import urlsplit
 
 import torch
@@ -26,14 +28,24 @@ class Lockstep:
         # On the CPU: the number must not wait for the device.
         self._group = dist.new_group(backend="gloo", timeout=TIMEOUT) if world > 1 else None
 
-    def take(self, inbox: FrameQueue, timeout_s: float) -> list[Frame]:
-        """The frames to handle now. Rank 0 waits for the first one, `timeout_s` at most; the others wait for rank 0."""
+    def take(
+        self, inbox: FrameQueue, timeout_s: float, full: Callable[[], list[int]] = list
+    ) -> tuple[list[Frame], list[int]]:
+        """The frames to handle now, and the calls without room for more.
+
+        Rank 0 waits for the first frame, `timeout_s` at most, and then asks `full`; the others wait for rank 0.
+        """
         if self._group is None:
-            return inbox.take(timeout_s)
+            return inbox.take(timeout_s), full()
         frames = inbox.take(timeout_s) if not self._rank else []
-        count = torch.tensor([len(frames)])
-        dist.broadcast(count, 0, group=self._group)
-        return inbox.take_exactly(int(count)) if self._rank else frames
+        calls = torch.tensor(full() if not self._rank else [], dtype=torch.int64)
+        counts = torch.tensor([len(frames), len(calls)])
+        dist.broadcast(counts, 0, group=self._group)
+        num_frames, num_calls = counts.tolist()
+        if num_calls:
+            calls = calls if not self._rank else torch.empty(num_calls, dtype=torch.int64)
+            dist.broadcast(calls, 0, group=self._group)
+        return inbox.take_exactly(num_frames) if self._rank else frames, calls.tolist()
 
 
 def join_group(config: StageConfig, rank: int, world: int, rendezvous: str) -> Mesh | None:

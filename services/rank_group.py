@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 
 from protos import types_pb2
-from services.channel import Fatal, Frame, Kind, OpenCall, error_from_bytes
+from services.channel import CALL_ROOM_BYTES, Fatal, Frame, Kind, OpenCall, error_from_bytes, taken_to_bytes
 from services.config import StageConfig
 from services.errors import Cancelled, DeviceLost, NotReady, ServiceError, StartupError
 from services.free_port import free_port
@@ -35,10 +35,13 @@ MAX_FIRST_STARTS = 3
 EXIT_GRACE_S = 5.0
 WATCH_EVERY_S = 0.25
 
-# A call whose caller does not read keeps this much; then the whole channel waits for it, but not for longer than
-# STALL_LIMIT_S, because the other calls wait too.
-CALL_QUEUE_BYTES = 8 * 1024 * 1024
+# A call with CALL_ROOM_BYTES that wait for its caller is full: its rank is to send no more, and it ends when the caller
+# takes nothing for STALL_LIMIT_S. What a rank sends all the same waits here too; with more of that the whole channel
+# stands still, and all calls with it.
+CALL_QUEUE_BYTES = 4 * CALL_ROOM_BYTES
 STALL_LIMIT_S = 20.0
+# The rank hears of what was taken once it is so much: not of every small message.
+TELL_EVERY_BYTES = 1024 * 1024
 
 # Every rank process beats once a second from a thread of its own.
 FROZEN_S = 10.0
@@ -55,6 +58,7 @@ class RankCall:
         self._life = life
         self._messages: deque[bytes] = deque()
         self._bytes = 0
+        self._taken_bytes = 0
         self._changed = asyncio.Event()
         self._ended = False
         self._error: ServiceError | None = None
@@ -84,11 +88,25 @@ class RankCall:
             self._changed.clear()
             await self._changed.wait()
         message = self._messages.popleft()
-        self._bytes -= len(message)
-        if self.full_since_s and self._bytes <= CALL_QUEUE_BYTES // 2:
-            self.full_since_s = 0.0
-            self._life.relieved()
+        self._took(len(message))
         return message
+
+    @property
+    def overflows(self) -> bool:
+        """Whether more waits for the caller than may be kept."""
+        return self._bytes > CALL_QUEUE_BYTES
+
+    def _took(self, num_bytes: int) -> None:
+        overflowed = self.overflows
+        self._bytes -= num_bytes
+        self._taken_bytes += num_bytes
+        if self.full_since_s:
+            self.full_since_s = time.monotonic() if self._bytes >= CALL_ROOM_BYTES else 0.0
+        if self._taken_bytes >= TELL_EVERY_BYTES and not self._ended:
+            self._life.taken(self.id, self._taken_bytes)
+            self._taken_bytes = 0
+        if overflowed and not self.overflows:
+            self._life.relieved()
 
     def cancel(self, error: ServiceError) -> None:
         """Ends the call from this side: the rank is told to stop, and `receive` raises the error."""
@@ -105,7 +123,7 @@ class RankCall:
         """A message from the rank."""
         self._messages.append(message)
         self._bytes += len(message)
-        if self._bytes > CALL_QUEUE_BYTES and not self.full_since_s:
+        if self._bytes >= CALL_ROOM_BYTES and not self.full_since_s:
             self.full_since_s = time.monotonic()
         self._changed.set()
 
@@ -186,6 +204,10 @@ class RankLife:
         for rank in self._ranks:
             rank.channel.send(kind, call_id, payload)
 
+    def taken(self, call_id: int, num_bytes: int) -> None:
+        """Tells the rank that answers what a caller has taken."""
+        self._ranks[0].channel.send(Kind.TAKEN, call_id, taken_to_bytes(num_bytes))
+
     async def drained(self) -> None:
         """Waits until every rank has room again."""
         for rank in self._ranks:
@@ -231,9 +253,9 @@ class RankLife:
         self.relieved()
 
     def relieved(self) -> None:
-        """Called when a full queue has room again."""
+        """Called when a queue that had too much has less."""
         channel = self._ranks[0].channel
-        if channel.paused and not any(call.full_since_s for call in self._calls.values()):
+        if channel.paused and not any(call.overflows for call in self._calls.values()):
             # The rank could not be heard while the channel stood still.
             self._heard_s = time.monotonic()
             self._alive_s.clear()
@@ -272,7 +294,7 @@ class RankLife:
         call = self._calls.get(frame.call_id)
         if frame.kind is Kind.MESSAGE and call:
             call.deliver(frame.payload)
-            if call.full_since_s:
+            if call.overflows:
                 self._ranks[0].channel.pause()
         elif frame.kind is Kind.FINISH and call:
             call.end(None)

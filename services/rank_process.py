@@ -26,8 +26,10 @@ import torch
 
 from protos import types_pb2
 from services.channel import (
+    CALL_ROOM_BYTES,
     MAX_FRAME_BYTES,
     PROCESS,
+    TAKEN,
     BlockingChannel,
     ChannelBroken,
     Fatal,
@@ -69,7 +71,13 @@ _log = logging.getLogger(__name__)
 
 
 class Call:
-    """One open call, as the program sees it. `cancelled` may turn True at any moment; sends are dropped then."""
+    """One open call, as the program sees it.
+
+    Attributes:
+        cancelled: may turn True at any moment; sends are dropped then.
+        has_room: whether its caller takes more now, equal on all ranks during a tick. What is sent all the same waits,
+            and everything else of this process with it.
+    """
 
     def __init__(self, call_id: int, opened: OpenCall, outbox: FrameQueue, *, speaks: bool = True) -> None:
         self.id = call_id
@@ -79,7 +87,11 @@ class Call:
         self.deadline_unix_s = opened.deadline_unix_s
         self.cancelled = False
         self.closed = False
+        self.has_room = True
         self._outbox = outbox
+        self._sent_bytes = 0
+        self._taken_bytes = 0
+        self._sink_is_full: Callable[[], bool] | None = None
         # Rank 0 answers for the group; the others do the same work and say nothing.
         self._speaks = speaks
 
@@ -92,6 +104,21 @@ class Call:
         if len(message_bytes) > MAX_FRAME_BYTES:
             raise ValueError(f"a response message has {len(message_bytes)} bytes: at most {MAX_FRAME_BYTES} fit")
         self._put(Kind.MESSAGE, message_bytes)
+
+    def watch(self, is_full: Callable[[], bool]) -> None:
+        """Makes what the call's results go into count for `has_room` too; asked before every tick."""
+        self._sink_is_full = is_full
+
+    def is_full(self) -> bool:
+        """Whether more would have to wait now, as rank 0 sees it."""
+        if self.cancelled or self.closed:
+            return False
+        on_their_way = self._sent_bytes - self._taken_bytes
+        return on_their_way >= CALL_ROOM_BYTES or (self._sink_is_full is not None and self._sink_is_full())
+
+    def taken(self, num_bytes: int) -> None:
+        """So much of what was sent has gone on to the caller."""
+        self._taken_bytes += num_bytes
 
     def send_tensors(self, tensors: Mapping[str, torch.Tensor], attributes: Mapping[str, str] | None = None) -> None:
         """Sends a bundle. The tensors may change once this returns."""
@@ -113,6 +140,8 @@ class Call:
 
     def _put(self, kind: Kind, payload: bytes = b"") -> None:
         if self._speaks and not self.cancelled and not self.closed:
+            if kind is Kind.MESSAGE:
+                self._sent_bytes += len(payload)
             self._outbox.put(Frame(kind, self.id, payload), dropped=lambda: self.cancelled)
 
 
@@ -225,13 +254,19 @@ class Rank:
         while not (self._draining and not self._calls and not busy):
             fresh = self._status_s + STATUS_MIN_S > time.monotonic()
             timeout_s = 0 if busy else STATUS_MIN_S if fresh else STATUS_EVERY_S
-            for frame in lockstep.take(self._inbox, timeout_s):
+            frames, full = lockstep.take(self._inbox, timeout_s, self._full)
+            for call in self._calls.values():
+                call.has_room = call.id not in full
+            for frame in frames:
                 self._handle(program, frame)
                 # A program may work on what it is told at once.
                 self._report(program)
             busy = self._tick(program)
             self._calls = {key: call for key, call in self._calls.items() if not call.closed}
             self._report(program)
+
+    def _full(self) -> list[int]:
+        return [call.id for call in self._calls.values() if call.is_full()]
 
     def _handle(self, program: RankProgram, frame: Frame) -> None:
         if frame.kind is Kind.SHUTDOWN:
@@ -312,7 +347,13 @@ class Rank:
     def _read(self) -> None:
         try:
             while (frame := self._channel.receive()) is not None:
-                if frame.kind is Kind.CANCEL and (call := self._calls.get(frame.call_id)):
+                call = self._calls.get(frame.call_id)
+                if frame.kind is Kind.TAKEN:
+                    # Only for rank 0, so it is none of the frames that all ranks handle.
+                    if call is not None:
+                        call.taken(TAKEN.unpack(frame.payload)[0])
+                    continue
+                if frame.kind is Kind.CANCEL and call is not None:
                     # Seen at once, also by a tick in progress and by a send that waits.
                     call.cancelled = True
                 self._inbox.put(frame)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from services.config import StageConfig
 from services.describe import limits_of, open_model, placement
 from services.device_memory import failure_of
-from services.errors import InvalidRequest, NonFinite, ServiceError
+from services.errors import InvalidRequest, NonFinite, OutOfMemory, ServiceError
 from services.families import load_family
 from services.family import Frames, Tensors, VaeModel, VaePart
 from services.media import decode_inputs
@@ -29,6 +29,8 @@ from vae_svc.latent_rgb_fit import LatentRgbFit, fit_latent_rgb
 
 # The first has no history, the second has none where the frame rate rises, the third and all others have.
 WARM_UP_LATENT_FRAMES = 3
+# One is worked on; others wait for whoever takes their frames, each with its clip's history (Wan at 480p: 1.8 GiB).
+MAX_BEGUN = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +61,7 @@ class VaeResult:
     error: ServiceError | None = None
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Decode:
     """What is in work: jobs of one shape, what they will still give, and the ids of those that have ended."""
 
@@ -69,11 +71,16 @@ class _Decode:
     busy_s: float = 0.0
     ended: set[str] = field(default_factory=set)
 
+    def waits(self, full: Collection[str]) -> bool:
+        """Whether one of its jobs is among those."""
+        return any(job.request_id in full and job.request_id not in self.ended for job in self.jobs)
+
 
 class VaeEngine:
     """Jobs wait in order; a tick encodes one, or decodes the next chunk of frames of the jobs in work.
 
     Pictures of one shape are decoded together. Clips come alone: together they gain nothing and take each its memory.
+    But while nobody takes the frames of one, others go on, the one that began first before all.
     On several ranks, each of which gets the same calls, all chunks and results are equal on all of them.
 
     Args:
@@ -97,12 +104,12 @@ class VaeEngine:
         self._single = single
         self._waiting: deque[VaeJob] = deque()
         self._retried: deque[VaeJob] = deque()
-        self._running: _Decode | None = None
+        self._begun: list[_Decode] = []
 
     @property
     def busy(self) -> bool:
         """Whether there is work."""
-        return bool(self._waiting or self._retried or self._running)
+        return bool(self._waiting or self._retried or self._begun)
 
     def submit(self, job: VaeJob) -> None:
         """Queues a job."""
@@ -112,18 +119,26 @@ class VaeEngine:
         """Forgets a job. One that is in work gives no more chunks."""
         self._waiting = deque(job for job in self._waiting if job.request_id != request_id)
         self._retried = deque(job for job in self._retried if job.request_id != request_id)
-        if (running := self._running) is not None:
-            running.ended.add(request_id)
-            if running.ended.issuperset(job.request_id for job in running.jobs):
-                self._running = None
+        for decode in self._begun:
+            if any(job.request_id == request_id for job in decode.jobs):
+                decode.ended.add(request_id)
+        self._begun = [
+            decode for decode in self._begun if not decode.ended.issuperset(job.request_id for job in decode.jobs)
+        ]
 
-    def tick(self) -> list[VaeChunk | VaeResult]:
-        """Works on one chunk, or encodes."""
-        if self._running is None:
-            if self._waiting and self._waiting[0].latents is None:
+    def tick(self, full: Collection[str] = ()) -> list[VaeChunk | VaeResult]:
+        """Works on one chunk, or encodes.
+
+        Args:
+            full: request ids of which nobody takes frames now. They get none.
+        """
+        ready = next((decode for decode in self._begun if not decode.waits(full)), None)
+        if ready is None and len(self._begun) < MAX_BEGUN:
+            if not self._retried and self._waiting and self._waiting[0].latents is None:
                 return [self._encode(self._waiting.popleft())]
-            self._running = self._next_decode()
-        return [] if self._running is None else self._step(self._running)
+            if (ready := self._next_decode()) is not None:
+                self._begun.append(ready)
+        return [] if ready is None else self._step(ready)
 
     def _encode(self, job: VaeJob) -> VaeResult:
         start_s = time.perf_counter()
@@ -140,7 +155,7 @@ class VaeEngine:
     def _next_decode(self) -> _Decode | None:
         # Alone, each of those that failed together fails for its own reasons only.
         if self._retried:
-            return _Decode([self._retried.popleft()])
+            return None if self._begun else _Decode([self._retried.popleft()])
         if not self._waiting:
             return None
         first = self._waiting[0]
@@ -167,7 +182,7 @@ class VaeEngine:
         if failure is not None:
             return self._give_up(running, failure)
         if floats is None:
-            self._running = None
+            self._begun.remove(running)
             return [VaeResult(job, running.busy_s) for job in running.jobs if job.request_id not in running.ended]
         events: list[VaeChunk | VaeResult] = []
         for job, good, frames in zip(running.jobs, finite, pixels, strict=True):
@@ -183,8 +198,9 @@ class VaeEngine:
         return events
 
     def _give_up(self, running: _Decode, failure: ServiceError) -> list[VaeChunk | VaeResult]:
-        self._running = None
-        if len(running.jobs) == 1:
+        self._begun.remove(running)
+        too_much = bool(self._begun) and not running.first_frame and isinstance(failure, OutOfMemory)
+        if len(running.jobs) == 1 and not too_much:
             return [VaeResult(running.jobs[0], running.busy_s, error=failure)]
         self._retried.extend(job for job in running.jobs if job.request_id not in running.ended)
         return []

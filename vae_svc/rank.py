@@ -24,6 +24,8 @@ SUBFOLDERS = ("vae",)
 MAX_LATENT_BYTES = 1024**3
 # A call that comes while the encoder alone works waits that long at most.
 LOOK_EVERY_S = 0.02
+# Frames are taken again: that is seen so soon.
+ROOM_EVERY_S = 0.005
 
 
 class Opened:
@@ -48,7 +50,6 @@ class VaeProgram:
         self._engine = open_engine(config, mesh)
         # Rank 0 answers for the group, so it alone encodes media.
         self._speaks = mesh is None or not mesh.rank
-        self._alone = mesh is None
         self._open: dict[str, Opened] = {}
         self._decoded: list[VaeResult] = []
 
@@ -96,7 +97,9 @@ class VaeProgram:
     def tick(self) -> bool:
         """One chunk of frames. What has been decoded is encoded beside the next chunks, and answered then."""
         decoded, self._decoded = self._decoded, []
-        for event in self._engine.tick():
+        full = {key for key, opened in self._open.items() if not opened.call.has_room}
+        events = self._engine.tick(full)
+        for event in events:
             opened = self._open.get(event.job.request_id)
             if opened is None:
                 continue
@@ -104,21 +107,31 @@ class VaeProgram:
                 self._take_frames(opened, event)
             elif event.error is None and event.job.latents is not None and not opened.frames_only:
                 self._decoded.append(event)
+                if opened.writer is not None:
+                    opened.writer.end()
             else:
                 self._end(event)
         for result in decoded:
-            if self._is_encoded(result):
-                self._end(result)
-            else:
+            # Equal on all ranks, of which one encodes.
+            if result.job.request_id in full:
                 self._decoded.append(result)
-        return self._engine.busy or bool(self._decoded)
+            else:
+                self._end(result)
+        busy = self._engine.busy or bool(self._decoded)
+        if busy and not events:
+            self._wait()
+        return busy
 
-    def _is_encoded(self, result: VaeResult) -> bool:
-        """The ranks of a group end a call in the same tick, so there the one that encodes is waited for."""
-        opened = self._open.get(result.job.request_id)
-        if opened is None or opened.writer is None or not self._alone:
-            return True
-        return opened.writer.is_done(0.0 if self._engine.busy else LOOK_EVERY_S)
+    def _wait(self) -> None:
+        """For a moment: nobody takes what could be decoded, or an encoder has yet to end."""
+        timeout_s = ROOM_EVERY_S if self._engine.busy else LOOK_EVERY_S
+        for result in self._decoded:
+            opened = self._open.get(result.job.request_id)
+            if opened is not None and opened.writer is not None:
+                opened.writer.is_done(timeout_s)
+                return
+        if self._engine.busy:
+            time.sleep(timeout_s)
 
     def _end(self, result: VaeResult) -> None:
         if (opened := self._open.get(result.job.request_id)) is not None:
@@ -138,6 +151,7 @@ class VaeProgram:
         elif self._speaks:
             if opened.writer is None:
                 opened.writer = ClipWriter(params.output_format, params.quality, params.fps, params.num_frames)
+                opened.call.watch(opened.writer.is_full)
             opened.writer.add(chunk.frames)
         opened.num_frames += len(chunk.frames)
         opened.size = chunk.frames.shape[1:3]

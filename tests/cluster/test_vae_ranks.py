@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 
 from protos import types_pb2, vae_pb2, vae_pb2_grpc
 from services.families import load_family
+from services.rank_group import STALL_LIMIT_S
 from services.request import GenerationParams, ResolvedParams, resolve
 from services.tensor_wire import frame_of
 from services.tensors import BundleReader, bundle_frames
@@ -24,6 +26,7 @@ from vae_svc.engine import VaeChunk, VaeEngine, VaeJob
 
 FAMILY = load_family("wan")
 MODES = {"exact": {}, "tiles": {"engine.tile_px": 32, "parallel.vae_patch_mode": "tiles"}}
+SIDE_PX = 512
 LATENTS = {"latents": torch.randn(1, 16, 4, 11, 8, generator=torch.Generator().manual_seed(0))}
 
 
@@ -69,16 +72,51 @@ async def group(request, tiny, tmp_path) -> AsyncIterator[tuple[str, StageProces
         yield request.param, running
 
 
-def decode(running: StageProcess, name: str, *, frames_only: bool = True, wish: ResolvedParams | None = None):
+def decode(
+    running: StageProcess,
+    name: str,
+    *,
+    frames_only: bool = True,
+    wish: ResolvedParams | None = None,
+    latents: dict[str, torch.Tensor] = LATENTS,
+):
     context = types_pb2.RequestContext(request_id=name, fence=1)
     start = vae_pb2.DecodeStart(context=context, params=params_to_proto(wish or params()), frames_only=frames_only)
-    messages = [vae_pb2.DecodeRequest(start=start), *map(vae_pb2.DecodeRequest.FromString, bundle_frames(LATENTS))]
+    messages = [vae_pb2.DecodeRequest(start=start), *map(vae_pb2.DecodeRequest.FromString, bundle_frames(latents))]
     return vae_pb2_grpc.VaeStub(running.channel).Decode(iter(messages), timeout=60)
 
 
-async def chunks_of(call) -> list[np.ndarray]:
+@pytest.mark.parametrize("ranks", [1, 2])
+async def test_a_clip_whose_frames_nobody_takes_holds_up_no_other(tiny, tmp_path, ranks):
+    settings = {"model.source": str(tiny), "model.device": "cpu", "parallel.vae_patch_parallel_size": ranks}
+    options = {"module": "vae_svc", "serves": "Vae", "settings": settings | {"limits.size_multiple_px": 8}}
+
+    def begin(name: str, frames: int):
+        wish = params(width=SIDE_PX, height=SIDE_PX, num_frames=frames)
+        latents = {"latents": torch.randn(1, 16, (frames - 1) // 4 + 1, SIDE_PX // 8, SIDE_PX // 8)}
+        return decode(running, name, wish=wish, latents=latents)
+
+    async with stage(tmp_path, start_timeout_s=90.0, **options) as running:
+        # The frames of one have 16 MiB, more than a call has room for, of the other 76, more than all queues together.
+        stuck, left = begin("stuck", 21), begin("left", 97)
+        async with asyncio.timeout(STALL_LIMIT_S):
+            taken = aiter(stuck)
+            first = await anext(taken)
+            await left.read()
+            assert len(await chunks_of(decode(running, "other"))) == 4
+            media = [response async for response in decode(running, "clip", frames_only=False)]
+            assert media[0].media.num_frames == 13
+        # Who takes frames again gets the rest; who leaves gives back its place.
+        left.cancel()
+        await running.until_figure("lightloom_in_flight", 1)
+        assert sum(map(len, await chunks_of(taken, first))) == 21
+        await running.until_figure("lightloom_in_flight", 0)
+
+
+async def chunks_of(call, *read: vae_pb2.DecodeResponse) -> list[np.ndarray]:
+    """Chunks of frames, after those messages that have been read."""
     reader, chunks = BundleReader(), []
-    async for response in call:
+    for response in [*read, *[response async for response in call]]:
         if (frame := frame_of(response.SerializeToString())) is not None and (bundle := reader.feed(frame)) is not None:
             chunks.append(bundle.tensors["frames"].numpy())
     return chunks

@@ -135,6 +135,18 @@ def test_clips_take_turns_and_come_out_as_alone(net: IFNet) -> None:
     assert engine.metrics() == {"interpolation_clips": 0, "interpolation_waiting_bytes": 0}
 
 
+def test_while_nobody_takes_a_clips_frames_others_go_on(net: IFNet) -> None:
+    engine = InterpolationEngine(net, 8)
+    for name in ("stuck", "other"):
+        engine.submit(job(name, 3))
+        engine.add(name, scene(3))
+    events = [event for _ in range(4) for event in engine.tick({"stuck"})]
+    assert {event.job.request_id for event in events} == {"other"}
+    assert isinstance(events[-1], InterpolationResult)
+    assert engine.busy and engine.tick({"stuck"}) == []
+    assert isinstance(list(results(engine))[-1], InterpolationResult)
+
+
 def test_a_clip_ends_when_its_last_frame_has_come(net: IFNet) -> None:
     engine = InterpolationEngine(net, 8)
     engine.submit(job("a", 3))

@@ -14,7 +14,7 @@ from PIL import Image
 from services.errors import InvalidRequest, NonFinite, OutOfMemory, ServiceError
 from services.family import Inputs, Tensors, VaePart, VaePlan
 from services.request import GenerationParams, Limits, Media, ResolvedParams, resolve
-from vae_svc.engine import VaeChunk, VaeEngine, VaeJob, VaeResult, to_pixels
+from vae_svc.engine import MAX_BEGUN, VaeChunk, VaeEngine, VaeJob, VaeResult, to_pixels
 from vae_svc.latent_rgb_fit import fit_latent_rgb, synthetic_pictures
 
 PARAMS = resolve(GenerationParams(model="m", prompt="a cat", width=64, height=64), Limits(), seed=0)
@@ -124,6 +124,46 @@ def test_a_clip_comes_alone_in_chunks_and_an_abort_ends_it_between_two(fake):
                 engine.abort("aborted")
     assert chunks == {"whole": [(0, 4), (4, 4), (8, 1)], "aborted": [(0, 4)]}
     assert (ended, fake.batches) == (["whole"], [1, 1])
+
+
+def test_while_nobody_takes_a_clips_frames_others_go_on(fake):
+    engine = VaeEngine(fake.part(), None, 8)
+    for name in ("stuck", "other"):
+        engine.submit(job(name, 0.0, 0.0, 0.0, num_frames=9))
+    [first] = engine.tick()
+    assert (first.job.request_id, first.first_frame) == ("stuck", 0)
+    others = [event for _ in range(4) for event in engine.tick({"stuck"})]
+    assert {event.job.request_id for event in others} == {"other"}
+    assert isinstance(others[-1], VaeResult)
+    assert engine.tick({"stuck"}) == [] and engine.busy
+    engine.submit(job("later", 0.0, 0.0, 0.0))
+    rest = [event for _ in range(3) for event in engine.tick()]
+    assert [getattr(event, "first_frame", "end") for event in rest] == [4, 8, "end"]
+    assert {event.job.request_id for event in rest} == {"stuck"}, "what began first goes on first"
+
+
+def test_no_more_clips_than_there_is_memory_for_wait_half_decoded(fake):
+    engine = VaeEngine(fake.part(), None, 8)
+    names = [f"stuck{index}" for index in range(MAX_BEGUN)]
+    for name in (*names, "next"):
+        engine.submit(job(name, 0.0, 0.0, 0.0, num_frames=9))
+    begun = [event.job.request_id for _ in range(MAX_BEGUN) for event in engine.tick(names)]
+    assert begun == names
+    assert engine.tick(names) == []
+    engine.abort(names[1])
+    assert [event.job.request_id for event in engine.tick(names)] == ["next"], "an abort gives back its place"
+
+
+def test_what_has_no_memory_beside_a_clip_that_waits_is_tried_again_alone(fake):
+    engine = VaeEngine(fake.part(), None, 8)
+    engine.submit(job("stuck", 0.0, 0.0, 0.0, num_frames=9))
+    engine.submit(job("large", 7.0, 7.0, 7.0))
+    engine.tick()
+    assert engine.tick({"stuck"}) == []
+    seen = run(engine)
+    assert list(seen) == ["stuck", "large"]
+    assert isinstance(seen["large"], OutOfMemory), "this one has none alone either"
+    assert fake.batches == [1, 1, 1]
 
 
 def test_one_of_a_batch_can_be_aborted_while_it_is_in_work(fake):

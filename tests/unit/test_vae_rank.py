@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 
 from protos import vae_pb2
+from services import clip_writer
 from services.channel import Frame, FrameQueue, Kind, OpenCall
 from services.config import ModelSection, ServiceSection, StageConfig
 from services.rank_process import Call
+from services.request import ResolvedParams
 from services.tensors import bundle_frames
 from services.wire import params_to_proto
 from tests.unit.test_vae_engine import PARAMS, FakeVae
@@ -17,18 +25,28 @@ from vae_svc.engine import VaeEngine
 
 CONFIG = StageConfig(service=ServiceSection(name="vae", port=0), model=ModelSection(name="m", source="none"))
 
+SLOW_FPS = 1.0
+
 
 class Writer:
     """A ClipWriter that notes what happens."""
 
     def __init__(self, notes: list[str], *_options: object) -> None:
         self._notes = notes
+        self._looks = -1
+
+    def end(self) -> None:
+        """From now on it is looked at."""
         self._looks = 0
 
+    def is_full(self) -> bool:
+        """After the end, at the first look."""
+        self._looks += self._looks >= 0
+        return self._looks == 1
+
     def is_done(self, _timeout_s: float) -> bool:
-        """Not at the first look."""
-        self._looks += 1
-        return self._looks > 1
+        """Whoever waits for it looks again."""
+        return False
 
     def add(self, frames: object) -> None:
         self._notes.append("decoded")
@@ -49,14 +67,21 @@ def notes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return taken
 
 
-def decode(program: rank.VaeProgram, call_id: int, outbox: FrameQueue) -> Call:
+def decode(program: rank.VaeProgram, call_id: int, outbox: FrameQueue, params: ResolvedParams = PARAMS) -> Call:
     call = Call(call_id, OpenCall("Decode", "request", "", 0.0), outbox)
     program.opened(call)
-    start = vae_pb2.DecodeStart(params=params_to_proto(PARAMS))
+    start = vae_pb2.DecodeStart(params=params_to_proto(params))
     program.message(call, vae_pb2.DecodeRequest(start=start).SerializeToString())
     for message in bundle_frames({"latents": torch.zeros(1, 3)}):
         program.message(call, message)
     return call
+
+
+def tick(program: rank.VaeProgram, *calls: Call) -> bool:
+    """As a rank's loop does it."""
+    for call in calls:
+        call.has_room = not call.is_full()
+    return program.tick()
 
 
 def kinds(outbox: FrameQueue) -> list[Kind]:
@@ -67,7 +92,7 @@ def kinds(outbox: FrameQueue) -> list[Kind]:
 def test_a_slow_encoder_holds_up_no_decode(notes):
     program, outbox = rank.VaeProgram(CONFIG), FrameQueue(1 << 20)
     calls = [decode(program, call_id, outbox) for call_id in (1, 2)]
-    while program.tick():
+    while tick(program, *calls):
         """It says that there is more to do as long as an answer is due."""
     assert notes == ["decoded", "decoded", "encoded", "encoded"]
     assert [call.closed for call in calls] == [True, True]
@@ -78,9 +103,40 @@ def test_a_call_that_is_cancelled_before_its_answer_gets_none(notes):
     program, outbox = rank.VaeProgram(CONFIG), FrameQueue(1 << 20)
     call = decode(program, 1, outbox)
     while "decoded" not in notes:
-        assert program.tick()
-    assert program.tick(), "the engine has ended, its answer is due"
+        assert tick(program, call)
+    assert tick(program, call), "the engine has ended, its answer is due"
     program.cancelled(call)
-    assert not program.tick()
+    assert not tick(program, call)
     assert notes == ["decoded"]
     assert kinds(outbox) == []
+
+
+def test_a_clip_that_is_encoded_slowly_holds_up_no_other(monkeypatch):
+    """The encoder of the first clip stands still; the second is answered meanwhile, and the first when it goes on."""
+    go_on = threading.Event()
+
+    def encode(chunks: Iterator[np.ndarray], num_frames: int, _quality: int, fps: float) -> bytes:
+        assert fps != SLOW_FPS or go_on.wait(20)
+        return str(sum(map(len, chunks))).encode()
+
+    monkeypatch.setattr(clip_writer, "_mp4", encode)
+    monkeypatch.setattr(rank, "open_engine", lambda *_: VaeEngine(FakeVae().part(), None, 1))
+    program, outbox = rank.VaeProgram(CONFIG), FrameQueue(1 << 20)
+    clip = replace(PARAMS, num_frames=40, output_format="mp4")
+    stuck, left, other = (
+        decode(program, call_id, outbox, replace(clip, fps=fps))
+        for call_id, fps in enumerate((SLOW_FPS, SLOW_FPS, 16.0), start=1)
+    )
+    while not other.closed:
+        assert tick(program, stuck, left, other)
+    left.cancelled = True
+    begun_s = time.monotonic()
+    program.cancelled(left)
+    assert time.monotonic() - begun_s < 1, "an abort waits for no encoder"
+    assert tick(program, stuck) and not stuck.closed
+    go_on.set()
+    while tick(program, stuck):
+        """It is decoded to its end."""
+    answers = [vae_pb2.DecodeResponse.FromString(f.payload) for f in outbox.take(0) if f.kind is Kind.MESSAGE]
+    assert [answer.chunk.data for answer in answers if answer.HasField("chunk")] == [b"40", b"40"]
+    assert stuck.closed
