@@ -200,7 +200,7 @@ class GenerationRequest(StrictBody):
     guidance: Scale | None = None
     guidance_2: Scale | None = Field(None, description=GUIDANCE_2)
     seed: Seed | None = None
-    output_format: Literal["png", "jpeg", "webp", "mp4", "wav", "flac", "raw", "zip"] | None = None
+    output_format: Literal["png", "jpeg", "webp", "mp4", "wav", "flac", "raw", "zip", "gif"] | None = None
     quality: Annotated[int, Field(ge=1, le=100)] | None = None
     preview_every: Annotated[int, Field(ge=0, le=UINT32_MAX)] = Field(
         0, description="A preview after every so many steps; 0: none."

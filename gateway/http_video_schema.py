@@ -60,7 +60,7 @@ class VideoRequest(StrictBody):
     guidance: Scale | None = Field(None, description="Classifier-free guidance scale; 1 turns guidance off.")
     guidance_scale: Scale | None = Field(None, description="Same as guidance.")
     guidance_2: Scale | None = Field(None, description=GUIDANCE_2)
-    output_format: Literal["mp4", "webp"] | None = None
+    output_format: Literal["mp4", "webp", "gif", "zip"] | None = None
     enable_frame_interpolation: Interpolation = False
     frame_interpolation_exp: InterpolationExp = 1
     frame_interpolation_scale: InterpolationScale = 1.0

@@ -15,7 +15,7 @@ from lightloom.connection import Connection
 from services.errors import StartupError
 from services.request import VIDEO_FORMATS, Media, check_total
 
-FORMATS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp", ".mp4": "mp4", ".raw": "raw", ".zip": "zip"}
+FORMATS = {".jpg": "jpeg"} | {f".{name}": name for name in ("png", "jpeg", "webp", "gif", "mp4", "raw", "zip")}
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,6 +30,7 @@ class OutputFormat(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     OUTPUT_FORMAT_FLAC: _ClassVar[OutputFormat]
     OUTPUT_FORMAT_RAW: _ClassVar[OutputFormat]
     OUTPUT_FORMAT_ZIP: _ClassVar[OutputFormat]
+    OUTPUT_FORMAT_GIF: _ClassVar[OutputFormat]
 
 class Stage(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -56,6 +57,7 @@ OUTPUT_FORMAT_WAV: OutputFormat
 OUTPUT_FORMAT_FLAC: OutputFormat
 OUTPUT_FORMAT_RAW: OutputFormat
 OUTPUT_FORMAT_ZIP: OutputFormat
+OUTPUT_FORMAT_GIF: OutputFormat
 STAGE_UNSPECIFIED: Stage
 STAGE_TEXT_ENCODER: Stage
 STAGE_DIT: Stage

@@ -1,30 +1,43 @@
-"""Frames to encoded media: PNG, JPEG, WebP, MP4, a zip of PNGs, or raw bytes. Used by the stages that make media."""
+"""Frames to encoded media: PNG, JPEG, WebP, GIF, MP4, a zip of PNGs, raw bytes. For the stages that make media."""
 
 from __future__ import annotations
 
 import io
 import itertools
 import queue
+import struct
 import threading
 import zipfile
 from collections.abc import Callable, Iterator
 from fractions import Fraction
-from typing import Any
+from typing import Any, BinaryIO
 
 from PIL import Image
+from PIL.GifImagePlugin import getdata
 
 from services.clip_reader import Frames
 
-MIMES = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp", "mp4": "video/mp4", "zip": "application/zip"}
+MIMES = {
+    "png": "image/png",
+    "jpeg": "image/jpeg",
+    "webp": "image/webp",
+    "gif": "image/gif",
+    "mp4": "video/mp4",
+    "zip": "application/zip",
+}
 RAW_MIME = "application/octet-stream"
 CHUNKS_AHEAD = 2
+# Level 1 costs a sixth of the default's time for a few percent more bytes.
+PNG_OPTIONS = {"compress_level": 1}
+# A GIF's colours are chosen on so small a copy: a tenth of the time for 0.9 dB less (a picture of 832x480).
+PALETTE_SIDE_PX = 256
 
 
 def encode_frames(frames: Frames, output_format: str, quality: int, fps: float) -> tuple[str, bytes]:
     """Frames [F, H, W, 3], or 4 with transparency, as (mime, bytes). Pictures keep the first frame only.
 
     Args:
-        output_format: a zip has each frame as a PNG, 00.png being the first.
+        output_format: a zip has each frame as a PNG, 00000.png being the first; with transparency 00.png.
         quality: 1 to 100; lossless formats ignore it.
         fps: frames a second of a clip.
     """
@@ -41,7 +54,7 @@ class ClipWriter:
     when no `finish` will come.
 
     Args:
-        output_format: mp4, raw, or one that is encoded at the end: png and jpeg (the first frame), webp.
+        output_format: mp4, gif, zip, raw, or one that is encoded at the end: png and jpeg (the first frame), webp.
         quality, fps: as `encode_frames`.
         num_frames: of the whole clip.
     """
@@ -104,7 +117,7 @@ class ClipWriter:
                 self._made = RAW_MIME, b"".join(chunk.tobytes() for chunk in self._taken())
             else:
                 pictures = (Image.fromarray(frame) for chunk in self._taken() for frame in chunk)
-                self._made = MIMES[output_format], _pictures(pictures, output_format, quality, fps)
+                self._made = MIMES[output_format], _encoded(pictures, output_format, quality, fps)
             if self._missing > 0:
                 raise RuntimeError(f"{self._missing} of {self._num_frames} frames never came")
         except Exception as error:  # noqa: BLE001 - it is raised by `finish`
@@ -129,19 +142,46 @@ class ClipWriter:
                 yield chunk
 
 
-def _pictures(pictures: Iterator[Image.Image], output_format: str, quality: int, fps: float) -> bytes:
+def _encoded(pictures: Iterator[Image.Image], output_format: str, quality: int, fps: float) -> bytes:
     file = io.BytesIO()
-    # Level 1 costs a sixth of the default's time for a few percent more bytes.
-    png = {"compress_level": 1}
     if output_format == "zip":
-        with zipfile.ZipFile(file, "w") as archive:
-            for index, picture in enumerate(pictures):
-                with archive.open(f"{index:02}.png", "w") as entry:
-                    picture.save(entry, "PNG", **png)
-        return file.getvalue()
+        _write_zip(file, pictures)
+    elif output_format == "gif":
+        _write_gif(file, pictures, fps)
+    else:
+        _write_whole(file, pictures, output_format, quality, fps)
+    return file.getvalue()
+
+
+def _write_zip(file: BinaryIO, pictures: Iterator[Image.Image]) -> None:
+    with zipfile.ZipFile(file, "w") as archive:
+        for index, picture in enumerate(pictures):
+            # Layers, which alone are transparent, are few.
+            digits = 2 if picture.mode == "RGBA" else 5
+            with archive.open(f"{index:0{digits}}.png", "w") as entry:
+                picture.save(entry, "PNG", **PNG_OPTIONS)
+
+
+def _write_gif(file: BinaryIO, pictures: Iterator[Image.Image], fps: float) -> None:
+    """Frame after frame, each with its own colours. Pillow's own writer holds all, and leaves out what stands still."""
+    starts_cs = (round(100 * index / fps) for index in itertools.count())
+    for picture, (start, end) in zip(pictures, itertools.pairwise(starts_cs), strict=False):
+        if not start:
+            # No colours for all, and a loop for ever.
+            file.write(b"GIF89a" + struct.pack("<HHBBB", picture.width, picture.height, 0, 0, 0))
+            file.write(b"!\xff\x0bNETSCAPE2.0\x03\x01\0\0\0")
+        small = picture.copy()
+        small.thumbnail((PALETTE_SIDE_PX, PALETTE_SIDE_PX), Image.Resampling.NEAREST)
+        drawn = picture.quantize(palette=small.quantize(), dither=Image.Dither.NONE)
+        file.writelines(getdata(drawn, duration=10 * (end - start), include_color_table=True))
+    file.write(b";")
+
+
+def _write_whole(file: BinaryIO, pictures: Iterator[Image.Image], output_format: str, quality: int, fps: float) -> None:
+    """What Pillow writes at once: a picture, or a WebP of all."""
     first, *more = pictures
     options: dict[str, dict[str, Any]] = {
-        "png": png,
+        "png": PNG_OPTIONS,
         "jpeg": {"quality": quality},
         "webp": {"quality": quality, "method": 2},
     }
@@ -151,7 +191,6 @@ def _pictures(pictures: Iterator[Image.Image], output_format: str, quality: int,
         durations_ms = [end - start for start, end in itertools.pairwise(starts_ms)]
         options["webp"] |= {"save_all": True, "append_images": more, "duration": durations_ms}
     first.save(file, output_format.upper(), **options[output_format])
-    return file.getvalue()
 
 
 def _mp4(chunks: Iterator[Frames], num_frames: int, quality: int, fps: float) -> bytes:

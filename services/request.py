@@ -21,10 +21,12 @@ MAX_INPUT_BYTES = 7 * 1024 * 1024
 # Sides of a result that follows its input picture, as the stock pipelines for edits round them.
 PICTURE_MULTIPLE_PX = 32
 IMAGE_FORMATS = ("png", "jpeg", "webp")
-VIDEO_FORMATS = ("mp4", "webp", "raw")
+VIDEO_FORMATS = ("mp4", "webp", "gif", "zip", "raw")
 LAYER_FORMATS = ("zip", "raw")
 AUDIO_FORMATS = ("wav", "flac", "raw")
 FPS = (1.0, 120.0)
+# A GIF counts in hundredths of a second, and browsers show for ten what is to stand for one.
+GIF_FPS = (1.0, 50.0)
 MIN_CLIP_SIDE_PX = 16
 # What a gateway takes of a stage as one result, whatever it sends: many times what the largest clip needs as MP4.
 MAX_MEDIA_BYTES = 512 * 1024 * 1024
@@ -254,6 +256,8 @@ def check(params: ResolvedParams, limits: Limits) -> None:
             f"{', '.join(formats)}",
             param="output_format",
         )
+    if params.output_format == "gif":
+        _between("fps of a GIF", params.fps, *GIF_FPS, param="fps")
 
 
 def check_interpolation(params: ResolvedParams, allowed: InterpolationLimits) -> None:
@@ -274,9 +278,11 @@ def check_interpolation(params: ResolvedParams, allowed: InterpolationLimits) ->
     _between("quality", params.quality, 1, 100)
     _between("frame_interpolation_exp", params.frame_interpolation_exp, 1, allowed.max_exp)
     _between("frame_interpolation_scale", params.frame_interpolation_scale, allowed.min_scale, allowed.max_scale)
+    if params.output_format == "gif":
+        _between("fps of a GIF", params.fps * 2**params.frame_interpolation_exp, *GIF_FPS, param="fps")
     frames, max_frames = interpolated_frames(params), allowed.max_frames
     if params.output_format != "mp4":
-        # The others are held whole where they are made.
+        # The files of the others may be as large as their pixels, and WebP and raw pixels are held whole.
         max_frames = min(max_frames, MAX_MEDIA_BYTES // (3 * pixels))
     if frames > max_frames:
         raise InvalidRequest(

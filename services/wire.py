@@ -25,6 +25,7 @@ OUTPUT_FORMATS: dict[str, types_pb2.OutputFormat] = {
     "flac": types_pb2.OUTPUT_FORMAT_FLAC,
     "raw": types_pb2.OUTPUT_FORMAT_RAW,
     "zip": types_pb2.OUTPUT_FORMAT_ZIP,
+    "gif": types_pb2.OUTPUT_FORMAT_GIF,
 }
 _FORMAT_NAMES = {number: name for name, number in OUTPUT_FORMATS.items()}
 

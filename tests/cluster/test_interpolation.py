@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import signal
+import zipfile
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import psutil
 import pytest
 import pytest_asyncio
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from interpolation_svc.clip import Clip
@@ -149,6 +151,20 @@ async def test_frames_come_back_with_others_between(
     assert np.abs(pixels.astype(int) - here.numpy().astype(int)).max() <= 1
 
 
+async def test_a_gif_and_a_zip_have_every_frame_at_the_new_rate(served: StageProcess) -> None:
+    responses = await answer(served, start(9, exponent=2, output_format="gif"), sent(scene(9), 1, 4, 4))
+    assert (responses[0].media.mime, responses[0].media.num_frames, responses[0].media.fps) == ("image/gif", 33, 48.0)
+    with Image.open(io.BytesIO(media_of(responses))) as image:
+        durations_ms = [(image.seek(index), image.info["duration"])[1] for index in range(image.n_frames)]
+        assert (len(durations_ms), sum(durations_ms)) == (33, round(100 * 33 / 48) * 10)
+    responses = await answer(served, start(9, exponent=2, output_format="zip"), sent(scene(9), 1, 4, 4))
+    with zipfile.ZipFile(io.BytesIO(media_of(responses))) as archive:
+        pictures = [np.asarray(Image.open(archive.open(name))) for name in archive.namelist()]
+    assert np.array_equal(np.stack(pictures)[::4], scene(9).numpy())
+    error = await refusal(served, start(9, exponent=3, output_format="gif"))
+    assert (error.param, "fps of a GIF is 96.0: it must be between 1.0 and 50.0" in error.message) == ("fps", True)
+
+
 async def test_an_mp4_has_every_frame_at_the_new_rate(served: StageProcess) -> None:
     responses = await answer(served, start(9, exponent=2, output_format="mp4"), sent(scene(9), 1, 4, 4))
     assert responses[0].media.mime == "video/mp4"
@@ -172,7 +188,7 @@ async def test_an_mp4_has_every_frame_at_the_new_rate(served: StageProcess) -> N
         ({"width": 65536, "height": 65536}, "width", "at most 9437184 can be interpolated"),
         ({"count": 81, "exponent": 4}, "frame_interpolation_exp", "at most 700"),
         ({"count": 0}, "num_frames", "one frame at least"),
-        ({"output_format": "png"}, "output_format", "use one of mp4, webp, raw"),
+        ({"output_format": "png"}, "output_format", "use one of mp4, webp, gif, zip, raw"),
     ],
     ids=str,
 )

@@ -6,6 +6,7 @@ import base64
 import io
 import subprocess
 import sys
+import zipfile
 from functools import partial
 from pathlib import Path
 
@@ -106,6 +107,21 @@ def test_a_clip_by_rest_at_the_models_own_rate(rest):
     assert facts(content.content) == (5, 16.0, 96, 64)
 
 
+@pytest.mark.parametrize(("output_format", "mime"), [("gif", "image/gif"), ("zip", "application/zip")])
+def test_a_clip_by_the_videos_call_as_gif_and_as_pictures(rest, output_format, mime):
+    body = {"prompt": PROMPT, "num_frames": 9, "fps": 16, "seed": 1, "output_format": output_format}
+    made = rest.post("/v1/videos/sync", json=body | {"size": "96x64", "steps": SMALL["steps"]})
+    assert (made.status_code, made.headers["content-type"]) == (200, mime), made.text
+    if output_format == "gif":
+        with Image.open(io.BytesIO(made.content)) as image:
+            durations_ms = [(image.seek(index), image.info["duration"])[1] for index in range(image.n_frames)]
+            assert (image.size, durations_ms) == ((96, 64), [60, 60, 70, 60, 60, 70, 60, 60, 60])
+        return
+    with zipfile.ZipFile(io.BytesIO(made.content)) as archive:
+        assert archive.namelist() == [f"{index:05}.png" for index in range(9)]
+        assert {Image.open(archive.open(name)).size for name in archive.namelist()} == {(96, 64)}
+
+
 def test_video_on_the_command_line_chooses_a_clips_format(clips, tmp_path):
     command = [sys.executable, "-m", "lightloom", "generate", PROMPT, "--video", "--address", clips.grpc_address]
     small = ["--size", "96x64", "--frames", "5", "--steps", "2"]
@@ -115,7 +131,18 @@ def test_video_on_the_command_line_chooses_a_clips_format(clips, tmp_path):
     assert facts((tmp_path / "out.mp4").read_bytes()) == (5, 16.0, 96, 64)
     refused = run([*command, *small, "-o", "out.png"], cwd=tmp_path)
     assert refused.returncode == 2
-    assert "--video writes .mp4, .webp, .raw" in " ".join(refused.stderr.split())
+    assert "--video writes .mp4, .webp, .gif, .zip, .raw" in " ".join(refused.stderr.split())
+
+
+@pytest.mark.parametrize("ending", ["gif", "zip"])
+def test_other_files_from_the_command_line(clips, tmp_path, ending):
+    target = tmp_path / f"clip.{ending}"
+    command = [sys.executable, "-m", "lightloom", "generate", PROMPT, "--video", "-o", str(target), "--address"]
+    options = [clips.grpc_address, "--size", "96x64", "--frames", "5", "--steps", "2"]
+    done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    with Image.open(target) if ending == "gif" else zipfile.ZipFile(target) as file:
+        assert (file.n_frames if ending == "gif" else len(file.namelist())) == 5
 
 
 def test_a_clip_from_the_command_line(clips, tmp_path):
@@ -136,7 +163,7 @@ def test_a_clip_from_the_command_line(clips, tmp_path):
         ({"fps": 0.5}, "fps", "between 1.0 and 120.0"),
         ({"fps": 1000.0}, "fps", "between 1.0 and 120.0"),
         ({"width": 72}, "width", "use 64 or 80"),
-        ({"output_format": "png"}, "output_format", "use one of mp4, webp, raw"),
+        ({"output_format": "png"}, "output_format", "use one of mp4, webp, gif, zip, raw"),
     ],
 )
 def test_what_is_not_allowed_is_refused_with_what_is(rest, client, wish, param, says):

@@ -74,6 +74,6 @@ def acceptable(body: dict[str, Any], dice: int) -> dict[str, Any]:
     if made.get("output_format") not in ("jpeg", "webp"):
         made.pop("output_compression", None)
         made.pop("quality", None)
-    if made.get("output_format") in ("mp4", "wav", "flac", "raw"):
+    if made.get("output_format") in ("gif", "mp4", "wav", "flac", "raw"):
         made["output_format"] = "png"
     return made

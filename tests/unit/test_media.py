@@ -5,7 +5,10 @@ from __future__ import annotations
 import io
 import random
 import struct
+import subprocess
+import sys
 import time
+import zipfile
 import zlib
 
 import av
@@ -178,7 +181,7 @@ def test_broken_bytes_give_pixels_or_a_refusal(kind):
 
 def test_a_clip_in_chunks_is_the_file_of_the_whole_clip():
     frames = np.random.default_rng(0).integers(0, 256, (9, 32, 48, 3), dtype=np.uint8)
-    for output_format in ("mp4", "raw", "webp"):
+    for output_format in ("mp4", "gif", "zip", "raw", "webp"):
         writer = ClipWriter(output_format, 80, 12.0, len(frames))
         for chunk in np.split(frames, (1, 5)):
             writer.add(chunk)
@@ -201,16 +204,77 @@ def test_the_colours_of_an_mp4_are_those_that_its_marks_say(size):
     assert np.abs(frame.to_ndarray(format="rgb24")[0, 0].astype(int) - colour).max() <= 3
 
 
-def test_an_animation_lasts_as_long_as_its_frames():
-    frames = np.random.default_rng(0).integers(0, 256, (33, 16, 16, 3), dtype=np.uint8)
-    _, data = encode_frames(frames, "webp", 50, 16.0)
+def played(data: bytes) -> tuple[list[Image.Image], list[int]]:
+    """The pictures of an animation, and how long each is shown, in milliseconds."""
+    pictures, durations_ms = [], []
     with Image.open(io.BytesIO(data)) as image:
-        durations_ms = []
         for index in range(image.n_frames):
             image.seek(index)
-            image.load()
+            pictures.append(image.convert("RGB"))
             durations_ms.append(image.info["duration"])
-    assert (len(durations_ms), sum(durations_ms)) == (33, round(33 / 16 * 1000))
+    return pictures, durations_ms
+
+
+@pytest.mark.parametrize(("output_format", "unit_ms"), [("webp", 1), ("gif", 10)])
+@pytest.mark.parametrize("fps", [1.0, 16.0, 23.976, 50.0])
+def test_an_animation_lasts_as_long_as_its_frames(output_format, unit_ms, fps):
+    frames = np.random.default_rng(0).integers(0, 256, (33, 16, 16, 3), dtype=np.uint8)
+    _, data = encode_frames(frames, output_format, 50, fps)
+    _, durations_ms = played(data)
+    assert len(durations_ms) == 33
+    for shown in range(1, 34):
+        assert abs(sum(durations_ms[:shown]) - 1000 * shown / fps) <= unit_ms / 2 + 1e-6, "no frame is ever late"
+
+
+def test_a_gif_keeps_frames_that_stand_still_and_the_colours_of_each():
+    frames = np.zeros((6, 24, 40, 3), np.uint8)
+    frames[3:5] = [200, 30, 60]
+    frames[5] = np.arange(40)[:, None]
+    mime, data = encode_frames(frames, "gif", 1, 10.0)
+    pictures, durations_ms = played(data)
+    assert (mime, durations_ms) == ("image/gif", [100] * 6)
+    shown = np.stack([np.asarray(picture) for picture in pictures])
+    assert np.array_equal(shown[:5], frames[:5])
+    # Pillow looks colours up in steps of four.
+    assert np.abs(shown.astype(int) - frames).max() < 4
+    with Image.open(io.BytesIO(data)) as image:
+        assert (image.size, image.info["loop"]) == ((40, 24), 0)
+    assert [picture.size for picture in played(encode_frames(frames[:1], "gif", 1, 10.0)[1])[0]] == [(40, 24)]
+
+
+def test_a_zip_has_every_frame_as_it_is():
+    frames = np.random.default_rng(0).integers(0, 256, (12, 24, 40, 3), dtype=np.uint8)
+    mime, data = encode_frames(frames, "zip", 1, 10.0)
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        assert archive.testzip() is None
+        assert archive.namelist() == [f"{index:05}.png" for index in range(12)]
+        read = [np.asarray(Image.open(archive.open(name))) for name in archive.namelist()]
+    assert mime == "application/zip"
+    assert np.array_equal(np.stack(read), frames)
+
+
+GROWTH = """
+import resource, sys
+import numpy as np
+from services.clip_writer import ClipWriter
+
+def peak_mib(chunks):
+    writer = ClipWriter(sys.argv[1], 80, 12.0, 4 * chunks)
+    for index in range(chunks):
+        writer.add(np.full((4, 512, 1024, 3), index, np.uint8))
+    writer.finish()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+
+few = peak_mib(4)
+print(peak_mib(32) - few)
+"""
+
+
+@pytest.mark.parametrize("output_format", ["mp4", "gif", "zip"])
+def test_what_is_written_frame_by_frame_does_not_hold_the_clip(output_format):
+    """Of 192 MiB of frames instead of 24."""
+    ended = subprocess.run([sys.executable, "-c", GROWTH, output_format], capture_output=True, text=True, check=True)
+    assert int(ended.stdout) < 40
 
 
 def test_what_is_encoded_at_the_end_begins_with_the_last_frame():
@@ -221,7 +285,7 @@ def test_what_is_encoded_at_the_end_begins_with_the_last_frame():
     writer.close()
 
 
-@pytest.mark.parametrize("output_format", ["mp4", "webp", "raw"])
+@pytest.mark.parametrize("output_format", ["mp4", "webp", "gif", "zip", "raw"])
 def test_a_clip_without_all_its_frames_is_none(output_format):
     writer = ClipWriter(output_format, 90, 12.0, 5)
     writer.add(np.zeros((4, 32, 48, 3), np.uint8))

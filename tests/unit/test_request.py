@@ -80,9 +80,16 @@ def test_a_schedule_may_need_more_steps_than_one() -> None:
         ({"frame_interpolation_scale": math.inf}, "frame_interpolation_scale", "between 0.25 and 4.0"),
         ({"num_frames": 81, "frame_interpolation_exp": 4}, "frame_interpolation_exp", "makes 1281 frames of 81"),
         ({"width": 512, "height": 512}, "width", "at most 70000"),
+        ({"frame_interpolation_exp": 2, "output_format": "gif"}, "fps", "between 1.0 and 50.0"),
         # 257 frames fit, and as raw pixels, or whole in memory, they are too many.
         ({"frame_interpolation_exp": 4, "output_format": "raw"}, "frame_interpolation_exp", "of this size and format"),
         ({"frame_interpolation_exp": 4, "output_format": "webp"}, "frame_interpolation_exp", "of this size and format"),
+        ({"frame_interpolation_exp": 4, "output_format": "zip"}, "frame_interpolation_exp", "of this size and format"),
+        (
+            {"fps": 1.0, "frame_interpolation_exp": 4, "output_format": "gif"},
+            "frame_interpolation_exp",
+            "of this size and format",
+        ),
     ],
 )
 def test_what_interpolation_does_not_accept(
@@ -94,6 +101,12 @@ def test_what_interpolation_does_not_accept(
     with pytest.raises(InvalidRequest, match=allowed) as caught:
         check_interpolation(resolve(make(**changes), VIDEO, seed=0), limits)
     assert caught.value.param == param
+
+
+def test_a_gif_is_no_faster_than_browsers_play_it() -> None:
+    check(resolve(make(fps=50.0, output_format="gif"), VIDEO, seed=0), VIDEO)
+    with pytest.raises(InvalidRequest, match=r"fps of a GIF is 51.0: it must be between 1.0 and 50.0"):
+        resolve(make(fps=51.0, output_format="gif"), VIDEO, seed=0)
 
 
 def test_frames_follow_the_rule_of_the_model() -> None:
