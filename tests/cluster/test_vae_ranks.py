@@ -97,19 +97,20 @@ async def test_a_clip_whose_frames_nobody_takes_holds_up_no_other(tiny, tmp_path
         return decode(running, name, wish=wish, latents=latents)
 
     async with stage(tmp_path, start_timeout_s=90.0, **options) as running:
-        # The frames of one have 16 MiB, more than a call has room for, of the other 76, more than all queues together.
-        stuck, left = begin("stuck", 21), begin("left", 97)
+        # The frames of one have 13 MiB, more than a call has room for, of the other 76, more than all queues together.
+        stuck, left = begin("stuck", 17), begin("left", 97)
+        taken = aiter(stuck)
+        first = await anext(taken)
+        await left.read()
+        # Not only once the front has given up on it.
         async with asyncio.timeout(STALL_LIMIT_S):
-            taken = aiter(stuck)
-            first = await anext(taken)
-            await left.read()
             assert len(await chunks_of(decode(running, "other"))) == 4
             media = [response async for response in decode(running, "clip", frames_only=False)]
             assert media[0].media.num_frames == 13
         # Who takes frames again gets the rest; who leaves gives back its place.
         left.cancel()
         await running.until_figure("lightloom_in_flight", 1)
-        assert sum(map(len, await chunks_of(taken, first))) == 21
+        assert sum(map(len, await chunks_of(taken, first))) == 17
         await running.until_figure("lightloom_in_flight", 0)
 
 
