@@ -78,7 +78,7 @@ async def _make(
 ) -> Response:
     with requests.refusals(body.model or ""):
         fetched = await requests.fetch(body.remote())
-        params = body.params(requests.model_of(body.model or ""), pictures, fetched)
+        params = body.params(requests.model(requests.model_of(body.model or "")), pictures, fetched)
         if body.stream:
             # Steps are not known before the model's default is: previews come at even shares of the default.
             params = replace(params, preview_every=_preview_every(requests, params, body.partial_images or 0))

@@ -77,7 +77,8 @@ def model_json(model: gateway_pb2.ModelInfo) -> dict[str, Any]:
         "variants": list(model.variants),
         "ready": model.ready,
         "missing_experts": list(model.missing_experts),
-        "limits": every_field_json(model.limits),
+        "limits": every_field_json(model.limits)
+        | {"needed_roles": list(model.limits.needed_roles), "optional_roles": list(model.limits.optional_roles)},
         "replicas": [{**every_field_json(item), "stage": stage_name(item.stage)} for item in model.replicas],
     }
 

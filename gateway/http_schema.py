@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, model_validat
 from pydantic_core import PydanticCustomError
 
 from gateway.http_inputs import is_remote, media_of_url
+from protos import gateway_pb2
 from services.errors import InvalidRequest
 from services.request import MAX_SEED, GenerationParams, Media, check_total
 
@@ -141,19 +142,21 @@ class ImageRequest(StrictBody):
         return [pictures] if isinstance(pictures, str) else pictures or []
 
     def params(
-        self, model: str, inputs: tuple[Media, ...] = (), fetched: Mapping[str, Media] | None = None
+        self, model: gateway_pb2.ModelInfo, inputs: tuple[Media, ...] = (), fetched: Mapping[str, Media] | None = None
     ) -> GenerationParams:
         """The generation of the first image.
 
         Args:
-            model: the name to use (`self.model`, or the only model that is served).
+            model: that makes it.
             inputs: pictures that came beside the body, as multipart files.
             fetched: pictures by URL, those of `remote`.
 
         Raises:
-            InvalidRequest: a size that cannot be read, two names of one field with different values, a bad
-                data URL.
+            InvalidRequest: a model of clips, a size that cannot be read, two names of one field with different values,
+                a bad data URL.
         """
+        if model.limits.output == "video":
+            raise InvalidRequest(f"model {model.name!r} makes video: call /v1/videos", param="model")
         self.check()
         width, height = parse_size(self.size)
         inputs += tuple(media_of_url(url, f"input_image.{i}", fetched=fetched) for i, url in enumerate(self._urls()))
@@ -161,7 +164,7 @@ class ImageRequest(StrictBody):
             inputs += (media_of_url(self.mask, "mask", "mask", fetched),)
         check_total(inputs, "input_image")
         return GenerationParams(
-            model=model,
+            model=model.name,
             prompt=self.prompt,
             negative_prompt=self.negative_prompt,
             width=width,

@@ -1,4 +1,4 @@
-"""What a user imports: `Client`, `AsyncClient`, and `Local` for use without a cluster."""
+"""What a user imports: `Client`, `AsyncClient`, `Local` for use without a cluster, and `Media` for their inputs."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightloom.client import AsyncClient, Client
     from lightloom.local import Local
+    from services.request import Media
 
-__all__ = ["AsyncClient", "Client", "Local"]
+__all__ = ["AsyncClient", "Client", "Local", "Media"]
 
 
 def __getattr__(name: str) -> Any:
@@ -21,4 +22,8 @@ def __getattr__(name: str) -> Any:
         from lightloom.local import Local
 
         return Local
+    if name == "Media":
+        from services.request import Media
+
+        return Media
     raise AttributeError(f"module 'lightloom' has no attribute {name!r}")

@@ -19,7 +19,7 @@ import grpc
 from protos import gateway_pb2, gateway_pb2_grpc, types_pb2
 from services.client import connect, error_from_rpc
 from services.config import TlsSection, environment
-from services.errors import Cancelled, Code, Internal, ServiceError
+from services.errors import Cancelled, Code, Internal, InvalidRequest, ServiceError
 from services.request import Media, open_params
 from services.wire import error_from_proto, params_to_proto
 
@@ -56,8 +56,15 @@ class Result:
     fps: float = 0.0
 
     def save(self, path: str | Path) -> Path:
-        """Writes the bytes."""
+        """Writes the bytes.
+
+        Raises:
+            InvalidRequest: the name says another format.
+        """
         target = Path(path)
+        named = mimetypes.guess_type(target.name)[0]
+        if named and self.mime and named != self.mime:
+            raise InvalidRequest(f"the result is {self.mime}, and {target.name!r} says {named}", param="output_format")
         target.write_bytes(self.data)
         return target
 
@@ -104,7 +111,7 @@ class AsyncClient:
         *,
         model: str = "",
         on_progress: Callable[[Progress], None] | None = None,
-        images: Sequence[Path | bytes | Media] = (),
+        images: Sequence[str | Path | bytes | Media] = (),
         **options: Any,
     ) -> Result:
         """Makes a picture or clip and waits for it; cancelling the task aborts the request.
@@ -255,7 +262,7 @@ class Client:
         *,
         model: str = "",
         on_progress: Callable[[Progress], None] | None = None,
-        images: Sequence[Path | bytes | Media] = (),
+        images: Sequence[str | Path | bytes | Media] = (),
         **options: Any,
     ) -> Result:
         """As AsyncClient.generate; Ctrl-C aborts the request."""
@@ -325,9 +332,14 @@ def _state(state: gateway_pb2.RequestState) -> str:
     return gateway_pb2.RequestState.Name(state).removeprefix("REQUEST_STATE_").lower()
 
 
-def _media(image: Path | bytes | Media) -> Media:
+def _media(image: str | Path | bytes | Media) -> Media:
     if isinstance(image, Media):
         return image
     if isinstance(image, bytes):
         return Media("", image)
-    return Media(mimetypes.guess_type(image.name)[0] or "", image.read_bytes())
+    try:
+        return Media(mimetypes.guess_type(image)[0] or "", Path(image).read_bytes())
+    except OSError as error:
+        raise InvalidRequest(
+            f"images has {str(image)!r}, which cannot be read: {error.strerror}", param="images"
+        ) from None

@@ -16,7 +16,7 @@ from services.config import EngineSection, ParallelSection, TlsSection, parse, r
 from services.errors import StartupError
 from services.families import FAMILIES
 from services.features import ORDER
-from services.parallel.degrees import DIT_AXES, TEXT_AXES, VAE_AXES, Degrees, check_axes
+from services.parallel.degrees import DIT_AXES, TEXT_AXES, VAE_AXES, Degrees, check_axes, check_tiles
 from services.request import InterpolationLimits, Limits
 
 STAGES = ("text_encoder", "dit", "vae")
@@ -124,6 +124,8 @@ def load_cluster(path: Path) -> ClusterConfig:
         check_axes(Degrees.of(entry.parallel), DIT_AXES, "Dit")
         check_axes(Degrees.of(entry.text_parallel), TEXT_AXES, "TextEncoder")
         check_axes(Degrees.of(entry.vae_parallel), VAE_AXES, "Vae")
+        if entry.vae_parallel.vae_patch_parallel_size > 1:
+            check_tiles(entry.vae_parallel.vae_patch_mode, entry.engine.tile_px)
         _check_experts(f"models.{name}", entry)
         parse(Limits, entry.limits, f"models.{name}.limits.")
         for feature in entry.features:

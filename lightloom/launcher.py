@@ -267,7 +267,19 @@ class Cluster:
             interpolation = self.config.interpolation
             if models_are and (interpolation is None or not interpolation.replicas or health["interpolation"]):
                 return
+            if missing := health.get("missing_experts"):
+                await self._refuse_missing(missing)
             await asyncio.sleep(POLL_S)
+
+    async def _refuse_missing(self, missing: dict[str, list[str]]) -> None:
+        """Raises StartupError when nobody is left who might bring the experts that models miss."""
+        if any(row["state"] != "serving" for row in await self.look()):
+            return
+        [(model, experts), *_] = missing.items()
+        raise StartupError(
+            f"no denoiser of model {model!r} holds {' or '.join(experts)}: give it"
+            f" [models.{model}.experts.{experts[0]}] with 1 replica at least"
+        )
 
     async def _answer(self, request: dict[str, Any]) -> dict[str, Any]:
         if request.get("command") == "scale":

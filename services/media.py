@@ -172,7 +172,11 @@ def _opened(media: Media) -> Iterator[Image.Image]:
         raise InvalidRequest(
             f"an input picture has too many pixels ({error}): at most {MAX_INPUT_PIXELS} are allowed", param="inputs"
         ) from error
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, struct.error) as error:
+    except UnidentifiedImageError as error:
+        raise InvalidRequest(
+            f"an input picture is of no known format: send a whole {', '.join(PICTURE_FORMATS)} file", param="inputs"
+        ) from error
+    except (OSError, SyntaxError, ValueError, struct.error) as error:
         raise InvalidRequest(
             f"an input picture cannot be decoded ({error}): send a whole {', '.join(PICTURE_FORMATS)} file",
             param="inputs",

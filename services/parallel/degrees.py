@@ -237,6 +237,16 @@ def check_patches(ranks: int, mode: str, tile_px: int, longest: int) -> None:
     Raises:
         StartupError: nothing says into what they are to be cut, or there are more ranks than pieces.
     """
+    check_tiles(mode, tile_px)
+    if ranks > longest:
+        raise StartupError(
+            f"parallel.vae_patch_parallel_size {ranks} is more than the {longest} latents along the longest side of a"
+            f" picture: use 1 to {longest}"
+        )
+
+
+def check_tiles(mode: str, tile_px: int) -> None:
+    """Raises StartupError where the way in which ranks share pictures and a tile's side do not go together."""
     if mode == "tiles" and not tile_px:
         raise StartupError(
             "parallel.vae_patch_mode is tiles, and engine.tile_px is 0: give it a tile's side, as 512, or use exact"
@@ -245,11 +255,6 @@ def check_patches(ranks: int, mode: str, tile_px: int, longest: int) -> None:
         raise StartupError(
             f"parallel.vae_patch_mode is exact, which cuts no tiles, and engine.tile_px is {tile_px}: set it to 0, or"
             " use tiles"
-        )
-    if ranks > longest:
-        raise StartupError(
-            f"parallel.vae_patch_parallel_size {ranks} is more than the {longest} latents along the longest side of a"
-            f" picture: use 1 to {longest}"
         )
 
 

@@ -14,7 +14,7 @@ import redis
 
 from lightloom.client import Client
 from protos import gateway_pb2, types_pb2
-from services.errors import NotReady
+from services.errors import NotReady, StartupError
 from services.families import load_family
 from tests.cluster.running import RunningCluster, serving, wait_for
 
@@ -192,3 +192,10 @@ def test_replicas_of_one_expert_are_scaled_by_its_name(running, here):
     assert "has no stage 'dit': there are text_encoder, dit.high_noise, dit.low_noise, vae" in refused.stderr
     shown = here("status", "--address", running.cluster.grpc_address)
     assert "dit.high_noise 1" in shown.stdout and "dit.low_noise 1" in shown.stdout
+
+
+def test_a_cluster_without_an_expert_says_so_and_ends(model, tmp_path):
+    table = {"models": {"clips": {**model, "experts": {"high_noise": {}}}}}
+    missing = r"holds low_noise: give it \[models.clips.experts.low_noise\] with 1 replica"
+    with pytest.raises(StartupError, match=missing), serving(tmp_path, table):
+        pass

@@ -274,6 +274,18 @@ def test_a_reference_is_read_as_url_as_object_and_as_file_and_refused_by_a_model
         theirs.videos.create(prompt=PROMPT, size="96x64", input_reference=file.getvalue())
 
 
+def test_the_images_calls_send_clips_to_their_own(rest):
+    for body in ({}, {"output_format": "webp"}):
+        answer = rest.post("/v1/images/generations", json={"prompt": PROMPT, **body})
+        assert answer.status_code == 400
+        assert answer.json()["error"]["message"] == "model 'clips' makes video: call /v1/videos"
+
+
+def test_a_models_limits_name_the_roles_of_its_inputs(rest):
+    [model] = rest.get("/v1/models").json()["data"]
+    assert model["limits"]["needed_roles"] == [] == model["limits"]["optional_roles"]
+
+
 def test_what_is_no_video_is_unknown_and_what_is_no_json_is_refused(rest):
     assert rest.get("/v1/videos/nothing").status_code == 404
     assert rest.get("/v1/videos", params={"after": "nothing"}).status_code == 404

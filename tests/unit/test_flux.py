@@ -15,6 +15,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 from dit_svc.engine import DenoiseJob, Stepped
 from gateway.http_schema import GenerationRequest, ImageRequest
 from lightloom.local import Local
+from protos import gateway_pb2
 from services.errors import InvalidRequest, StartupError
 from services.families import load_family
 from services.families.flux.latents import pack, unpack
@@ -111,8 +112,9 @@ def test_the_second_scale_keeps_its_default_when_only_guidance_is_given():
     assert (plain.guidance, plain.guidance_2, plain.steps) == (3.5, 1.0, 28)
     assert (told.guidance, told.guidance_2) == (6.0, 1.0)
     body = {"prompt": "a", "guidance_2": 2.5}
-    for asked in (ImageRequest(**body), GenerationRequest(**body)):
-        assert resolve(asked.params("m"), limits, seed=0).guidance_2 == 2.5
+    info = gateway_pb2.ModelInfo(name="m", limits=limits_to_proto(limits))
+    for asked in (ImageRequest(**body).params(info), GenerationRequest(**body).params("m")):
+        assert resolve(asked, limits, seed=0).guidance_2 == 2.5
     fast = resolve(wish, FAMILY.variants["schnell"].limits, seed=0)
     assert (fast.guidance, fast.guidance_2, fast.steps) == (0.0, 1.0, 4)
 
