@@ -11,6 +11,7 @@ import contextlib
 import json
 import ssl
 import sys
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
@@ -27,6 +28,8 @@ from services.errors import StartupError
 from services.free_port import free_port
 
 POLL_S = 0.1
+# After so long a gateway has asked every process that serves what it is, twice.
+HEARD_OF_S = 5.0
 REDIS_POLL_S = 0.5
 # Longer than a gateway takes to notice that an address left its list.
 LEAVE_S = 2.5
@@ -260,6 +263,7 @@ class Cluster:
         fresh.replace(path)
 
     async def _until_models_are_ready(self) -> None:
+        serving_since_s = time.monotonic()
         while True:
             page = await self._gateways[0].look()
             health: dict[str, Any] = json.loads(page) if page else {"redis": False}
@@ -267,19 +271,12 @@ class Cluster:
             interpolation = self.config.interpolation
             if models_are and (interpolation is None or not interpolation.replicas or health["interpolation"]):
                 return
-            if missing := health.get("missing_experts"):
-                await self._refuse_missing(missing)
+            missing = health.get("missing_experts", {})
+            if not missing or any(row["state"] != "serving" for row in await self.look()):
+                serving_since_s = time.monotonic()
+            elif time.monotonic() - serving_since_s > HEARD_OF_S:
+                raise _lacks(missing)
             await asyncio.sleep(POLL_S)
-
-    async def _refuse_missing(self, missing: dict[str, list[str]]) -> None:
-        """Raises StartupError when nobody is left who might bring the experts that models miss."""
-        if any(row["state"] != "serving" for row in await self.look()):
-            return
-        [(model, experts), *_] = missing.items()
-        raise StartupError(
-            f"no denoiser of model {model!r} holds {' or '.join(experts)}: give it"
-            f" [models.{model}.experts.{experts[0]}] with 1 replica at least"
-        )
 
     async def _answer(self, request: dict[str, Any]) -> dict[str, Any]:
         if request.get("command") == "scale":
@@ -307,3 +304,11 @@ def _to_own_gateway(tls: TlsSection) -> ssl.SSLContext:
     with contextlib.suppress(OSError):
         context.load_cert_chain(tls.cert, tls.key)
     return context
+
+
+def _lacks(missing: dict[str, list[str]]) -> StartupError:
+    [(model, experts), *_] = missing.items()
+    return StartupError(
+        f"no denoiser of model {model!r} holds {' or '.join(experts)}: give it"
+        f" [models.{model}.experts.{experts[0]}] with 1 replica at least"
+    )

@@ -174,7 +174,8 @@ def _opened(media: Media) -> Iterator[Image.Image]:
         ) from error
     except UnidentifiedImageError as error:
         raise InvalidRequest(
-            f"an input picture is of no known format: send a whole {', '.join(PICTURE_FORMATS)} file", param="inputs"
+            f"an input picture cannot be decoded (no known format): send a whole {', '.join(PICTURE_FORMATS)} file",
+            param="inputs",
         ) from error
     except (OSError, SyntaxError, ValueError, struct.error) as error:
         raise InvalidRequest(

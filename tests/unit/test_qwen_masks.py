@@ -85,7 +85,7 @@ def test_requests_with_a_mask_and_without_share_forwards(subject):
     [
         (mask(40, 50, 1), "the mask has 40x50 pixels: the .first. picture has 50x50"),
         (replace(picture(50, 50, 1), role="mask"), "the mask has no transparency"),
-        (Media("image/png", b"no picture", "mask"), "of no known format: send a whole PNG"),
+        (Media("image/png", b"no picture", "mask"), "no known format.: send a whole PNG"),
         (Media("image/png", bomb(60000, 60000), "mask"), "too many pixels"),
     ],
     ids=["size", "no alpha", "no picture", "bomb"],
