@@ -16,8 +16,6 @@ from services.family import DitModel
 
 ONE_EXPERT = "engine.offload_experts needs a model of several experts: this one has 1"
 WITH_HSDP = "engine.offload_experts does not go with hsdp: each rank holds 1 share of all experts there"
-
-
 # PyTorch rounds each of its pinned allocations up to a power of two: weights one by one would take half as much again.
 PACK_BYTES = 2**30
 # Where weights begin in a pack, as copies like it.

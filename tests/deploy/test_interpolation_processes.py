@@ -17,7 +17,7 @@ from tests.cluster.running import wait_for
 from tests.deploy.chart import render, values_named
 from tests.deploy.networks import Network
 from tests.deploy.pods import Kubelet
-from tests.deploy.test_processes import PASSWORD
+from tests.deploy.test_processes import PASSWORD, start
 
 STAGES = ("text-encoder-clips", "dit-clips", "vae-clips", "interpolation")
 WISH = {"prompt": "a red circle moves", "enable_frame_interpolation": True, "frame_interpolation_exp": 2}
@@ -46,12 +46,7 @@ def make_clips(rest: httpx.Client, stop: threading.Event, made: list[httpx.Respo
 
 @pytest.mark.timeout(600)
 def test_interpolators_scale_out_and_in_and_no_clip_is_lost(kubelet: Kubelet, tmp_path: Path) -> None:
-    redis = kubelet.create("pix-lightloom-redis")
-    url = f"redis://:{PASSWORD}@{redis.address}:{redis.port('redis')}/0\n"
-    (tmp_path / "lightloom-redis/url").write_text(url)
-    running = {stage: kubelet.create(f"pix-lightloom-{stage}") for stage in STAGES}
-    gateway = kubelet.create("pix-lightloom-gateway")
-    kubelet.ready(gateway, *running.values())
+    gateway, running = start(kubelet, tmp_path, {stage: f"pix-lightloom-{stage}" for stage in STAGES})
     rest = httpx.Client(base_url=f"http://{gateway.address}:{gateway.port('http')}", timeout=120)
     wait_for(lambda: rest.get("/health").json()["interpolation"], 60)
     wait_for(lambda: rest.get("/health").status_code == 200, 60)

@@ -6,7 +6,7 @@ import base64
 import io
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import httpx
@@ -74,14 +74,20 @@ class Load:
         wait_for(lambda: self.pictures >= enough or self.failures, 60)
 
 
-@pytest.mark.timeout(900)
-def test_each_stage_scales_out_and_in_alone_and_no_request_is_lost(kubelet: Kubelet, tmp_path: Path) -> None:
+def start(kubelet: Kubelet, folder: Path, stages: Mapping[str, str]) -> tuple[Pod, dict[str, Pod]]:
+    """Redis, the pods of stages by their templates' names, and a gateway: the gateway, and the others by stage."""
     redis = kubelet.create("pix-lightloom-redis")
     url = f"redis://:{PASSWORD}@{redis.address}:{redis.port('redis')}/0\n"
-    (tmp_path / "lightloom-redis/url").write_text(url)
-    running = {stage: kubelet.create(f"pix-lightloom-{stage}-demo") for stage in STAGES}
+    (folder / "lightloom-redis/url").write_text(url)
+    running = {stage: kubelet.create(template) for stage, template in stages.items()}
     gateway = kubelet.create("pix-lightloom-gateway")
     kubelet.ready(gateway, *running.values())
+    return gateway, running
+
+
+@pytest.mark.timeout(900)
+def test_each_stage_scales_out_and_in_alone_and_no_request_is_lost(kubelet: Kubelet, tmp_path: Path) -> None:
+    gateway, running = start(kubelet, tmp_path, {stage: f"pix-lightloom-{stage}-demo" for stage in STAGES})
     rest = httpx.Client(base_url=f"http://{gateway.address}:{gateway.port('http')}", timeout=60)
     wait_for(lambda: rest.get("/health").status_code == 200, 60)
     with Load(gateway) as load:
