@@ -156,6 +156,49 @@ def _rebind(module: Any, work: Work, weight: torch.Tensor | None, forward: Any) 
     module.forward = MethodType(forward, module)
 
 
+def remembers(conv: Any) -> bool:
+    """Whether a convolution takes `room_behind_history`: it meets earlier frames, and nothing was put around it."""
+    return getattr(conv.forward, "__func__", None) is _convolve_in_time and _kept(conv) > 0
+
+
+def room_behind_history(conv: Any, like: torch.Tensor) -> torch.Tensor | None:
+    """Memory [B, C, kept + F, H, W] for the input of a convolution that `remembers`, channels last.
+
+    The frames that the convolution meets beside the new ones are there already, black ones before the first chunk.
+
+    Args:
+        like: the new frames come in its shape.
+
+    Returns:
+        None for a picture, which has no history.
+    """
+    stream: Stream = conv.work.stream
+    if stream.one_frame:
+        return None
+    kept = _kept(conv)
+    batch, channels, frames, height, width = like.shape
+    shape = (batch, channels, kept + frames, height, width)
+    room = torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last_3d)
+    before = stream.history.get(conv)
+    if before is None:
+        room[:, :, :kept].zero_()
+    else:
+        room[:, :, :kept] = before
+    return room
+
+
+def convolve_room(conv: Any, room: torch.Tensor) -> torch.Tensor:
+    """What a convolution gives for `room_behind_history` with the new frames in it; nobody may write to it any more."""
+    # No copy: it stays until the next chunk has taken its frames.
+    conv.work.stream.history[conv] = room[:, :, -_kept(conv) :]
+    out: torch.Tensor = conv._conv_forward(room, conv.weight, conv.bias)
+    return out
+
+
+def _kept(conv: Any) -> int:
+    return int(conv.kernel_size[0] - conv.stride[0])
+
+
 def _convolve_in_time(conv: Any, x: torch.Tensor) -> torch.Tensor:
     stream: Stream = conv.work.stream
     if stream.one_frame:
@@ -179,7 +222,7 @@ def _convolve_side_by_side(conv: Any, x: torch.Tensor) -> torch.Tensor:
 
 def _with_history(conv: Any, stream: Stream, x: torch.Tensor) -> torch.Tensor:
     """The frames that the convolution meets beside the new ones, before them; the last ones are kept for the next."""
-    kept = conv.kernel_size[0] - conv.stride[0]
+    kept = _kept(conv)
     if not kept:
         return x
     before = stream.history.get(conv)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from services import vae_kernels
 from services.attention import KERNELS, by_row, sdpa
 from services.families import load_family
 from services.linear_gelu import fuse_gelu, linear_gelu
@@ -71,6 +74,74 @@ def test_gelu_is_fused_where_it_can_be(tmp_path) -> None:
     assert fuse_gelu(FeedForward(32, activation_fn="gelu-approximate")) == 1
     assert fuse_gelu(FeedForward(32, activation_fn="gelu")) == 0
     assert fuse_gelu(FeedForward(32, activation_fn="gelu-approximate", bias=False)) == 0
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def dtype(request) -> torch.dtype:
+    return request.param
+
+
+@pytest.fixture
+def kernels() -> Any:
+    from services import vae_kernels_cuda
+
+    return vae_kernels_cuda
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    return 5e-6 if dtype == torch.float32 else 4e-3
+
+
+def on_gpu(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    """Noise, channels last."""
+    layout = torch.channels_last_3d if len(shape) == 5 else torch.channels_last
+    return torch.randn(shape).cuda().to(dtype, memory_format=layout)
+
+
+@pytest.mark.parametrize("batch, width", [(1, 96), (2, 12), (1, 384), (1, 640)])
+@torch.inference_mode()
+def test_an_rms_norm_is_written_behind_the_history(batch, width, dtype, kernels) -> None:
+    x, bias, gamma = on_gpu(batch, width, 4, 31, 17, dtype=dtype), *torch.randn(2, width).cuda().to(dtype)
+    for first in (None, bias):
+        room = torch.full_like(on_gpu(batch, width, 6, 31, 17, dtype=dtype), 7)
+        kernels.rms_norm_silu(x, first, gamma, room[:, :, 2:])
+        exact = torch.empty_like(x, dtype=torch.float64)
+        vae_kernels.rms_norm_silu(x.double(), None if first is None else first.double(), gamma.double(), exact)
+        assert relative(room[:, :, 2:], exact) < tolerance(dtype)
+        assert (room[:, :, :2] == 7).all()
+
+
+@pytest.mark.parametrize("batch, width, groups, sides", [(2, 12, 4, (9, 7)), (1, 160, 32, (40, 37))])
+@pytest.mark.parametrize("blocks", [1024, 3])
+@torch.inference_mode()
+def test_a_group_norm_by_its_channels(batch, width, groups, sides, blocks, dtype, kernels, monkeypatch) -> None:
+    monkeypatch.setattr(kernels, "MAX_BLOCKS", blocks)
+    norm = torch.nn.GroupNorm(groups, width).cuda()
+    norm.weight.normal_()
+    norm.bias.normal_()
+    norm.to(dtype)
+    # Each channel elsewhere, and in float32 far from zero: where sums of squares would lose digits.
+    far = 100 if dtype == torch.float32 else 3
+    x = (on_gpu(batch, width, *sides, dtype=dtype) + far * on_gpu(batch, width, 1, 1, dtype=dtype)).contiguous(
+        memory_format=torch.channels_last
+    )
+    bias = torch.randn(width).cuda().to(dtype)
+    exact = copy.deepcopy(norm).double()
+    for first in (None, bias):
+        whole = x.double() if first is None else x.double() + first.double()[:, None, None]
+        ours = kernels.group_norm_silu(x, first, norm)
+        assert relative(ours, F.silu(exact(whole))) < tolerance(dtype)
+
+
+@pytest.mark.parametrize("width", [12, 96, 512])
+@torch.inference_mode()
+def test_sums_and_doubled_pictures(width, dtype, kernels) -> None:
+    shortcut, x = on_gpu(1, width, 3, 31, 17, dtype=dtype), on_gpu(1, width, 3, 31, 17, dtype=dtype)
+    bias = torch.randn(width).cuda().to(dtype)
+    exact = vae_kernels.add(shortcut.double(), x.double(), bias.double())
+    assert relative(kernels.add(shortcut, x, bias), exact) < tolerance(dtype)
+    picture = on_gpu(2, width, 31, 17, dtype=dtype)
+    assert torch.equal(kernels.double(picture), vae_kernels.double(picture))
 
 
 @pytest.mark.parametrize("kind", KINDS)

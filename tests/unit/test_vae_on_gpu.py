@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from services.vae_on_gpu import compile_decoder, fuse_blocks, fuse_norms, group_norm, seal, speed_up
+from services import causal_stream, vae_on_gpu
+from services.vae_kernels import group_norm_silu
+from services.vae_on_gpu import compile_decoder, fuse_blocks, fuse_last_norms, seal, speed_up
 from tests.parallel.vaes import KINDS, latents_of, pixels_of, vae_model
 
 
-@pytest.fixture
-def traced(monkeypatch) -> None:
-    """Graphs are traced, and run without a compiler, which takes a minute for each model on a CPU."""
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-
-
-@pytest.mark.usefixtures("traced")
 @pytest.mark.parametrize("kind", ["kl", "wan", "wan_residual"])
 @torch.inference_mode()
 def test_frames_and_latents_are_nearly_the_same(kind: str) -> None:
@@ -60,33 +54,61 @@ def unique_graphs() -> int:
 def test_no_activation_is_left_behind_a_norm(kind: str) -> None:
     vae = vae_model(kind).module
     norms = sum("norm" in name.rpartition(".")[2] and "attentions" not in name for name, _ in vae.named_modules())
-    assert 2 * fuse_blocks(vae) + fuse_norms(vae) == norms > 10
+    assert 2 * fuse_blocks(vae) + fuse_last_norms(vae) == norms > 10
     for module in vae.modules():
-        if hasattr(module, "nonlinearity") and not hasattr(module, "fused"):
+        if hasattr(module, "nonlinearity") and not hasattr(module, "normed"):
             assert isinstance(module.nonlinearity, nn.Identity)
 
 
-def test_norms_that_ranks_share_keep_their_activation() -> None:
-    vae = vae_model("kl").module
-    for module in vae.modules():
-        if isinstance(module, nn.GroupNorm):
-            module.forward = module.forward
-    assert fuse_norms(vae) == 0
-    assert any(isinstance(module, nn.SiLU) for module in vae.modules())
+@torch.inference_mode()
+def test_clips_are_written_behind_their_history(monkeypatch) -> None:
+    rooms: list[torch.Size] = []
+
+    def convolve_room(conv: nn.Conv3d, room: torch.Tensor) -> torch.Tensor:
+        rooms.append(room.shape)
+        return convolve(conv, room)
+
+    convolve = vae_on_gpu.convolve_room
+    monkeypatch.setattr(vae_on_gpu, "convolve_room", convolve_room)
+    plain = vae_model("wan")
+    # A decoder's convolutions go through time on GPUs only.
+    monkeypatch.setattr(causal_stream, "_convolve_side_by_side", causal_stream._convolve_in_time)
+    fast = vae_model("wan")
+    fused = 2 * fuse_blocks(fast.module.decoder) + fuse_last_norms(fast.module.decoder)
+    latents = latents_of("wan", 4, 6, frames=4)
+    for ours, theirs in zip(fast.codec.decode(latents), plain.codec.decode(latents), strict=True):
+        assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+    assert len(rooms) == 4 * fused
+    # Two frames of history before one in the first chunk, and before one, two or four in the others.
+    assert {shape[2] for shape in rooms} == {3, 4, 6}
+    rooms.clear()
+    list(fast.codec.decode(latents_of("wan", 4, 6)))
+    assert not rooms
 
 
-@pytest.mark.usefixtures("traced")
 @pytest.mark.parametrize("kind", ["kl", "wan", "wan_residual"])
 @torch.inference_mode()
-def test_shared_norms_in_fused_blocks(kind: str) -> None:
+def test_norms_and_convolutions_that_ranks_share_are_called(kind: str) -> None:
     plain, fast = vae_model(kind), vae_model(kind)
-    for module in fast.module.modules():
-        if isinstance(module, nn.GroupNorm):
-            module.forward = module.forward
+    wrapped, called = set(), set()
+
+    def wrap(layer: nn.Module) -> None:
+        def forward_piece(x: torch.Tensor) -> torch.Tensor:
+            called.add(layer)
+            return forward(x)
+
+        forward = layer.forward
+        layer.forward = forward_piece
+        wrapped.add(layer)
+
+    for module in fast.module.decoder.modules():
+        if isinstance(module, nn.GroupNorm | nn.Conv2d | nn.Conv3d):
+            wrap(module)
     speed_up(fast.module)
     latents = latents_of(kind, 6, 8, frames=2)
     for ours, theirs in zip(fast.codec.decode(latents), plain.codec.decode(latents), strict=True):
         assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+    assert called == wrapped
 
 
 @torch.inference_mode()
@@ -96,4 +118,5 @@ def test_a_group_norm_by_its_channels() -> None:
     norm.bias.normal_()
     # Far from zero, and each channel elsewhere: where sums of squares would lose digits.
     x = torch.randn(2, 12, 9, 7) + 100 * torch.randn(2, 12, 1, 1)
-    assert (group_norm(norm, x).double() - norm.double()(x.double())).abs().max() < 2e-5
+    ours = group_norm_silu(x, None, norm).double()
+    assert (ours - F.silu(norm.double()(x.double()))).abs().max() < 2e-5

@@ -1,0 +1,57 @@
+"""What a VAE does between its convolutions, in plain torch: formulas, and what a compiler fuses.
+
+`vae_kernels_cuda` has the same functions as single kernels. Shapes: [B, C, H, W] or [B, C, F, H, W]. A bias is that of
+the convolution before, one number for each channel. Moments, roots and SiLU are taken in float32.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+def rms_norm_silu(x: torch.Tensor, bias: torch.Tensor | None, gamma: torch.Tensor, out: torch.Tensor) -> None:
+    """SiLU of a clip's RMS norm over channels.
+
+    Args:
+        gamma: [C].
+        out: of x's shape, channels last; may be the last frames of something larger.
+    """
+    whole = _with_bias(x, bias).float()
+    normed = F.normalize(whole, dim=1) * (channels(gamma, x).float() * gamma.numel() ** 0.5)
+    out.copy_(F.silu(normed))
+
+
+def group_norm_silu(x: torch.Tensor, bias: torch.Tensor | None, norm: nn.GroupNorm) -> torch.Tensor:
+    """SiLU of a group norm of [B, C, H, W] by way of each channel's own moments, which loses no digits."""
+    whole = _with_bias(x, bias).float()
+    variance, mean = torch.var_mean(whole, dim=(2, 3), correction=0)
+    variance, mean = (moments.unflatten(1, (norm.num_groups, -1)) for moments in (variance, mean))
+    spread = variance.mean(2, keepdim=True) + mean.var(2, correction=0, keepdim=True)
+    scale = (spread + norm.eps).rsqrt().expand_as(mean).flatten(1) * norm.weight
+    shift = norm.bias - mean.mean(2, keepdim=True).expand_as(mean).flatten(1) * scale
+    normed: torch.Tensor = whole * scale[:, :, None, None] + shift[:, :, None, None]
+    return F.silu(normed).to(x.dtype)
+
+
+def add(shortcut: torch.Tensor, x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """What leaves a residual block: shortcut + x + bias."""
+    return shortcut + _with_bias(x, bias)
+
+
+def double(x: torch.Tensor) -> torch.Tensor:
+    """[B, C, H, W] to [B, C, 2 H, 2 W], each pixel four times, channels last."""
+    rows = x.permute(0, 2, 3, 1)
+    batch, height, width, count = rows.shape
+    wide = rows[:, :, None, :, None].expand(batch, height, 2, width, 2, count)
+    return wide.reshape(batch, 2 * height, 2 * width, count).permute(0, 3, 1, 2)
+
+
+def channels(weights: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """One number for each channel of [B, C, ...]."""
+    return weights.view(-1, *(1 for _ in x.shape[2:]))
+
+
+def _with_bias(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return x if bias is None else x + channels(bias, x)

@@ -1,0 +1,265 @@
+"""What a VAE does between its convolutions as Triton kernels: each reads a picture once and writes it once.
+
+See `vae_kernels` for what they compute. With the channels last a picture or clip is rows of C numbers, one after the
+other; a program takes a tile of some rows with all their channels. Arithmetic is in float32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import nn
+
+# Numbers in a program's tile.
+TILE = 4096
+# Channels and rows of a tile whose moments are taken; at most so many partial moments of a channel.
+MOMENT_CHANNELS = 64
+MOMENT_ROWS = 128
+MAX_BLOCKS = 1024
+
+
+@triton.jit(do_not_specialize=("rows", "out_rows"))  # type: ignore[untyped-decorator]
+def _rms_norm_silu(  # type: ignore[no-untyped-def]  # noqa: ANN202, PLR0913
+    x,  # noqa: ANN001
+    bias,  # noqa: ANN001
+    gamma,  # noqa: ANN001
+    out,  # noqa: ANN001
+    rows,  # noqa: ANN001
+    out_rows,  # noqa: ANN001
+    C: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    batch = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    channel = tl.arange(0, CHANNELS)[None, :]
+    inside = (row < rows) & (channel < C)
+    values = tl.load(x + (batch * rows + row) * C + channel, mask=inside, other=0.0).to(tl.float32)
+    # Weights are read for every row, out of the cache: so they come in the layout of the tile.
+    if bias is not None:
+        values += tl.load(tl.broadcast_to(bias + channel, (ROWS, CHANNELS)), mask=inside, other=0.0).to(tl.float32)
+    length = tl.sqrt(tl.sum(values * values, axis=1, keep_dims=True))
+    root = tl.sqrt(tl.full((1, 1), C, tl.float32))
+    weight = tl.load(tl.broadcast_to(gamma + channel, (ROWS, CHANNELS)), mask=inside, other=0.0).to(tl.float32)
+    normed = values * (root / tl.maximum(length, 1e-12)) * weight
+    tl.store(out + (batch * out_rows + row) * C + channel, normed * tl.sigmoid(normed), mask=inside)
+
+
+@triton.jit(do_not_specialize=("rows", "tiles"))  # type: ignore[untyped-decorator]
+def _moments(  # type: ignore[no-untyped-def]  # noqa: ANN202, PLR0913
+    x,  # noqa: ANN001
+    means,  # noqa: ANN001
+    squares,  # noqa: ANN001
+    rows,  # noqa: ANN001
+    tiles,  # noqa: ANN001
+    C: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    batch = tl.program_id(2).to(tl.int64)
+    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
+    mean = tl.zeros((1, CHANNELS), tl.float32)
+    square = tl.zeros((1, CHANNELS), tl.float32)
+    for tile in range(tiles):
+        first = (tl.program_id(0) * tiles + tile) * ROWS
+        row = first + tl.arange(0, ROWS)[:, None]
+        inside = (row < rows) & (channel < C)
+        values = tl.load(x + (batch * rows + row) * C + channel, mask=inside, other=0.0).to(tl.float32)
+        count = tl.minimum(tl.maximum(rows - first, 0), ROWS).to(tl.float32)
+        tile_mean = tl.sum(values, axis=0, keep_dims=True) / tl.maximum(count, 1.0)
+        apart = tl.where(inside, values - tile_mean, 0.0)
+        # Chan et al.: sums of squares about each part's own mean lose no digits. Tiles before this one are full.
+        before = tile * tl.full((), ROWS, tl.float32)
+        share = count / (before + count)
+        delta = tile_mean - mean
+        square += tl.sum(apart * apart, axis=0, keep_dims=True) + delta * delta * before * share
+        mean += delta * share
+    partial = (batch * tl.num_programs(0) + tl.program_id(0)) * C + channel
+    tl.store(means + partial, mean, mask=channel < C)
+    tl.store(squares + partial, square, mask=channel < C)
+
+
+@triton.jit(do_not_specialize=("blocks", "rows", "block_rows"))  # type: ignore[untyped-decorator]
+def _scale_and_shift(  # type: ignore[no-untyped-def]  # noqa: ANN202, PLR0913
+    means,  # noqa: ANN001
+    squares,  # noqa: ANN001
+    bias,  # noqa: ANN001
+    weight,  # noqa: ANN001
+    offset,  # noqa: ANN001
+    scale,  # noqa: ANN001
+    shift,  # noqa: ANN001
+    blocks,  # noqa: ANN001
+    rows,  # noqa: ANN001
+    block_rows,  # noqa: ANN001
+    eps,  # noqa: ANN001
+    C: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    batch = tl.program_id(1)
+    lane = tl.arange(0, CHANNELS)[None, :]
+    channel = tl.program_id(0) * WIDTH + lane
+    before = tl.zeros((1, CHANNELS), tl.float32)
+    if bias is not None:
+        before = tl.load(bias + channel, mask=lane < WIDTH, other=0.0).to(tl.float32)
+    total = rows.to(tl.float32) * WIDTH
+    sums = tl.zeros((BLOCKS, CHANNELS), tl.float32)
+    for first in range(0, blocks, BLOCKS):
+        block = first + tl.arange(0, BLOCKS)[:, None]
+        inside = (block < blocks) & (lane < WIDTH)
+        count = tl.minimum(rows - block * block_rows, block_rows).to(tl.float32)
+        values = tl.load(means + (batch * blocks + block) * C + channel, mask=inside, other=0.0) + before
+        sums += tl.where(inside, values * count, 0.0)
+    mean = tl.sum(tl.sum(sums, axis=0, keep_dims=True), axis=1, keep_dims=True) / total
+    sums = tl.zeros((BLOCKS, CHANNELS), tl.float32)
+    for first in range(0, blocks, BLOCKS):
+        block = first + tl.arange(0, BLOCKS)[:, None]
+        inside = (block < blocks) & (lane < WIDTH)
+        count = tl.minimum(rows - block * block_rows, block_rows).to(tl.float32)
+        partial = (batch * blocks + block) * C + channel
+        apart = tl.load(means + partial, mask=inside, other=0.0) + before - mean
+        sums += tl.where(inside, tl.load(squares + partial, mask=inside, other=0.0) + apart * apart * count, 0.0)
+    variance = tl.sum(tl.sum(sums, axis=0, keep_dims=True), axis=1, keep_dims=True) / total
+    factor = tl.load(weight + channel, mask=lane < WIDTH, other=0.0).to(tl.float32) / tl.sqrt(variance + eps)
+    start = tl.load(offset + channel, mask=lane < WIDTH, other=0.0).to(tl.float32)
+    tl.store(scale + batch * C + channel, factor, mask=lane < WIDTH)
+    tl.store(shift + batch * C + channel, start + (before - mean) * factor, mask=lane < WIDTH)
+
+
+@triton.jit(do_not_specialize=("rows",))  # type: ignore[untyped-decorator]
+def _scale_silu(  # type: ignore[no-untyped-def]  # noqa: ANN202, PLR0913
+    x,  # noqa: ANN001
+    scale,  # noqa: ANN001
+    shift,  # noqa: ANN001
+    out,  # noqa: ANN001
+    rows,  # noqa: ANN001
+    C: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    batch = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    channel = tl.arange(0, CHANNELS)[None, :]
+    inside = (row < rows) & (channel < C)
+    factor = tl.load(scale + batch * C + channel, mask=channel < C, other=0.0)
+    start = tl.load(shift + batch * C + channel, mask=channel < C, other=0.0)
+    offsets = (batch * rows + row) * C + channel
+    normed = tl.load(x + offsets, mask=inside, other=0.0).to(tl.float32) * factor + start
+    tl.store(out + offsets, normed * tl.sigmoid(normed), mask=inside)
+
+
+@triton.jit(do_not_specialize=("rows",))  # type: ignore[untyped-decorator]
+def _add(  # type: ignore[no-untyped-def]  # noqa: ANN202, PLR0913
+    shortcut,  # noqa: ANN001
+    x,  # noqa: ANN001
+    bias,  # noqa: ANN001
+    out,  # noqa: ANN001
+    rows,  # noqa: ANN001
+    C: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    channel = tl.arange(0, CHANNELS)[None, :]
+    inside = (row < rows) & (channel < C)
+    offsets = row * C + channel
+    values = tl.load(x + offsets, mask=inside, other=0.0).to(tl.float32)
+    values += tl.load(bias + channel, mask=channel < C, other=0.0).to(tl.float32)
+    values += tl.load(shortcut + offsets, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + offsets, values, mask=inside)
+
+
+@triton.jit(do_not_specialize=("rows", "width"))  # type: ignore[untyped-decorator]
+def _double(  # type: ignore[no-untyped-def]  # noqa: ANN202, PLR0913
+    x,  # noqa: ANN001
+    out,  # noqa: ANN001
+    rows,  # noqa: ANN001
+    width,  # noqa: ANN001
+    C: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    channel = tl.arange(0, CHANNELS)[None, :]
+    inside = (row < rows) & (channel < C)
+    values = tl.load(x + row.to(tl.int64) * C + channel, mask=inside)
+    # Two lines of the result for one, and two rows of channels for one.
+    first = row // width * 4 * width + row % width * 2
+    for down in tl.static_range(2):
+        for right in tl.static_range(2):
+            target = (first + down * 2 * width + right).to(tl.int64)
+            tl.store(out + target * C + channel, values, mask=inside)
+
+
+def rms_norm_silu(x: torch.Tensor, bias: torch.Tensor | None, gamma: torch.Tensor, out: torch.Tensor) -> None:
+    """See `vae_kernels.rms_norm_silu`; rows of `out` lie one after the other within each clip."""
+    x = _in_rows(x)
+    count, tile = x.shape[1], _tile(x.shape[1])
+    rows = x[0, 0].numel()
+    kernel: Any = _rms_norm_silu[triton.cdiv(rows, tile["ROWS"]), len(x)]
+    kernel(x, bias, gamma, out, rows, out.stride(0) // count, count, **tile)
+
+
+def group_norm_silu(x: torch.Tensor, bias: torch.Tensor | None, norm: nn.GroupNorm) -> torch.Tensor:
+    """See `vae_kernels.group_norm_silu`."""
+    x = _in_rows(x)
+    scale, shift = _affine(x, bias, norm)
+    out = torch.empty_like(x)
+    rows, tile = x[0, 0].numel(), _tile(x.shape[1])
+    kernel: Any = _scale_silu[triton.cdiv(rows, tile["ROWS"]), len(x)]
+    kernel(x, scale, shift, out, rows, x.shape[1], **tile)
+    return out
+
+
+def _affine(x: torch.Tensor, bias: torch.Tensor | None, norm: nn.GroupNorm) -> torch.Tensor:
+    """What a group norm multiplies each channel with and adds to it: [2, B, C]."""
+    batch, count = x.shape[:2]
+    rows = x[0, 0].numel()
+    tiles = triton.cdiv(rows, MOMENT_ROWS * MAX_BLOCKS)
+    blocks = triton.cdiv(rows, MOMENT_ROWS * tiles)
+    side = min(MOMENT_CHANNELS, triton.next_power_of_2(count))
+    moments = torch.empty(2, batch, blocks, count, dtype=torch.float32, device=x.device)
+    kernel: Any = _moments[blocks, triton.cdiv(count, side), batch]
+    kernel(x, *moments, rows, tiles, count, MOMENT_ROWS, side)
+    affine = torch.empty(2, batch, count, dtype=torch.float32, device=x.device)
+    width = count // norm.num_groups
+    side = triton.next_power_of_2(width)
+    kernel = _scale_and_shift[norm.num_groups, batch]
+    inputs = (*moments, bias, norm.weight, norm.bias, *affine)
+    kernel(*inputs, blocks, rows, MOMENT_ROWS * tiles, norm.eps, count, width, max(TILE // side // 2, 1), side)
+    return affine
+
+
+def add(shortcut: torch.Tensor, x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """See `vae_kernels.add`."""
+    shortcut, x = _in_rows(shortcut), _in_rows(x)
+    out = torch.empty_like(x)
+    rows, tile = x.numel() // x.shape[1], _tile(x.shape[1])
+    kernel: Any = _add[(triton.cdiv(rows, tile["ROWS"]),)]
+    kernel(shortcut, x, bias, out, rows, x.shape[1], **tile)
+    return out
+
+
+def double(x: torch.Tensor) -> torch.Tensor:
+    """See `vae_kernels.double`."""
+    x = _in_rows(x)
+    batch, count, height, width = x.shape
+    shape = (batch, count, 2 * height, 2 * width)
+    out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    rows, tile = batch * height * width, _tile(count)
+    kernel: Any = _double[(triton.cdiv(rows, tile["ROWS"]),)]
+    kernel(x, out, rows, width, count, **tile)
+    return out
+
+
+def _in_rows(x: torch.Tensor) -> torch.Tensor:
+    return x.contiguous(memory_format=torch.channels_last_3d if x.ndim == 5 else torch.channels_last)
+
+
+def _tile(channels: int) -> dict[str, int]:
+    side = triton.next_power_of_2(channels)
+    return {"ROWS": max(TILE // side, 1), "CHANNELS": side}
