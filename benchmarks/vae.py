@@ -36,6 +36,7 @@ from services.family import VaeModel
 from services.parallel.degrees import Degrees
 from services.parallel.mesh import Axis, Mesh
 from services.parallel.vae_patch import PatchCodec
+from services.vae_attention import attend_by_products
 from services.vae_on_gpu import channels_last, compile_decoder, speed_up
 from services.weights import ModelSource, open_source
 
@@ -160,6 +161,8 @@ def prepared(bench: Bench, case: Case, candidate: Candidate, dtype: torch.dtype,
     model = VaeModel(vae, type(outline.codec)(vae))  # type: ignore[call-arg]
     if isinstance(model.codec, CausalCodec):
         model.codec._frames_a_step = candidate.step
+    if candidate.fused:
+        attend_by_products(vae)
     if axis is not None:
         model = VaeModel(vae, PatchCodec(model, part.plan, part.latent_geometry(outline)[1], axis))
     if candidate.fused:

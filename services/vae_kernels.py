@@ -1,14 +1,36 @@
 """What a VAE does between its convolutions, in plain torch: formulas, and what a compiler fuses.
 
-`vae_kernels_cuda` has the same functions as single kernels. Shapes: [B, C, H, W] or [B, C, F, H, W]. A bias is that of
-the convolution before, one number for each channel. Moments, roots and SiLU are taken in float32.
+`vae_kernels_cuda` has the same functions as single kernels; `kernels_for` says which of the two modules to take.
+Shapes: [B, C, H, W] or [B, C, F, H, W]. A bias is that of the convolution before, one number for each channel. Moments,
+roots and SiLU are taken in float32.
 """
 
 from __future__ import annotations
 
+import shutil
+import sys
+from functools import cache
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+
+def kernels_for(x: torch.Tensor) -> Any:
+    """Triton's kernels on a GPU; plain torch on the CPU, and for a compiler, which fuses it itself."""
+    if not x.is_cuda or torch.compiler.is_compiling() or not _has_compiler():
+        return sys.modules[__name__]
+    # Imported where it is used: builds of torch without CUDA come without Triton.
+    from services import vae_kernels_cuda
+
+    return vae_kernels_cuda
+
+
+@cache
+def _has_compiler() -> bool:
+    """Triton builds what starts its kernels."""
+    return any(map(shutil.which, ("gcc", "clang")))
 
 
 def rms_norm_silu(x: torch.Tensor, bias: torch.Tensor | None, gamma: torch.Tensor, out: torch.Tensor) -> None:
@@ -46,6 +68,19 @@ def double(x: torch.Tensor) -> torch.Tensor:
     batch, height, width, count = rows.shape
     wide = rows[:, :, None, :, None].expand(batch, height, 2, width, 2, count)
     return wide.reshape(batch, 2 * height, 2 * width, count).permute(0, 3, 1, 2)
+
+
+def side_by_side(clip: torch.Tensor, count: int) -> torch.Tensor:
+    """Each frame of [B, C, F + count - 1, H, W] with those behind it: [B F, count C, H, W], channels last."""
+    frames = clip.shape[2] - count + 1
+    if count > 1:
+        clip = torch.cat([clip[:, :, start : start + frames] for start in range(count)], dim=1)
+    return clip.transpose(1, 2).flatten(0, 1)
+
+
+def softmax(scores: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Tensor:
+    """Of each row of scores [N, M] in float32, times `scale`."""
+    return (scores * scale).softmax(-1).to(dtype)
 
 
 def channels(weights: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

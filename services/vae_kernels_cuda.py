@@ -195,6 +195,58 @@ def _double(  # type: ignore[no-untyped-def]  # noqa: ANN202, PLR0913
             tl.store(out + target * C + channel, values, mask=inside)
 
 
+@triton.jit(do_not_specialize=("rows", "picture", "frames"))  # type: ignore[untyped-decorator]
+def _side_by_side(  # type: ignore[no-untyped-def]  # noqa: ANN202, PLR0913
+    clip,  # noqa: ANN001
+    out,  # noqa: ANN001
+    rows,  # noqa: ANN001
+    picture,  # noqa: ANN001
+    frames,  # noqa: ANN001
+    C: tl.constexpr,
+    COUNT: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    batch = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    channel = tl.arange(0, CHANNELS)[None, :]
+    inside = (row < rows) & (channel < C)
+    values = tl.load(clip + (batch * rows + row) * C + channel, mask=inside)
+    frame = row // picture
+    for place in tl.static_range(COUNT):
+        wanted = inside & (frame >= place) & (frame - place < frames)
+        target = batch * frames * picture + row - place * picture
+        tl.store(out + (target * COUNT + place) * C + channel, values, mask=wanted)
+
+
+@triton.jit(do_not_specialize=("count",))  # type: ignore[untyped-decorator]
+def _softmax(  # type: ignore[no-untyped-def]  # noqa: ANN202
+    scores,  # noqa: ANN001
+    out,  # noqa: ANN001
+    count,  # noqa: ANN001
+    scale,  # noqa: ANN001
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * count
+    lane = tl.arange(0, BLOCK)
+    peak = tl.full((BLOCK,), float("-inf"), tl.float32)
+    for first in range(0, count, BLOCK):
+        inside = first + lane < count
+        peak = tl.maximum(peak, tl.load(scores + row + first + lane, mask=inside, other=float("-inf")))
+    highest = tl.max(peak)
+    total = tl.zeros((BLOCK,), tl.float32)
+    # The row is in a cache after the first time.
+    for first in range(0, count, BLOCK):
+        inside = first + lane < count
+        value = tl.load(scores + row + first + lane, mask=inside, other=float("-inf"))
+        total += tl.exp((value - highest) * scale)
+    share = 1.0 / tl.sum(total)
+    for first in range(0, count, BLOCK):
+        inside = first + lane < count
+        value = tl.load(scores + row + first + lane, mask=inside, other=float("-inf"))
+        tl.store(out + row + first + lane, tl.exp((value - highest) * scale) * share, mask=inside)
+
+
 def rms_norm_silu(x: torch.Tensor, bias: torch.Tensor | None, gamma: torch.Tensor, out: torch.Tensor) -> None:
     """See `vae_kernels.rms_norm_silu`; rows of `out` lie one after the other within each clip."""
     x = _in_rows(x)
@@ -253,6 +305,27 @@ def double(x: torch.Tensor) -> torch.Tensor:
     rows, tile = batch * height * width, _tile(count)
     kernel: Any = _double[(triton.cdiv(rows, tile["ROWS"]),)]
     kernel(x, out, rows, width, count, **tile)
+    return out
+
+
+def side_by_side(clip: torch.Tensor, count: int) -> torch.Tensor:
+    """See `vae_kernels.side_by_side`."""
+    clip = _in_rows(clip)
+    batch, channels, _, height, width = clip.shape
+    frames, tile = clip.shape[2] - count + 1, _tile(channels)
+    shape = (batch * frames, count * channels, height, width)
+    out = torch.empty(shape, dtype=clip.dtype, device=clip.device, memory_format=torch.channels_last)
+    rows = clip[0, 0].numel()
+    kernel: Any = _side_by_side[triton.cdiv(rows, tile["ROWS"]), batch]
+    kernel(clip, out, rows, height * width, frames, channels, count, **tile)
+    return out
+
+
+def softmax(scores: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Tensor:
+    """See `vae_kernels.softmax`; `scale` is positive."""
+    out = torch.empty(scores.shape, dtype=dtype, device=scores.device)
+    kernel: Any = _softmax[(len(scores),)]
+    kernel(scores, out, scores.shape[1], scale, TILE)
     return out
 
 

@@ -12,8 +12,6 @@ Without these, three quarters of a decode at 1024x1024 went to what is not a con
 
 from __future__ import annotations
 
-import shutil
-from functools import cache
 from types import MethodType
 from typing import Any
 
@@ -24,6 +22,7 @@ from torch import nn
 
 from services import vae_kernels
 from services.causal_stream import convolve_room, remembers, room_behind_history
+from services.vae_kernels import kernels_for
 
 # What modules call their last norm, and the activation behind it.
 LAST_NORMS = ("norm_out", "conv_norm_out")
@@ -45,22 +44,6 @@ def speed_up(vae: nn.Module) -> None:
             layer.forward = MethodType(_double_and_convolve, module)
 
 
-def kernels_for(x: torch.Tensor) -> Any:
-    """Triton's kernels on a GPU; plain torch on the CPU, and for a compiler, which fuses it itself."""
-    if not x.is_cuda or torch.compiler.is_compiling() or not _has_compiler():
-        return vae_kernels
-    # Imported where it is used: builds of torch without CUDA come without Triton.
-    from services import vae_kernels_cuda
-
-    return vae_kernels_cuda
-
-
-@cache
-def _has_compiler() -> bool:
-    """Triton builds what starts its kernels."""
-    return any(map(shutil.which, ("gcc", "clang")))
-
-
 def channels_last(vae: nn.Module) -> None:
     """Weights of convolutions with the channels innermost; what goes through them follows."""
     for module in vae.modules():
@@ -78,7 +61,11 @@ def fuse_blocks(vae: nn.Module) -> int:
     """
     blocks: list[Any] = [module for module in vae.modules() if _is_residual(module)]
     for block in blocks:
+        shortcut: Any = block.conv_shortcut
         block.biases = [conv.bias for conv in (block.conv1, block.conv2)]
+        if isinstance(shortcut, nn.Conv2d | nn.Conv3d) and shortcut.bias is not None:
+            block.biases[1] = block.biases[1] + shortcut.bias
+            shortcut.bias = None
         block.conv1.bias = block.conv2.bias = None
         block.normed = [NormedConvolution(block.norm1, block.conv1), NormedConvolution(block.norm2, block.conv2)]
         block.forward = MethodType(_run_block, block)

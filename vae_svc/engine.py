@@ -23,6 +23,7 @@ from services.parallel.mesh import Mesh
 from services.parallel.vae_patch import PatchCodec
 from services.parallel.vae_tiles import TileCodec, check_tile
 from services.request import Limits, ResolvedParams
+from services.vae_attention import attend_by_products
 from services.vae_on_gpu import compile_decoder, seal, speed_up
 from services.weights import ModelSource
 from vae_svc.latent_rgb_fit import LatentRgbFit, fit_latent_rgb
@@ -236,8 +237,11 @@ def open_engine(config: StageConfig, mesh: Mesh | None = None) -> VaeEngine:
     part = load_family(source.family).vae
     check_sharing(config, part, source)
     model = part.load(source, *placement(config.model))
+    on_gpu = model.module.device.type == "cuda"
+    if on_gpu:
+        attend_by_products(model.module)
     model = share_pictures(config, part, model, mesh)
-    if model.module.device.type == "cuda":
+    if on_gpu:
         speed_up(model.module)
     if config.engine.vae_compile:
         compile_decoder(model.module)

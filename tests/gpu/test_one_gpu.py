@@ -10,10 +10,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from services import vae_kernels
+from services import vae_attention, vae_kernels
 from services.attention import KERNELS, by_row, sdpa
 from services.families import load_family
 from services.linear_gelu import fuse_gelu, linear_gelu
+from services.vae_attention import attend_by_products, one_head
 from services.vae_on_gpu import speed_up
 from tests.gpu.work import config_of, denoise
 from tests.parallel.vaes import KINDS, latents_of, vae_model
@@ -144,12 +145,40 @@ def test_sums_and_doubled_pictures(width, dtype, kernels) -> None:
     assert torch.equal(kernels.double(picture), vae_kernels.double(picture))
 
 
+@pytest.mark.parametrize("batch, width, count", [(1, 96, 3), (2, 12, 3), (1, 16, 1)])
+@torch.inference_mode()
+def test_frames_side_by_side_for_sums_in_2d(batch, width, count, dtype, kernels) -> None:
+    clip = on_gpu(batch, width, 6, 31, 17, dtype=dtype)
+    ours = kernels.side_by_side(clip, count)
+    assert torch.equal(ours, vae_kernels.side_by_side(clip, count))
+    assert ours.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("count", [100, 6240, 16384])
+@torch.inference_mode()
+def test_sums_of_a_softmax(count, kernels) -> None:
+    scores = 20 * torch.randn(5, count).cuda()
+    exact = (scores.double() / 3).softmax(-1)
+    assert relative(kernels.softmax(scores, 1 / 3, torch.float32), exact) < 1e-5
+    assert relative(kernels.softmax(scores, 1 / 3, torch.bfloat16), exact) < tolerance(torch.bfloat16)
+
+
+@torch.inference_mode()
+def test_sums_of_attention_by_products(monkeypatch) -> None:
+    monkeypatch.setattr(vae_attention, "MAX_SCORES", 300_000)
+    query, key, value = (torch.randn(2, 700, 384).cuda().bfloat16() for _ in range(3))
+    ours, fused = (one_head(query, key, value), F.scaled_dot_product_attention(query, key, value))
+    exact = F.scaled_dot_product_attention(query.double(), key.double(), value.double())
+    assert relative(ours, exact) < 1.2 * relative(fused, exact)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @torch.inference_mode()
 def test_frames_of_a_vae_are_those_of_the_cpu(kind, monkeypatch) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     plain, fast = vae_model(kind), vae_model(kind)
     fast.module.cuda()
+    attend_by_products(fast.module)
     speed_up(fast.module)
     for size, frames in (((12, 8), 3), ((7, 9), 1)):
         latents = latents_of(kind, *size, frames=frames)

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from services import causal_stream, vae_on_gpu
+from services import vae_on_gpu
+from services.vae_attention import attend_by_products
 from services.vae_kernels import group_norm_silu
 from services.vae_on_gpu import compile_decoder, fuse_blocks, fuse_last_norms, seal, speed_up
 from tests.parallel.vaes import KINDS, latents_of, pixels_of, vae_model
@@ -60,8 +61,9 @@ def test_no_activation_is_left_behind_a_norm(kind: str) -> None:
             assert isinstance(module.nonlinearity, nn.Identity)
 
 
+@pytest.mark.parametrize("side_by_side", [True, False])
 @torch.inference_mode()
-def test_clips_are_written_behind_their_history(monkeypatch) -> None:
+def test_clips_are_written_behind_their_history(side_by_side: bool, monkeypatch) -> None:
     rooms: list[torch.Size] = []
 
     def convolve_room(conv: nn.Conv3d, room: torch.Tensor) -> torch.Tensor:
@@ -71,9 +73,10 @@ def test_clips_are_written_behind_their_history(monkeypatch) -> None:
     convolve = vae_on_gpu.convolve_room
     monkeypatch.setattr(vae_on_gpu, "convolve_room", convolve_room)
     plain = vae_model("wan")
-    # A decoder's convolutions go through time on GPUs only.
-    monkeypatch.setattr(causal_stream, "_convolve_side_by_side", causal_stream._convolve_in_time)
     fast = vae_model("wan")
+    for module in fast.module.modules() if not side_by_side else ():
+        # On GPUs most convolutions stay in 3-D.
+        module.__dict__["_buffers"].pop("weight_side_by_side", None)
     fused = 2 * fuse_blocks(fast.module.decoder) + fuse_last_norms(fast.module.decoder)
     latents = latents_of("wan", 4, 6, frames=4)
     for ours, theirs in zip(fast.codec.decode(latents), plain.codec.decode(latents), strict=True):
@@ -109,6 +112,16 @@ def test_norms_and_convolutions_that_ranks_share_are_called(kind: str) -> None:
     for ours, theirs in zip(fast.codec.decode(latents), plain.codec.decode(latents), strict=True):
         assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
     assert called == wrapped
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.inference_mode()
+def test_attention_by_products(kind: str) -> None:
+    plain, ours = vae_model(kind), vae_model(kind)
+    assert attend_by_products(ours.module) == 2
+    latents = latents_of(kind, 6, 8, frames=1)
+    for got, expected in zip(ours.codec.decode(latents), plain.codec.decode(latents), strict=True):
+        assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 @torch.inference_mode()
