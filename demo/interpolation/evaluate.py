@@ -34,7 +34,7 @@ def mean_psnr(
     for _ in range(0, count, BATCH):
         clips = sample_clips(BATCH, side_px, len(painter.tiles), generator, plain_share=plain_share).to(device)
         first, target, second = (
-            painter.draw(clips, torch.full((BATCH,), moment, device=device))[0] for moment in (0.0, wanted, 1.0)
+            painter.picture(clips, torch.full((BATCH,), moment, device=device)) for moment in (0.0, wanted, 1.0)
         )
         planes = net.encode_pictures(torch.cat([first, second]))
         picture = net(*planes.chunk(2), torch.full((BATCH,), wanted, device=device)).picture()

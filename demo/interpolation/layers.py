@@ -1,7 +1,8 @@
 """Clips for training: layers that move independently, one before another, drawn at any time with their true flow.
 
 A layer is an outline filled with a piece of a photograph or with a plain colour. It moves on a line, turns, grows and
-bends. Everything is drawn in batches where its tensors are, by sampling; nothing is loaded.
+bends; a camera's pan moves all layers alike. Some pieces are enlarged until they look out of focus. Everything is drawn
+in batches where its tensors are, by sampling; nothing is loaded.
 
 Letters of shapes: N clips, M their layers (`LAYERS` of each clip, back to front; the first fills the picture), S the
 picture's side in pixels. Coordinates are pixels (x, y) from the picture's centre; times go from 0 (the first picture)
@@ -21,10 +22,14 @@ from demo.interpolation.photographs import TILE_PX
 from demo.scenes import PALETTE, SHAPES
 
 LAYERS = 5
-MAX_TRAVEL_PX = 24.0
+MAX_TRAVEL = 0.25
+"""A layer's own way, against the picture's side. Between every second frame of a film, things near the camera move as
+far; a network that was taught 24 px at most shows them double."""
+MAX_PAN = 0.2
+"""The camera's, which all layers share."""
 PLAIN_SHARE = 0.2
-MAX_TURN = math.radians(8)
-MAX_GROWTH = 0.08
+MAX_TURN = math.radians(12)
+MAX_GROWTH = 0.12
 MAX_BEND_PX = 4.0
 BEND_KNOTS = 5
 BEND_REACH_PX = 160.0
@@ -118,8 +123,14 @@ class Painter:
         points = _pixels(clips.side_px, time.device).expand(len(time), -1, -1, -1)
         local = clips.motion.to_layer(points, time)
         ends = [clips.motion.to_picture(local, torch.full_like(time, end)) - points for end in (0.0, 1.0)]
-        flow = torch.cat(ends, -1).permute(0, 3, 1, 2)
-        return _compose(self._colour(clips.look, local), self._coverage(clips.look, local), flow)
+        coverage, flow = self._coverage(clips.look, local), torch.cat(ends, -1).permute(0, 3, 1, 2)
+        return _lay_colours(self._colour(clips.look, local), coverage), _lay_flows(flow, coverage)
+
+    def picture(self, clips: Clips, time: torch.Tensor) -> torch.Tensor:
+        """What `draw` returns first, for less than half of the work."""
+        time = time.repeat_interleave(LAYERS)
+        local = clips.motion.to_layer(_pixels(clips.side_px, time.device).expand(len(time), -1, -1, -1), time)
+        return _lay_colours(self._colour(clips.look, local), self._coverage(clips.look, local))
 
     def _coverage(self, look: Look, local: torch.Tensor) -> torch.Tensor:
         """[M, 1, S, S]: 1 inside, 0 outside, between at the edge."""
@@ -184,28 +195,31 @@ def _sample_look(draw: Draw, plain: torch.Tensor, side_px: int, tiles: int) -> L
     flat = plain | ((draw.uniform() < 0.1) & (draw.depth > 0))
     palette = torch.tensor(list(PALETTE.values()), device=device) / 255
     colour = torch.where(draw.uniform(0, 1, 1) < 0.5, palette[draw.index(len(PALETTE))], draw.uniform(0, 1, 3))
-    tint = torch.eye(3, device=device) * draw.uniform(0.6, 1.2, 1, 1) + 0.12 * draw.normal(3, 3)
+    # Some layers have little contrast, some are out of focus: enlarged four times, and soft at the edge.
+    contrast = draw.uniform(0.25, 1.2, 1, 1)
+    tint = contrast * (torch.eye(3, device=device) + 0.12 * draw.normal(3, 3))
+    blur = torch.where(draw.uniform() < 0.3, draw.uniform(), 0.0)
     return Look(
         outline=torch.where(plain, draw.index(len(SHAPES)), draw.index(len(SHAPES) + BLOBS + BARS)),
         radius=draw.uniform(0.08 * side_px, 0.36 * side_px),
-        softness=torch.where(plain, 1.0, draw.uniform(0.8, 2.5)),
+        softness=torch.where(plain, 1.0, draw.uniform(0.8, 2.5) * 4**blur),
         offset=torch.where(draw.depth == 0, -FAR_PX, torch.where(shown, 0.0, FAR_PX)),
         tile=draw.index(tiles),
-        zoom=draw.uniform(0.5, 1.25),
+        zoom=draw.uniform(0.5, 1.25) * 4**-blur,
         place=draw.uniform(-TILE_PX / 2, TILE_PX / 2, 2),
         matrix=torch.where(flat[:, None, None], 0.0, tint),
-        shift=torch.where(flat[:, None], colour, draw.uniform(-0.15, 0.2, 3)),
+        shift=torch.where(flat[:, None], colour, draw.uniform(-0.15, 0.3, 3)),
     )
 
 
 def _sample_motion(draw: Draw, side_px: int) -> Motion:
-    heading = draw.uniform(0, 2 * math.pi)
-    # Small motions are the most frequent ones in clips, and one layer in ten stands still.
-    length = MAX_TRAVEL_PX * draw.uniform().pow(1.6) * (draw.uniform() > 0.1)
+    # Small motions are the most frequent ones in clips; one layer in ten stands still, and half of all cameras do.
+    length = MAX_TRAVEL * side_px * draw.uniform().pow(3) * (draw.uniform() > 0.1)
+    pan = MAX_PAN * side_px * draw.alike().pow(2) * (draw.alike() > 0.5)
     bends = MAX_BEND_PX * draw.uniform().pow(2) * (draw.uniform() < 0.5)
     return Motion(
         centre=draw.uniform(-0.45 * side_px, 0.45 * side_px, 2) * (draw.depth > 0)[:, None],
-        travel=length[:, None] * torch.stack([heading.cos(), heading.sin()], -1),
+        travel=_headed(length, draw.uniform()) + _headed(pan, draw.alike()),
         angle=draw.uniform(-math.pi, math.pi),
         turn=MAX_TURN * draw.uniform(-1, 1).pow(3),
         growth=MAX_GROWTH * draw.uniform(-1, 1).pow(3),
@@ -213,14 +227,28 @@ def _sample_motion(draw: Draw, side_px: int) -> Motion:
     )
 
 
-def _compose(colour: torch.Tensor, coverage: torch.Tensor, flow: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Lays layers [M, ...] one upon another: pictures and, of the front one that covers most of a pixel, the flow."""
-    colours, coverages, flows = (x.unflatten(0, (-1, LAYERS)).unbind(1) for x in (colour, coverage, flow))
-    picture, moved = colours[0], flows[0]
-    for above, cover, motion in zip(colours[1:], coverages[1:], flows[1:], strict=True):
-        picture = torch.lerp(picture, above, cover)
-        moved = torch.where(cover > 0.5, motion, moved)
-    return picture, moved
+def _headed(length: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
+    """Steps [M, 2] of lengths, in directions given as shares of a full turn."""
+    heading = 2 * math.pi * turns
+    return length[:, None] * torch.stack([heading.cos(), heading.sin()], -1)
+
+
+def _lay_colours(colour: torch.Tensor, coverage: torch.Tensor) -> torch.Tensor:
+    """Lays layers [M, 3, S, S] one upon another: pictures."""
+    colours, covers = (x.unflatten(0, (-1, LAYERS)).unbind(1) for x in (colour, coverage))
+    picture: torch.Tensor = colours[0]
+    for layer, cover in zip(colours[1:], covers[1:], strict=True):
+        picture = torch.lerp(picture, layer, cover)
+    return picture
+
+
+def _lay_flows(flow: torch.Tensor, coverage: torch.Tensor) -> torch.Tensor:
+    """The flow of the front layer that covers most of a pixel."""
+    flows, covers = (x.unflatten(0, (-1, LAYERS)).unbind(1) for x in (flow, coverage))
+    moved: torch.Tensor = flows[0]
+    for layer, cover in zip(flows[1:], covers[1:], strict=True):
+        moved = torch.where(cover > 0.5, layer, moved)
+    return moved
 
 
 def _pixels(side_px: int, device: torch.device) -> torch.Tensor:

@@ -26,7 +26,6 @@ from interpolation_svc.weights import load_ifnet
 SPEC = IFNetSpec((128, 80, 64, 32), encodes=True)
 """4.22.lite with narrower coarse blocks: 2.43 M weights, 4.9 MB as fp16."""
 
-PEAK_LR = 6e-4
 EMA_DECAY = 0.999
 FLOW_SHARE = 0.1
 """What a pixel of error in the flow counts, next to an error of 1 in the picture."""
@@ -45,6 +44,7 @@ def main() -> None:
     parser.add_argument("--run-minutes", type=float, default=9.0, help="after which this run ends")
     parser.add_argument("--state", type=Path, help="file for what a later run goes on with")
     parser.add_argument("--start-from", type=Path, help="a checkpoint whose weights are the start")
+    parser.add_argument("--peak-lr", type=float, default=6e-4)
     parser.add_argument("--batch", type=int, default=48)
     parser.add_argument("--side", type=int, default=256, help="pixels, a multiple of 32")
     parser.add_argument("--judged", type=int, default=256, help="held-out clips of each kind")
@@ -56,7 +56,7 @@ def main() -> None:
     net: IFNet = IFNet(SPEC).to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if args.start_from:
         net.load_state_dict(load_ifnet(args.start_from).state_dict())
-    stage = Stage(nn.ModuleDict({"net": net}), peak_lr=PEAK_LR, ema_decay=EMA_DECAY, planned_s=60 * args.minutes)
+    stage = Stage(nn.ModuleDict({"net": net}), peak_lr=args.peak_lr, ema_decay=EMA_DECAY, planned_s=60 * args.minutes)
     if args.state and args.state.exists():
         stage.resume(args.state)
     train(stage, net, args, Painter(read_tiles(args.photographs, TRAINING).to(device)))
@@ -102,7 +102,7 @@ def loss_of(
     draws = torch.rand(2, len(clips), generator=generator, device=device)
     # The middle is asked for most often; eighths are what three doublings ask for.
     wanted = torch.where(draws[0] < 0.5, 0.5, (1 + (7 * draws[1]).floor()) / 8)
-    first, second = (painter.draw(clips, torch.full_like(wanted, end))[0] for end in (0.0, 1.0))
+    first, second = (painter.picture(clips, torch.full_like(wanted, end)) for end in (0.0, 1.0))
     target, flow = painter.draw(clips, wanted)
     level = MAX_NOISE * torch.rand(len(clips), 1, 1, 1, generator=generator, device=device).pow(3)
     first, second = (x + level * torch.randn(x.shape, generator=generator, device=device) for x in (first, second))

@@ -3,7 +3,7 @@
 import torch
 
 from demo.interpolation.evaluate import mean_psnr
-from demo.interpolation.layers import LAYERS, Painter, sample_clips
+from demo.interpolation.layers import LAYERS, MAX_PAN, MAX_TRAVEL, Painter, sample_clips
 from demo.interpolation.photographs import TILE_PX
 from demo.interpolation.train import SPEC, loss_of
 from interpolation_svc.ifnet import IFNet, IFNetSpec, warp
@@ -31,9 +31,23 @@ def test_pictures_warped_by_the_true_flow_are_the_wanted_one_but_for_what_is_hid
 def test_clips_move_by_what_was_promised_and_half_of_the_depths_are_used() -> None:
     clips = sample_clips(64, SIDE_PX, 3, torch.Generator().manual_seed(0))
     travel = clips.motion.travel.norm(dim=-1)
-    assert 20 < travel.max() <= 24
+    assert MAX_TRAVEL * SIDE_PX < travel.max() <= (MAX_TRAVEL + MAX_PAN) * SIDE_PX
     shown = clips.look.offset.view(-1, LAYERS).le(0).sum(1)
     assert set(shown.tolist()) == set(range(1, LAYERS + 1))
+
+
+def test_a_camera_moves_all_layers_alike_and_half_of_all_cameras_stand_still() -> None:
+    travel = sample_clips(400, SIDE_PX, 3, torch.Generator().manual_seed(0)).motion.travel.view(-1, LAYERS, 2)
+    stands = travel.norm(dim=-1).lt(1e-6)
+    shares = [stands.sum(1).ge(2), stands.any(1)]
+    assert 0.02 < shares[0].float().mean() < 0.1
+    assert 0.15 < shares[1].float().mean() < 0.27
+
+
+def test_pictures_alone_are_those_that_come_with_the_flow() -> None:
+    artist, time = painter(), torch.full((4,), 0.3)
+    clips = sample_clips(4, SIDE_PX, 3, torch.Generator().manual_seed(0))
+    assert torch.equal(artist.picture(clips, time), artist.draw(clips, time)[0])
 
 
 def test_a_scene_of_the_demo_has_plain_colours_only() -> None:
