@@ -162,27 +162,25 @@ def _rebind(module: Any, work: Work, weight: torch.Tensor | None, forward: Any) 
 
 
 def remembers(conv: Any) -> bool:
-    """Whether a convolution takes `room_behind_history`: it meets earlier frames, and nothing was put around it."""
-    return getattr(conv.forward, "__func__", None) is _convolve_in_time and _kept(conv) > 0
+    """Whether a convolution meets earlier frames, and nobody but ranks has put anything around it."""
+    if getattr(conv, "work", None) is None or not isinstance(conv, nn.Conv3d):
+        return False
+    untouched = getattr(conv.forward, "__func__", None) is _convolve_in_time
+    return (untouched or hasattr(conv, "shared")) and _kept(conv) > 0
 
 
-def room_behind_history(conv: Any, like: torch.Tensor) -> torch.Tensor | None:
-    """Memory [B, C, kept + F, H, W] for the input of a convolution that `remembers`, channels last.
+def room_behind_history(conv: Any, like: torch.Tensor, sides: tuple[int, ...]) -> torch.Tensor:
+    """Memory [B, C, kept + F, *sides] for the input of a convolution that `remembers`, channels last.
 
-    The frames that the convolution meets beside the new ones are there already, black ones before the first chunk.
+    The frames that the convolution meets beside the new ones are there already, black ones before the first chunk; a
+    picture has none.
 
     Args:
-        like: the new frames come in its shape.
-
-    Returns:
-        None for a picture, which has no history.
+        like: [B, C, F, ...], the new frames.
     """
     stream: Stream = conv.work.stream
-    if stream.one_frame:
-        return None
-    kept = _kept(conv)
-    batch, channels, frames, height, width = like.shape
-    shape = (batch, channels, kept + frames, height, width)
+    kept = 0 if stream.one_frame else _kept(conv)
+    shape = (*like.shape[:2], kept + like.shape[2], *sides)
     room = torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last_3d)
     before = stream.history.get(conv)
     if before is None:
@@ -194,7 +192,10 @@ def room_behind_history(conv: Any, like: torch.Tensor) -> torch.Tensor | None:
 
 def convolve_room(conv: Any, room: torch.Tensor) -> torch.Tensor:
     """What a convolution gives for `room_behind_history` with the new frames in it; it remembers the last of them."""
-    conv.work.stream.history[conv] = room[:, :, -_kept(conv) :].clone()
+    stream: Stream = conv.work.stream
+    if stream.one_frame:
+        return _convolve_picture(conv, room)
+    stream.history[conv] = room[:, :, -_kept(conv) :].clone()
     return _convolve_clip(conv, room)
 
 
@@ -205,8 +206,12 @@ def _kept(conv: Any) -> int:
 def _convolve_in_time(conv: Any, x: torch.Tensor) -> torch.Tensor:
     stream: Stream = conv.work.stream
     if stream.one_frame:
-        return F.conv2d(x[:, :, 0], conv.weight_2d, conv.bias, conv.stride[1:], conv.padding[1:]).unsqueeze(2)
+        return _convolve_picture(conv, x)
     return _convolve_clip(conv, _with_history(conv, stream, x))
+
+
+def _convolve_picture(conv: Any, x: torch.Tensor) -> torch.Tensor:
+    return F.conv2d(x[:, :, 0], conv.weight_2d, conv.bias, conv.stride[1:], conv.padding[1:]).unsqueeze(2)
 
 
 def _convolve_clip(conv: Any, x: torch.Tensor) -> torch.Tensor:

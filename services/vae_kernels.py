@@ -38,7 +38,8 @@ def rms_norm_silu(x: torch.Tensor, bias: torch.Tensor | None, gamma: torch.Tenso
 
     Args:
         gamma: [C].
-        out: of x's shape, channels last; may be the last frames of something larger.
+        x: [B, C, F, H, W].
+        out: of x's shape, channels last; may be a part of something larger.
     """
     whole = _with_bias(x, bias).float()
     normed = F.normalize(whole, dim=1) * (channels(gamma, x).float() * gamma.numel() ** 0.5)

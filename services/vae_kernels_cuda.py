@@ -21,20 +21,26 @@ MOMENT_ROWS = 128
 MAX_BLOCKS = 1024
 
 
-@triton.jit(do_not_specialize=("rows", "out_rows"))  # type: ignore[untyped-decorator]
+@triton.jit(  # type: ignore[untyped-decorator]
+    do_not_specialize=("rows", "height", "width", "batch_stride", "frame_stride", "line_stride")
+)
 def _rms_norm_silu(  # type: ignore[no-untyped-def]  # noqa: ANN202, PLR0913
     x,  # noqa: ANN001
     bias,  # noqa: ANN001
     gamma,  # noqa: ANN001
     out,  # noqa: ANN001
     rows,  # noqa: ANN001
-    out_rows,  # noqa: ANN001
+    height,  # noqa: ANN001
+    width,  # noqa: ANN001
+    batch_stride,  # noqa: ANN001
+    frame_stride,  # noqa: ANN001
+    line_stride,  # noqa: ANN001
     C: tl.constexpr,
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
     batch = tl.program_id(1).to(tl.int64)
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     channel = tl.arange(0, CHANNELS)[None, :]
     inside = (row < rows) & (channel < C)
     values = tl.load(x + (batch * rows + row) * C + channel, mask=inside, other=0.0).to(tl.float32)
@@ -45,7 +51,11 @@ def _rms_norm_silu(  # type: ignore[no-untyped-def]  # noqa: ANN202, PLR0913
     root = tl.sqrt(tl.full((1, 1), C, tl.float32))
     weight = tl.load(tl.broadcast_to(gamma + channel, (ROWS, CHANNELS)), mask=inside, other=0.0).to(tl.float32)
     normed = values * (root / tl.maximum(length, 1e-12)) * weight
-    tl.store(out + (batch * out_rows + row) * C + channel, normed * tl.sigmoid(normed), mask=inside)
+    line = row // width
+    frame = line // height
+    target = batch * batch_stride + frame.to(tl.int64) * frame_stride
+    target += (line - frame * height).to(tl.int64) * line_stride + (row - line * width) * C
+    tl.store(out + target + channel, normed * tl.sigmoid(normed), mask=inside)
 
 
 @triton.jit(do_not_specialize=("rows", "tiles"))  # type: ignore[untyped-decorator]
@@ -248,12 +258,13 @@ def _softmax(  # type: ignore[no-untyped-def]  # noqa: ANN202
 
 
 def rms_norm_silu(x: torch.Tensor, bias: torch.Tensor | None, gamma: torch.Tensor, out: torch.Tensor) -> None:
-    """See `vae_kernels.rms_norm_silu`; rows of `out` lie one after the other within each clip."""
+    """See `vae_kernels.rms_norm_silu`; lines of `out` may lie apart, in each the pixels lie one after the other."""
     x = _in_rows(x)
-    count, tile = x.shape[1], _tile(x.shape[1])
-    rows = x[0, 0].numel()
+    _, count, frames, height, width = x.shape
+    tile, strides = _tile(count), (out.stride(0), out.stride(2), out.stride(3))
+    rows = frames * height * width
     kernel: Any = _rms_norm_silu[triton.cdiv(rows, tile["ROWS"]), len(x)]
-    kernel(x, bias, gamma, out, rows, out.stride(0) // count, count, **tile)
+    kernel(x, bias, gamma, out, rows, height, width, *strides, count, **tile)
 
 
 def group_norm_silu(x: torch.Tensor, bias: torch.Tensor | None, norm: nn.GroupNorm) -> torch.Tensor:

@@ -95,7 +95,7 @@ def fuse_last_norms(vae: nn.Module) -> int:
 class NormedConvolution:
     """A convolution of SiLU(norm(x + bias)).
 
-    Where ranks share a norm or a convolution, which then has a forward that is not its class's, that one is called.
+    Where ranks share a norm, which then has a forward that is not its class's, that one is called.
 
     Args:
         norm: a group norm, or an RMS norm over channels with its factors in `gamma`.
@@ -103,6 +103,7 @@ class NormedConvolution:
 
     def __init__(self, norm: Any, conv: Any) -> None:
         self._norm, self._conv = norm, conv
+        self._shared: Any = getattr(conv, "shared", None)
         self._shared_norm = norm.forward if "forward" in vars(norm) else None
         self._remembers = remembers(conv)
         self._convolve = conv.forward
@@ -113,12 +114,23 @@ class NormedConvolution:
         Args:
             bias: of the convolution before, one number for each channel.
         """
-        if self._remembers and (room := room_behind_history(self._conv, x)) is not None:
-            new = room[:, :, -x.shape[2] :]
-            kernels_for(x).rms_norm_silu(x, bias, self._norm.gamma.flatten(), new)
-            return convolve_room(self._conv, room)
+        if self._remembers:
+            return self._convolve_room(x, bias)
         out: torch.Tensor = self._convolve(self._normalise(x, bias))
         return out
+
+    def _convolve_room(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """Everything is written to where the convolution reads it: the norm, earlier frames, neighbours' edges."""
+        shared, gamma = self._shared, self._norm.gamma.flatten()
+        sides = shared.room_for(x.shape)[3:] if shared else tuple(x.shape[3:])
+        room = room_behind_history(self._conv, x, sides)
+        new = room[:, :, -x.shape[2] :]
+        kernels_for(x).rms_norm_silu(x, bias, gamma, shared.own(new) if shared else new)
+        if not shared:
+            return convolve_room(self._conv, room)
+        shared.fill(new)
+        with shared.unpadded():
+            return convolve_room(self._conv, room)
 
     def _normalise(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         if self._shared_norm is not None:

@@ -139,64 +139,48 @@ def _(tensor: torch.Tensor, sent: Sequence[int], received: Sequence[int], rank: 
     return tensor.new_empty((sum(received), *tensor.shape[1:]))
 
 
-@torch.library.custom_op("lightloom::halo", mutates_args=())
-def halo(tensor: torch.Tensor, dim: int, before: int, behind: int, group: str, rank: int, size: int) -> torch.Tensor:
-    """A piece of a whole with the edges of its neighbours: `before` rows of the piece before it in dimension `dim`, and
-    `behind` of the one behind it. The first piece has none before it, the last none behind."""
-    # The piece behind wants our last rows, the piece before our first.
-    last = tensor.narrow(dim, tensor.shape[dim] - before, before).contiguous()
-    first = tensor.narrow(dim, 0, behind).contiguous()
+@torch.library.custom_op("lightloom::fill_halo", mutates_args=("room",))
+def fill_halo(room: torch.Tensor, dim: int, before: int, behind: int, group: str, rank: int, size: int) -> None:
+    """Neighbours' edges into a room's first `before` and last `behind` rows; its own piece lies between them."""
+    rows = room.shape[dim] - before - behind
+    # The piece behind wants our last rows, the piece before our first. Channels come last, as they mostly lie.
+    last, first = room.narrow(dim, rows, before), room.narrow(dim, before, behind)
+    own = torch.cat([last, first], dim).movedim(1, -1).contiguous()
     if (peers := peer_memory.get(group)) is not None:
-        shown = peers.show(torch.cat([first.flatten(), last.flatten()]), size)
-        above = shown[rank - 1][first.numel() :].view(last.shape) if rank else None
-        below = shown[rank + 1][: first.numel()].view(first.shape) if rank < size - 1 else None
+        shown = peers.show(own, size)
+        above, below = (shown[other] if 0 <= other < size else None for other in (rank - 1, rank + 1))
     else:
-        above, below = _exchange(first, last, group_of(group), rank, size)
-    for edge, there in ((first, rank > 0), (last, rank < size - 1)):
-        if there:
-            count_sent("halo", edge)
-    layout = _layout(tensor)
-    edges = [edge if edge is None else edge.contiguous(memory_format=layout) for edge in (above, below)]
-    # An empty edge has no layout, and would cost the others theirs.
-    return torch.cat([part for part in (edges[0], tensor, edges[1]) if part is not None and part.numel()], dim)
+        above, below = _exchange(own, group_of(group), rank, size)
+    edges = (
+        (above, last, room.narrow(dim, 0, before), 0, rank < size - 1),
+        (below, first, room.narrow(dim, before + rows, behind), before, rank > 0),
+    )
+    for theirs, mine, place, start, wanted in edges:
+        if theirs is None:
+            place.zero_()
+        else:
+            place.copy_(theirs.narrow(dim - 1, start, mine.shape[dim]).movedim(-1, 1))
+        if wanted:
+            count_sent("halo", mine)
+
+
+@fill_halo.register_fake
+def _(room: torch.Tensor, dim: int, before: int, behind: int, group: str, rank: int, size: int) -> None:
+    return None
 
 
 def _exchange(
-    first: torch.Tensor, last: torch.Tensor, group: dist.ProcessGroup, rank: int, size: int
+    own: torch.Tensor, group: dist.ProcessGroup, rank: int, size: int
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Edges to the neighbours, and theirs back: that of the one before, and of the one behind."""
-    above = torch.empty_like(last) if rank else None
-    below = torch.empty_like(first) if rank < size - 1 else None
-    exchanged = [
-        (dist.isend, last if below is not None else None, rank + 1),
-        (dist.irecv, below, rank + 1),
-        (dist.isend, first if above is not None else None, rank - 1),
-        (dist.irecv, above, rank - 1),
-    ]
+    """The edges of the neighbour before and of the one behind, for one's own."""
+    others = [other if 0 <= other < size else None for other in (rank - 1, rank + 1)]
+    received = [None if other is None else torch.empty_like(own) for other in others]
     operations = [
-        dist.P2POp(operation, edge, group=group, group_peer=peer)
-        for operation, edge, peer in exchanged
-        if edge is not None and edge.numel()
+        dist.P2POp(operation, edges, group=group, group_peer=other)
+        for other, theirs in zip(others, received, strict=True)
+        for operation, edges in ((dist.isend, own), (dist.irecv, theirs))
+        if other is not None and edges is not None
     ]
     for work in dist.batch_isend_irecv(operations) if operations else ():
         work.wait()
-    return above, below
-
-
-@halo.register_fake
-def _(tensor: torch.Tensor, dim: int, before: int, behind: int, _group: str, rank: int, size: int) -> torch.Tensor:
-    rows = tensor.shape[dim] + (before if rank else 0) + (behind if rank < size - 1 else 0)
-    return tensor.new_empty(_with_rows(tensor, dim, rows)).contiguous(memory_format=_layout(tensor))
-
-
-def _with_rows(tensor: torch.Tensor, dim: int, rows: int) -> tuple[int, ...]:
-    shape = list(tensor.shape)
-    shape[dim] = rows
-    return tuple(shape)
-
-
-def _layout(tensor: torch.Tensor) -> torch.memory_format:
-    """Of a picture or clip, or of a piece of one, which is not dense."""
-    if tensor.stride(1) != 1:
-        return torch.contiguous_format
-    return torch.channels_last_3d if tensor.ndim == 5 else torch.channels_last
+    return received[0], received[1]

@@ -8,13 +8,15 @@ needs of the others it tells by itself:
     attention       (the classes that the `VaePlan` names) the whole picture, at the latents' size
     all others      nothing: they work pixel by pixel, or resample by whole factors
 
-A layer keeps its forward, whatever that does: it gets a larger piece, and what lies outside of the own one is cut off
-its result. So this goes with causal convolutions that remember frames, and with kernels that were replaced.
+A layer keeps its forward, whatever that does: a convolution gets a piece with its neighbours' edges instead of padding.
+So this goes with causal convolutions that remember frames, and with kernels that were replaced. Who writes a
+convolution's input himself can leave room for the edges in it, and saves a copy (`SharedConvolution`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +25,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from services.family import Codec, VaeModel, VaePlan
-from services.parallel.collectives import all_gather, halo
+from services.parallel.collectives import all_gather, fill_halo
 from services.parallel.degrees import split_sizes
 from services.parallel.mesh import Axis
 
@@ -116,11 +118,53 @@ def _rebind_layers(module: nn.Module, plan: VaePlan, cut: Cut, axis: Axis) -> No
         if isinstance(part, plan.attention):
             _wrap(part, _attend, cut, axis)
         elif isinstance(part, nn.Conv2d | nn.Conv3d):
+            shared: Any = part
+            shared.shared = SharedConvolution(part, cut, axis)
             _wrap(part, _convolve, cut, axis)
         elif isinstance(part, nn.GroupNorm):
             _wrap(part, _normalise, cut, axis)
         else:
             _rebind_layers(part, plan, cut, axis)
+
+
+class SharedConvolution:
+    """What a convolution sees of the neighbours' pieces."""
+
+    def __init__(self, conv: Any, cut: Cut, axis: Axis) -> None:
+        self._conv, self._cut, self._axis = conv, cut, axis
+
+    def room_for(self, shape: torch.Size) -> tuple[int, ...]:
+        """The shape of a piece with its neighbours' edges."""
+        sides = list(shape)
+        if self._cut.dim:
+            sides[self._cut.dim] += sum(_reach(self._conv, self._cut.dim))
+        return tuple(sides)
+
+    def own(self, room: torch.Tensor) -> torch.Tensor:
+        """Where the piece itself lies in a room."""
+        if not self._cut.dim:
+            return room
+        before, behind = _reach(self._conv, self._cut.dim)
+        return room.narrow(self._cut.dim, before, room.shape[self._cut.dim] - before - behind)
+
+    def fill(self, room: torch.Tensor) -> None:
+        """The neighbours' edges into a room with the piece in it."""
+        if self._cut.dim:
+            before, behind = _reach(self._conv, self._cut.dim)
+            fill_halo(room, self._cut.dim, before, behind, self._axis.name, self._axis.rank, self._axis.size)
+
+    @contextmanager
+    def unpadded(self) -> Iterator[None]:
+        """Inside, the convolution adds no padding where pieces meet."""
+        padding = self._conv.padding
+        if self._cut.dim:
+            self._conv.padding = tuple(
+                0 if side - len(padding) == self._cut.dim else number for side, number in enumerate(padding)
+            )
+        try:
+            yield
+        finally:
+            self._conv.padding = padding
 
 
 def _wrap(layer: Any, around: Any, cut: Cut, axis: Axis) -> None:
@@ -135,20 +179,40 @@ def _wrap(layer: Any, around: Any, cut: Cut, axis: Axis) -> None:
 
 
 def _convolve(conv: Any, forward: Any, x: torch.Tensor, cut: Cut, axis: Axis) -> torch.Tensor:
-    """With the neighbours' rows, whose results are cut off again.
+    """With the neighbours' rows.
 
-    A convolution with a stride gets its padding from outside, all of it behind the last row: on every rank but the last
-    the neighbour's rows take its place.
+    A convolution with a stride gets its padding from outside, all of it behind the last row: the neighbour's rows take
+    its place, and behind the whole zeros do.
     """
-    dim, stride = cut.dim, conv.stride[cut.dim]
-    before, behind = _reach(conv, dim)
+    before, behind = _reach(conv, cut.dim)
     if not (before or behind):
         return forward(x)  # type: ignore[no-any-return]
-    rows = x.shape[dim] - (0 if before else behind)
-    last = axis.rank == axis.size - 1
-    own = x if last else x.narrow(dim, 0, rows)
-    result: torch.Tensor = forward(halo(own, dim, before, behind, axis.name, axis.rank, axis.size))
-    return result.narrow(dim, before if axis.rank else 0, rows // stride)
+    own = x.narrow(cut.dim, 0, x.shape[cut.dim] - (0 if before else behind))
+    with conv.shared.unpadded():
+        return forward(with_halo(own, cut.dim, before, behind, axis))  # type: ignore[no-any-return]
+
+
+def with_halo(tensor: torch.Tensor, dim: int, before: int, behind: int, axis: Axis) -> torch.Tensor:
+    """A piece of a whole with the edges of its neighbours, zeros beyond the whole.
+
+    Args:
+        tensor: [B, C, ..., H, W], a piece in dimension `dim`, -2 or -1.
+        before, behind: rows of the piece before it, and of the one behind it.
+    """
+    rows = tensor.shape[dim]
+    shape = list(tensor.shape)
+    shape[dim] = before + rows + behind
+    room = torch.empty(shape, dtype=tensor.dtype, device=tensor.device, memory_format=_layout(tensor))
+    room.narrow(dim, before, rows).copy_(tensor)
+    fill_halo(room, dim, before, behind, axis.name, axis.rank, axis.size)
+    return room
+
+
+def _layout(tensor: torch.Tensor) -> torch.memory_format:
+    """Of a picture or clip, or of a piece of one, which is not dense."""
+    if tensor.stride(1) != 1:
+        return torch.contiguous_format
+    return torch.channels_last_3d if tensor.ndim == 5 else torch.channels_last
 
 
 def _reach(conv: Any, dim: int) -> tuple[int, int]:

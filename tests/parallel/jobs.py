@@ -24,6 +24,7 @@ from services.parallel.vae_patch import PatchCodec
 from services.parallel.vae_tiles import TileCodec
 from services.request import ResolvedParams
 from services.tensors import Bundle
+from services.vae_on_gpu import speed_up
 from services.weights import open_source
 from tests.parallel.vaes import KINDS, vae_model
 from text_encoder_svc.engine import open_engine as open_text_engine
@@ -288,22 +289,31 @@ def share_vae(
     tile_px: int,
     latents: Sequence[torch.Tensor],
     pixels: Sequence[torch.Tensor],
+    fused: bool = False,  # noqa: FBT001, FBT002
 ) -> VaeReport:
     """Decodes and encodes over the ranks, exactly or in tiles; one rank alone has no others to share with."""
     axis = Mesh(Degrees(patch=world), rank, "cpu")["patch"] if world > 1 else None
-    return shared(kind, axis, tile_px, latents, pixels)
+    return shared(kind, axis, tile_px, latents, pixels, fused=fused)
 
 
 def shared(
-    kind: str, axis: Axis | None, tile_px: int, latents: Sequence[torch.Tensor], pixels: Sequence[torch.Tensor]
+    kind: str,
+    axis: Axis | None,
+    tile_px: int,
+    latents: Sequence[torch.Tensor],
+    pixels: Sequence[torch.Tensor],
+    *,
+    fused: bool = False,
 ) -> VaeReport:
-    """The same on a rank's axis, or on one rank without."""
+    """The same on a rank's axis, or on one rank without; `fused`: its layers as GPUs have them."""
     model, about = vae_model(kind), KINDS[kind]
     codec = model.codec
     if tile_px:
         codec = TileCodec(codec, tile_px, about.compression, axis)
     elif axis is not None:
         codec = PatchCodec(model, about.plan, about.compression, axis)
+    if fused:
+        speed_up(model.module)
     sent_bytes.clear()
     decoded = [list(codec.decode(each)) for each in latents]
     return VaeReport(decoded, [codec.encode(each) for each in pixels], dict(sent_bytes))

@@ -42,12 +42,13 @@ def work_of(kind: str):
     return latents, pixels
 
 
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "as on GPUs"])
 @pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize("kind", KINDS)
-def test_ranks_make_exactly_what_one_makes_of_whole_pictures(pool, kind, world):
+def test_ranks_make_exactly_what_one_makes_of_whole_pictures(pool, kind, world, fused):
     latents, pixels = work_of(kind)
     alone = shared(kind, None, 0, latents, pixels)
-    reports = pool.run("share_vae", world, kind, 0, latents, pixels)
+    reports = pool.run("share_vae", world, kind, 0, latents, pixels, fused)
     for report in reports:
         for ours, theirs in zip(report.decoded, alone.decoded, strict=True):
             assert len(ours) == len(theirs)
@@ -201,7 +202,7 @@ def test_tiles_bound_the_memory_of_pictures_and_save_little_of_a_clips():
     full = ("qwen_image", "qwen-image", (1024, 1024), 1, 1)
     assert peak_bytes(*full, tile_px=256) < peak_bytes(*full) / 8
     clip = ("wan", "wan2.2-t2v-a14b", (480, 832), 9, 1)
-    assert 0.8 < peak_bytes(*clip, tile_px=256) / peak_bytes(*clip) < 0.9
+    assert 0.75 < peak_bytes(*clip, tile_px=256) / peak_bytes(*clip) < 0.85
 
 
 @pytest.mark.parametrize(("ranks"), [1, 2])

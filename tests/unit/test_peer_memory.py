@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from services.attention import sdpa
 from services.family import Block
@@ -17,6 +18,7 @@ from services.parallel.mesh import Axis
 from services.parallel.peer_memory import STEP_BYTES, PeerMemory
 from services.parallel.sequence import own_piece
 from services.parallel.ulysses import Exchange
+from services.parallel.vae_patch import with_halo
 
 
 class Host:
@@ -127,14 +129,15 @@ def test_a_piece_gets_the_edges_of_its_neighbours(before, behind, layout, monkey
         monkeypatch.setitem(collectives.peer_memory, f"of {rank}", peers)
         start = sum(sizes[:rank])
         pieces = [picture.narrow(dim, start, sizes[rank]) for dim in (-2, -1)]
-        given = (before, behind, f"of {rank}", rank, 3)
-        return [collectives.halo(piece, dim, *given) for dim, piece in zip((-2, -1), pieces, strict=True)]
+        axis = Axis(f"of {rank}", 3, rank, None, ())
+        return [with_halo(piece, dim, before, behind, axis) for dim, piece in zip((-2, -1), pieces, strict=True)]
 
     _, results = everywhere(3, work)
     for rank, extended in enumerate(results):
-        start, end = max(0, sum(sizes[:rank]) - before), min(10, sum(sizes[: rank + 1]) + behind)
         for dim, ours in zip((-2, -1), extended, strict=True):
-            assert torch.equal(ours, picture.narrow(dim, start, end - start))
+            whole = F.pad(picture, (0, 0, before, behind) if dim == -2 else (before, behind))
+            expected = whole.narrow(dim, sum(sizes[:rank]), sizes[rank] + before + behind)
+            assert torch.equal(ours, expected)
             assert ours.is_contiguous(memory_format=layout)
 
 
