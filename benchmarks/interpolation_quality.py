@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from demo.interpolation.evaluate import mean_psnr, psnr
-from demo.interpolation.layers import Painter
+from demo.interpolation.layers import FAR, NEAR, Painter
 from demo.interpolation.photographs import HELD_OUT, read_tiles
 from interpolation_svc.clip import Clip
 from interpolation_svc.cuts import cuts, thumbnails
@@ -148,12 +148,19 @@ def dis_flow() -> Callable[[Picture, Picture], tuple[Picture, float]] | None:
 
 
 def photograph_figures(net: IFNet, folder: Path, count: int) -> dict[str, Any]:
-    """Moving layers of held-out photographs, in the middle and at a quarter."""
+    """Moving layers of held-out photographs, up to 24 px and as far as in training, in the middle and at a quarter."""
     painter = Painter(read_tiles(folder, HELD_OUT).to(next(net.parameters()).device))
     facts = {}
-    for wanted in (0.5, 0.25):
-        ours, blending = mean_psnr(net, painter, count=count, side_px=SIDE_PX, wanted=wanted, plain_share=0.0)
+    for name, ranges, wanted in (
+        ("at 0.5", NEAR, 0.5),
+        ("at 0.25", NEAR, 0.25),
+        ("far, at 0.5", FAR, 0.5),
+        ("far, at 0.25", FAR, 0.25),
+    ):
+        ours, blending = mean_psnr(
+            net, painter, count=count, side_px=SIDE_PX, wanted=wanted, plain_share=0.0, ranges=ranges
+        )
         row = {"ours_db": ours, "blending_db": blending, "over_blending_db": ours - blending}
-        facts[f"at {wanted}"] = {name: round(value, 2) for name, value in row.items()}
-        print(f"moving layers at {wanted}: {facts[f'at {wanted}']}", flush=True)
+        facts[name] = {column: round(value, 2) for column, value in row.items()}
+        print(f"moving layers {name}: {facts[name]}", flush=True)
     return facts

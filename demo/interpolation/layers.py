@@ -22,19 +22,37 @@ from demo.interpolation.photographs import TILE_PX
 from demo.scenes import PALETTE, SHAPES
 
 LAYERS = 5
-MAX_TRAVEL = 0.25
-"""A layer's own way, against the picture's side. Between every second frame of a film, things near the camera move as
-far; a network that was taught 24 px at most shows them double."""
-MAX_PAN = 0.2
-"""The camera's, which all layers share."""
 PLAIN_SHARE = 0.2
-MAX_TURN = math.radians(12)
-MAX_GROWTH = 0.12
 MAX_BEND_PX = 4.0
 BEND_KNOTS = 5
 BEND_REACH_PX = 160.0
 FAR_PX = 1e4
 """Added to the distance from an outline, it puts the outline out of sight: all is outside, or (negative) inside."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ranges:
+    """What clips are drawn from, from time 0 to 1.
+
+    A layer travels `travel` at most, times a number in [0, 1) to the power of `rareness`; with the camera's pan, which
+    all layers share, `pan` more (both against the picture's side). It turns by `turn` (radians) and grows by `growth`
+    (logarithm) at most. Its photograph has at least `contrast`, and is out of focus with probability `blurred`.
+    """
+
+    travel: float
+    rareness: float
+    pan: float
+    turn: float
+    growth: float
+    contrast: float
+    blurred: float
+
+
+NEAR = Ranges(24 / 256, 1.6, pan=0.0, turn=math.radians(8), growth=0.08, contrast=0.6, blurred=0.0)
+"""24 px of 256 at most, all in focus: what networks are compared by."""
+FAR = Ranges(0.25, 3.0, pan=0.2, turn=math.radians(12), growth=0.12, contrast=0.25, blurred=0.3)
+"""What training draws. Between every second frame of a film, things near the camera move as far; a network that was
+taught `NEAR` alone shows them double."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +193,13 @@ class Draw:
 
 
 def sample_clips(
-    count: int, side_px: int, tiles: int, generator: torch.Generator, *, plain_share: float = PLAIN_SHARE
+    count: int,
+    side_px: int,
+    tiles: int,
+    generator: torch.Generator,
+    *,
+    plain_share: float = PLAIN_SHARE,
+    ranges: Ranges = FAR,
 ) -> Clips:
     """Clips at random, on the generator's device.
 
@@ -185,10 +209,10 @@ def sample_clips(
     """
     draw = Draw(count, generator)
     plain = draw.alike() < plain_share
-    return Clips(_sample_motion(draw, side_px), _sample_look(draw, plain, side_px, tiles), side_px)
+    return Clips(_sample_motion(draw, ranges, side_px), _sample_look(draw, ranges, plain, side_px, tiles), side_px)
 
 
-def _sample_look(draw: Draw, plain: torch.Tensor, side_px: int, tiles: int) -> Look:
+def _sample_look(draw: Draw, ranges: Ranges, plain: torch.Tensor, side_px: int, tiles: int) -> Look:
     device = draw.depth.device
     # A clip has none to four layers before its ground.
     shown = draw.alike() * LAYERS > draw.depth
@@ -196,9 +220,9 @@ def _sample_look(draw: Draw, plain: torch.Tensor, side_px: int, tiles: int) -> L
     palette = torch.tensor(list(PALETTE.values()), device=device) / 255
     colour = torch.where(draw.uniform(0, 1, 1) < 0.5, palette[draw.index(len(PALETTE))], draw.uniform(0, 1, 3))
     # Some layers have little contrast, some are out of focus: enlarged four times, and soft at the edge.
-    contrast = draw.uniform(0.25, 1.2, 1, 1)
+    contrast = draw.uniform(ranges.contrast, 1.2, 1, 1)
     tint = contrast * (torch.eye(3, device=device) + 0.12 * draw.normal(3, 3))
-    blur = torch.where(draw.uniform() < 0.3, draw.uniform(), 0.0)
+    blur = torch.where(draw.uniform() < ranges.blurred, draw.uniform(), 0.0)
     return Look(
         outline=torch.where(plain, draw.index(len(SHAPES)), draw.index(len(SHAPES) + BLOBS + BARS)),
         radius=draw.uniform(0.08 * side_px, 0.36 * side_px),
@@ -212,17 +236,17 @@ def _sample_look(draw: Draw, plain: torch.Tensor, side_px: int, tiles: int) -> L
     )
 
 
-def _sample_motion(draw: Draw, side_px: int) -> Motion:
+def _sample_motion(draw: Draw, ranges: Ranges, side_px: int) -> Motion:
     # Small motions are the most frequent ones in clips; one layer in ten stands still, and half of all cameras do.
-    length = MAX_TRAVEL * side_px * draw.uniform().pow(3) * (draw.uniform() > 0.1)
-    pan = MAX_PAN * side_px * draw.alike().pow(2) * (draw.alike() > 0.5)
+    length = ranges.travel * side_px * draw.uniform().pow(ranges.rareness) * (draw.uniform() > 0.1)
+    pan = ranges.pan * side_px * draw.alike().pow(2) * (draw.alike() > 0.5)
     bends = MAX_BEND_PX * draw.uniform().pow(2) * (draw.uniform() < 0.5)
     return Motion(
         centre=draw.uniform(-0.45 * side_px, 0.45 * side_px, 2) * (draw.depth > 0)[:, None],
         travel=_headed(length, draw.uniform()) + _headed(pan, draw.alike()),
         angle=draw.uniform(-math.pi, math.pi),
-        turn=MAX_TURN * draw.uniform(-1, 1).pow(3),
-        growth=MAX_GROWTH * draw.uniform(-1, 1).pow(3),
+        turn=ranges.turn * draw.uniform(-1, 1).pow(3),
+        growth=ranges.growth * draw.uniform(-1, 1).pow(3),
         bend=bends[:, None, None, None] * draw.normal(2, BEND_KNOTS, BEND_KNOTS),
     )
 

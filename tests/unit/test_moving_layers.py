@@ -3,7 +3,7 @@
 import torch
 
 from demo.interpolation.evaluate import mean_psnr
-from demo.interpolation.layers import LAYERS, MAX_PAN, MAX_TRAVEL, Painter, sample_clips
+from demo.interpolation.layers import FAR, LAYERS, NEAR, Painter, sample_clips
 from demo.interpolation.photographs import TILE_PX
 from demo.interpolation.train import SPEC, loss_of
 from interpolation_svc.ifnet import IFNet, IFNetSpec, warp
@@ -29,9 +29,11 @@ def test_pictures_warped_by_the_true_flow_are_the_wanted_one_but_for_what_is_hid
 
 
 def test_clips_move_by_what_was_promised_and_half_of_the_depths_are_used() -> None:
+    near = sample_clips(64, 256, 3, torch.Generator().manual_seed(0), ranges=NEAR).motion.travel.norm(dim=-1)
+    assert 20 < near.max() <= 24
     clips = sample_clips(64, SIDE_PX, 3, torch.Generator().manual_seed(0))
     travel = clips.motion.travel.norm(dim=-1)
-    assert MAX_TRAVEL * SIDE_PX < travel.max() <= (MAX_TRAVEL + MAX_PAN) * SIDE_PX
+    assert FAR.travel * SIDE_PX < travel.max() <= (FAR.travel + FAR.pan) * SIDE_PX
     shown = clips.look.offset.view(-1, LAYERS).le(0).sum(1)
     assert set(shown.tolist()) == set(range(1, LAYERS + 1))
 
@@ -69,6 +71,8 @@ def test_training_reaches_every_weight_and_the_checkpoint_stays_small() -> None:
 
 def test_blending_is_judged_alike_at_every_call() -> None:
     net = IFNet(IFNetSpec((16, 12, 8, 8), encodes=True))
-    first, again = (mean_psnr(net, painter(), count=8, side_px=SIDE_PX, wanted=0.5, plain_share=0.5) for _ in range(2))
+    first, again = (
+        mean_psnr(net, painter(), count=8, side_px=SIDE_PX, wanted=0.5, plain_share=0.5, ranges=NEAR) for _ in range(2)
+    )
     assert first == again
     assert 10 < first[1] < 60
