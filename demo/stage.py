@@ -1,6 +1,6 @@
 """One stage of training: weights, their moving average, the optimiser, and the time it has had.
 
-Called by the two training stages. A stage can be saved after any step and resumed exactly.
+Called by the two training stages. A stage can be saved after any step and resumed exactly, by any number of ranks.
 The learning rate follows the share of the planned seconds that has passed, so a stage that is cut into
 several runs ends as it would have in one.
 """
@@ -13,17 +13,33 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from demo.ranks import ALONE, Ranks
+
 WARM_UP_STEPS = 300
 
 
 class Stage:
-    """Trains `modules` for `planned_s` seconds in all."""
+    """Trains `modules` for `planned_s` seconds in all, together with the stages of the other ranks.
 
-    def __init__(self, modules: nn.ModuleDict, *, peak_lr: float, ema_decay: float, planned_s: float) -> None:
+    All ranks start from equal weights and update at the same times; each draws batches of its own.
+    """
+
+    def __init__(
+        self,
+        modules: nn.ModuleDict,
+        *,
+        peak_lr: float,
+        ema_decay: float,
+        planned_s: float,
+        warm_up_steps: int = WARM_UP_STEPS,
+        ranks: Ranks = ALONE,
+    ) -> None:
         self.modules = modules
         self.peak_lr = peak_lr
         self.ema_decay = ema_decay
         self.planned_s = planned_s
+        self.warm_up_steps = warm_up_steps
+        self.ranks = ranks
         self.step = 0
         self.seconds = 0.0
         self.params = {name: p for name, p in modules.named_parameters() if p.requires_grad}
@@ -38,14 +54,19 @@ class Stage:
     def finished(self) -> bool:
         return self.seconds >= self.planned_s
 
+    def tell(self, seconds: float) -> None:
+        """Take rank 0's seconds of training so far; all ranks tell at the same steps, and so end at the same one."""
+        self.seconds = self.ranks.first(seconds)
+
     def learning_rate(self) -> float:
         """Linear warm-up, a constant half, then a cosine down to a fiftieth."""
-        warm = min(1.0, (self.step + 1) / WARM_UP_STEPS)
+        warm = min(1.0, (self.step + 1) / self.warm_up_steps)
         fall = max(0.0, min(1.0, (self.seconds / self.planned_s - 0.4) / 0.6))
         return self.peak_lr * warm * (0.02 + 0.98 * 0.5 * (1.0 + math.cos(math.pi * fall)))
 
     def update(self) -> None:
-        """Take one optimiser step with the gradients at hand, and move the average."""
+        """Take one optimiser step with the mean of all ranks' gradients, and move the average."""
+        self.ranks.average([p.grad for p in self.params.values() if p.grad is not None])
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
         torch.nn.utils.clip_grad_norm_(self.params.values(), 1.0, foreach=True)

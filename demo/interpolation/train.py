@@ -2,6 +2,7 @@
 
 Clips are drawn as they are needed, where the training runs. Their true flow is known, so every block of the network is
 told both the picture and the flow. With `--state`, the same command goes on where an earlier one stopped.
+On several GPUs of a machine, each with batches of its own: `torchrun --standalone --nproc-per-node 4 -m ...`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
+from demo import ranks
 from demo.interpolation.evaluate import evaluate
 from demo.interpolation.layers import Clips, Painter, sample_clips
 from demo.interpolation.photographs import HELD_OUT, TRAINING, read_tiles
@@ -27,6 +29,9 @@ SPEC = IFNetSpec((128, 80, 64, 32), encodes=True)
 """4.22.lite with narrower coarse blocks: 2.43 M weights, 4.9 MB as fp16."""
 
 EMA_DECAY = 0.999
+"""Runs below 9,000 steps do not get there: a stage averages a ninth of its steps so far at most."""
+WARM_UP_STEPS = 100
+"""Twice what Adam's second moments look back: 8 s, of a run that may take 4 minutes."""
 FLOW_SHARE = 0.1
 """What a pixel of error in the flow counts, next to an error of 1 in the picture."""
 EARLIER = 0.8
@@ -50,16 +55,31 @@ def main() -> None:
     parser.add_argument("--judged", type=int, default=256, help="held-out clips of each kind")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    together = ranks.join()
+    device = together.device
     torch.backends.cudnn.benchmark = True
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed)  # Of the first weights: the same on all ranks.
     net: IFNet = IFNet(SPEC).to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if args.start_from:
         net.load_state_dict(load_ifnet(args.start_from).state_dict())
-    stage = Stage(nn.ModuleDict({"net": net}), peak_lr=args.peak_lr, ema_decay=EMA_DECAY, planned_s=60 * args.minutes)
+    stage = Stage(
+        nn.ModuleDict({"net": net}),
+        peak_lr=args.peak_lr,
+        ema_decay=EMA_DECAY,
+        planned_s=60 * args.minutes,
+        warm_up_steps=WARM_UP_STEPS,
+        ranks=together,
+    )
     if args.state and args.state.exists():
         stage.resume(args.state)
     train(stage, net, args, Painter(read_tiles(args.photographs, TRAINING).to(device)))
+    ranks.leave()
+    if together.rank == 0:
+        finish(stage, net, args)
+
+
+def finish(stage: Stage, net: IFNet, args: argparse.Namespace) -> None:
+    """Saves, and says what the weights' average is worth."""
     if args.state:
         args.state.parent.mkdir(parents=True, exist_ok=True)
         stage.save(args.state)
@@ -67,31 +87,29 @@ def main() -> None:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.half().cpu().contiguous() for name, tensor in net.state_dict().items()}, args.out)
     print(f"{args.out}: {args.out.stat().st_size} bytes", flush=True)
-    for line in evaluate(
-        net.eval(), Painter(read_tiles(args.photographs, HELD_OUT).to(device)), args.judged, args.side
-    ):
+    painter = Painter(read_tiles(args.photographs, HELD_OUT).to(next(net.parameters()).device))
+    for line in evaluate(net.eval(), painter, args.judged, args.side):
         print(line, flush=True)
 
 
 def train(stage: Stage, net: IFNet, args: argparse.Namespace, painter: Painter) -> None:
     """Trains until the stage has had its planned seconds or this run its minutes."""
     device = painter.tiles.device
-    generator = torch.Generator(device).manual_seed(args.seed + stage.step)
+    generator = torch.Generator(device).manual_seed(stage.ranks.seed(args.seed + stage.step))
     started, before = time.monotonic(), stage.seconds
-    while not stage.finished and time.monotonic() - started < 60 * args.run_minutes:
+    while not stage.finished and stage.seconds - before < 60 * args.run_minutes:
         clips = sample_clips(args.batch, args.side, len(painter.tiles), generator)
         loss, picture_error, flow_error = loss_of(net, painter, clips, generator)
         loss.backward()
         stage.update()
         if stage.step % 25 == 0 or device.type == "cpu":
             error = picture_error.item()  # Waits for the device, so the clock below tells the truth.
-            stage.seconds = before + time.monotonic() - started
-            if stage.step % 250 == 0 or stage.step <= 100:
+            stage.tell(before + time.monotonic() - started)
+            if stage.ranks.rank == 0 and (stage.step % 250 == 0 or stage.step <= 100):
                 reached = f"loss {loss.item():.4f} psnr {-10 * math.log10(error):.2f} flow {flow_error.item():.2f} px"
                 print(f"step {stage.step} {stage.seconds:.0f} s {reached}", flush=True)
             if not error < 1.0:
                 raise FloatingPointError(f"training diverged at step {stage.step}")
-    stage.seconds = before + time.monotonic() - started
 
 
 def loss_of(
