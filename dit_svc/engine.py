@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -23,7 +23,7 @@ from dit_svc.preview import PreviewFit, preview_picture
 from services.config import EngineSection
 from services.errors import InvalidRequest, NonFinite, OutOfMemory, ServiceError
 from services.family import DenoiseState, DitModel, DitPart, Tensors
-from services.features import BlockRun, as_it_is
+from services.features import Wrap, as_it_is
 from services.parallel.mesh import Mesh
 from services.request import Media, ResolvedParams
 from services.tensors import Bundle
@@ -157,7 +157,7 @@ class DitEngine:
         part: DitPart,
         config: EngineSection,
         mesh: Mesh | None = None,
-        wrap: Callable[[BlockRun], BlockRun] = as_it_is,
+        wrap: Wrap = as_it_is,
         idle: IdleExperts | None = None,
     ) -> None:
         if config.branches not in ("rows", "serial", "auto"):

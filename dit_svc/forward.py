@@ -9,7 +9,7 @@ ranks keep the same states. Every rank calls the same things in the same order.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 
 from dit_svc.idle_experts import IdleExperts
 from services.family import Block, DenoiseState, DitModel, DitPart, Row
-from services.features import BlockRun, as_it_is
+from services.features import BlockRun, Wrap, as_it_is
 from services.parallel.collectives import all_gather
 from services.parallel.hsdp import shard
 from services.parallel.mesh import Axis, Mesh
@@ -88,7 +88,7 @@ class Forward:
         part: DitPart,
         branches: str,
         mesh: Mesh | None = None,
-        wrap: Callable[[BlockRun], BlockRun] = as_it_is,
+        wrap: Wrap = as_it_is,
         idle: IdleExperts | None = None,
     ) -> None:
         self._idle = idle
@@ -104,7 +104,7 @@ class Forward:
             for module in model.modules.values():
                 self._region.apply(module)
         self._sharded = shard(model.modules, blocks, mesh.hsdp()) if mesh and mesh.degrees.hsdp else {}
-        self._through = {name: wrap(_run_of(own)) for name, own in blocks.items()}
+        self._through = {name: wrap(_run_of(own), self._lengths) for name, own in blocks.items()}
         if self._sequence is not None:
             for kind in part.plan.spread:
                 model.attention[kind].across = self._sequence.attend
@@ -229,6 +229,10 @@ class Forward:
         if self._sequence:
             hidden = self._sequence.join(hidden, part.whole.hidden.shape[1])
         return self._part.head(module, replace(part.whole, hidden=hidden))
+
+    def _lengths(self) -> tuple[int, ...]:
+        """Tokens of the whole fields that are spread over ranks: pieces of two lengths may be alike."""
+        return tuple(self._sequence.places.lengths.tolist()) if self._sequence else ()
 
     def _own(self, blocks: Sequence[Block]) -> Sequence[Block]:
         return self._pipeline.own(blocks) if self._pipeline else blocks

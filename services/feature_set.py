@@ -14,7 +14,7 @@ from services.config import parse
 from services.errors import StartupError
 from services.families import FAMILIES, load_family
 from services.family import DitModel, DitPart
-from services.features import ALWAYS_ON, ORDER, Applied, BlockRun
+from services.features import ALWAYS_ON, ORDER, Applied, Beside, BlockRun
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +43,10 @@ class FeatureSet:
         for applied in self._applied.values():
             applied.seal()
 
-    def wrap(self, run: BlockRun) -> BlockRun:
+    def wrap(self, run: BlockRun, beside: Beside) -> BlockRun:
         """The run of a block list with all that features put around it, the first feature's innermost."""
         for applied in self._applied.values():
-            run = applied.wrap(run)
+            run = applied.wrap(run, beside)
         return run
 
     def metrics(self) -> dict[str, float]:

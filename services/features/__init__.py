@@ -14,19 +14,23 @@ refusal stops the service at start-up.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
 
 # Streams through a block list: what enters the first block to what leaves the last.
 BlockRun = Callable[[Any], Any]
+# What the run in hand depends on besides its streams: plain values.
+Beside = Callable[[], Hashable]
+# What a feature puts around a run.
+Wrap = Callable[[BlockRun, Beside], BlockRun]
 
 
 def _nothing() -> None:
     """Nothing is to be done after the warm-up."""
 
 
-def as_it_is(run: BlockRun) -> BlockRun:
+def as_it_is(run: BlockRun, _beside: Beside) -> BlockRun:
     """Nothing is to be done around the blocks."""
     return run
 
@@ -45,7 +49,7 @@ class Applied:
     options: str
     seal: Callable[[], None] = _nothing
     metrics: Callable[[], dict[str, float]] = dict
-    wrap: Callable[[BlockRun], BlockRun] = as_it_is
+    wrap: Wrap = as_it_is
 
 
 # Load-time features, in the order of application: attention is chosen before blocks are compiled, so that the

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from services.family import DitModel, DitPart, ModelPlan
-from services.features import Applied, BlockRun
+from services.features import Applied, Beside, BlockRun
 
 NAME = "graphs"
 EXACT = True
@@ -60,8 +60,8 @@ def apply(model: DitModel, part: DitPart, config: Config) -> Applied:
         raise ValueError(f"features.graphs: kept is {config.kept} and after {config.after}, both are 1 or more")
     made: list[Graphs] = []
 
-    def wrap(run: BlockRun) -> BlockRun:
-        made.append(Graphs(run, config))
+    def wrap(run: BlockRun, beside: Beside) -> BlockRun:
+        made.append(Graphs(run, config, beside))
         return made[-1]
 
     def metrics() -> dict[str, float]:
@@ -90,8 +90,8 @@ class Graphs:
         replays: launches of graphs.
     """
 
-    def __init__(self, run: BlockRun, config: Config) -> None:
-        self._run, self._config = run, config
+    def __init__(self, run: BlockRun, config: Config, beside: Beside) -> None:
+        self._run, self._config, self._beside = run, config, beside
         self._seen: Counter[Any] = Counter()
         self._pool: Any = None
         self.recorded: OrderedDict[Any, Recorded] = OrderedDict()
@@ -99,7 +99,7 @@ class Graphs:
 
     def __call__(self, streams: Any) -> Any:
         """What leaves the blocks lies in the graph's memory: it may be read until the same shapes come again."""
-        key = key_of(streams)
+        key = (self._beside(), key_of(streams))
         if (recorded := self.recorded.get(key)) is None:
             if len(self._seen) > SEEN:
                 self._seen.clear()

@@ -10,13 +10,18 @@ from typing import Any
 import pytest
 import torch
 
+from dit_svc.forward import Forward
 from services.attention import KERNELS
 from services.errors import StartupError
 from services.families import load_family
 from services.families.qwen_image.cut import QwenStreams
 from services.family import DitModel
 from services.feature_set import apply_features
-from services.features import attention, graphs
+from services.features import Beside, BlockRun, attention, graphs
+from services.parallel.collectives import peer_memory
+from services.parallel.degrees import Degrees
+from services.parallel.mesh import PlannedMesh
+from services.parallel.peer_memory import PeerMemory
 from services.weights import open_source
 
 FAMILY = load_family("qwen_image")
@@ -92,3 +97,23 @@ def test_a_graph_is_for_shapes_and_for_the_values_of_what_lies_on_the_cpu():
 
     assert key(5, [0, 2]) == key(5, [0, 2])
     assert len({key(5, [0, 2]), key(6, [0, 2]), key(5, [0, 3])}) == 3
+
+
+def test_a_graph_is_for_the_lengths_of_what_is_spread_and_not_of_the_pieces_only(tiny, monkeypatch):
+    monkeypatch.setitem(peer_memory, "planned", PeerMemory(lambda _size: None, 0, torch.device("cpu")))
+    besides = []
+
+    def wrap(run: BlockRun, beside: Beside) -> BlockRun:
+        besides.append(beside)
+        return run
+
+    model = FAMILY.dit.load(open_source(str(tiny)), torch.device("cpu"), torch.float32)
+    forward = Forward(model, FAMILY.dit, "auto", PlannedMesh(Degrees(ulysses=2), 0), wrap)
+    pieces, lengths = set(), set()
+    for text in (23, 24):
+        whole = [torch.empty(1, tokens, 8, device="meta") for tokens in (16, text)]
+        streams = QwenStreams(whole[0], whole[1], None, whole[0][:, 0], (whole[0], whole[1]), 16)
+        pieces.add(graphs.key_of(forward._sequence.cut(streams)))
+        lengths.add(besides[0]())
+    assert len(pieces) == 1
+    assert lengths == {(23, 16), (24, 16)}
