@@ -58,7 +58,8 @@ class PipelineRank:
             sent.wait()
         self._sending = []
         for _, value in self._flowing(streams):
-            tensor = value.contiguous()
+            # A copy: the next pass may come out of the same CUDA graph, which writes to the same place.
+            tensor = value.clone(memory_format=torch.contiguous_format)
             count_sent("pipeline", tensor)
             if tensor.is_meta:
                 continue
