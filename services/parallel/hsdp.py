@@ -170,9 +170,6 @@ def shard(
             _gather_when_called(part, ShardedWeights(weights_of(part), axis))
         for block in blocks[name]:
             weights[name].append(ShardedWeights(weights_of(block.module), axis))
-            if weights[name][-1].held.is_cuda:
-                # Windows are not PyTorch's memory: what a block leaves must be free for the next one's.
-                torch.cuda.empty_cache()
     size = max(of.whole_bytes for sharded in weights.values() for of in sharded)
     device = next(weight.device for module in modules.values() for weight in module.parameters())
     places = [torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(PLACES)]

@@ -49,6 +49,8 @@ class CudaWindow:
 
         library: Any = _symmetric_memory
         device = torch.device("cuda", torch.cuda.current_device())
+        # Windows are not PyTorch's memory: what it keeps for later must be free for them.
+        torch.cuda.empty_cache()
         self._memory: torch.Tensor = library.empty(size, dtype=torch.uint8, device=device)
         self._handle = library.rendezvous(self._memory, group)
 
@@ -79,8 +81,9 @@ class PeerMemory:
         self._shown: list[Window] = []
         self._shown_bytes = 0
         self._turn = 0
-        self._window: Window | None = None
-        self._window_bytes = 0
+        self._windows: dict[str, Window] = {}
+        self._window_bytes: dict[str, int] = {}
+        self._recorded: list[Window] = []
 
     def show(self, tensor: torch.Tensor, ranks: int) -> list[torch.Tensor]:
         """Everybody's tensor, by rank. What comes back may be read until the next `show` but one."""
@@ -106,14 +109,20 @@ class PeerMemory:
         """Piece i of dimension 0, summed, for rank i: [n, ...] to [...]."""
         return _sum([pieces[self.rank] for pieces in self.show(tensor, tensor.shape[0])])
 
-    def window(self, size: int) -> Window:
-        """One window of at least so many bytes, the same at every call, for callers that know when it is free."""
-        if self._window is None or size > self._window_bytes:
-            self._leave(self._window)
-            self._window = None
-            self._window_bytes = _rounded(size)
-            self._window = self._make(self._window_bytes)
-        return self._window
+    def window(self, use: str, size: int) -> Window:
+        """One window of at least so many bytes for each use, for callers that know when it is free.
+
+        It is the same at every call until a larger one is needed. One that a CUDA graph reads stays for good.
+        """
+        if use not in self._windows or size > self._window_bytes[use]:
+            self._leave(self._windows.get(use))
+            self._windows.pop(use, None)
+            self._window_bytes[use] = _rounded(size)
+            self._windows[use] = self._make(self._window_bytes[use])
+        window = self._windows[use]
+        if self._recording() and window not in self._recorded:
+            self._recorded.append(window)
+        return window
 
     def keep(self, size: int) -> Window:
         """A window of so many bytes that is the caller's."""
@@ -134,6 +143,10 @@ class PeerMemory:
         """What follows comes after that work; the host does not wait."""
         if mark is not None:
             torch.cuda.current_stream().wait_event(mark)
+
+    def _recording(self) -> bool:
+        """Whether a CUDA graph is being made."""
+        return self._aside is not None and torch.cuda.is_current_stream_capturing()
 
     def _next_shown(self, size: int) -> Window:
         if size > self._shown_bytes:

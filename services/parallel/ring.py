@@ -41,9 +41,8 @@ def ring_attention(
     count_sent("ring", piece, masks.shape[0] - 1)
     all_count = bool(every)
     merged: Partial | None = None
-    for owner, keys_values in (
-        _passed_on(piece, group_of(group)) if peers is None else _read(piece, peers, group_of(group))
-    ):
+    pieces = _passed_on(piece, group_of(group)) if peers is None else _read(piece, peers, masks.shape[0])
+    for owner, keys_values in pieces:
         mask = None if all_count else masks[owner]
         merged = _merge(merged, partial_attention(query, keys_values[0], keys_values[1], mask, kernel))
     assert merged is not None
@@ -127,20 +126,18 @@ def _passed_on(piece: torch.Tensor, ranks: dist.ProcessGroup) -> Iterator[tuple[
         piece = incoming
 
 
-def _read(piece: torch.Tensor, peers: PeerMemory, ranks: dist.ProcessGroup) -> Iterator[tuple[int, torch.Tensor]]:
+def _read(piece: torch.Tensor, peers: PeerMemory, size: int) -> Iterator[tuple[int, torch.Tensor]]:
     """The same out of the owners' memory; the next piece is copied aside while the caller works on this one."""
-    rank, size = ranks.rank(), ranks.size()
     shown = peers.show(piece, size)
-    now, aside = torch.cuda.current_stream(), torch.cuda.Stream()
-    for turn in range(size):
+    for turn in range(size - 1):
         incoming = torch.empty_like(piece)
-        aside.wait_stream(now)
-        if turn < size - 1:
-            with torch.cuda.stream(aside):
-                incoming.copy_(shown[(rank - turn - 1) % size])
-        yield (rank - turn) % size, piece
-        now.wait_stream(aside)
+        with peers.aside():
+            incoming.copy_(shown[(peers.rank - turn - 1) % size])
+            arrival = peers.mark()
+        yield (peers.rank - turn) % size, piece
+        peers.wait(arrival)
         piece = incoming
+    yield (peers.rank + 1) % size, piece
 
 
 def _pass_on(piece: torch.Tensor, ranks: dist.ProcessGroup) -> tuple[torch.Tensor, list[dist.Work]]:

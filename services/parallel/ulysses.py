@@ -86,8 +86,9 @@ class Portion:
 class Layout:
     """Who has what, and where in the windows; the same for every block of a model.
 
-    A window holds for each portion what is attended to, and behind those for each portion what comes back from every
-    rank.
+    One window holds for each portion what is attended to, another for each portion what comes back from every rank. So
+    a rank that is ahead may write what is to be attended to next while others still take what came back, whatever the
+    next layout is.
 
     Attributes:
         slots: by rank and field.
@@ -102,7 +103,7 @@ class Layout:
     length: int
 
     def attended(self, portion: int) -> int:
-        """Where a portion begins, in heads' widths from the start of the window."""
+        """Where a portion begins, in heads' widths from the start of its window."""
         return 3 * self.total * self.before[portion]
 
     def returned(self, portion: int, rank: int) -> int:
@@ -110,12 +111,12 @@ class Layout:
         heads = len(self.slots) * self.before[portion]
         if portion < len(self.portions):
             heads += rank * (self.before[portion + 1] - self.before[portion])
-        return self.attended(len(self.portions)) + self.length * heads
+        return self.length * heads
 
     @property
-    def size(self) -> int:
-        """Of the window, in heads' widths."""
-        return self.returned(len(self.portions), 0)
+    def sizes(self) -> tuple[int, int]:
+        """Of the windows, in heads' widths."""
+        return self.attended(len(self.portions)), self.returned(len(self.portions), 0)
 
 
 @lru_cache(maxsize=64)
@@ -166,9 +167,11 @@ class Exchange:
         self._others = [rank for rank in range(ranks) if rank != peers.rank]
         self._word = word_of(width * like.element_size())
         self._width = width * like.element_size() // self._word.itemsize
-        words = self._layout.size * self._width
-        self._window: Window = peers.window(words * self._word.itemsize)
-        self._memory = [self._window.of(rank, (words,), self._word) for rank in range(ranks)]
+        attended, returned = (size * self._width for size in self._layout.sizes)
+        self._window: Window = peers.window("attended", attended * self._word.itemsize)
+        back = peers.window("returned", returned * self._word.itemsize)
+        self._to_attend = [self._window.of(rank, (attended,), self._word) for rank in range(ranks)]
+        self._given_back = [back.of(rank, (returned,), self._word) for rank in range(ranks)]
 
     def attend(self, streams: Sequence[torch.Tensor], filling: Sequence[int] | None, kernel: str) -> list[torch.Tensor]:
         """See `ulysses_attention`."""
@@ -267,15 +270,16 @@ class Exchange:
     def _attended(self, rank: int, portion: int, heads: slice) -> torch.Tensor:
         """Where a rank attends to a portion: queries, keys and values, [S, 3, h, W]."""
         shape = (self._layout.total, 3, heads.stop - heads.start, self._width)
-        return self._view(rank, self._layout.attended(portion), shape)
+        return self._view(self._to_attend[rank], self._layout.attended(portion), shape)
 
     def _returned(self, rank: int, portion: int, of: int, heads: int) -> torch.Tensor:
         """Where a rank takes back what rank `of` mixed: [L, h, W]."""
-        return self._view(rank, self._layout.returned(portion, of), (self._layout.length, heads, self._width))
+        shape = (self._layout.length, heads, self._width)
+        return self._view(self._given_back[rank], self._layout.returned(portion, of), shape)
 
-    def _view(self, rank: int, first: int, shape: tuple[int, ...]) -> torch.Tensor:
+    def _view(self, memory: torch.Tensor, first: int, shape: tuple[int, ...]) -> torch.Tensor:
         first *= self._width
-        return self._memory[rank][first : first + math.prod(shape)].view(shape)
+        return memory[first : first + math.prod(shape)].view(shape)
 
 
 def fields_of(streams: Sequence[torch.Tensor], pieces: Sequence[int]) -> list[torch.Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 
 from services.attention import sdpa
 from services.family import Block
-from services.parallel import collectives, hsdp, ulysses
+from services.parallel import collectives, hsdp, ring, ulysses
 from services.parallel.mesh import Axis
 from services.parallel.peer_memory import STEP_BYTES, PeerMemory
 from services.parallel.sequence import own_piece
@@ -179,6 +180,58 @@ def test_ulysses_is_attention_over_the_whole_sequence(
         for outputs in calls:
             for output, want in zip(outputs, pieces_of(expected, ranks, rank, joined), strict=True):
                 torch.testing.assert_close(output, want)
+
+
+def test_a_rank_that_runs_ahead_to_a_longer_sequence_overwrites_nothing(monkeypatch, ranks=2) -> None:
+    collect = Exchange._collect
+
+    def late(exchange, fields) -> None:
+        time.sleep(0.2 * exchange._rank)
+        collect(exchange, fields)
+
+    monkeypatch.setattr(Exchange, "_collect", late)
+    torch.manual_seed(0)
+    sequences = [[torch.randn(1, length, 4, 8) for _ in range(3)] for length in (16, 160, 48)]
+    expected = [sdpa(*sequence, None) for sequence in sequences]
+
+    def work(rank, peers):
+        results = []
+        for sequence in sequences:
+            streams = [piece for field in sequence for piece in pieces_of([field], ranks, rank, joined=False)]
+            results += Exchange(peers, ranks, [sequence[0].shape[1]], streams[0]).attend(streams, None, "sdpa")
+        return results
+
+    _, results = everywhere(ranks, work)
+    for rank, outputs in enumerate(results):
+        for output, whole in zip(outputs, expected, strict=True):
+            torch.testing.assert_close(output, *pieces_of([whole], ranks, rank, joined=False))
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_a_window_that_a_graph_reads_outlives_a_larger_one(recorded, monkeypatch) -> None:
+    monkeypatch.setattr(PeerMemory, "_recording", lambda _peers: recorded)
+
+    def work(_, peers):
+        first = weakref.ref(peers.window("attended", 8))
+        assert first() is peers.window("attended", STEP_BYTES)
+        assert first() is not peers.window("returned", 8)
+        assert first() is not peers.window("attended", STEP_BYTES + 1)
+        return first() is not None
+
+    assert everywhere(2, work)[1] == [recorded] * 2
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_a_ring_reads_every_ranks_piece_once_its_own_first(ranks) -> None:
+    brought = torch.randn(ranks, 2, 5)
+
+    def work(rank, peers):
+        return [(owner, piece.clone()) for _ in range(3) for owner, piece in ring._read(brought[rank], peers, ranks)]
+
+    _, results = everywhere(ranks, work)
+    for rank, read in enumerate(results):
+        assert [owner for owner, _ in read] == [(rank - turn) % ranks for turn in range(ranks)] * 3
+        assert all(torch.equal(piece, brought[owner]) for owner, piece in read)
 
 
 def experts(seed: int) -> dict[str, torch.nn.Module]:
