@@ -103,7 +103,7 @@ class Forward:
         if self._region is not None:
             for module in model.modules.values():
                 self._region.apply(module)
-        self._sharded = shard(model.modules, blocks, mesh.hsdp()) if mesh and mesh.degrees.hsdp else {}
+        self._sharded = shard(model.modules, blocks, mesh.hsdp(), model.device) if mesh and mesh.degrees.hsdp else {}
         self._through = {name: wrap(_run_of(own), self._lengths) for name, own in blocks.items()}
         if self._sequence is not None:
             for kind in part.plan.spread:

@@ -77,14 +77,15 @@ def _load(
     config: StageConfig, source: ModelSource, part: DitPart, mesh: Mesh | None
 ) -> tuple[DitModel, IdleExperts | None]:
     device, dtype = placement(config.model)
-    if not config.engine.offload_experts:
-        return part.load(source, device, dtype), None
-    if mesh is not None and mesh.degrees.hsdp:
+    offloads, shards = config.engine.offload_experts, mesh is not None and mesh.degrees.hsdp
+    if offloads and shards:
         raise StartupError(WITH_HSDP)
-    if "graphs" in config.features:
+    if offloads and "graphs" in config.features:
         raise StartupError("engine.offload_experts does not go with CUDA graphs: a graph holds weights in 1 place")
-    model = part.load(source, torch.device("cpu"), dtype)
-    return replace(model, device=device), IdleExperts(model, device)
+    # A GPU need not have room for what it will not hold. Random weights of one seed are a device's own.
+    through_host = offloads or (shards and source.root is not None)
+    model = replace(part.load(source, torch.device("cpu") if through_host else device, dtype), device=device)
+    return model, IdleExperts(model, device) if offloads else None
 
 
 def _warmup_params(model: str, limits: Limits, guidance: float, steps: int) -> ResolvedParams:

@@ -77,12 +77,11 @@ def weights_of(part: nn.Module) -> list[nn.Parameter]:
 class ShardedWeights:
     """Weights of one block or part, of which this rank keeps its shard. They are read where `lay` says."""
 
-    def __init__(self, weights: Sequence[nn.Parameter], axis: Axis) -> None:
+    def __init__(self, weights: Sequence[nn.Parameter], axis: Axis, device: torch.device) -> None:
         self._weights, self._axis = weights, axis
         self._peers = peer_memory.get(axis.name)
         self._pieces, size = pieces_of(weights, axis.size)
         if self._peers is None:
-            device = weights[0].device if weights else None
             self._shards = {axis.rank: torch.zeros(size, dtype=torch.uint8, device=device)}
         else:
             self._window = self._peers.keep(max(ALIGNMENT_BYTES, size))
@@ -91,7 +90,7 @@ class ShardedWeights:
             rows = (weight.detach() if weight.ndim else weight.detach()[None])[piece.own(axis.rank)]
             mine = rows.contiguous().flatten().view(torch.uint8)
             self.held[piece.first : piece.first + mine.numel()] = mine
-            _forget(weight)
+            _forget(weight, device)
         if self._peers is not None:
             self._window.meet()
 
@@ -117,7 +116,7 @@ class ShardedWeights:
         """Lets go of the place."""
         del self._place
         for weight in self._weights:
-            _forget(weight)
+            _forget(weight, self.held.device)
 
     def gather(self) -> Arrival:
         """Starts to make the weights whole in their place, once all is done that has been asked of the device."""
@@ -156,22 +155,23 @@ class ShardedBlocks:
 
 
 def shard(
-    modules: Mapping[str, nn.Module], blocks: Mapping[str, Sequence[Block]], axis: Axis
+    modules: Mapping[str, nn.Module], blocks: Mapping[str, Sequence[Block]], axis: Axis, device: torch.device
 ) -> dict[str, ShardedBlocks]:
     """Leaves of every expert's weights this rank's shards, and in all two places for whole blocks.
 
     Args:
-        modules: by expert; blocks: those that this rank runs.
+        modules: by expert, on the device or in the host's memory; blocks: those that this rank runs.
         axis: of the ranks that share.
+        device: where everything is from now on.
     """
     weights: dict[str, list[ShardedWeights]] = {name: [] for name in modules}
     for name, module in modules.items():
         for part in outside(module, blocks[name]):
-            _gather_when_called(part, ShardedWeights(weights_of(part), axis))
+            _gather_when_called(part, ShardedWeights(weights_of(part), axis, device))
         for block in blocks[name]:
-            weights[name].append(ShardedWeights(weights_of(block.module), axis))
+            weights[name].append(ShardedWeights(weights_of(block.module), axis, device))
+        _move_rest(module, device)
     size = max(of.whole_bytes for sharded in weights.values() for of in sharded)
-    device = next(weight.device for module in modules.values() for weight in module.parameters())
     places = [torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(PLACES)]
     for sharded in weights.values():
         for index, of in enumerate(sharded):
@@ -208,9 +208,15 @@ def _gather_when_called(part: nn.Module, weights: ShardedWeights) -> None:
     part.register_forward_hook(lambda *_: weights.leave(), always_call=True)
 
 
-def _forget(weight: nn.Parameter) -> None:
+def _forget(weight: nn.Parameter, device: torch.device) -> None:
     """Its shape stays, its memory goes."""
-    weight.data = weight.data.new_zeros(()).expand(weight.shape)
+    weight.data = weight.data.new_zeros((), device=device).expand(weight.shape)
+
+
+def _move_rest(module: nn.Module, device: torch.device) -> None:
+    """Buffers, and weights that are not sharded, to the device."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        tensor.data = tensor.data.to(device)
 
 
 @dataclass(frozen=True, slots=True)

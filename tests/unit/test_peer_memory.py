@@ -258,7 +258,9 @@ def test_blocks_come_out_of_the_peers_shards(ranks, monkeypatch) -> None:
             name: [Block("", part, lambda streams: streams) for part in module["blocks"]]
             for name, module in modules.items()
         }
-        sharded = hsdp.shard(modules, blocks, Axis(f"shards {rank}", ranks, rank, None, tuple(range(ranks))))
+        sharded = hsdp.shard(
+            modules, blocks, Axis(f"shards {rank}", ranks, rank, None, tuple(range(ranks))), torch.device("cpu")
+        )
         for name in ("high", "low", "high"):
             embedded = modules[name]["embed"](torch.ones(3))
             assert torch.equal(embedded, expected[name]["embed"](torch.ones(3)))
