@@ -105,7 +105,9 @@ class Graphs:
                 self._seen.clear()
             self._seen[key] += 1
             if self._seen[key] <= self._config.after:
-                return self._run(streams)
+                # What is compiled meanwhile must fit the copies that a graph reads: views, and tensors made outside of
+                # inference mode, are of other kinds.
+                return self._run(map_device_tensors(streams, torch.clone))
             recorded = self._record(key, streams)
         self.recorded.move_to_end(key)
         for mine, given in zip(recorded.inputs, device_tensors(streams), strict=True):

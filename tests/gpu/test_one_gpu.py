@@ -185,3 +185,14 @@ def test_frames_of_a_vae_are_those_of_the_cpu(kind, monkeypatch) -> None:
         latents = latents_of(kind, *size, frames=frames)
         for ours, theirs in zip(fast.codec.decode(latents.cuda()), plain.codec.decode(latents), strict=True):
             assert relative(ours.cpu(), theirs) < 1e-4
+
+
+@pytest.mark.parametrize("branches", ["serial", "rows"])
+@torch.inference_mode()
+def test_graphs_are_of_compiled_blocks(branches, tmp_path) -> None:
+    load_family("qwen_image").tiny(tmp_path, "t2i", 0)
+    config = config_of(tmp_path, "bfloat16", {}, {"attention": {}, "compile": {}, "graphs": {"after": 1}})
+    config = replace(config, engine=replace(config.engine, branches=branches))
+    _, figures = denoise(config, None, 4)
+    assert figures["dit_graph_replays_total"] > 0
+    assert figures["dit_recompiles_total"] == 0
