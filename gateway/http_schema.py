@@ -33,10 +33,14 @@ Interpolation = Annotated[
     bool, Field(description="More frames between those that the model makes (docs/interpolation.md).")
 ]
 InterpolationExp = Annotated[
-    Count, Field(description="F frames become (F - 1) * 2^exp + 1, and fps is multiplied by 2^exp.")
+    Count | None,
+    Field(description="F frames become (F - 1) * 2^exp + 1, and fps is multiplied by 2^exp; default: 1."),
 ]
 InterpolationScale = Annotated[
-    Scale, Field(description="Of the resolution at which motion is estimated: 0.25 to 4, below 1 for large pictures.")
+    Scale | None,
+    Field(
+        description="Of the resolution at which motion is estimated: 0.25 to 4, below 1 for large pictures; default: 1."
+    ),
 ]
 
 
@@ -210,8 +214,8 @@ class GenerationRequest(StrictBody):
     )
     inputs: list[InputMedia] = Field(default_factory=list)
     enable_frame_interpolation: Interpolation = False
-    frame_interpolation_exp: InterpolationExp = 1
-    frame_interpolation_scale: InterpolationScale = 1.0
+    frame_interpolation_exp: InterpolationExp = None
+    frame_interpolation_scale: InterpolationScale = None
     priority: Annotated[int, Field(ge=-(2**31), le=2**31 - 1)] = Field(
         0, description="Below 0 is high, 0 normal, above 0 low; a higher class runs first."
     )

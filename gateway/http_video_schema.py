@@ -62,8 +62,8 @@ class VideoRequest(StrictBody):
     guidance_2: Scale | None = Field(None, description=GUIDANCE_2)
     output_format: Literal["mp4", "webp", "gif", "zip"] | None = None
     enable_frame_interpolation: Interpolation = False
-    frame_interpolation_exp: InterpolationExp = 1
-    frame_interpolation_scale: InterpolationScale = 1.0
+    frame_interpolation_exp: InterpolationExp = None
+    frame_interpolation_scale: InterpolationScale = None
     user: str | None = Field(None, description="Ignored.")
 
     def remote(self) -> list[tuple[str, str]]:

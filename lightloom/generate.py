@@ -87,7 +87,7 @@ class Wish:
             "fps": self.fps,
             "output_format": FORMATS[output.suffix.lower()],
             "enable_frame_interpolation": bool(self.interpolate),
-            "frame_interpolation_exp": self.interpolate or 1,
+            "frame_interpolation_exp": self.interpolate or None,
         }
 
 

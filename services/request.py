@@ -61,8 +61,8 @@ class GenerationParams:
     preview_every: int = 0
     inputs: tuple[Media, ...] = ()
     enable_frame_interpolation: bool = False
-    frame_interpolation_exp: int = 1
-    frame_interpolation_scale: float = 1.0
+    frame_interpolation_exp: int | None = None
+    frame_interpolation_scale: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,6 +170,7 @@ def resolve(
     Raises:
         InvalidRequest: names the parameter, its value and what is allowed.
     """
+    _check_interpolation_is_on(params)
     guidance = _or(params.guidance, limits.default_guidance)
     # Who sets one scale means both experts; the model's own pair comes as a pair.
     own_second = limits.separate_guidance_2 or (params.guidance is None and limits.default_guidance_2 > 0)
@@ -192,11 +193,21 @@ def resolve(
         preview_every=params.preview_every,
         inputs=params.inputs,
         enable_frame_interpolation=params.enable_frame_interpolation,
-        frame_interpolation_exp=params.frame_interpolation_exp,
-        frame_interpolation_scale=params.frame_interpolation_scale,
+        frame_interpolation_exp=_or(params.frame_interpolation_exp, 1),
+        frame_interpolation_scale=_or(params.frame_interpolation_scale, 1.0),
     )
     check(resolved, limits)
     return resolved
+
+
+def _check_interpolation_is_on(params: GenerationParams) -> None:
+    for name in ("frame_interpolation_exp", "frame_interpolation_scale"):
+        value = getattr(params, name)
+        if value is not None and not params.enable_frame_interpolation:
+            raise InvalidRequest(
+                f"{name} is {value}, and enable_frame_interpolation is false: set that to true, or leave {name} out",
+                param=name,
+            )
 
 
 def _default_size(limits: Limits, picture: tuple[int, int] | None) -> tuple[int, int]:

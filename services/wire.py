@@ -42,7 +42,7 @@ _OPTIONAL = (
     "seed",
     "quality",
 )
-# The second and third have presence: absent, as an older gateway leaves them, means the default.
+# The second and third have presence: absent means the default.
 _INTERPOLATION = ("enable_frame_interpolation", "frame_interpolation_exp", "frame_interpolation_scale")
 # An error travels in trailing metadata, of which a peer accepts 8 KiB.
 MAX_ERROR_CHARS = 2000
@@ -57,12 +57,12 @@ def params_to_proto(params: GenerationParams | ResolvedParams) -> types_pb2.Gene
     proto = types_pb2.GenerationParams(
         model=params.model, prompt=params.prompt, inputs=[media_to_proto(media) for media in params.inputs]
     )
-    for name in (*_OPTIONAL, "preview_every"):
+    # Resolved, they are set where nothing is to be interpolated, too.
+    asked = params.enable_frame_interpolation or isinstance(params, GenerationParams)
+    for name in (*_OPTIONAL, "preview_every", *(_INTERPOLATION if asked else ())):
         value = getattr(params, name)
         if value is not None:
             _set(proto, name, value)
-    for name in _INTERPOLATION if params.enable_frame_interpolation else ():
-        _set(proto, name, getattr(params, name))
     if params.output_format is not None:
         proto.output_format = format_to_proto(params.output_format)
     return proto
@@ -74,8 +74,8 @@ def params_from_proto(proto: types_pb2.GenerationParams) -> GenerationParams:
     Raises:
         InvalidRequest: an output format that this build does not know.
     """
-    optional: dict[str, Any] = {name: getattr(proto, name) if proto.HasField(name) else None for name in _OPTIONAL}
-    optional |= {name: getattr(proto, name) for name in _INTERPOLATION[1:] if proto.HasField(name)}
+    names = (*_OPTIONAL, *_INTERPOLATION[1:])
+    optional: dict[str, Any] = {name: getattr(proto, name) if proto.HasField(name) else None for name in names}
     return GenerationParams(
         model=proto.model,
         prompt=proto.prompt,
@@ -95,6 +95,9 @@ def resolved_from_proto(proto: types_pb2.GenerationParams) -> ResolvedParams:
     """
     params = params_from_proto(proto)
     values = {spec.name: getattr(params, spec.name) for spec in fields(params)}
+    for name in _INTERPOLATION[1:]:
+        if values[name] is None:
+            del values[name]
     missing = [name for name, value in values.items() if value is None] + ([] if params.model else ["model"])
     if missing:
         raise InvalidRequest(

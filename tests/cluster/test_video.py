@@ -175,6 +175,18 @@ def test_what_is_not_allowed_is_refused_with_what_is(rest, client, wish, param, 
         client.generate(PROMPT, **{**SMALL, **wish})
 
 
+@pytest.mark.parametrize("wish", [{"frame_interpolation_exp": 1}, {"frame_interpolation_scale": 0.5}])
+@pytest.mark.parametrize("path", ["/v1/requests", "/v1/videos"])
+def test_how_to_interpolate_counts_for_nothing_without_the_switch_and_is_refused(rest, client, path, wish):
+    [param] = wish
+    answer = rest.post(path, json={"prompt": PROMPT, **wish})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"], error["param"]) == (400, "invalid_request", param)
+    assert "enable_frame_interpolation is false: set that to true" in error["message"]
+    with pytest.raises(InvalidRequest, match="enable_frame_interpolation is false"):
+        client.generate(PROMPT, **wish)
+
+
 def test_more_frames_need_an_interpolation_service(rest, client):
     answer = rest.post("/v1/requests", json={"prompt": PROMPT, "enable_frame_interpolation": True, **SMALL})
     error = answer.json()["error"]

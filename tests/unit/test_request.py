@@ -58,6 +58,8 @@ def test_given_values_stay() -> None:
         ({"inputs": (Media("image/png", b""),)}, "inputs", "model 'demo' takes no input pictures"),
         ({"preview_every": -1}, "preview_every", "between 0 and 200"),
         ({"enable_frame_interpolation": True, "output_format": "webp"}, "enable_frame_interpolation", "makes image"),
+        ({"frame_interpolation_exp": 1}, "frame_interpolation_exp", "enable_frame_interpolation is false: set that"),
+        ({"frame_interpolation_scale": 0.5}, "frame_interpolation_scale", "enable_frame_interpolation is false"),
     ],
 )
 def test_refusals(changes: dict[str, object], param: str, allowed: str) -> None:
@@ -97,9 +99,10 @@ def test_what_interpolation_does_not_accept(
 ) -> None:
     monkeypatch.setattr(request, "MAX_MEDIA_BYTES", 256 * 256 * 3 * 100)
     limits = InterpolationLimits(max_frames=1000, max_pixels=70_000)
-    check_interpolation(resolve(make(frame_interpolation_exp=3), VIDEO, seed=0), limits)
+    smooth = {"enable_frame_interpolation": True}
+    check_interpolation(resolve(make(frame_interpolation_exp=3, **smooth), VIDEO, seed=0), limits)
     with pytest.raises(InvalidRequest, match=allowed) as caught:
-        check_interpolation(resolve(make(**changes), VIDEO, seed=0), limits)
+        check_interpolation(resolve(make(**changes, **smooth), VIDEO, seed=0), limits)
     assert caught.value.param == param
 
 

@@ -58,6 +58,9 @@ params = st.builds(
     quality=st.none() | uint32,
     preview_every=uint32,
     inputs=st.lists(media, max_size=2).map(tuple),
+    enable_frame_interpolation=st.booleans(),
+    frame_interpolation_exp=st.none() | uint32,
+    frame_interpolation_scale=st.none() | scale,
 )
 COMPLETE = resolve(GenerationParams(model="m", prompt="p"), Limits(), seed=7)
 
