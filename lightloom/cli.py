@@ -129,7 +129,10 @@ def abort(connection: Connection, request_id: str) -> None:
 
 @app.command()
 @connected
-def trace(connection: Connection, request_ids: list[str]) -> None:
+def trace(
+    connection: Connection,
+    request_ids: Annotated[list[str], typer.Argument(help="Whole ids, or at least the first 6 characters of each.")],
+) -> None:
     """Draw a request's timeline over all processes, or those of several on one clock."""
     from lightloom.show import show_trace
 

@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
@@ -15,6 +16,10 @@ from lightloom.connection import Connection
 from lightloom.control import ask
 from lightloom.member import ProcessRow
 from protos import gateway_pb2, types_pb2
+from services.errors import InvalidRequest, UnknownRequest
+
+if TYPE_CHECKING:
+    from lightloom.client import Client
 
 BAR_CHARS = 48
 # Of a last column on a terminal that is too narrow.
@@ -23,8 +28,14 @@ COLUMN_GAP = 2
 # A pipe has no width of its own, and what reads it wants whole values.
 PIPE_CHARS = 400
 PROMPT_CHARS = 60
-# Of an id, which tell requests apart.
+# Of an id, which tell requests apart; how many a command takes at least, and how many there are.
 ID_CHARS = 8
+MIN_ID_CHARS = 6
+WHOLE_ID_CHARS = 32
+# As many as a gateway lists.
+NEWEST = 1000
+# Of those that an error names.
+SHOWN_IDS = 4
 
 
 def output() -> Console:
@@ -151,9 +162,9 @@ def show_scaled(run_dir: Path, model: str, replicas: Mapping[str, int]) -> None:
 
 
 def show_trace(connection: Connection, request_ids: Sequence[str]) -> None:
-    """Every span as a bar, on one time for all requests."""
+    """Every span as a bar, on one time for all requests. Ids may be cut short, see `_whole_ids`."""
     with connection.open() as client:
-        traces = [(request_id, client.trace(request_id)) for request_id in request_ids]
+        traces = [(request_id, client.trace(request_id)) for request_id in _whole_ids(client, request_ids)]
     console = output()
     found = [(request_id, span) for request_id, spans in traces for span in spans]
     if not found:
@@ -176,6 +187,36 @@ def show_trace(connection: Connection, request_ids: Sequence[str]) -> None:
         length = max(1, round(span.duration_ns / total * chars))
         table.add_row(*row, Text(" " * before + "█" * min(length, chars - before + 1), no_wrap=True))
     console.print(table)
+
+
+def _whole_ids(client: Client, given: Sequence[str]) -> list[str]:
+    """Ids of the newest requests by how they begin; whole ones are those of any request.
+
+    Raises:
+        InvalidRequest: a beginning of less than MIN_ID_CHARS characters, or of several requests.
+        UnknownRequest: none of the newest requests begins so.
+    """
+    short = [start for start in given if len(start) < WHOLE_ID_CHARS]
+    for start in short:
+        if len(start) < MIN_ID_CHARS:
+            raise InvalidRequest(
+                f"request id {start!r} is too short: give {MIN_ID_CHARS} characters of it or more", param="request_id"
+            )
+    newest = [status.request_id for status in client.list(NEWEST)] if short else []
+    return [_only(start, newest) if start in short else start for start in given]
+
+
+def _only(start: str, newest: Sequence[str]) -> str:
+    found = [request_id for request_id in newest if request_id.startswith(start)]
+    if not found:
+        raise UnknownRequest(f"none of the newest {len(newest)} requests has an id that begins with {start!r}")
+    if len(found) > 1:
+        more = f" and {len(found) - SHOWN_IDS} more" if len(found) > SHOWN_IDS else ""
+        raise InvalidRequest(
+            f"{len(found)} requests have ids that begin with {start!r}: {', '.join(found[:SHOWN_IDS])}{more}",
+            param="request_id",
+        )
+    return found[0]
 
 
 def _ms(*nanoseconds: int) -> list[str]:

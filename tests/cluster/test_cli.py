@@ -89,7 +89,7 @@ def test_generate_status_trace_and_abort(cluster, client, tmp_path):
     assert facts["ready"] and [model["id"] for model in facts["models"]] == ["demo"]
     assert {row["name"]: row["state"] for row in facts["processes"]}["gateway-1"] == "serving"
 
-    trace = lightloom("trace", newest.request_id, *cluster)
+    trace = lightloom("trace", newest.request_id[:8], *cluster)
     assert trace.returncode == 0, trace.stderr
     for span in ("text.encode", "dit.denoise", "vae.decode", "gateway.store"):
         assert span in trace.stdout
@@ -127,7 +127,9 @@ def test_an_address_serves_instead_of_a_folder(running_cluster):
 
 
 def test_unknown_requests_and_bad_wishes(cluster, tmp_path):
-    refused(lightloom("trace", "none", *cluster), 1, "there is no request 'none'")
+    refused(lightloom("trace", "none", *cluster), 1, "request id 'none' is too short: give 6 characters")
+    refused(lightloom("trace", "unknown", *cluster), 1, "requests has an id that begins with 'unknown'")
+    refused(lightloom("trace", "f" * 32, *cluster), 1, f"there is no request '{'f' * 32}'")
     refused(lightloom("abort", "none", *cluster), 1, "there is no request 'none'")
     refused(lightloom("generate", "a cat", "-o", tmp_path / "a.tiff", *cluster), 2, ".tiff", ".png")
     refused(lightloom("generate", "a cat", "--size", "256*256", *cluster), 2, "WIDTHxHEIGHT")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 
+import pytest
 from rich.console import Console
 
 from lightloom.connection import Connection
@@ -11,8 +12,10 @@ from lightloom.member import ProcessRow
 from lightloom.show import show_status, show_trace
 from lightloom.up import changes
 from protos import gateway_pb2, types_pb2
+from services.errors import InvalidRequest, UnknownRequest
 
 ID = "0123456789abcdef" * 2
+OTHER = "0123456789" + "f" * 22
 
 
 class Gateway:
@@ -30,9 +33,13 @@ class Gateway:
     def list(self, limit):
         params = types_pb2.GenerationParams(prompt="[red] a prompt\nthat is much longer than the room beside an id")
         state = gateway_pb2.REQUEST_STATE_DONE
-        return [gateway_pb2.RequestStatus(request_id=ID, state=state, step=20, total_steps=20, params=params)]
+        return [
+            gateway_pb2.RequestStatus(request_id=request_id, state=state, step=20, total_steps=20, params=params)
+            for request_id in (ID, OTHER)[:limit]
+        ]
 
     def trace(self, request_id):
+        assert len(request_id) == 32, "as a gateway knows it"
         names = [("gateway", "gateway.denoise"), ("text_encoder-demo-1", "text.encode"), ("vae-demo-3", "vae.decode")]
         return [
             types_pb2.Span(process=process, name=name, start_unix_ns=index * 10**9, duration_ns=10**9)
@@ -72,6 +79,17 @@ def test_requests_stand_on_one_clock(monkeypatch):
     assert [line.split()[0] for line in rows] == [ID[:8], "f" * 8] * 3
     places = [(line.index("█"), line.rindex("█")) for line in rows]
     assert places[::2] == places[1::2], "what happened at once is below each other"
+
+
+def test_the_beginning_of_an_id_will_do(monkeypatch):
+    _, *rows = lines(monkeypatch, show_trace, ["0123456789a", "f" * 32])
+    assert {line.split()[0] for line in rows} == {ID[:8], "f" * 8}
+    with pytest.raises(InvalidRequest, match=f"2 requests have ids that begin with '012345': {ID}, {OTHER}$"):
+        lines(monkeypatch, show_trace, ["012345"])
+    with pytest.raises(InvalidRequest, match="'01234' is too short: give 6 characters"):
+        lines(monkeypatch, show_trace, ["01234"])
+    with pytest.raises(UnknownRequest, match="none of the newest 2 requests has an id that begins with '0123456789b'"):
+        lines(monkeypatch, show_trace, ["0123456789b"])
 
 
 def row(**changed) -> ProcessRow:
