@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import replace
 
 import pytest
 import torch
 from diffusers import WanVACEPipeline
+from PIL import Image
 
 from dit_svc.engine import DenoiseJob, Stepped
 from services.errors import InvalidRequest
 from services.families import load_family
+from services.families.wan.control import clip_and_mask
 from services.media import decode_inputs
 from services.request import GenerationParams, Media, ResolvedParams, resolve
 from services.weights import open_source
@@ -37,6 +40,12 @@ def subject(folder):
 def inference():
     with torch.inference_mode():
         yield
+
+
+def mask_of(colour: tuple[int, ...]) -> Media:
+    file = io.BytesIO()
+    Image.new("RGBA", (64, 96), colour).save(file, "PNG")
+    return Media("image/png", file.getvalue(), "mask")
 
 
 def asked(*inputs: Media, **values) -> ResolvedParams:
@@ -76,6 +85,7 @@ def test_a_clip_of_another_size_is_stretched_and_a_longer_one_cut(folder):
         ([clip(64, 96, 5, 1)], "the input clip has 5 frames: num_frames is 9"),
         ([clip(64, 96, 9, 1), clip(64, 96, 5, 2, "mask")], "the input mask has 5 frames"),
         ([picture(64, 96, 1, "mask")], "a mask and no clip"),
+        ([clip(64, 96, 9, 1), mask_of((255, 255, 255, 254))], "transparent pixels: here white is made anew and black"),
         ([picture(7, 96, 1)], "7x96 pixels: its sides need 8"),
         ([picture(8, 4000, 1)], "8x4000 pixels"),
     ],
@@ -85,6 +95,12 @@ def test_what_cannot_steer_a_clip_is_refused(folder, inputs, says):
     params = asked(*inputs)
     with pytest.raises(InvalidRequest, match=says):
         FAMILY.vae.encode(vae, decode_inputs(params.inputs, params.num_frames), params)
+
+
+def test_an_alpha_channel_that_hides_nothing_does_not_matter():
+    params = asked(clip(64, 96, 9, 1), mask_of((255, 255, 255, 255)))
+    _, mask = clip_and_mask(decode_inputs(params.inputs, params.num_frames), params)
+    assert (mask == 1).all(), "white is made anew"
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ def clip_and_mask(inputs: Inputs, params: ResolvedParams) -> tuple[torch.Tensor,
     Frames are stretched to the size that is made. A mask may be one picture, for all frames.
 
     Raises:
-        InvalidRequest: there is a mask without a clip, or too few frames.
+        InvalidRequest: there is a mask without a clip, or one with transparency, or too few frames.
     """
     shape = (1, 3, params.num_frames, params.height, params.width)
     if "video" not in inputs:
@@ -31,11 +31,21 @@ def clip_and_mask(inputs: Inputs, params: ResolvedParams) -> tuple[torch.Tensor,
     clip = pixels_of(_enough(inputs["video"][0], "clip", params), params)
     if "mask" not in inputs:
         return clip, torch.ones(shape)
-    # White counts here, not transparency.
-    mask = inputs["mask"][0][..., :3]
+    mask = _opaque(inputs["mask"][0])
     if len(mask) == 1:
         return clip, ((pixels_of(mask, params) + 1) / 2).clamp(0, 1).expand(shape)
     return clip, ((pixels_of(_enough(mask, "mask", params), params) + 1) / 2).clamp(0, 1)
+
+
+def _opaque(mask: Frames) -> Frames:
+    # Of a picture's mask, transparency is what counts, and colours do not. A picture painted white where it is not
+    # transparent would mean one thing by one rule and the opposite by the other.
+    if (mask[..., 3:] != 255).any():
+        raise InvalidRequest(
+            "the mask has transparent pixels: here white is made anew and black stays, so send it without transparency",
+            param="inputs",
+        )
+    return mask[..., :3]
 
 
 def _enough(frames: Frames, name: str, params: ResolvedParams) -> Frames:
