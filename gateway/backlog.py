@@ -18,18 +18,19 @@ from gateway.replicas import Replicas
 from gateway.state import State
 from services.errors import StateStoreDown
 
-LABELS = ("stage", "model", "component")
+LABELS = ("stage", "model", "expert", "component")
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A stage of a model now, or one expert of it.
+    """A stage of a model now, or one expert of it: `expert` is "" where a denoiser holds all.
 
     `queued` is None while Redis does not answer, `unit_s` while nobody has worked yet.
     """
 
     stage: str
     model: str
+    expert: str
     component: str
     replicas: int
     running: int
@@ -39,7 +40,7 @@ class Row:
     @property
     def labels(self) -> tuple[str, ...]:
         """Values of LABELS."""
-        return self.stage, self.model, self.component
+        return self.stage, self.model, self.expert, self.component
 
     @property
     def queued_s(self) -> float | None:
@@ -88,7 +89,7 @@ class Backlog:
                 queued = _interpolated([found[key] for key in queues if key in found and key in decoded])
             else:
                 queued = found.get(keys[place])
-            rows.append(Row(stage, model, component, len(here), running, queued, unit_s))
+            rows.append(Row(stage, model, expert, component, len(here), running, queued, unit_s))
         return rows
 
     def _queue(self, place: Place, component: str) -> str:

@@ -111,7 +111,7 @@ def test_the_schema_of_values_has_the_keys_of_the_services() -> None:
     known = {
         "service": (ServiceSection, {"host", "port", "metrics_port", "health_port", "name"}),
         "model": (ModelSection, {"name"}),
-        # The chart has one denoiser a model.
+        # By models.NAME.experts.
         "engine": (EngineSection, {"expert"}),
         "parallel": (ParallelSection, {"hosts", "leader_address", "agent_token_file"}),
         "limits": (Limits, set()),
@@ -132,6 +132,9 @@ def test_the_schema_of_values_has_the_keys_of_the_services() -> None:
         ("models.wan.stages.vae.parallel.ulysses_degree", 2, "parallel"),
         ("models.wan.stages.dit.autoscaling.minReplicas", 0, "minReplicas"),
         ("models.wan.limits.max_pixel", 5, "max_pixel"),
+        ("models.wan.experts.low_noise.replica", 2, "replica"),
+        ("models.wan.experts.low-noise", {}, "low-noise"),
+        ("models.wan.experts.low_noise.engine.offload_experts", True, "offload_experts does not go with experts"),
         ("models.a-name-of-32-characters-exactly1", {"model": {"source": "x"}}, "longer than 52 characters"),
         ("interpolation.model.preset", "x", "preset"),
         ("interpolation.limits.max_exponent", 2, "max_exponent"),

@@ -310,6 +310,24 @@ def test_each_stage_has_replicas_of_its_own() -> None:
     }
 
 
+def test_each_expert_has_denoisers_of_its_own_and_what_the_model_s_denoisers_have(tmp_path: Path) -> None:
+    objects = render(values_named("experts"))
+    pods = dict(pod_templates(objects))
+    held = {name: container(pod) for name, pod in pods.items() if "dit" in name}
+    name = "pix-lightloom-dit-wan"
+    assert set(held) == {f"{name}-high-noise", f"{name}-low-noise", f"{name}-low-noise-worker"}
+    for expert, ranks in (("high_noise", 1), ("low_noise", 2)):
+        config = started_with(objects, pods[f"{name}-{expert.replace('_', '-')}"], tmp_path)
+        assert (config.model.name, config.model.source) == ("wan", "/models/wan")
+        assert (config.engine.expert, config.engine.max_batch, config.parallel.ulysses_degree) == (expert, 2, ranks)
+    assert {main["resources"]["limits"]["nvidia.com/gpu"] for main in held.values()} == {1}
+    # A worker lends its GPU to whoever leads it.
+    assert pods[f"{name}-low-noise-worker"]["metadata"]["labels"]["lightloom/group"] == f"{name}-low-noise"
+    [scaled] = of_kind(objects, "ScaledObject")
+    assert scaled["spec"]["scaleTargetRef"]["name"] == f"{name}-low-noise"
+    assert all('model="wan",expert="low_noise"' in each["metadata"]["query"] for each in scaled["spec"]["triggers"])
+
+
 def test_gateway_settings_reach_the_gateway(everything: list[Object], tmp_path: Path) -> None:
     config = started_with(everything, dict(pod_templates(everything))["pix-lightloom-gateway"], tmp_path)
     assert config.gateway == GatewaySection(host="0.0.0.0", lease_s=5.0, max_queued=500)

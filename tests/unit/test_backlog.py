@@ -100,6 +100,24 @@ async def test_what_waits_for_an_interpolator_are_clips_that_wait_to_be_decoded(
     assert now["running_requests", "interpolation"] == 2
 
 
+async def test_each_expert_has_figures_of_its_own(state: State) -> None:
+    replicas = Replicas(StagesSection(), lambda: None)
+    for expert, running in (("high_noise", 3), ("low_noise", 5)):
+        facts = types_pb2.DescribeResponse(models=["m"], component_id=expert, expert=expert, in_flight=running)
+        replicas.known["dit", expert] = Replica("dit", expert, cast(Any, None), facts)
+        replicas._last[Place("dit", "m", expert)] = facts
+    await state.submit("waits", queue_key("dit", "low_noise"), Ticket(), {"pixels": PIXELS, "total": STEPS})
+    text = (await Backlog(state, replicas).exposition()).decode()
+    found = {
+        (sample.name, sample.labels["expert"]): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+    for expert, running, queued in (("high_noise", 3, 0), ("low_noise", 5, 1)):
+        assert found["lightloom_running_requests", expert] == running
+        assert found["lightloom_queued_requests", expert] == queued
+
+
 async def test_a_new_gateway_knows_what_others_learnt_and_replicas_that_left(state: State) -> None:
     replicas = cluster()
     replicas.known["dit", "a"].took(usage(2.0), PARAMS)

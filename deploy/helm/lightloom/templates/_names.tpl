@@ -10,13 +10,16 @@
 names: [text_encoder, dit, vae{{ if .Values.interpolation.model.source }}, interpolation{{ end }}]
 {{- end }}
 
-{{/* What selects the pods of a component: dict root, component, model (may be ""). */}}
+{{/* What selects the pods of a component: dict root, component, model and expert (may be left out or ""). */}}
 {{- define "lightloom.selector" -}}
 app.kubernetes.io/name: {{ .root.Chart.Name }}
 app.kubernetes.io/instance: {{ .root.Release.Name }}
 app.kubernetes.io/component: {{ .component }}
 {{- with .model }}
 lightloom/model: {{ . }}
+{{- end }}
+{{- with .expert }}
+lightloom/expert: {{ . }}
 {{- end }}
 {{- end }}
 
@@ -44,23 +47,32 @@ helm.sh/chart: {{ .root.Chart.Name }}-{{ .root.Chart.Version }}
 {{- end }}
 
 {{/* Every stage of every model, its values over the stage's defaults, and the interpolator of all models: the YAML of a
-     list under `stages`. */}}
+     list under `stages`. Denoisers that hold one expert each are workloads of their own; `expert` is "" of the others. */}}
 {{- define "lightloom.stages" -}}
 stages:
 {{- $tls := include "lightloom.stagesHaveTls" . | eq "yes" }}
 {{- range $name, $model := .Values.models }}
 {{- range $stage := list "text_encoder" "dit" "vae" }}
-{{- $values := mergeOverwrite (deepCopy (get $.Values.stages $stage)) (deepCopy (dig "stages" $stage dict $model)) }}
+{{- $of := mergeOverwrite (deepCopy (get $.Values.stages $stage)) (deepCopy (dig "stages" $stage dict $model)) }}
 {{- $component := include "lightloom.dashed" $stage }}
-{{- $full := printf "%s-%s-%s" (include "lightloom.name" $) $component $name }}
+{{- range $expert, $own := (and (eq $stage "dit") $model.experts) | default (dict "" dict) }}
+{{- $values := mergeOverwrite (deepCopy $of) (deepCopy $own) }}
+{{- if $expert }}
+{{- if $values.engine.offload_experts }}
+{{- fail (printf "models.%s: engine.offload_experts does not go with experts: each denoiser holds one of them" $name) }}
+{{- end }}
+{{- $_ := set $values.engine "expert" $expert }}
+{{- end }}
+{{- $full := list (include "lightloom.name" $) $component $name (include "lightloom.dashed" $expert) | compact | join "-" }}
 {{- if gt (len $full) 52 }}
 {{- fail (printf "models.%s: the name %s of its pods is longer than 52 characters: shorten the release's or the model's" $name $full) }}
 {{- end }}
-  - {{ dict "model" $name "stage" $stage "component" $component "section" $model.model "limits" ($model.limits | default dict) "values" $values "tls" $tls "hosts" ($values.hosts | default 1 | int) "name" $full | toJson }}
+  - {{ dict "model" $name "expert" $expert "stage" $stage "component" $component "section" $model.model "limits" ($model.limits | default dict) "values" $values "tls" $tls "hosts" ($values.hosts | default 1 | int) "name" $full | toJson }}
+{{- end }}
 {{- end }}
 {{- end }}
 {{- if .Values.interpolation.model.source }}
 {{- $values := omit .Values.interpolation "model" "limits" }}
-  - {{ dict "model" "" "stage" "interpolation" "component" "interpolation" "section" .Values.interpolation.model "limits" .Values.interpolation.limits "values" $values "tls" $tls "hosts" 1 "name" (printf "%s-interpolation" (include "lightloom.name" .)) | toJson }}
+  - {{ dict "model" "" "expert" "" "stage" "interpolation" "component" "interpolation" "section" .Values.interpolation.model "limits" .Values.interpolation.limits "values" $values "tls" $tls "hosts" 1 "name" (printf "%s-interpolation" (include "lightloom.name" .)) | toJson }}
 {{- end }}
 {{- end }}

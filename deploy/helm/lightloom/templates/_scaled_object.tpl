@@ -1,7 +1,7 @@
 {{/* dict root, entry. Every gateway says the same of the queues, hence max. */}}
 {{- define "lightloom.scaledObject" -}}
 {{- $scaling := .entry.values.autoscaling }}
-{{- $which := printf "{namespace=%q,stage=%q,model=%q}" .root.Release.Namespace .entry.stage .entry.model }}
+{{- $which := printf "{namespace=%q,stage=%q,model=%q,expert=%q}" .root.Release.Namespace .entry.stage .entry.model .entry.expert }}
 {{- $address := required "keda.prometheusAddress: autoscaling needs the address of Prometheus" .root.Values.keda.prometheusAddress }}
 ---
 apiVersion: keda.sh/v1alpha1
@@ -9,7 +9,7 @@ kind: ScaledObject
 metadata:
   name: {{ .entry.name }}
   labels:
-    {{- include "lightloom.labels" (dict "root" .root "component" .entry.component "model" .entry.model) | nindent 4 }}
+    {{- include "lightloom.labels" (dict "root" .root "component" .entry.component "model" .entry.model "expert" .entry.expert) | nindent 4 }}
 spec:
   scaleTargetRef:
     {{- if gt (int .entry.hosts) 1 }}

@@ -7,7 +7,7 @@
 {{- $several := gt (int .entry.hosts) 1 }}
 metadata:
   labels:
-    {{- include "lightloom.labels" (dict "root" $root "component" (ternary (printf "%s-agent" $component) $component .agent) "model" .entry.model) | nindent 4 }}
+    {{- include "lightloom.labels" (dict "root" $root "component" (ternary (printf "%s-agent" $component) $component .agent) "model" .entry.model "expert" .entry.expert) | nindent 4 }}
     {{- if $several }}
     lightloom/group: {{ .entry.name }}
     {{- end }}
@@ -21,7 +21,7 @@ spec:
   automountServiceAccountToken: false
   enableServiceLinks: false
   terminationGracePeriodSeconds: {{ add $root.Values.preStopSeconds (ceil $values.service.drain_timeout_s) 15 }}
-  {{- include "lightloom.podSettings" (dict "root" $root "values" $values "component" $component "model" .entry.model) | nindent 2 }}
+  {{- include "lightloom.podSettings" (dict "root" $root "values" $values "component" $component "model" .entry.model "expert" .entry.expert) | nindent 2 }}
   containers:
     - name: {{ ternary "agent" $component .agent }}
       image: {{ include "lightloom.image" (dict "root" $root "component" $component) }}
@@ -99,7 +99,7 @@ spec:
       emptyDir: {medium: Memory, sizeLimit: {{ $values.shmSize }}}
 {{- end }}
 
-{{/* What pods of gateways and stages have in common. dict root, values, component, model. */}}
+{{/* What pods of gateways and stages have in common. dict root, values, component, model, expert. */}}
 {{- define "lightloom.podSettings" -}}
 securityContext:
   {{- toYaml .root.Values.podSecurityContext | nindent 2 }}
@@ -129,7 +129,7 @@ topologySpreadConstraints:
     whenUnsatisfiable: ScheduleAnyway
     labelSelector:
       matchLabels:
-        {{- include "lightloom.selector" (dict "root" $.root "component" $.component "model" $.model) | nindent 8 }}
+        {{- include "lightloom.selector" (dict "root" $.root "component" $.component "model" $.model "expert" $.expert) | nindent 8 }}
   {{- end }}
 {{- end }}
 
