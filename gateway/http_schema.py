@@ -209,7 +209,7 @@ class GenerationRequest(StrictBody):
     seed: Seed | None = None
     output_format: Literal["png", "jpeg", "webp", "mp4", "wav", "flac", "raw", "zip", "gif"] | None = None
     quality: Annotated[int, Field(ge=1, le=100)] | None = None
-    preview_every: Annotated[int, Field(ge=0, le=UINT32_MAX)] = Field(
+    preview_every: Annotated[int, WithJsonSchema({"type": "integer", "minimum": 0, "maximum": UINT32_MAX})] = Field(
         0, description="A preview after every so many steps; 0: none."
     )
     inputs: list[InputMedia] = Field(default_factory=list)

@@ -71,7 +71,7 @@ def generate(
     seed: Annotated[int | None, typer.Option()] = None,
     frames: Annotated[int | None, typer.Option(help="Frames of a clip.")] = None,
     fps: Annotated[float | None, typer.Option(help="Frames a second of a clip.")] = None,
-    interpolate: Annotated[int, typer.Option(help="How often to double a clip's frames and rate.")] = 0,
+    interpolate: Annotated[int, typer.Option(min=0, help="How often to double a clip's frames and rate.")] = 0,
     image: Annotated[
         list[Path] | None,
         typer.Option("--image", help="Picture to edit, to begin a clip with, or to refer to; repeatable."),

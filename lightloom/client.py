@@ -7,6 +7,7 @@ with Client("127.0.0.1:50050") as client:
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import mimetypes
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
@@ -20,8 +21,8 @@ from protos import gateway_pb2, gateway_pb2_grpc, types_pb2
 from services.client import connect, error_from_rpc
 from services.config import TlsSection, environment
 from services.errors import Cancelled, Code, Internal, InvalidRequest, ServiceError
-from services.request import Media, open_params
-from services.wire import error_from_proto, params_to_proto
+from services.request import GenerationParams, Media, open_params, resolve
+from services.wire import error_from_proto, limits_from_proto, params_to_proto
 
 T = TypeVar("T")
 CALL_TIMEOUT_S = 30.0
@@ -123,7 +124,7 @@ class AsyncClient:
         """
         inputs = tuple(_media(image) for image in images)
         params = open_params(**{"model": model, "prompt": prompt, "inputs": inputs, **options})
-        request = gateway_pb2.GenerateRequest(params=params_to_proto(params), inline_artifact=True)
+        request = gateway_pb2.GenerateRequest(params=await self._message(params), inline_artifact=True)
         status, data = gateway_pb2.RequestStatus(), bytearray()
         async for event in self._to_its_end(request):
             kind = event.WhichOneof("event")
@@ -174,7 +175,7 @@ class AsyncClient:
         """Starts a request that goes on without us; returns its id."""
         params = open_params(model=model, prompt=prompt, **options)
         request = gateway_pb2.GenerateRequest(
-            params=params_to_proto(params), detach=True, idempotency_key=idempotency_key
+            params=await self._message(params), detach=True, idempotency_key=idempotency_key
         )
         call = self._stub.Generate(request, timeout=self._timeout_s, metadata=self._metadata)
         async for event in self._stream(call):
@@ -215,6 +216,19 @@ class AsyncClient:
         """One request's timeline over all processes."""
         answer = await self._call(self._stub.Trace, gateway_pb2.TraceRequest(request_id=request_id))
         return answer.spans  # type: ignore[no-any-return]
+
+    async def _message(self, params: GenerationParams) -> types_pb2.GenerationParams:
+        try:
+            return params_to_proto(params)
+        except InvalidRequest:
+            # No message holds a negative number, so no gateway can refuse it: what the model allows is said here.
+            models = await self.models()
+            for info in models:
+                if info.name == params.model or (not params.model and len(models) == 1):
+                    # A word in a number's place is no matter of limits.
+                    with contextlib.suppress(TypeError):
+                        resolve(params, limits_from_proto(info.limits), seed=0)
+            raise
 
     async def _call(self, method: Any, request: Any) -> Any:
         try:

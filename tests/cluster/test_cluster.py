@@ -210,6 +210,13 @@ def calls_of(running_cluster, name: str) -> float:
     return sum(float(line.rsplit(" ", 1)[1]) for line in ended if 'method="Describe"' not in line)
 
 
+def test_numbers_that_no_message_holds_are_refused_by_the_models_limits(rest):
+    for name, value, most in (("steps", -1, 200), ("width", 2**32, 1024), ("preview_every", -1, 200)):
+        error = rest.post("/v1/requests", json={"prompt": PROMPT, name: value}).json()["error"]
+        assert (error["code"], error["param"]) == ("invalid_request", name)
+        assert f"{name} is {value}: it must be between" in error["message"] and f"and {most}" in error["message"]
+
+
 def test_health_metrics_models_and_trace(rest, client):
     assert rest.get("/health").json() == {
         "redis": True,

@@ -63,8 +63,15 @@ def test_errors_have_their_class(client):
     with pytest.raises(InvalidRequest, match="between 2 and 200") as caught:
         client.generate(PROMPT, steps=1000)
     assert caught.value.param == "steps"
-    with pytest.raises(InvalidRequest, match="width"):
-        client.generate(PROMPT, width=-16)
+    negative = (("width", -16, "64 and 1024"), ("steps", -1, "2 and 200"), ("preview_every", -1, "0 and 200"))
+    for name, value, allowed in negative:
+        with pytest.raises(InvalidRequest, match=f"{name} is {value}: it must be between {allowed}"):
+            client.generate(PROMPT, **{name: value})
+        with pytest.raises(InvalidRequest, match=f"between {allowed}"):
+            client.submit(PROMPT, model="demo", **{name: value})
+    for name, word in (("width", "wide"), ("steps", 2.5)):
+        with pytest.raises(InvalidRequest, match=f"{name} is {word!r}: it must be a whole number"):
+            client.generate(PROMPT, **{name: word})
     with pytest.raises(InvalidRequest, match="unknown option 'stepz': there are"):
         client.generate(PROMPT, stepz=3)
     with pytest.raises(UnknownModel):
