@@ -16,7 +16,7 @@ import grpc
 
 from gateway.replica import Replica
 from gateway.stage_calls import Latents, failed, refused
-from gateway.work import Work
+from gateway.work import Progress, Work
 from protos import gateway_pb2, interpolation_pb2, types_pb2, vae_pb2
 from services.client import WRITE_FAILED
 from services.errors import CorruptTensor, DeviceLost
@@ -31,13 +31,17 @@ class Decode:
     """A request's way from latents to media. It begins at once, and runs beside its maker; `close` it in any case.
 
     Args:
+        progress: is told of frames, and closed.
         interpolator: of a request whose frames are to be interpolated.
     """
 
-    def __init__(self, work: Work, vae: Replica, latents: Latents, interpolator: Replica | None = None) -> None:
+    def __init__(
+        self, work: Work, vae: Replica, latents: Latents, progress: Progress, interpolator: Replica | None = None
+    ) -> None:
         self.artifact = gateway_pb2.Artifact()
         self.start_unix_ns = time.time_ns()
         self._work = work
+        self._progress = progress
         self._data = bytearray()
         self._expected = -1
         self._relayed = False
@@ -78,6 +82,7 @@ class Decode:
             call.cancel()
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
+        await self._progress.close()
 
     async def _run(self, vae: Replica, interpolator: Replica | None) -> None:
         """All calls at once; the first that fails says why, and ends the other."""
@@ -146,6 +151,8 @@ class Decode:
                 self._data += response.chunk.data
                 if len(self._data) == self._expected:
                     self._whole.set()
+            case "frames":
+                self._progress.frames(response.frames)
             case "usage":
                 self._ends(replica, response.usage)
 

@@ -42,6 +42,7 @@ def status_json(status: gateway_pb2.RequestStatus) -> dict[str, Any]:
         "stage": stage_name(status.stage),
         "step": status.step,
         "total_steps": status.total_steps,
+        "frames": status.frames,
         "attempt": status.attempt,
         "created_at": status.created_unix_s,
         "updated_at": status.updated_unix_s,

@@ -28,7 +28,8 @@ from services.errors import InvalidRequest
 from services.request import GenerationParams, Media, check_total
 
 # How far a clip is when a stage begins, and how far when it ends, in percent: denoising, with encoding before it, is
-# nearly all of the time, and decoding, with interpolation behind it, counts no steps.
+# nearly all of the time; decoding, with interpolation behind it, counts frames, the last of which
+# are then yet to be encoded.
 PROGRESS = {
     types_pb2.STAGE_DIT: (2, 90),
     types_pb2.STAGE_VAE: (90, 99),
@@ -173,15 +174,24 @@ def video_json(status: gateway_pb2.RequestStatus) -> dict[str, Any]:
 
 def seconds_of(params: types_pb2.GenerationParams) -> float:
     """How long the file of a clip plays."""
-    times = 1 << params.frame_interpolation_exp if params.enable_frame_interpolation else 1
-    return ((params.num_frames - 1) * times + 1) / (params.fps * times)
+    return _frames(params) / (params.fps * _times(params))
+
+
+def _frames(params: types_pb2.GenerationParams) -> int:
+    """How many the file of a clip has."""
+    return (params.num_frames - 1) * _times(params) + 1
+
+
+def _times(params: types_pb2.GenerationParams) -> int:
+    return 1 << params.frame_interpolation_exp if params.enable_frame_interpolation else 1
 
 
 def progress_of(status: gateway_pb2.RequestStatus) -> int:
-    """Percent of the way, 0 to 100, from the stage and the steps that have been made."""
+    """Percent of the way, 0 to 100, from the stage and the steps or frames that have been made."""
     if status.state == gateway_pb2.REQUEST_STATE_DONE:
         return 100
     first, last = PROGRESS.get(status.stage, (0, 0))
-    if status.stage != types_pb2.STAGE_DIT or not status.total_steps:
-        return first
-    return first + (last - first) * status.step // status.total_steps
+    made, of = status.step, status.total_steps
+    if status.stage == types_pb2.STAGE_VAE:
+        made, of = status.frames, _frames(status.params)
+    return first + (last - first) * min(made, of) // max(of, 1)

@@ -241,9 +241,13 @@ class Lifecycle:
     def _decode_ahead(self, work: Work, latents: Latents) -> Decode | None:
         """A VAE call that opens during the last step, if a VAE is free now: it decodes before the latents are kept."""
         try:
-            return Decode(work, self._replicas.choose("vae", work.params.model), latents, self._interpolator(work))
+            return self._decode(work, self._replicas.choose("vae", work.params.model), latents)
         except NotReady:
             return None
+
+    def _decode(self, work: Work, vae: Replica, latents: Latents) -> Decode:
+        interpolator = self._interpolator(work)
+        return Decode(work, vae, latents, Progress(self._state, work.claim, self._config.lease_s), interpolator)
 
     def _interpolator(self, work: Work) -> Replica | None:
         """For a request that wants one.
@@ -296,7 +300,7 @@ class Lifecycle:
             return
         kept = Latents(latents, whole=True)
         self.memory.learn(work, kept.nbytes)
-        decode = Decode(work, replica, kept, self._interpolator(work))
+        decode = self._decode(work, replica, kept)
         try:
             await self._finish(work, decode)
         finally:
@@ -306,7 +310,7 @@ class Lifecycle:
         """Back to the denoiser's queue: its latents are lost."""
         times = self._once_more(work, error)
         queue = queue_key("dit", self._replicas.component("dit", work.params.model))
-        fields = work.fields(queue=queue, denoised_again=times, step="0", expert="")
+        fields = work.fields(queue=queue, denoised_again=times, step="0", frames="0", expert="")
         await self._settle(work, await self._state.commit(work.claim, "queued", "dit", queue, fields))
 
     def _once_more(self, work: Work, error: CorruptTensor) -> str:

@@ -59,6 +59,7 @@ def status_of(request_id: str, record: dict[str, bytes]) -> gateway_pb2.RequestS
         stage=_STAGES.get(record.get("stage", b""), types_pb2.STAGE_UNSPECIFIED),
         step=int(record.get("step", 0)),
         total_steps=int(record.get("total", 0)),
+        frames=int(record.get("frames", 0)),
         attempt=max(0, int(record.get("attempt", 0))),
         created_unix_s=float(record["created"]),
         updated_unix_s=float(record["updated"]),

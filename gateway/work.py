@@ -134,7 +134,8 @@ class _Event(NamedTuple):
 
 
 class Progress:
-    """Step events and previews, no more than five in any second; those that still wait at the end go out at once.
+    """Step events, previews and counts of frames, no more than five in any second; what still waits at the end goes out
+    at once.
 
     Progress is not worth a stall of the stream: one task tells Redis beside it. Of each kind only the newest waits.
     """
@@ -151,14 +152,22 @@ class Progress:
 
     def step(self, event: dit_pb2.StepEvent) -> None:
         """Notes a step."""
-        now_s = time.monotonic()
-        if event.step not in (1, event.total) and now_s - self._sent_s < EVENT_PERIOD_S:
+        if event.step not in (1, event.total) and not self._is_time():
             return
-        self._sent_s = now_s
+        self._sent_s = time.monotonic()
         progress = gateway_pb2.StepProgress(
             step=event.step, total=event.total, sigma=event.sigma, seconds=event.seconds
         )
         self._send(_Event("step", progress.SerializeToString(), event.step, event.total))
+
+    def frames(self, made: int) -> None:
+        """Notes how many frames of a clip are made."""
+        if self._is_time():
+            self._sent_s = time.monotonic()
+            self._send(_Event("frames", b"", made, 0))
+
+    def _is_time(self) -> bool:
+        return time.monotonic() - self._sent_s >= EVENT_PERIOD_S
 
     def preview(self, media: types_pb2.Media) -> None:
         """Passes a preview on."""

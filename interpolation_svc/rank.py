@@ -166,6 +166,7 @@ class InterpolationProgram:
         assert opened.writer is not None
         opened.writer.add(chunk.frames.numpy())
         opened.num_frames += len(chunk.frames)
+        opened.call.send(vae_pb2.DecodeResponse(frames=opened.num_frames).SerializeToString())
 
     def _forget(self, key: str) -> None:
         opened = self._open.pop(key, None)

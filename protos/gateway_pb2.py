@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from protos import types_pb2 as protos_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14protos/gateway.proto\x12\x0clightloom.v1\x1a\x12protos/types.proto\"\x85\x01\n\x08\x41rtifact\x12\x0c\n\x04mime\x18\x01 \x01(\t\x12\x0e\n\x06nbytes\x18\x02 \x01(\x04\x12\x0e\n\x06sha256\x18\x03 \x01(\t\x12\r\n\x05width\x18\x04 \x01(\r\x12\x0e\n\x06height\x18\x05 \x01(\r\x12\x12\n\nnum_frames\x18\x06 \x01(\r\x12\x0b\n\x03\x66ps\x18\x07 \x01(\x01\x12\x0b\n\x03url\x18\x08 \x01(\t\"\x88\x04\n\rRequestStatus\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12)\n\x05state\x18\x02 \x01(\x0e\x32\x1a.lightloom.v1.RequestState\x12\"\n\x05stage\x18\x03 \x01(\x0e\x32\x13.lightloom.v1.Stage\x12\x0c\n\x04step\x18\x04 \x01(\r\x12\x13\n\x0btotal_steps\x18\x05 \x01(\r\x12\x0f\n\x07\x61ttempt\x18\x06 \x01(\r\x12\x16\n\x0e\x63reated_unix_s\x18\x07 \x01(\x01\x12\x16\n\x0eupdated_unix_s\x18\x08 \x01(\x01\x12.\n\x06params\x18\t \x01(\x0b\x32\x1e.lightloom.v1.GenerationParams\x12-\n\x08\x61rtifact\x18\n \x01(\x0b\x32\x16.lightloom.v1.ArtifactH\x00\x88\x01\x01\x12-\n\x05\x65rror\x18\x0b \x01(\x0b\x32\x19.lightloom.v1.ErrorDetailH\x01\x88\x01\x01\x12\x36\n\x06\x62usy_s\x18\x0c \x03(\x0b\x32&.lightloom.v1.RequestStatus.BusySEntry\x12\x10\n\x08queued_s\x18\r \x01(\x01\x12\x13\n\x0binput_bytes\x18\x0e \x03(\x04\x1a,\n\nBusySEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x0b\n\t_artifactB\x08\n\x06_error\"\x95\x01\n\x0fGenerateRequest\x12.\n\x06params\x18\x01 \x01(\x0b\x32\x1e.lightloom.v1.GenerationParams\x12\x0e\n\x06\x64\x65tach\x18\x02 \x01(\x08\x12\x17\n\x0finline_artifact\x18\x03 \x01(\x08\x12\x17\n\x0fidempotency_key\x18\x04 \x01(\t\x12\x10\n\x08priority\x18\x05 \x01(\x05\"\x8c\x02\n\x10GenerateResponse\x12\x10\n\x08\x65vent_id\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12-\n\x06status\x18\x03 \x01(\x0b\x32\x1b.lightloom.v1.RequestStatusH\x00\x12*\n\x04step\x18\x04 \x01(\x0b\x32\x1a.lightloom.v1.StepProgressH\x00\x12&\n\x07preview\x18\x05 \x01(\x0b\x32\x13.lightloom.v1.MediaH\x00\x12)\n\x05\x63hunk\x18\x07 \x01(\x0b\x32\x18.lightloom.v1.MediaChunkH\x00\x42\x07\n\x05\x65ventJ\x04\x08\x06\x10\x07J\x04\x08\x08\x10\tR\x08\x61rtifactR\x05\x65rror\"K\n\x0cStepProgress\x12\x0c\n\x04step\x18\x01 \x01(\r\x12\r\n\x05total\x18\x02 \x01(\r\x12\r\n\x05sigma\x18\x03 \x01(\x01\x12\x0f\n\x07seconds\x18\x04 \x01(\x01\"R\n\x0cWatchRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x15\n\rlast_event_id\x18\x02 \x01(\t\x12\x17\n\x0finline_artifact\x18\x03 \x01(\x08\"\"\n\x0c\x41\x62ortRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\":\n\rAbortResponse\x12)\n\x05state\x18\x01 \x01(\x0e\x32\x1a.lightloom.v1.RequestState\" \n\nGetRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\":\n\x0bGetResponse\x12+\n\x06status\x18\x01 \x01(\x0b\x32\x1b.lightloom.v1.RequestStatus\"\x1c\n\x0bListRequest\x12\r\n\x05limit\x18\x01 \x01(\r\"=\n\x0cListResponse\x12-\n\x08requests\x18\x01 \x03(\x0b\x32\x1b.lightloom.v1.RequestStatus\"\x0f\n\rModelsRequest\"\xb2\x01\n\tModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x66\x61mily\x18\x02 \x01(\t\x12\x10\n\x08variants\x18\x03 \x03(\t\x12$\n\x06limits\x18\x04 \x01(\x0b\x32\x14.lightloom.v1.Limits\x12\'\n\x08replicas\x18\x05 \x03(\x0b\x32\x15.lightloom.v1.Replica\x12\r\n\x05ready\x18\x06 \x01(\x08\x12\x17\n\x0fmissing_experts\x18\x07 \x03(\t\"\xb3\x01\n\x07Replica\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\"\n\x05stage\x18\x02 \x01(\x0e\x32\x13.lightloom.v1.Stage\x12\x12\n\nreplica_id\x18\x03 \x01(\t\x12\x14\n\x0c\x63omponent_id\x18\x04 \x01(\t\x12\x11\n\tin_flight\x18\x05 \x01(\r\x12\x15\n\rmax_in_flight\x18\x06 \x01(\r\x12\x0f\n\x07healthy\x18\x07 \x01(\x08\x12\x0e\n\x06\x65xpert\x18\x08 \x01(\t\"9\n\x0eModelsResponse\x12\'\n\x06models\x18\x01 \x03(\x0b\x32\x17.lightloom.v1.ModelInfo\"\"\n\x0cTraceRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"2\n\rTraceResponse\x12!\n\x05spans\x18\x01 \x03(\x0b\x32\x12.lightloom.v1.Span*\xea\x01\n\x0cRequestState\x12\x1d\n\x19REQUEST_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14REQUEST_STATE_QUEUED\x10\x01\x12\x19\n\x15REQUEST_STATE_RUNNING\x10\x02\x12\x1c\n\x18REQUEST_STATE_CANCELLING\x10\x03\x12\x16\n\x12REQUEST_STATE_DONE\x10\x04\x12\x18\n\x14REQUEST_STATE_FAILED\x10\x05\x12\x1b\n\x17REQUEST_STATE_CANCELLED\x10\x06\x12\x19\n\x15REQUEST_STATE_EXPIRED\x10\x07\x32\xe1\x03\n\x07Gateway\x12K\n\x08Generate\x12\x1d.lightloom.v1.GenerateRequest\x1a\x1e.lightloom.v1.GenerateResponse0\x01\x12\x45\n\x05Watch\x12\x1a.lightloom.v1.WatchRequest\x1a\x1e.lightloom.v1.GenerateResponse0\x01\x12@\n\x05\x41\x62ort\x12\x1a.lightloom.v1.AbortRequest\x1a\x1b.lightloom.v1.AbortResponse\x12:\n\x03Get\x12\x18.lightloom.v1.GetRequest\x1a\x19.lightloom.v1.GetResponse\x12=\n\x04List\x12\x19.lightloom.v1.ListRequest\x1a\x1a.lightloom.v1.ListResponse\x12\x43\n\x06Models\x12\x1b.lightloom.v1.ModelsRequest\x1a\x1c.lightloom.v1.ModelsResponse\x12@\n\x05Trace\x12\x1a.lightloom.v1.TraceRequest\x1a\x1b.lightloom.v1.TraceResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14protos/gateway.proto\x12\x0clightloom.v1\x1a\x12protos/types.proto\"\x85\x01\n\x08\x41rtifact\x12\x0c\n\x04mime\x18\x01 \x01(\t\x12\x0e\n\x06nbytes\x18\x02 \x01(\x04\x12\x0e\n\x06sha256\x18\x03 \x01(\t\x12\r\n\x05width\x18\x04 \x01(\r\x12\x0e\n\x06height\x18\x05 \x01(\r\x12\x12\n\nnum_frames\x18\x06 \x01(\r\x12\x0b\n\x03\x66ps\x18\x07 \x01(\x01\x12\x0b\n\x03url\x18\x08 \x01(\t\"\x98\x04\n\rRequestStatus\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12)\n\x05state\x18\x02 \x01(\x0e\x32\x1a.lightloom.v1.RequestState\x12\"\n\x05stage\x18\x03 \x01(\x0e\x32\x13.lightloom.v1.Stage\x12\x0c\n\x04step\x18\x04 \x01(\r\x12\x13\n\x0btotal_steps\x18\x05 \x01(\r\x12\x0f\n\x07\x61ttempt\x18\x06 \x01(\r\x12\x16\n\x0e\x63reated_unix_s\x18\x07 \x01(\x01\x12\x16\n\x0eupdated_unix_s\x18\x08 \x01(\x01\x12.\n\x06params\x18\t \x01(\x0b\x32\x1e.lightloom.v1.GenerationParams\x12-\n\x08\x61rtifact\x18\n \x01(\x0b\x32\x16.lightloom.v1.ArtifactH\x00\x88\x01\x01\x12-\n\x05\x65rror\x18\x0b \x01(\x0b\x32\x19.lightloom.v1.ErrorDetailH\x01\x88\x01\x01\x12\x36\n\x06\x62usy_s\x18\x0c \x03(\x0b\x32&.lightloom.v1.RequestStatus.BusySEntry\x12\x10\n\x08queued_s\x18\r \x01(\x01\x12\x13\n\x0binput_bytes\x18\x0e \x03(\x04\x12\x0e\n\x06\x66rames\x18\x0f \x01(\r\x1a,\n\nBusySEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x0b\n\t_artifactB\x08\n\x06_error\"\x95\x01\n\x0fGenerateRequest\x12.\n\x06params\x18\x01 \x01(\x0b\x32\x1e.lightloom.v1.GenerationParams\x12\x0e\n\x06\x64\x65tach\x18\x02 \x01(\x08\x12\x17\n\x0finline_artifact\x18\x03 \x01(\x08\x12\x17\n\x0fidempotency_key\x18\x04 \x01(\t\x12\x10\n\x08priority\x18\x05 \x01(\x05\"\x8c\x02\n\x10GenerateResponse\x12\x10\n\x08\x65vent_id\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12-\n\x06status\x18\x03 \x01(\x0b\x32\x1b.lightloom.v1.RequestStatusH\x00\x12*\n\x04step\x18\x04 \x01(\x0b\x32\x1a.lightloom.v1.StepProgressH\x00\x12&\n\x07preview\x18\x05 \x01(\x0b\x32\x13.lightloom.v1.MediaH\x00\x12)\n\x05\x63hunk\x18\x07 \x01(\x0b\x32\x18.lightloom.v1.MediaChunkH\x00\x42\x07\n\x05\x65ventJ\x04\x08\x06\x10\x07J\x04\x08\x08\x10\tR\x08\x61rtifactR\x05\x65rror\"K\n\x0cStepProgress\x12\x0c\n\x04step\x18\x01 \x01(\r\x12\r\n\x05total\x18\x02 \x01(\r\x12\r\n\x05sigma\x18\x03 \x01(\x01\x12\x0f\n\x07seconds\x18\x04 \x01(\x01\"R\n\x0cWatchRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x15\n\rlast_event_id\x18\x02 \x01(\t\x12\x17\n\x0finline_artifact\x18\x03 \x01(\x08\"\"\n\x0c\x41\x62ortRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\":\n\rAbortResponse\x12)\n\x05state\x18\x01 \x01(\x0e\x32\x1a.lightloom.v1.RequestState\" \n\nGetRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\":\n\x0bGetResponse\x12+\n\x06status\x18\x01 \x01(\x0b\x32\x1b.lightloom.v1.RequestStatus\"\x1c\n\x0bListRequest\x12\r\n\x05limit\x18\x01 \x01(\r\"=\n\x0cListResponse\x12-\n\x08requests\x18\x01 \x03(\x0b\x32\x1b.lightloom.v1.RequestStatus\"\x0f\n\rModelsRequest\"\xb2\x01\n\tModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x66\x61mily\x18\x02 \x01(\t\x12\x10\n\x08variants\x18\x03 \x03(\t\x12$\n\x06limits\x18\x04 \x01(\x0b\x32\x14.lightloom.v1.Limits\x12\'\n\x08replicas\x18\x05 \x03(\x0b\x32\x15.lightloom.v1.Replica\x12\r\n\x05ready\x18\x06 \x01(\x08\x12\x17\n\x0fmissing_experts\x18\x07 \x03(\t\"\xb3\x01\n\x07Replica\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\"\n\x05stage\x18\x02 \x01(\x0e\x32\x13.lightloom.v1.Stage\x12\x12\n\nreplica_id\x18\x03 \x01(\t\x12\x14\n\x0c\x63omponent_id\x18\x04 \x01(\t\x12\x11\n\tin_flight\x18\x05 \x01(\r\x12\x15\n\rmax_in_flight\x18\x06 \x01(\r\x12\x0f\n\x07healthy\x18\x07 \x01(\x08\x12\x0e\n\x06\x65xpert\x18\x08 \x01(\t\"9\n\x0eModelsResponse\x12\'\n\x06models\x18\x01 \x03(\x0b\x32\x17.lightloom.v1.ModelInfo\"\"\n\x0cTraceRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"2\n\rTraceResponse\x12!\n\x05spans\x18\x01 \x03(\x0b\x32\x12.lightloom.v1.Span*\xea\x01\n\x0cRequestState\x12\x1d\n\x19REQUEST_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14REQUEST_STATE_QUEUED\x10\x01\x12\x19\n\x15REQUEST_STATE_RUNNING\x10\x02\x12\x1c\n\x18REQUEST_STATE_CANCELLING\x10\x03\x12\x16\n\x12REQUEST_STATE_DONE\x10\x04\x12\x18\n\x14REQUEST_STATE_FAILED\x10\x05\x12\x1b\n\x17REQUEST_STATE_CANCELLED\x10\x06\x12\x19\n\x15REQUEST_STATE_EXPIRED\x10\x07\x32\xe1\x03\n\x07Gateway\x12K\n\x08Generate\x12\x1d.lightloom.v1.GenerateRequest\x1a\x1e.lightloom.v1.GenerateResponse0\x01\x12\x45\n\x05Watch\x12\x1a.lightloom.v1.WatchRequest\x1a\x1e.lightloom.v1.GenerateResponse0\x01\x12@\n\x05\x41\x62ort\x12\x1a.lightloom.v1.AbortRequest\x1a\x1b.lightloom.v1.AbortResponse\x12:\n\x03Get\x12\x18.lightloom.v1.GetRequest\x1a\x19.lightloom.v1.GetResponse\x12=\n\x04List\x12\x19.lightloom.v1.ListRequest\x1a\x1a.lightloom.v1.ListResponse\x12\x43\n\x06Models\x12\x1b.lightloom.v1.ModelsRequest\x1a\x1c.lightloom.v1.ModelsResponse\x12@\n\x05Trace\x12\x1a.lightloom.v1.TraceRequest\x1a\x1b.lightloom.v1.TraceResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,46 +34,46 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_REQUESTSTATUS_BUSYSENTRY']._loaded_options = None
   _globals['_REQUESTSTATUS_BUSYSENTRY']._serialized_options = b'8\001'
-  _globals['_REQUESTSTATE']._serialized_start=2112
-  _globals['_REQUESTSTATE']._serialized_end=2346
+  _globals['_REQUESTSTATE']._serialized_start=2128
+  _globals['_REQUESTSTATE']._serialized_end=2362
   _globals['_ARTIFACT']._serialized_start=59
   _globals['_ARTIFACT']._serialized_end=192
   _globals['_REQUESTSTATUS']._serialized_start=195
-  _globals['_REQUESTSTATUS']._serialized_end=715
-  _globals['_REQUESTSTATUS_BUSYSENTRY']._serialized_start=648
-  _globals['_REQUESTSTATUS_BUSYSENTRY']._serialized_end=692
-  _globals['_GENERATEREQUEST']._serialized_start=718
-  _globals['_GENERATEREQUEST']._serialized_end=867
-  _globals['_GENERATERESPONSE']._serialized_start=870
-  _globals['_GENERATERESPONSE']._serialized_end=1138
-  _globals['_STEPPROGRESS']._serialized_start=1140
-  _globals['_STEPPROGRESS']._serialized_end=1215
-  _globals['_WATCHREQUEST']._serialized_start=1217
-  _globals['_WATCHREQUEST']._serialized_end=1299
-  _globals['_ABORTREQUEST']._serialized_start=1301
-  _globals['_ABORTREQUEST']._serialized_end=1335
-  _globals['_ABORTRESPONSE']._serialized_start=1337
-  _globals['_ABORTRESPONSE']._serialized_end=1395
-  _globals['_GETREQUEST']._serialized_start=1397
-  _globals['_GETREQUEST']._serialized_end=1429
-  _globals['_GETRESPONSE']._serialized_start=1431
-  _globals['_GETRESPONSE']._serialized_end=1489
-  _globals['_LISTREQUEST']._serialized_start=1491
-  _globals['_LISTREQUEST']._serialized_end=1519
-  _globals['_LISTRESPONSE']._serialized_start=1521
-  _globals['_LISTRESPONSE']._serialized_end=1582
-  _globals['_MODELSREQUEST']._serialized_start=1584
-  _globals['_MODELSREQUEST']._serialized_end=1599
-  _globals['_MODELINFO']._serialized_start=1602
-  _globals['_MODELINFO']._serialized_end=1780
-  _globals['_REPLICA']._serialized_start=1783
-  _globals['_REPLICA']._serialized_end=1962
-  _globals['_MODELSRESPONSE']._serialized_start=1964
-  _globals['_MODELSRESPONSE']._serialized_end=2021
-  _globals['_TRACEREQUEST']._serialized_start=2023
-  _globals['_TRACEREQUEST']._serialized_end=2057
-  _globals['_TRACERESPONSE']._serialized_start=2059
-  _globals['_TRACERESPONSE']._serialized_end=2109
-  _globals['_GATEWAY']._serialized_start=2349
-  _globals['_GATEWAY']._serialized_end=2830
+  _globals['_REQUESTSTATUS']._serialized_end=731
+  _globals['_REQUESTSTATUS_BUSYSENTRY']._serialized_start=664
+  _globals['_REQUESTSTATUS_BUSYSENTRY']._serialized_end=708
+  _globals['_GENERATEREQUEST']._serialized_start=734
+  _globals['_GENERATEREQUEST']._serialized_end=883
+  _globals['_GENERATERESPONSE']._serialized_start=886
+  _globals['_GENERATERESPONSE']._serialized_end=1154
+  _globals['_STEPPROGRESS']._serialized_start=1156
+  _globals['_STEPPROGRESS']._serialized_end=1231
+  _globals['_WATCHREQUEST']._serialized_start=1233
+  _globals['_WATCHREQUEST']._serialized_end=1315
+  _globals['_ABORTREQUEST']._serialized_start=1317
+  _globals['_ABORTREQUEST']._serialized_end=1351
+  _globals['_ABORTRESPONSE']._serialized_start=1353
+  _globals['_ABORTRESPONSE']._serialized_end=1411
+  _globals['_GETREQUEST']._serialized_start=1413
+  _globals['_GETREQUEST']._serialized_end=1445
+  _globals['_GETRESPONSE']._serialized_start=1447
+  _globals['_GETRESPONSE']._serialized_end=1505
+  _globals['_LISTREQUEST']._serialized_start=1507
+  _globals['_LISTREQUEST']._serialized_end=1535
+  _globals['_LISTRESPONSE']._serialized_start=1537
+  _globals['_LISTRESPONSE']._serialized_end=1598
+  _globals['_MODELSREQUEST']._serialized_start=1600
+  _globals['_MODELSREQUEST']._serialized_end=1615
+  _globals['_MODELINFO']._serialized_start=1618
+  _globals['_MODELINFO']._serialized_end=1796
+  _globals['_REPLICA']._serialized_start=1799
+  _globals['_REPLICA']._serialized_end=1978
+  _globals['_MODELSRESPONSE']._serialized_start=1980
+  _globals['_MODELSRESPONSE']._serialized_end=2037
+  _globals['_TRACEREQUEST']._serialized_start=2039
+  _globals['_TRACEREQUEST']._serialized_end=2073
+  _globals['_TRACERESPONSE']._serialized_start=2075
+  _globals['_TRACERESPONSE']._serialized_end=2125
+  _globals['_GATEWAY']._serialized_start=2365
+  _globals['_GATEWAY']._serialized_end=2846
 # @@protoc_insertion_point(module_scope)

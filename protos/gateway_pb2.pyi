@@ -48,7 +48,7 @@ class Artifact(_message.Message):
     def __init__(self, mime: _Optional[str] = ..., nbytes: _Optional[int] = ..., sha256: _Optional[str] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., num_frames: _Optional[int] = ..., fps: _Optional[float] = ..., url: _Optional[str] = ...) -> None: ...
 
 class RequestStatus(_message.Message):
-    __slots__ = ("request_id", "state", "stage", "step", "total_steps", "attempt", "created_unix_s", "updated_unix_s", "params", "artifact", "error", "busy_s", "queued_s", "input_bytes")
+    __slots__ = ("request_id", "state", "stage", "step", "total_steps", "attempt", "created_unix_s", "updated_unix_s", "params", "artifact", "error", "busy_s", "queued_s", "input_bytes", "frames")
     class BusySEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -70,6 +70,7 @@ class RequestStatus(_message.Message):
     BUSY_S_FIELD_NUMBER: _ClassVar[int]
     QUEUED_S_FIELD_NUMBER: _ClassVar[int]
     INPUT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    FRAMES_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     state: RequestState
     stage: _types_pb2.Stage
@@ -84,7 +85,8 @@ class RequestStatus(_message.Message):
     busy_s: _containers.ScalarMap[str, float]
     queued_s: float
     input_bytes: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, request_id: _Optional[str] = ..., state: _Optional[_Union[RequestState, str]] = ..., stage: _Optional[_Union[_types_pb2.Stage, str]] = ..., step: _Optional[int] = ..., total_steps: _Optional[int] = ..., attempt: _Optional[int] = ..., created_unix_s: _Optional[float] = ..., updated_unix_s: _Optional[float] = ..., params: _Optional[_Union[_types_pb2.GenerationParams, _Mapping]] = ..., artifact: _Optional[_Union[Artifact, _Mapping]] = ..., error: _Optional[_Union[_types_pb2.ErrorDetail, _Mapping]] = ..., busy_s: _Optional[_Mapping[str, float]] = ..., queued_s: _Optional[float] = ..., input_bytes: _Optional[_Iterable[int]] = ...) -> None: ...
+    frames: int
+    def __init__(self, request_id: _Optional[str] = ..., state: _Optional[_Union[RequestState, str]] = ..., stage: _Optional[_Union[_types_pb2.Stage, str]] = ..., step: _Optional[int] = ..., total_steps: _Optional[int] = ..., attempt: _Optional[int] = ..., created_unix_s: _Optional[float] = ..., updated_unix_s: _Optional[float] = ..., params: _Optional[_Union[_types_pb2.GenerationParams, _Mapping]] = ..., artifact: _Optional[_Union[Artifact, _Mapping]] = ..., error: _Optional[_Union[_types_pb2.ErrorDetail, _Mapping]] = ..., busy_s: _Optional[_Mapping[str, float]] = ..., queued_s: _Optional[float] = ..., input_bytes: _Optional[_Iterable[int]] = ..., frames: _Optional[int] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
     __slots__ = ("params", "detach", "inline_artifact", "idempotency_key", "priority")

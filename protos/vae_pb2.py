@@ -26,7 +26,7 @@ from protos import types_pb2 as protos_dot_types__pb2
 from protos import text_encoder_pb2 as protos_dot_text__encoder__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x10protos/vae.proto\x12\x0clightloom.v1\x1a\x12protos/types.proto\x1a\x19protos/text_encoder.proto\"\x81\x01\n\x0b\x44\x65\x63odeStart\x12-\n\x07\x63ontext\x18\x01 \x01(\x0b\x32\x1c.lightloom.v1.RequestContext\x12.\n\x06params\x18\x02 \x01(\x0b\x32\x1e.lightloom.v1.GenerationParams\x12\x13\n\x0b\x66rames_only\x18\x03 \x01(\x08\"o\n\rDecodeRequest\x12*\n\x05start\x18\x01 \x01(\x0b\x32\x19.lightloom.v1.DecodeStartH\x00\x12*\n\x05\x66rame\x18\x02 \x01(\x0b\x32\x19.lightloom.v1.TensorFrameH\x00\x42\x06\n\x04kind\"\xc6\x01\n\x0e\x44\x65\x63odeResponse\x12*\n\x05media\x18\x01 \x01(\x0b\x32\x19.lightloom.v1.MediaHeaderH\x00\x12*\n\x05\x66rame\x18\x02 \x01(\x0b\x32\x19.lightloom.v1.TensorFrameH\x00\x12)\n\x05usage\x18\x03 \x01(\x0b\x32\x18.lightloom.v1.StageUsageH\x00\x12)\n\x05\x63hunk\x18\x04 \x01(\x0b\x32\x18.lightloom.v1.MediaChunkH\x00\x42\x06\n\x04kind2\xe0\x01\n\x03Vae\x12I\n\x08\x44\x65scribe\x12\x1d.lightloom.v1.DescribeRequest\x1a\x1e.lightloom.v1.DescribeResponse\x12G\n\x06\x44\x65\x63ode\x12\x1b.lightloom.v1.DecodeRequest\x1a\x1c.lightloom.v1.DecodeResponse(\x01\x30\x01\x12\x45\n\x06\x45ncode\x12\x1b.lightloom.v1.EncodeRequest\x1a\x1c.lightloom.v1.EncodeResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x10protos/vae.proto\x12\x0clightloom.v1\x1a\x12protos/types.proto\x1a\x19protos/text_encoder.proto\"\x81\x01\n\x0b\x44\x65\x63odeStart\x12-\n\x07\x63ontext\x18\x01 \x01(\x0b\x32\x1c.lightloom.v1.RequestContext\x12.\n\x06params\x18\x02 \x01(\x0b\x32\x1e.lightloom.v1.GenerationParams\x12\x13\n\x0b\x66rames_only\x18\x03 \x01(\x08\"o\n\rDecodeRequest\x12*\n\x05start\x18\x01 \x01(\x0b\x32\x19.lightloom.v1.DecodeStartH\x00\x12*\n\x05\x66rame\x18\x02 \x01(\x0b\x32\x19.lightloom.v1.TensorFrameH\x00\x42\x06\n\x04kind\"\xd8\x01\n\x0e\x44\x65\x63odeResponse\x12*\n\x05media\x18\x01 \x01(\x0b\x32\x19.lightloom.v1.MediaHeaderH\x00\x12*\n\x05\x66rame\x18\x02 \x01(\x0b\x32\x19.lightloom.v1.TensorFrameH\x00\x12)\n\x05usage\x18\x03 \x01(\x0b\x32\x18.lightloom.v1.StageUsageH\x00\x12)\n\x05\x63hunk\x18\x04 \x01(\x0b\x32\x18.lightloom.v1.MediaChunkH\x00\x12\x10\n\x06\x66rames\x18\x05 \x01(\rH\x00\x42\x06\n\x04kind2\xe0\x01\n\x03Vae\x12I\n\x08\x44\x65scribe\x12\x1d.lightloom.v1.DescribeRequest\x1a\x1e.lightloom.v1.DescribeResponse\x12G\n\x06\x44\x65\x63ode\x12\x1b.lightloom.v1.DecodeRequest\x1a\x1c.lightloom.v1.DecodeResponse(\x01\x30\x01\x12\x45\n\x06\x45ncode\x12\x1b.lightloom.v1.EncodeRequest\x1a\x1c.lightloom.v1.EncodeResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,7 +38,7 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DECODEREQUEST']._serialized_start=213
   _globals['_DECODEREQUEST']._serialized_end=324
   _globals['_DECODERESPONSE']._serialized_start=327
-  _globals['_DECODERESPONSE']._serialized_end=525
-  _globals['_VAE']._serialized_start=528
-  _globals['_VAE']._serialized_end=752
+  _globals['_DECODERESPONSE']._serialized_end=543
+  _globals['_VAE']._serialized_start=546
+  _globals['_VAE']._serialized_end=770
 # @@protoc_insertion_point(module_scope)

@@ -26,13 +26,15 @@ class DecodeRequest(_message.Message):
     def __init__(self, start: _Optional[_Union[DecodeStart, _Mapping]] = ..., frame: _Optional[_Union[_types_pb2.TensorFrame, _Mapping]] = ...) -> None: ...
 
 class DecodeResponse(_message.Message):
-    __slots__ = ("media", "frame", "usage", "chunk")
+    __slots__ = ("media", "frame", "usage", "chunk", "frames")
     MEDIA_FIELD_NUMBER: _ClassVar[int]
     FRAME_FIELD_NUMBER: _ClassVar[int]
     USAGE_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
+    FRAMES_FIELD_NUMBER: _ClassVar[int]
     media: _types_pb2.MediaHeader
     frame: _types_pb2.TensorFrame
     usage: _types_pb2.StageUsage
     chunk: _types_pb2.MediaChunk
-    def __init__(self, media: _Optional[_Union[_types_pb2.MediaHeader, _Mapping]] = ..., frame: _Optional[_Union[_types_pb2.TensorFrame, _Mapping]] = ..., usage: _Optional[_Union[_types_pb2.StageUsage, _Mapping]] = ..., chunk: _Optional[_Union[_types_pb2.MediaChunk, _Mapping]] = ...) -> None: ...
+    frames: int
+    def __init__(self, media: _Optional[_Union[_types_pb2.MediaHeader, _Mapping]] = ..., frame: _Optional[_Union[_types_pb2.TensorFrame, _Mapping]] = ..., usage: _Optional[_Union[_types_pb2.StageUsage, _Mapping]] = ..., chunk: _Optional[_Union[_types_pb2.MediaChunk, _Mapping]] = ..., frames: _Optional[int] = ...) -> None: ...

@@ -65,9 +65,9 @@ class VaeServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Decode(self, request_iterator, context):
-        """One bundle of latents in. Out: a media header and its chunks, or, with frames_only, bundles of
-        uint8 frames [F, H, W, 3], each starting where the one before ended and leaving as soon as it is
-        decoded; then usage.
+        """One bundle of latents in. Out: of a clip, how many frames there are so far, again and again; then a media header and
+        its chunks. Or, with frames_only, bundles of uint8 frames [F, H, W, 3], each starting where the one before ended and
+        leaving as soon as it is decoded. Then usage.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -155,6 +155,8 @@ class VaeProgram:
             opened.writer.add(chunk.frames)
         opened.num_frames += len(chunk.frames)
         opened.size = chunk.frames.shape[1:3]
+        if params.num_frames > 1 and not opened.frames_only:
+            opened.call.send(vae_pb2.DecodeResponse(frames=opened.num_frames).SerializeToString())
 
     def _answer(self, opened: Opened, result: VaeResult) -> None:
         call = opened.call

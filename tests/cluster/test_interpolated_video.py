@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import signal
+import time
 from pathlib import Path
 
 import av
@@ -131,6 +132,22 @@ def test_a_smooth_clip_by_openais_call_from_json_and_from_a_form(rest):
             assert (sum(1 for _ in container.decode(stream)), float(stream.average_rate)) == (33, 32.0)
         length = rest.get(f"/v1/videos/{answer.headers['x-request-id']}").json()["seconds"]
         assert float(length) == pytest.approx(33 / 32), "as the file plays"
+
+
+def test_progress_counts_the_frames_of_the_smooth_clip(rest):
+    wish = {"prompt": PROMPT, "size": "208x160", "num_frames": 33, "steps": 2, "frame_interpolation_exp": 3, **SMOOTH}
+    made = rest.post("/v1/videos", json=wish).json()
+    seen = [made["progress"]]
+    while seen[-1] < 100:
+        time.sleep(0.02)
+        now = rest.get(f"/v1/videos/{made['id']}").json()
+        assert now["status"] in ("queued", "in_progress", "completed") and (now["progress"] == 100) == (
+            now["status"] == "completed"
+        )
+        seen.append(now["progress"])
+    assert seen == sorted(seen)
+    assert len(set(seen) & set(range(91, 100))) >= 3, seen
+    assert 0 < rest.get(f"/v1/requests/{made['id']}").json()["frames"] <= 32 * 8 + 1
 
 
 def test_a_smooth_clip_from_the_command_line(running, here, tmp_path):

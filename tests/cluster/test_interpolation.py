@@ -103,14 +103,18 @@ def whole(**tensors: torch.Tensor) -> Messages:
 
 
 async def answer(running: StageProcess, *parts: Messages) -> list[vae_pb2.DecodeResponse]:
-    """Raises ServiceError."""
+    """What comes behind the counts of frames. Raises ServiceError."""
     call = interpolation_pb2_grpc.InterpolationStub(running.channel).Interpolate(
         (message for part in parts for message in part), timeout=30
     )
     try:
-        return [response async for response in call]
+        responses = [response async for response in call]
     except grpc.RpcError as error:
         raise error_from_rpc(error) from error
+    counts = [response.frames for response in responses if response.WhichOneof("kind") == "frames"]
+    assert counts == sorted(set(counts)) and not any(response.frames for response in responses[len(counts) :])
+    assert counts[-1] == responses[len(counts)].media.num_frames
+    return responses[len(counts) :]
 
 
 async def refusal(running: StageProcess, *parts: Messages) -> ServiceError:

@@ -6,6 +6,7 @@ import base64
 import io
 import subprocess
 import sys
+import time
 import zipfile
 from functools import partial
 from pathlib import Path
@@ -239,6 +240,18 @@ def test_progress_grows_with_steps_and_delete_aborts(theirs):
     with pytest.raises(openai.APIStatusError) as refused:
         theirs.videos.download_content(video.id)
     assert refused.value.status_code == 409
+
+
+def test_progress_goes_on_with_decoded_frames(theirs):
+    video = theirs.videos.create(prompt=PROMPT, seconds="5", size="208x160", extra_body={"steps": 2, "guidance": 1.0})
+    seen = [video]
+    while seen[-1].status in ("queued", "in_progress"):
+        time.sleep(0.02)
+        seen.append(theirs.videos.retrieve(video.id))
+    progress = [one.progress for one in seen]
+    assert progress == sorted(progress)
+    assert seen[-1].status == "completed" and progress.index(100) == len(progress) - 1
+    assert len(set(progress) & set(range(91, 100))) >= 2, progress
 
 
 def test_a_clip_in_one_call_from_json(rest):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, cast
 
 import grpc
 import pytest
@@ -14,7 +14,7 @@ from gateway.decode import Decode
 from gateway.records import Claim
 from gateway.replica import Replica
 from gateway.stage_calls import Latents
-from gateway.work import Work
+from gateway.work import Progress, Work
 from protos import interpolation_pb2, types_pb2, vae_pb2
 from services.client import connect
 from services.errors import CorruptTensor, DeviceLost, OutOfMemory, ServiceError
@@ -39,8 +39,21 @@ def media(data: bytes, announced: int | None = None) -> list[bytes]:
 USAGE = vae_pb2.DecodeResponse(usage=types_pb2.StageUsage(busy_s=1.0)).SerializeToString()
 
 
+class State:
+    """Takes beats."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[str, int]] = []
+
+    async def beat(self, _claim: Claim, _lease_s: float, *, kind: str, payload: bytes, step: int, total: int) -> None:
+        self.told.append((kind, step))
+        assert not payload and not total
+
+
 @asynccontextmanager
-async def hop(vae: Handler, interpolation: Handler) -> AsyncIterator[tuple[Decode, Replica, Replica]]:
+async def hop(
+    vae: Handler, interpolation: Handler, state: State | None = None
+) -> AsyncIterator[tuple[Decode, Replica, Replica]]:
     """A Decode over two real servers, with latents that are whole."""
     server = grpc.aio.server()
     for service, method, handler in (("Vae", "Decode", vae), ("Interpolation", "Interpolate", interpolation)):
@@ -51,7 +64,8 @@ async def hop(vae: Handler, interpolation: Handler) -> AsyncIterator[tuple[Decod
     channel = connect(f"127.0.0.1:{port}")
     replicas = Replica("vae", "v", channel), Replica("interpolation", "i", channel)
     work = Work(Claim("r", 7, {}, "", 0), PARAMS, asyncio.get_running_loop().time() + 3600, "")
-    decode = Decode(work, replicas[0], Latents([end_message()], whole=True), replicas[1])
+    progress = Progress(cast(Any, state or State()), work.claim, 10.0)
+    decode = Decode(work, replicas[0], Latents([end_message()], whole=True), progress, replicas[1])
     try:
         yield decode, *replicas
     finally:
@@ -89,6 +103,24 @@ async def test_frames_pass_as_they_are_and_media_come_from_the_second_stage() ->
     start = interpolation_pb2.InterpolateRequest.FromString(seen["interpolation"][0]).start
     assert (start.exponent, start.scale, start.num_frames, start.context.fence) == (2, 0.5, 5, 7)
     assert seen["interpolation"][1:] == frames
+
+
+async def test_frames_of_the_second_stage_are_told() -> None:
+    async def vae(_requests: AsyncIterator[bytes], context: Context) -> None:
+        await context.write(USAGE)
+
+    async def interpolation(requests: AsyncIterator[bytes], context: Context) -> None:
+        await drain(requests)
+        for made in (4, 5, 9):
+            await context.write(vae_pb2.DecodeResponse(frames=made).SerializeToString())
+        for message in media(b"video"):
+            await context.write(message)
+
+    state = State()
+    async with hop(vae, interpolation, state) as (decode, *_):
+        assert await decode.media() == b"video"
+    # Those that follow within a fifth of a second are not worth another call.
+    assert state.told == [("frames", 4)]
 
 
 def failing(error: ServiceError, after: int) -> Handler:

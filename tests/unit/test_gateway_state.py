@@ -118,6 +118,24 @@ async def test_more_events_than_one_reading_holds(two) -> None:
     assert time.monotonic() - started_s < 1.0
 
 
+async def test_frames_are_no_events_and_never_become_fewer(two) -> None:
+    own, other = two
+    await own.submit("r")
+    claim = await own.claim()
+    assert await own.state.commit(claim, "queued", "vae", VAE, {}) == "queued"
+    claim = await own.claim(VAE)
+    for made in (5, 9):
+        assert await own.state.beat(claim, LEASE_S, kind="frames", step=made) == "running"
+    assert await own.state.requeue("r", claim.fence, 3, True, b"lost") == "queued"
+    assert await own.state.beat(claim, LEASE_S, kind="frames", step=33) == "lost"
+    claim = await own.claim(VAE)
+    for made, most in ((5, b"9"), (9, b"9"), (13, b"13")):
+        assert await own.state.beat(claim, LEASE_S, kind="frames", step=made) == "running"
+        assert (await other.state.get("r"))["frames"] == most
+    await own.state.commit(claim, "done", "", "", {})
+    assert not [event for event in await follow(other, "r") if event.kind == "frames"]
+
+
 async def test_queues_are_asked_in_order_and_hold_priorities(two) -> None:
     own, other = two
     for request_id, priority in (("late", 1), ("first", 0), ("second", 0)):

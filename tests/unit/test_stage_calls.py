@@ -10,7 +10,7 @@ from gateway import stage_calls
 from gateway.decode import Decode
 from gateway.records import Claim
 from gateway.stage_calls import Latents
-from gateway.work import Work
+from gateway.work import Progress, Work
 from protos import types_pb2, vae_pb2
 from services.errors import CorruptTensor
 from services.request import MAX_MEDIA_BYTES
@@ -85,7 +85,7 @@ async def test_media_come_as_announced(answers: tuple[vae_pb2.DecodeResponse, ..
     channel = Channel(*answers)
     replica: Any = stage_calls.Replica("vae", "nowhere", cast(Any, channel))
     work = Work(Claim("r", 1, {}, "", 0), types_pb2.GenerationParams(), 0.0, "")
-    decode = Decode(work, replica, Latents())
+    decode = Decode(work, replica, Latents(), Progress(cast(Any, None), work.claim, 1.0))
     with pytest.raises(CorruptTensor):
         await decode.media()
     assert channel.cancelled
