@@ -2,6 +2,7 @@
 
     python -m benchmarks.vae --json benchmarks/results/vae_h100.json            # one GPU, every case and candidate
     python -m benchmarks.vae --world 2 --only wan                               # and the same over two
+    python -m benchmarks.vae --world 2 --only wan --profile                     # and where the time goes
 
 A candidate is a set of options; "service" is what the service does. Each must give the baseline's frames (`apart_fp32`:
 largest difference over largest value, at a small size in float32). A line is printed as soon as it is measured; a case
@@ -96,6 +97,7 @@ CANDIDATES = {
 }
 CLIPS_ONLY = ("step2", "step4", "compiled_step2")
 RANKS = ("service", "tuned")
+ROWS = "rows.json"
 
 
 class Bench:
@@ -103,10 +105,11 @@ class Bench:
 
     Args:
         folder: for the tiny models of a run without a GPU, this process's own.
+        profiled: kernels of what ranks share are noted too.
     """
 
-    def __init__(self, device: torch.device, runs: int, folder: Path) -> None:
-        self.device, self.runs = device, runs
+    def __init__(self, device: torch.device, runs: int, folder: Path, *, profiled: bool = False) -> None:
+        self.device, self.runs, self.profiled = device, runs, profiled
         self._folder = folder
         self._untouched: dict[tuple[Case, torch.dtype], Any] = {}
 
@@ -276,23 +279,25 @@ class Notes:
 # ---- Several ranks --------------------------------------------------------------------------------------------------
 
 
-def run_rank(rank: int, world: int, rendezvous: str, device: str, runs: int, cases: list[str], out: str) -> None:
+def run_rank(rank: int, args: argparse.Namespace, folder: str) -> None:
     """One process: every case alone on rank 0, then over all ranks."""
+    device, world = args.device, args.world
     if device == "cuda":
         torch.cuda.set_device(rank)
-    own = Path(out).parent / str(rank)
-    bench = Bench(torch.device(device, rank) if device == "cuda" else torch.device("cpu"), runs, own)
+    own = Path(folder) / str(rank)
+    where = torch.device(device, rank) if device == "cuda" else torch.device("cpu")
+    bench = Bench(where, args.runs, own, profiled=args.profile)
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-    dist.init_process_group(backend, init_method=rendezvous, rank=rank, world_size=world)
+    dist.init_process_group(backend, init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
     torch.backends.cudnn.allow_tf32 = False
     axis = Mesh(Degrees(patch=world), rank, device)["patch"]
     notes = Notes(silent=rank > 0)
     with torch.inference_mode():
-        for name, candidate in product(cases, RANKS):
+        for name, candidate in product(args.only, RANKS):
             with notes.kept({"case": name, "candidate": candidate, "ranks": world}) as row:
                 row |= over_ranks(bench, CASES[name], CANDIDATES[candidate], axis)
             if not rank:
-                Path(out).write_text(json.dumps(notes.rows))
+                (Path(folder) / ROWS).write_text(json.dumps(notes.rows))
     dist.destroy_process_group()
 
 
@@ -312,7 +317,19 @@ def over_ranks(bench: Bench, case: Case, options: Candidate, axis: Axis) -> Figu
         "one": single,
         "all": several,
         "speedup": single["ms"] / several["ms"],
-    }
+    } | ({"kernels": kernels(bench, partial(shared.codec.decode, latents))} if bench.profiled else {})
+
+
+def kernels(bench: Bench, chunks: Callable[[], Iterator[torch.Tensor]]) -> list[tuple[str, float, int]]:
+    """(name, milliseconds, calls) of a decode's kernels, the longest first."""
+    on_gpu = bench.device.type == "cuda"
+    activity = torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[activity]) as profile:
+        for _ in chunks():
+            """A chunk is taken and gone."""
+        bench.sync()
+    rows = [(row.key[:80], row.self_device_time_total / 1000, row.count) for row in profile.key_averages()]
+    return sorted(rows, key=lambda row: -row[1])[:20]
 
 
 def main() -> None:
@@ -324,19 +341,19 @@ def main() -> None:
     parser.add_argument("--limit-s", type=float, default=210.0, help="no candidate begins later")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--world", type=int, default=1, help="ranks, each with a GPU; 1: every candidate on one GPU")
+    parser.add_argument("--profile", action="store_true", help="with --world: also the kernels that take longest")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     # What is compared in float32 is to be float32.
     torch.backends.cudnn.allow_tf32 = False
     device_name = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
     with TemporaryDirectory() as folder:
-        out = Path(folder) / "rows.json"
+        out = Path(folder) / ROWS
         notes = Notes()
         if args.world > 1:
-            given = (args.world, f"file://{folder}/rendezvous", args.device, args.runs, args.only, str(out))
             spawn: Any = multiprocessing.spawn  # type: ignore[attr-defined]
             with notes.kept({"case": "all", "ranks": args.world}):
-                spawn(run_rank, given, nprocs=args.world, join=True)
+                spawn(run_rank, (args, folder), nprocs=args.world, join=True)
             rows = [*(json.loads(out.read_text()) if out.exists() else ()), *notes.rows]
         else:
             bench = Bench(torch.device(args.device), args.runs, Path(folder))
