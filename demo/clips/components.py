@@ -46,7 +46,7 @@ def build(seed: int = 0) -> WanComponents:
     tokenizer = build_tokenizer()
     return WanComponents(
         tokenizer=tokenizer,
-        text_encoder=UMT5EncoderModel(_text_config(tokenizer)),
+        text_encoder=_text_encoder(tokenizer),
         transformer=_transformer(),
         vae=_vae(),
         scheduler=UniPCMultistepScheduler(
@@ -75,6 +75,18 @@ def load(folder: Path) -> WanPipeline:
     return WanPipeline.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True)
 
 
+def copy_weights(components: WanComponents, folder: Path) -> None:
+    """Starts from the weights of a saved folder.
+
+    Raises: RuntimeError when its components have other sizes, or a tokenizer of other words.
+    """
+    saved = load(folder)
+    if saved.tokenizer.get_vocab() != components.tokenizer.get_vocab():
+        raise RuntimeError(f"the tokenizer of {folder} has other words than the captions")
+    for name in ("text_encoder", "transformer", "vae"):
+        getattr(components, name).load_state_dict(getattr(saved, name).state_dict())
+
+
 def save(components: WanComponents, folder: Path) -> None:
     """Writes the folder that WanPipeline.from_pretrained reads, fp16, one file per component.
 
@@ -98,6 +110,14 @@ def build_tokenizer(num_captions: int = 20_000) -> T5Tokenizer:
     marks = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -20.0), ("▁", -4.0)]
     pieces = [(piece, -1.0) for piece in (*(f"▁{word}" for word in words), ",", ".", ":")]
     return T5Tokenizer(vocab=marks + pieces, extra_ids=0)
+
+
+def _text_encoder(tokenizer: T5Tokenizer) -> UMT5EncoderModel:
+    model = UMT5EncoderModel(_text_config(tokenizer))
+    # The class starts these close to zero, where "right, then down" reads like "down, then right" and stays so.
+    for block in model.encoder.block:
+        nn.init.normal_(block.layer[0].SelfAttention.relative_attention_bias.weight)
+    return model
 
 
 def _text_config(tokenizer: T5Tokenizer) -> UMT5Config:

@@ -1,7 +1,8 @@
 """Trains the demo's video model: `python -m demo.clips.train --state DIR --out DIR`.
 
-Draws scenes in motion and captions, trains the autoencoder, encodes the clips, trains text encoder and transformer, and
-writes the folder in the Wan format. A run ends after `--run-s` seconds; the same command then goes on where it stopped.
+Draws scenes in motion and captions, trains the autoencoder, encodes the clips, trains first the text encoder and then
+it and the transformer, and writes the folder in the Wan format. A run ends after `--run-s` seconds; the same command
+then goes on where it stopped. Where the state was lost, `--start-from` goes on from the weights of a written folder.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import argparse
 import multiprocessing
 import time
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from random import Random
 
@@ -19,11 +20,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.models.t5.tokenization_t5 import T5Tokenizer
 
-from demo.clips import components, train_autoencoder, train_denoiser
+from demo.clips import components, train_autoencoder, train_denoiser, train_text
 from demo.clips.batches import MovingBatch, batch_of
 from demo.clips.captions import training_pair
 from demo.clips.components import WanComponents
+from demo.clips.scenes import PATHS, SIZES_PX, SPEEDS_PX
 from demo.clips.train_denoiser import LatentClips
+from demo.scenes import PALETTE, SHAPES
 from demo.stage import Stage
 
 MAX_TOKENS = 48
@@ -38,13 +41,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--state", type=Path, required=True, help="folder for what a later run goes on with")
     parser.add_argument("--out", type=Path, required=True, help="folder for the model")
+    parser.add_argument("--start-from", type=Path, help="folder of a model whose weights are the start")
     parser.add_argument("--clips", type=int, default=40_000)
     parser.add_argument("--captions", type=int, default=8, help="captions for each clip")
     parser.add_argument("--processes", type=int, default=16, help="processes that draw scenes")
     parser.add_argument("--run-s", type=float, default=540.0, help="seconds after which this run ends")
-    parser.add_argument("--autoencoder-s", type=float, default=300.0, help="seconds of training in all")
-    parser.add_argument("--denoiser-s", type=float, default=600.0, help="as above; 0: only the autoencoder is trained")
+    parser.add_argument("--autoencoder-s", type=float, default=300.0, help="seconds of training in all; 0: as it is")
+    parser.add_argument("--text-s", type=float, default=15.0, help="as above")
+    parser.add_argument("--denoiser-s", type=float, default=600.0, help="as above; 0: ends before")
     parser.add_argument("--autoencoder-batch", type=int, default=8)
+    parser.add_argument("--autoencoder-lr", type=float, default=8e-4, help="peak learning rate")
     parser.add_argument("--denoiser-batch", type=int, default=256)
     parser.add_argument("--denoiser-lr", type=float, default=1e-3, help="peak learning rate")
     parser.add_argument("--encode-batch", type=int, default=32)
@@ -55,53 +61,107 @@ def main() -> None:
 
 def train(args: argparse.Namespace) -> None:
     """One run; see the options."""
-    begun_s = time.monotonic()
-    end_s, compiled = begun_s + args.run_s, not args.no_compile
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    run = _Run(args, time.monotonic())
     torch.backends.cuda.matmul.allow_tf32 = True
     args.state.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
     scenes, tokens, lengths = _training_set(args)
-    scenes = scenes.to(device)
+    scenes, tokens, lengths = scenes.to(run.device), tokens.to(run.device), lengths.to(run.device)
     model = components.build(args.seed)
-
-    def say(what: str) -> None:
-        print(f"{time.monotonic() - begun_s:.0f} s: {what}", flush=True)
-
-    say(f"{len(scenes)} scenes")
-    autoencoder = Stage(
-        nn.ModuleDict({"vae": model.vae.to(device)}), peak_lr=8e-4, ema_decay=0.995, planned_s=args.autoencoder_s
-    )
-    path = args.state / "wan_autoencoder.safetensors"
-    _resume(autoencoder, path)
-    if not autoencoder.finished:
-        train_autoencoder.train(
-            autoencoder,
-            model.vae,
-            scenes,
-            batch_size=args.autoencoder_batch,
-            run_s=end_s - time.monotonic(),
-            compiled=compiled,
-        )
-        autoencoder.save(path)
-    autoencoder.use_average()
-    say(f"autoencoder: {autoencoder.step} steps, {autoencoder.seconds:.0f} s of {autoencoder.planned_s:.0f}")
+    if args.start_from:
+        components.copy_weights(model, args.start_from)
+    for module in (model.vae, model.text_encoder, model.transformer):
+        module.to(run.device)
+    run.say(f"{len(scenes)} scenes")
+    ready = _train_autoencoder(run, model, scenes)
     if args.denoiser_s <= 0:
         return
-    denoiser = _denoiser_stage(model, device, args)
-    path = args.state / "wan_denoiser.safetensors"
-    _resume(denoiser, path)
-    if autoencoder.finished:
-        clips = _latents(model, scenes, tokens, lengths, args.encode_batch, compiled=compiled)
-        say("clips are encoded")
-        train_denoiser.train(
-            denoiser, clips, batch_size=args.denoiser_batch, run_s=end_s - time.monotonic(), compiled=compiled
-        )
-        denoiser.save(path)
-    denoiser.use_average()
-    say(f"denoiser: {denoiser.step} steps, {denoiser.seconds:.0f} s of {denoiser.planned_s:.0f}")
+    ready = ready and _train_text_encoder(run, model, scenes, tokens, lengths)
+    _train_denoiser(run, model, scenes, tokens, lengths, ready=ready)
     components.save(model, args.out)
-    say(f"saved in {args.out}")
+    run.say(f"saved in {args.out}")
+
+
+@dataclass(slots=True)
+class _Run:
+    """The options, when the run began and what it trains on."""
+
+    args: argparse.Namespace
+    begun_s: float
+    device: torch.device = field(default_factory=lambda: torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+    @property
+    def left_s(self) -> float:
+        return max(0.0, self.begun_s + float(self.args.run_s) - time.monotonic())
+
+    @property
+    def compiled(self) -> bool:
+        return not self.args.no_compile
+
+    def say(self, what: str) -> None:
+        print(f"{time.monotonic() - self.begun_s:.0f} s: {what}", flush=True)
+
+    def resume(self, stage: Stage, name: str) -> Path:
+        """Goes on where an earlier run has left the stage; returns where to save it."""
+        path: Path = self.args.state / f"wan_{name}.safetensors"
+        if path.exists():
+            stage.resume(path)
+        return path
+
+
+def _train_autoencoder(run: _Run, model: WanComponents, scenes: MovingBatch) -> bool:
+    """Whether it is done; the model then holds the average."""
+    modules = nn.ModuleDict({"vae": model.vae})
+    stage = Stage(modules, peak_lr=run.args.autoencoder_lr, ema_decay=0.995, planned_s=run.args.autoencoder_s)
+    path = run.resume(stage, "autoencoder")
+    if not stage.finished:
+        batch_size: int = run.args.autoencoder_batch
+        train_autoencoder.train(
+            stage, model.vae, scenes, batch_size=batch_size, run_s=run.left_s, compiled=run.compiled
+        )
+        stage.save(path)
+    stage.use_average()
+    run.say(f"autoencoder: {stage.step} steps, {stage.seconds:.0f} s of {stage.planned_s:.0f}")
+    return stage.finished
+
+
+def _train_text_encoder(
+    run: _Run, model: WanComponents, scenes: MovingBatch, tokens: torch.Tensor, lengths: torch.Tensor
+) -> bool:
+    """As above."""
+    num_classes = [len(SHAPES), len(PALETTE), len(PALETTE), len(PATHS), len(SIZES_PX), len(SPEEDS_PX)]
+    reader = train_text.Reader(components.TEXT_WIDTH, num_classes).to(run.device)
+    modules = nn.ModuleDict({"text_encoder": model.text_encoder, "reader": reader})
+    stage = Stage(modules, peak_lr=1e-3, ema_decay=0.99, planned_s=run.args.text_s)
+    path = run.resume(stage, "text")
+    if not stage.finished:
+        right = train_text.train(stage, tokens, lengths, train_text.labels_of(scenes), batch_size=256, run_s=run.left_s)
+        stage.save(path)
+        run.say(f"text encoder: {stage.step} steps, told right: {[round(share, 2) for share in right.tolist()]}")
+    stage.use_average()
+    return stage.finished
+
+
+def _train_denoiser(
+    run: _Run,
+    model: WanComponents,
+    scenes: MovingBatch,
+    tokens: torch.Tensor,
+    lengths: torch.Tensor,
+    *,
+    ready: bool,
+) -> None:
+    """Trains where what it needs is `ready`; the model then holds the average."""
+    modules = nn.ModuleDict({"text_encoder": model.text_encoder, "transformer": model.transformer})
+    stage = Stage(modules, peak_lr=run.args.denoiser_lr, ema_decay=0.9992, planned_s=run.args.denoiser_s)
+    path = run.resume(stage, "denoiser")
+    if ready:
+        clips = _latents(model, scenes, tokens, lengths, run.args.encode_batch, compiled=run.compiled)
+        run.say("clips are encoded")
+        train_denoiser.train(stage, clips, batch_size=run.args.denoiser_batch, run_s=run.left_s, compiled=run.compiled)
+        stage.save(path)
+    stage.use_average()
+    run.say(f"denoiser: {stage.step} steps, {stage.seconds:.0f} s of {stage.planned_s:.0f}")
 
 
 def tokenize(tokenizer: T5Tokenizer, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -149,18 +209,6 @@ def _sample_chunk(chunk: tuple[int, int, int]) -> dict[str, object]:
     return arrays
 
 
-def _denoiser_stage(model: WanComponents, device: torch.device, args: argparse.Namespace) -> Stage:
-    modules = nn.ModuleDict(
-        {"text_encoder": model.text_encoder.to(device), "transformer": model.transformer.to(device)}
-    )
-    return Stage(modules, peak_lr=args.denoiser_lr, ema_decay=0.9992, planned_s=args.denoiser_s)
-
-
-def _resume(stage: Stage, path: Path) -> None:
-    if path.exists():
-        stage.resume(path)
-
-
 def _latents(
     model: WanComponents,
     scenes: MovingBatch,
@@ -180,8 +228,8 @@ def _latents(
     return LatentClips(
         latents=latents,
         weights=weights,
-        tokens=tokens.to(device),
-        lengths=lengths.to(device),
+        tokens=tokens,
+        lengths=lengths,
         empty_tokens=empty_tokens.to(device),
         empty_lengths=empty_lengths.to(device),
     )

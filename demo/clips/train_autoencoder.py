@@ -18,7 +18,7 @@ from demo.clips.batches import MovingBatch, paint
 from demo.clips.scenes import NUM_FRAMES, SIDE_PX
 from demo.stage import Stage
 
-MAX_LATENT_NOISE = 0.2
+MAX_LATENT_NOISE = 0.1
 """The decoder meets latents with up to this share of noise, so that it forgives small errors of the denoiser."""
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from demo import __main__ as make_demo
 from demo.__main__ import frames_of
-from demo.clips import components, train_autoencoder
+from demo.clips import components, train_autoencoder, train_text
 from demo.clips.batches import batch_of, paint
 from demo.clips.captions import combination, held_out_combination, held_out_form, parse, training_pair
 from demo.clips.evaluate import CHECKPOINT, held_out, judge, shuffled
@@ -181,6 +181,48 @@ def test_the_denoiser_learns_and_goes_on_from_its_state(model, tmp_path):
     again = Stage(modules, peak_lr=1e-3, ema_decay=0.99, planned_s=60.0)
     again.resume(tmp_path / "state.safetensors")
     assert (again.step, again.seconds) == (stage.step, stage.seconds)
+
+
+def test_a_text_encoder_that_was_just_built_tells_the_order_of_headings():
+    built = components.build(seed=5)
+    prompts = [
+        f"a red circle moves {first} and then turns {second} on a blue background"
+        for first, second in (("right", "down"), ("down", "right"))
+    ]
+    tokens, lengths = tokenize(built.tokenizer, prompts)
+    with torch.no_grad():
+        text = encode_text(built.text_encoder, tokens.long(), lengths.long()).sum(1)
+    assert (text[0] - text[1]).norm() >= 0.1 * text[0].norm()
+
+
+def test_the_text_encoder_learns_to_tell_captions_and_goes_on_from_its_state(tmp_path):
+    torch.manual_seed(2)
+    built, rng = components.build(seed=5), Random(8)
+    pairs = [training_pair(rng, 2) for _ in range(64)]
+    tokens, lengths = tokenize(built.tokenizer, [caption.text for _, captions in pairs for caption in captions])
+    labels = train_text.labels_of(batch_of([scene for scene, _ in pairs]))
+    reader = train_text.Reader(components.TEXT_WIDTH, [8, 10, 10, 16, 2, 2])
+    modules = nn.ModuleDict({"text_encoder": built.text_encoder, "reader": reader})
+    stage = Stage(modules, peak_lr=2e-3, ema_decay=0.9, planned_s=60.0)
+    inputs = tokens.view(64, 2, -1), lengths.view(64, 2), labels
+    first = train_text.train(stage, *inputs, batch_size=32, run_s=1e-9)
+    assert stage.step == 1
+    while stage.step < 60 and not stage.finished:
+        last = train_text.train(stage, *inputs, batch_size=32, run_s=0.5)
+    assert last.mean() > first.mean() + 0.2
+    stage.save(tmp_path / "state.safetensors")
+    again = Stage(modules, peak_lr=2e-3, ema_decay=0.9, planned_s=60.0)
+    again.resume(tmp_path / "state.safetensors")
+    assert (again.step, again.seconds) == (stage.step, stage.seconds)
+
+
+def test_training_starts_from_a_saved_folder(tmp_path):
+    built, other = components.build(seed=5), components.build(seed=6)
+    components.save(built, tmp_path)
+    components.copy_weights(other, tmp_path)
+    for name in ("text_encoder", "transformer", "vae"):
+        for mine, theirs in zip(getattr(built, name).parameters(), getattr(other, name).parameters(), strict=True):
+            assert torch.equal(mine, theirs.half()), name
 
 
 def test_a_saved_folder_is_the_family_s_and_small(tmp_path):
