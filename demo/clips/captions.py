@@ -66,7 +66,7 @@ def combination(scene: MovingScene) -> str:
 def training_pair(rng: Random, num_captions: int = 1) -> tuple[MovingScene, list[MovingCaption]]:
     """A training scene with several captions. Shapes of fine parts, which are hard to draw, come more often."""
     while True:
-        scene = sample_moving_scene(rng, TRAINING_SHAPES)
+        scene = sample_moving_scene(rng, (*TRAINING_SHAPES, "star", "diamond"))
         if not held_out_combination(combination(scene)):
             return scene, [_caption_of_kind(rng, scene, held_out=False) for _ in range(num_captions)]
 

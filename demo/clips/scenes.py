@@ -22,9 +22,9 @@ MARGIN_PX = 4
 """Free pixels between the object's reach and the border, in every frame."""
 FPS = 16.0
 
-SIZES_PX = {"small": 15.0, "large": 22.0}
-"""Radius of each size in pixels."""
-SPEEDS_PX = {"slow": 0.8, "fast": 1.8}
+SIZES_PX = {"small": 24.0, "large": 32.0}
+"""Radius of each size in pixels; the points of a star of 15 px are lost between latents that are 8 px apart."""
+SPEEDS_PX = {"slow": 0.8, "fast": 1.6}
 """Pixels a frame."""
 HEADINGS = ("right", "lower right", "down", "lower left", "left", "upper left", "up", "upper right")
 """Eighths of a turn, clockwise on the screen."""

@@ -16,7 +16,7 @@ from demo.scenes import PALETTE
 from demo.scorer import largest_component, nearest_colours, nearest_shape
 
 MIN_AREA_PX = 150
-"""A component smaller than this is an edge or noise; the smallest object covers about 440 pixels."""
+"""A component smaller than this is an edge or noise; the smallest object covers about 850 pixels."""
 FRAMES_RIGHT = 0.8
 """A clip's colour, shape or background is right when it is right in this share of its frames."""
 SMOOTH_PX2 = 0.25

@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--run-s", type=float, default=540.0, help="seconds after which this run ends")
     parser.add_argument("--autoencoder-s", type=float, default=300.0, help="seconds of training in all; 0: as it is")
     parser.add_argument("--text-s", type=float, default=15.0, help="as above")
-    parser.add_argument("--denoiser-s", type=float, default=600.0, help="as above; 0: ends before")
+    parser.add_argument("--denoiser-s", type=float, default=600.0, help="as above; 0: only the autoencoder is trained")
     parser.add_argument("--autoencoder-batch", type=int, default=8)
     parser.add_argument("--autoencoder-lr", type=float, default=8e-4, help="peak learning rate")
     parser.add_argument("--denoiser-batch", type=int, default=256)
@@ -74,10 +74,9 @@ def train(args: argparse.Namespace) -> None:
         module.to(run.device)
     run.say(f"{len(scenes)} scenes")
     ready = _train_autoencoder(run, model, scenes)
-    if args.denoiser_s <= 0:
-        return
-    ready = ready and _train_text_encoder(run, model, scenes, tokens, lengths)
-    _train_denoiser(run, model, scenes, tokens, lengths, ready=ready)
+    if args.denoiser_s > 0:
+        ready = ready and _train_text_encoder(run, model, scenes, tokens, lengths)
+        _train_denoiser(run, model, scenes, tokens, lengths, ready=ready)
     components.save(model, args.out)
     run.say(f"saved in {args.out}")
 
