@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,7 +21,10 @@ import torch.distributed as dist
 # Of the kernel that runs: hosts may share a name.
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
+# What the driver says where memory cannot be given to another process or GPU. All else is a fault.
+UNSHARED = ("not supported", "not permitted")
 # Windows grow in steps of this, so that sizes that differ a little share one.
 STEP_BYTES = 32 * 2**20
 
@@ -40,10 +43,11 @@ class CudaWindow:
     """A window in GPU memory. Making one is a collective of the group.
 
     Raises:
-        RuntimeError: the GPUs do not see each other's memory.
+        torch.OutOfMemoryError: on all ranks, where one of them has no room for it.
+        RuntimeError: a driver refuses; on all ranks, where it does so before they meet.
     """
 
-    def __init__(self, size: int, group: str) -> None:
+    def __init__(self, size: int, group: dist.ProcessGroup) -> None:
         # Imported where it is used: builds of torch without CUDA may lack it.
         from torch.distributed import _symmetric_memory
 
@@ -51,8 +55,16 @@ class CudaWindow:
         device = torch.device("cuda", torch.cuda.current_device())
         # Windows are not PyTorch's memory: what it keeps for later must be free for them.
         torch.cuda.empty_cache()
-        self._memory: torch.Tensor = library.empty(size, dtype=torch.uint8, device=device)
-        self._handle = library.rendezvous(self._memory, group)
+        refusal = ""
+        try:
+            self._memory: torch.Tensor = library.empty(size, dtype=torch.uint8, device=device)
+        except RuntimeError as error:
+            refusal = str(error)
+        # A rank that has none would not come to where the others wait for it.
+        if refusals := [f"rank {rank}: {said}" for rank, said in enumerate(_gather(refusal, group)) if said]:
+            cls = torch.OutOfMemoryError if "out of memory" in refusals[0] else RuntimeError
+            raise cls(f"no window of {size} bytes on {refusals[0]}")
+        self._handle = library.rendezvous(self._memory, group.group_name)
 
     def of(self, rank: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """See `Window`."""
@@ -151,9 +163,10 @@ class PeerMemory:
     def _next_shown(self, size: int) -> Window:
         if size > self._shown_bytes:
             self._leave(self._shown[self._turn] if self._shown else None)
-            self._shown = []
+            # Until both are made there are none: one that does not fit may be smaller the next time.
+            self._shown, self._shown_bytes = [], 0
+            self._shown = [self._make(_rounded(size)) for _ in range(2)]
             self._shown_bytes = _rounded(size)
-            self._shown = [self._make(self._shown_bytes) for _ in range(2)]
         self._turn = 1 - self._turn
         return self._shown[self._turn]
 
@@ -166,24 +179,53 @@ class PeerMemory:
 
 
 def connect(group: dist.ProcessGroup) -> PeerMemory | None:
-    """Peer memory for the GPUs of a group, which all its ranks ask for at once.
+    """Peer memory for the GPUs of a group, which all its ranks ask for at once, and all get or none does.
 
     Returns:
-        None where ranks are on several hosts, or a GPU does not see another's memory.
+        None where ranks are on several hosts, or a GPU does not read another's memory.
+
+    Raises:
+        torch.OutOfMemoryError: on all ranks, where one has no room for a window.
+        RuntimeError: any other fault of a GPU.
     """
-    hosts = [("", "")] * group.size()
-    dist.all_gather_object(hosts, (socket.gethostname(), BOOT_ID.read_text()), group=group)
-    if len(set(hosts)) > 1:
+    device = torch.device("cuda", torch.cuda.current_device())
+    places = _gather((socket.gethostname(), BOOT_ID.read_text(), _id_of(device.index)), group)
+    if len({(host, boot) for host, boot, _ in places}) > 1:
         return None
-    make = partial(CudaWindow, group=group.group_name)
-    sees = torch.ones(1)
+    others = [gpu for rank, (_, _, gpu) in enumerate(places) if rank != group.rank()]
+    if not all(_gather(_reads(device.index, others), group)):
+        logger.warning("the GPUs do not read each other's memory, NCCL carries everything")
+        return None
+    make = partial(CudaWindow, group=group)
+    refusal = ""
     try:
         make(STEP_BYTES)
     except RuntimeError as error:
-        logger.warning("the GPUs do not read each other's memory, NCCL carries everything: %s", error)
-        sees.zero_()
-    dist.all_reduce(sees, op=dist.ReduceOp.MIN, group=group)
-    return PeerMemory(make, group.rank(), torch.device("cuda", torch.cuda.current_device())) if sees.item() else None
+        if not any(words in str(error) for words in UNSHARED):
+            raise
+        refusal = str(error)
+    if refusals := [said for said in _gather(refusal, group) if said]:
+        logger.warning("the GPUs may not share their memory, NCCL carries everything: %s", refusals[0])
+        return None
+    return PeerMemory(make, group.rank(), device)
+
+
+def _gather(mine: T, group: dist.ProcessGroup) -> list[T]:
+    """Everybody's, by rank."""
+    everybodys = [mine] * group.size()
+    dist.all_gather_object(everybodys, mine, group=group)
+    return everybodys
+
+
+def _id_of(index: int) -> str:
+    """A GPU's own, whatever its index is in a process."""
+    return str(torch.cuda.get_device_properties(index).uuid)
+
+
+def _reads(index: int, others: Sequence[str]) -> bool:
+    """Whether a GPU can read the memory of all the others. Those that this process does not see it cannot."""
+    seen = {_id_of(peer): peer for peer in range(torch.cuda.device_count())}
+    return all(other in seen and torch.cuda.can_device_access_peer(index, seen[other]) for other in others)
 
 
 def _rounded(size: int) -> int:

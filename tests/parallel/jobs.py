@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import torch
+import torch.distributed as dist
 
 from dit_svc.engine import Checkpointed, DenoiseJob, DitEngine, Event, Finished, Previewed
 from dit_svc.loading import open_engine
@@ -18,6 +20,7 @@ from services.parallel.collectives import sent_bytes
 from services.parallel.degrees import Degrees
 from services.parallel.hsdp import ShardedWeights
 from services.parallel.mesh import Axis, Mesh
+from services.parallel.peer_memory import connect
 from services.parallel.sequence import own_piece
 from services.parallel.tensor_sequence import Layout
 from services.parallel.vae_patch import PatchCodec
@@ -317,3 +320,56 @@ def shared(
     sent_bytes.clear()
     decoded = [list(codec.decode(each)) for each in latents]
     return VaeReport(decoded, [codec.encode(each) for each in pixels], dict(sent_bytes))
+
+
+@dataclass(frozen=True)
+class Gpus:
+    """GPUs as ranks find them.
+
+    Attributes:
+        apart: ranks whose GPUs reach no other one's memory; hidden: whose process does not see the others'.
+        empty: what the driver says to a rank that asks for memory; rendezvous: to one that shares it.
+    """
+
+    apart: tuple[int, ...] = ()
+    hidden: tuple[int, ...] = ()
+    empty: dict[int, str] = field(default_factory=dict)
+    rendezvous: dict[int, str] = field(default_factory=dict)
+
+
+def connected(rank: int, world: int, gpus: Gpus) -> tuple[str, int]:
+    """What `connect` says to a rank: "peers", "none" or an error; and how many windows it asked memory for."""
+    asked = []
+
+    def refuse(refusals: dict[int, str]) -> torch.Tensor:
+        if rank in refusals:
+            raise RuntimeError(f"CUDA driver error: {refusals[rank]}")
+        return torch.empty(0)
+
+    def empty(size: int, **_: object) -> torch.Tensor:
+        asked.append(size)
+        return refuse(gpus.empty)
+
+    def rendezvous(_: torch.Tensor, group: str) -> torch.Tensor:
+        made = refuse(gpus.rendezvous)
+        dist.barrier(group=dist.distributed_c10d._resolve_process_group(group))
+        return made
+
+    seen = [rank] if rank in gpus.hidden else list(range(world))
+    patches = {
+        "torch.cuda.current_device": lambda: seen.index(rank),
+        "torch.cuda.device_count": lambda: len(seen),
+        "torch.cuda.get_device_properties": lambda index: SimpleNamespace(uuid=f"GPU-{seen[index]}"),
+        "torch.cuda.can_device_access_peer": lambda mine, other: mine != other and rank not in gpus.apart,
+        "torch.cuda.empty_cache": lambda: None,
+        "torch.distributed._symmetric_memory.empty": empty,
+        "torch.distributed._symmetric_memory.rendezvous": rendezvous,
+        "services.parallel.peer_memory.PeerMemory": lambda *_: "peers",
+    }
+    with ExitStack() as stack:
+        for name, stub in patches.items():
+            stack.enter_context(patch(name, stub))
+        try:
+            return str(connect(dist.new_group(list(range(world)))) or "none"), len(asked)
+        except RuntimeError as error:
+            return f"{type(error).__name__}: {error}", len(asked)

@@ -108,6 +108,22 @@ def test_windows_grow_with_what_is_shown_and_never_shrink() -> None:
     assert len(host.made) == 2 * 2 * 2  # sizes, windows, ranks
 
 
+def test_a_window_that_did_not_fit_is_made_when_less_is_shown() -> None:
+    def work(rank, peers):
+        make = peers._make
+
+        def no_room(_size):
+            raise torch.OutOfMemoryError("no room")
+
+        peers._make = no_room
+        with pytest.raises(torch.OutOfMemoryError):
+            peers.all_gather(torch.zeros(2 * STEP_BYTES, dtype=torch.uint8), 2)
+        peers._make = make
+        return peers.all_gather(torch.full((8,), rank), 2)[:, 0].tolist()
+
+    assert everywhere(2, work)[1] == [[0, 1]] * 2
+
+
 def test_strided_tensors_are_shown_as_they_read() -> None:
     brought = torch.arange(24.0).view(2, 3, 4)
 
