@@ -25,7 +25,7 @@ from dit_svc.idle_experts import ONE_EXPERT, pinned_bytes
 from services.errors import StartupError
 from services.families import load_family
 from services.family import Block, DenoiseState, DitPart, Tensors
-from services.parallel.collectives import sent_bytes, sent_calls
+from services.parallel.collectives import sent_bytes, sent_calls, window_bytes
 from services.parallel.degrees import Degrees
 from services.parallel.hsdp import PLACES, Shards, outside, plan_shards
 from services.parallel.mesh import PlannedMesh
@@ -49,6 +49,8 @@ class Step:
         sent_bytes, sent_calls: by kind of collective, without HSDP's.
         matmul_flops, attention_flops: a multiplication and an addition are two.
         activation_bytes: of all tensors but weights that are alive at once in an eager forward, at the worst moment.
+        window_bytes: of the windows through which ranks read each other's memory, where their GPUs can; those that hold
+            shards of HSDP are weights.
         outside_calls: of the parts outside the blocks, in their order.
     """
 
@@ -58,6 +60,7 @@ class Step:
     matmul_flops: int
     attention_flops: int
     activation_bytes: int
+    window_bytes: int
     outside_calls: tuple[int, ...]
 
 
@@ -184,6 +187,7 @@ class DryRun:
             matmul_flops=sum(flops.values()) - attention,
             attention_flops=attention,
             activation_bytes=alive.peak,
+            window_bytes=tally.window_bytes,
             outside_calls=tuple(calls.get(part, 0) for part in parts),
         )
 
@@ -209,6 +213,12 @@ class Tally:
         self._flops = FlopCounterMode(display=False, custom_mapping=RING_FLOPS)
         self._outside: Counter[nn.Module] = Counter()
         self._seen: dict[Any, list[Counts]] = {}
+        self._windows: dict[tuple[str, str], int] = {}
+
+    @property
+    def window_bytes(self) -> int:
+        """Of all windows so far: they stay for the next step."""
+        return sum(self._windows.values())
 
     def of(self, what: str) -> dict[Any, int]:
         """Counts of the last step, by kind."""
@@ -219,10 +229,13 @@ class Tally:
         """Counts a step, and the calls of these parts in it."""
         hooks = [part.register_forward_pre_hook(lambda module, _: self._outside.update([module])) for part in parts]
         before = self._now()
+        window_bytes.clear()
+        window_bytes.update(self._windows)
         try:
             with self._flops:
                 yield
                 self._counts = self._now() - before
+                self._windows = dict(window_bytes)
         finally:
             for hook in hooks:
                 hook.remove()

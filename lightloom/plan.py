@@ -49,7 +49,8 @@ class Layout:
     Attributes:
         section: the degrees as a config has them.
         weight_bytes: held in a forward; 0 where the model refuses the degrees.
-        activation_bytes, sent_bytes: of one step of one request; 0 where the weights alone are too much.
+        activation_bytes, window_bytes, sent_bytes: of one step of one request; 0 where the weights alone are too much.
+            Windows are where ranks read each other's memory.
         host_bytes: of pinned memory of the host, for each rank.
         step_s: seconds a step takes when the request is alone; busy_s: when enough others fill a pipeline.
         refusal: why it cannot be used; empty where it can.
@@ -58,6 +59,7 @@ class Layout:
     section: ParallelSection
     weight_bytes: int = 0
     activation_bytes: int = 0
+    window_bytes: int = 0
     sent_bytes: int = 0
     host_bytes: int = 0
     step_s: float = 0.0
@@ -123,6 +125,7 @@ class Planner:
             return Layout(section, weights, host_bytes=host, refusal=refusal)
         steps = [run.step(self._job.params, self._conditions) for run in runs]
         activations = max(step.activation_bytes for step in steps)
+        windows = max(step.window_bytes for step in steps)
         gathered = [run.dry.gathered(shards, step) for run, step in zip(runs, steps, strict=True)]
         sent = [sum(step.sent_bytes.values()) + count for step, (count, _) in zip(steps, gathered, strict=True)]
         passes = steps[0].passes
@@ -131,14 +134,15 @@ class Planner:
             section,
             weight_bytes=weights,
             activation_bytes=activations,
+            window_bytes=windows,
             sent_bytes=max(sent),
             host_bytes=host,
             # The first pass has to get through all ranks, and a step needs all its passes.
             step_s=(passes + len(runs) - 1) * a_pass_s,
             busy_s=passes * a_pass_s,
         )
-        if self._missing(weights + activations):
-            return replace(layout, refusal=f"needs {self._need(weights + activations):.1f} GiB")
+        if self._missing(needed := weights + activations + windows):
+            return replace(layout, refusal=f"needs {self._need(needed):.1f} GiB")
         return layout
 
     def _runs(self, degrees: Degrees) -> list[RankRun]:

@@ -125,7 +125,15 @@ def show_layouts(console: Console, job: Job, rates: Rates, layouts: Sequence[Lay
     table = Table(box=None, pad_edge=False)
     table.add_column("layout", overflow="fold")
     host = ("host GiB",) if job.offload_experts else ()
-    for title in ("weights GiB", *host, "activations GiB", "sent MB a step", "ms a step", "ms when busy"):
+    for title in (
+        "weights GiB",
+        *host,
+        "activations GiB",
+        "windows GiB",
+        "sent MB a step",
+        "ms a step",
+        "ms when busy",
+    ):
         table.add_column(title, justify="right", overflow="fold")
     table.add_column("", overflow="fold")
     shown = [*fitting, *refused] if everything else [*whole[:SHOWN], *refused[:SHOWN]]
@@ -176,6 +184,7 @@ def _row(layout: Layout, *, host: bool = False) -> tuple[str, ...]:
         (layout.weight_bytes / GIB, "{:.2f}"),
         *([(layout.host_bytes / GIB, "{:.2f}")] if host else []),
         (layout.activation_bytes / GIB, "{:.2f}"),
+        (layout.window_bytes / GIB, "{:.2f}"),
         (layout.sent_bytes / 1e6, "{:.0f}"),
         (layout.step_s * 1e3, _digits(layout.step_s)),
         (layout.busy_s * 1e3, _digits(layout.busy_s)),

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from services.parallel.peer_memory import PeerMemory
+from services.parallel.peer_memory import PeerMemory, rounded
 
 # How many ranks at most sum by reading every peer's whole tensor: with more, rings send less.
 READ_TO_SUM_UP_TO = 2
@@ -25,6 +25,8 @@ peer_memory: dict[str, PeerMemory] = {}
 # What this rank has sent, by kind of collective: bytes, and calls. Figures for metrics, tests and dry runs.
 sent_bytes: Counter[str] = Counter()
 sent_calls: Counter[str] = Counter()
+# Of a dry run, the windows that its groups would have where GPUs see each other's memory, by group and use: bytes.
+window_bytes: dict[tuple[str, str], int] = {}
 
 
 def group_of(name: str) -> dist.ProcessGroup:
@@ -44,6 +46,18 @@ def plan_sent(kind: str, tensor: torch.Tensor, share: float) -> None:
     """Counts in a dry run only: a compiler's fake tensors have the device that they stand for."""
     if tensor.device.type == "meta":
         count_sent(kind, tensor, share)
+
+
+def plan_window(group: str, use: str, size: int) -> None:
+    """Notes in a dry run that a group needs a window of so many bytes. Windows do not shrink."""
+    window_bytes[group, use] = max(rounded(size), window_bytes.get((group, use), 0))
+
+
+def plan_shown(group: str, tensor: torch.Tensor, pieces: int = 1) -> None:
+    """The same of a tensor that would be shown, or of so many like it at once: two windows take turns."""
+    if tensor.device.type == "meta":
+        for use in ("shown", "shown next"):
+            plan_window(group, use, pieces * tensor.numel() * tensor.element_size())
 
 
 @torch.library.custom_op("lightloom::all_to_all", mutates_args=())
@@ -78,6 +92,8 @@ def all_reduce(tensor: torch.Tensor, group: str, size: int) -> torch.Tensor:
 @all_reduce.register_fake
 def _(tensor: torch.Tensor, group: str, size: int) -> torch.Tensor:
     plan_sent("all_reduce", tensor, 2 * (1 - 1 / size))
+    if size <= READ_TO_SUM_UP_TO:
+        plan_shown(group, tensor)
     return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
@@ -95,6 +111,7 @@ def all_gather(tensor: torch.Tensor, group: str, size: int) -> torch.Tensor:
 @all_gather.register_fake
 def _(tensor: torch.Tensor, group: str, size: int) -> torch.Tensor:
     plan_sent("all_gather", tensor, size - 1)
+    plan_shown(group, tensor)
     return tensor.new_empty((size, *tensor.shape))
 
 
@@ -113,6 +130,7 @@ def reduce_scatter(tensor: torch.Tensor, group: str) -> torch.Tensor:
 @reduce_scatter.register_fake
 def _(tensor: torch.Tensor, group: str) -> torch.Tensor:
     plan_sent("reduce_scatter", tensor, 1 - 1 / tensor.shape[0])
+    plan_shown(group, tensor)
     return torch.empty_like(tensor[0], memory_format=torch.contiguous_format)
 
 

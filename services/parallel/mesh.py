@@ -70,13 +70,14 @@ class Mesh:
         """
         shards = self.degrees.hsdp_shard
         lines = self._lines(SHARING)
-        return self._axis([ranks[first : first + shards] for ranks in lines for first in range(0, len(ranks), shards)])
+        pieces = [ranks[first : first + shards] for ranks in lines for first in range(0, len(ranks), shards)]
+        return self._axis(pieces, "hsdp")
 
     def _make(self, axes: tuple[str, ...]) -> Axis:
-        return self._axis(list(self._lines(axes)))
+        return self._axis(list(self._lines(axes)), " ".join(axes))
 
-    def _axis(self, lines: Sequence[list[int]]) -> Axis:
-        """This rank's of the lines, in which all ranks are."""
+    def _axis(self, lines: Sequence[list[int]], planned: str) -> Axis:
+        """This rank's of the lines, in which all ranks are; `planned` names it where there is no group."""
         mine: Axis | None = None
         for ranks in lines:
             if len(ranks) == 1:
@@ -86,7 +87,7 @@ class Mesh:
             group = self._group(ranks)
             if self.rank in ranks:
                 self._connect(group)
-                name = group.group_name if group else "planned"
+                name = group.group_name if group else f"planned {planned}"
                 mine = Axis(name, len(ranks), ranks.index(self.rank), group, tuple(ranks))
         assert mine is not None
         return mine

@@ -129,7 +129,7 @@ class PeerMemory:
         if use not in self._windows or size > self._window_bytes[use]:
             self._leave(self._windows.get(use))
             self._windows.pop(use, None)
-            self._window_bytes[use] = _rounded(size)
+            self._window_bytes[use] = rounded(size)
             self._windows[use] = self._make(self._window_bytes[use])
         window = self._windows[use]
         if self._recording() and window not in self._recorded:
@@ -165,8 +165,8 @@ class PeerMemory:
             self._leave(self._shown[self._turn] if self._shown else None)
             # Until both are made there are none: one that does not fit may be smaller the next time.
             self._shown, self._shown_bytes = [], 0
-            self._shown = [self._make(_rounded(size)) for _ in range(2)]
-            self._shown_bytes = _rounded(size)
+            self._shown = [self._make(rounded(size)) for _ in range(2)]
+            self._shown_bytes = rounded(size)
         self._turn = 1 - self._turn
         return self._shown[self._turn]
 
@@ -228,7 +228,8 @@ def _reads(index: int, others: Sequence[str]) -> bool:
     return all(other in seen and torch.cuda.can_device_access_peer(index, seen[other]) for other in others)
 
 
-def _rounded(size: int) -> int:
+def rounded(size: int) -> int:
+    """Bytes of a window that is to hold so many, as `PeerMemory` makes them."""
     return -(-size // STEP_BYTES) * STEP_BYTES
 
 

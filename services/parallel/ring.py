@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 
-from services.parallel.collectives import count_sent, group_of, peer_memory
+from services.parallel.collectives import count_sent, group_of, peer_memory, plan_shown
 from services.parallel.peer_memory import PeerMemory
 
 # Numbers, of any dtype, in the largest load.
@@ -60,7 +60,9 @@ def _(
     kernel: str,
 ) -> torch.Tensor:
     if query.device.type == "meta":  # a dry run
-        count_sent("ring", torch.stack((key, value)), masks.shape[0] - 1)
+        piece = torch.stack((key, value))
+        count_sent("ring", piece, masks.shape[0] - 1)
+        plan_shown(group, piece)
     return torch.empty_like(query, memory_format=torch.contiguous_format)
 
 

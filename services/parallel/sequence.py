@@ -19,10 +19,10 @@ import torch.nn.functional as F
 
 from services.attention import Kernel, Streams, joined, taken_apart
 from services.family import ModelPlan
-from services.parallel.collectives import all_gather, all_to_all, peer_memory
+from services.parallel.collectives import all_gather, all_to_all, peer_memory, plan_shown, plan_window
 from services.parallel.mesh import Axis, Mesh
 from services.parallel.ring import ring_attention
-from services.parallel.ulysses import ulysses_attention
+from services.parallel.ulysses import layout_of, ulysses_attention
 
 # Texts have many lengths, and requests of several take turns.
 KEPT_ORDERS = 256
@@ -93,6 +93,7 @@ class SequenceParallel:
         if self._ulysses.size == 1:
             return self._across_ring(kernel, query, key, value)
         heads = query.shape[2]
+        self._plan_windows(query)
         query, key, value = _scatter_heads(query, key, value, self._ulysses)
         if self._ring.size > 1:
             mixed = self._across_ring(kernel, query, key, value)
@@ -101,6 +102,19 @@ class SequenceParallel:
             query, key, value = (tensor.index_select(1, tokens) for tensor in (query, key, value))
             mixed = kernel(query, key, value, filling).index_select(1, self.places.back)
         return _gather_heads(mixed, self._ulysses)[:, :, :heads]
+
+    def _plan_windows(self, query: torch.Tensor) -> None:
+        """In a dry run, those that GPUs which see each other's memory would have in the place of what follows."""
+        if query.device.type != "meta":
+            return
+        rows, _, heads, width = query.shape
+        axis = self._ulysses
+        if self._ring.size > 1:
+            plan_shown(axis.name, query[:, :, :1], 3 * axis.size * -(-heads // axis.size))
+            return
+        layout = layout_of(tuple(self.places.lengths.tolist()), axis.size, rows, heads)
+        for use, size in zip(("attended", "returned"), layout.sizes, strict=True):
+            plan_window(axis.name, use, size * width * query.element_size())
 
     def _across_ring(self, kernel: Kernel, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         ring, places = self._ring, self.places

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from services.family import RESULT, ModelPlan
-from services.parallel.collectives import all_gather, plan_sent, reduce_scatter
+from services.parallel.collectives import all_gather, plan_sent, plan_shown, reduce_scatter
 from services.parallel.mesh import Axis
 from services.parallel.sequence import own_piece, token_orders
 from services.parallel.tensor import SumOverRanks, by_name, matches
@@ -149,6 +149,7 @@ def gather_tokens(piece: torch.Tensor, tokens: torch.Tensor, in_order: bool, gro
 @gather_tokens.register_fake
 def _(piece: torch.Tensor, tokens: torch.Tensor, in_order: bool, group: str, size: int) -> torch.Tensor:
     plan_sent("all_gather", piece, size - 1)
+    plan_shown(group, piece)
     return piece.new_empty((piece.shape[0], tokens.shape[0], *piece.shape[2:]))
 
 
@@ -172,4 +173,5 @@ def scatter_tokens(part: torch.Tensor, places: torch.Tensor, in_order: bool, gro
 def _(part: torch.Tensor, places: torch.Tensor, in_order: bool, group: str, size: int) -> torch.Tensor:
     piece = part.new_empty((part.shape[0], places.shape[0] // size, *part.shape[2:]))
     plan_sent("reduce_scatter", piece, size - 1)
+    plan_shown(group, piece, size)
     return piece

@@ -100,7 +100,7 @@ def test_a_graph_is_for_shapes_and_for_the_values_of_what_lies_on_the_cpu():
 
 
 def test_a_graph_is_for_the_lengths_of_what_is_spread_and_not_of_the_pieces_only(tiny, monkeypatch):
-    monkeypatch.setitem(peer_memory, "planned", PeerMemory(lambda _size: None, 0, torch.device("cpu")))
+    monkeypatch.setitem(peer_memory, "planned ulysses", PeerMemory(lambda _size: None, 0, torch.device("cpu")))
     besides = []
 
     def wrap(run: BlockRun, beside: Beside) -> BlockRun:

@@ -13,11 +13,13 @@ import torch
 import torch.nn.functional as F
 
 from services.attention import sdpa
+from services.families import load_family
 from services.family import Block
-from services.parallel import collectives, hsdp, ring, ulysses
-from services.parallel.mesh import Axis
+from services.parallel import collectives, hsdp, peer_memory, ring, tensor_sequence, ulysses
+from services.parallel.degrees import Degrees
+from services.parallel.mesh import Axis, PlannedMesh
 from services.parallel.peer_memory import STEP_BYTES, PeerMemory
-from services.parallel.sequence import own_piece
+from services.parallel.sequence import Places, SequenceParallel, own_piece, token_orders
 from services.parallel.ulysses import Exchange
 from services.parallel.vae_patch import with_halo
 
@@ -122,6 +124,76 @@ def test_a_window_that_did_not_fit_is_made_when_less_is_shown() -> None:
         return peers.all_gather(torch.full((8,), rank), 2)[:, 0].tolist()
 
     assert everywhere(2, work)[1] == [[0, 1]] * 2
+
+
+@pytest.fixture
+def fine(monkeypatch):
+    """Windows as large as what they hold, nearly."""
+    monkeypatch.setattr(peer_memory, "STEP_BYTES", 16)
+    collectives.window_bytes.clear()
+    yield
+    collectives.window_bytes.clear()
+
+
+def bytes_of(peers: PeerMemory) -> int:
+    """Of a rank's windows."""
+    return sum(peers._window_bytes.values()) + 2 * peers._shown_bytes
+
+
+COLLECTIVES = {
+    "all_reduce": lambda tensor, group: collectives.all_reduce(tensor, group, 2),
+    "all_gather": lambda tensor, group: collectives.all_gather(tensor, group, 2),
+    "reduce_scatter": collectives.reduce_scatter,
+    "gather_tokens": lambda tensor, group: tensor_sequence.gather_tokens(
+        tensor, torch.arange(2 * tensor.shape[1], device=tensor.device), True, group, 2
+    ),
+    "scatter_tokens": lambda tensor, group: tensor_sequence.scatter_tokens(
+        tensor, torch.arange(8, device=tensor.device), True, group, 2
+    ),
+    "ring": lambda tensor, group: ring.ring_attention(
+        *[tensor[..., None].expand(-1, -1, -1, 8)] * 3,
+        torch.ones(2, *tensor.shape[:2], dtype=torch.bool, device=tensor.device),
+        torch.tensor(True),
+        group,
+        "sdpa",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", COLLECTIVES)
+def test_a_dry_run_knows_the_windows_of_collectives(kind, fine, monkeypatch) -> None:
+    def work(rank, peers):
+        monkeypatch.setitem(collectives.peer_memory, f"of {rank}", peers)
+        for tokens in (3, 7, 5):
+            COLLECTIVES[kind](torch.randn(2, tokens, 3), f"of {rank}")
+        return bytes_of(peers)
+
+    _, [made, _] = everywhere(2, work)
+    for tokens in (3, 7, 5):
+        COLLECTIVES[kind](torch.empty(2, tokens, 3, device="meta"), "planned")
+    assert collectives.window_bytes.keys() == {("planned", "shown"), ("planned", "shown next")}
+    assert sum(collectives.window_bytes.values()) == made
+
+
+@pytest.mark.parametrize("long", [8192, 1])
+@pytest.mark.parametrize("heads", [3, 4])
+def test_a_dry_run_knows_the_windows_of_ulysses(heads, long, fine, monkeypatch) -> None:
+    monkeypatch.setattr(ulysses, "LONG_TOKENS", long)
+    sequence = SequenceParallel(load_family("wan").dit.plan, PlannedMesh(Degrees(ulysses=2), 0))
+
+    def work(rank, peers):
+        for lengths in ([6, 9], [20, 3], [8, 8]):
+            like = torch.empty(2, sum(-(-length // 2) for length in lengths), heads, 8)
+            Exchange(peers, 2, lengths, like)
+        return bytes_of(peers)
+
+    _, [made, _] = everywhere(2, work)
+    for lengths in ([6, 9], [20, 3], [8, 8]):
+        orders = token_orders(tuple(lengths), 2, torch.device("meta"))
+        sequence.places = Places(*orders, lengths=torch.tensor(lengths))
+        like = torch.empty(2, sum(-(-length // 2) for length in lengths), heads, 8, device="meta")
+        sequence.attend(sdpa, (like,), (like,), (like,), None)
+    assert sum(collectives.window_bytes.values()) == made
 
 
 def test_strided_tensors_are_shown_as_they_read() -> None:

@@ -169,6 +169,28 @@ def test_layouts_cost_what_they_are_made_of(full):
     assert list(full.values())[0] is cfg
 
 
+def test_windows_are_counted_by_their_groups(full):
+    """1024x1024 are 4096 tokens of a width of 3072; those of a text of 512 besides."""
+    step, mib = 32, 2**20
+    windows = {key: layout.window_bytes // mib for key, layout in full.items()}
+    # Two of a step: the prediction.
+    assert windows["{'cfg_parallel_size': 2}"] == 2 * step
+    assert not windows["{'pipeline_parallel_size': 2}"] and not windows["{'hsdp_shard_size': 2}"]
+    # Two rows: three tensors in one window and one in the other; of the pieces that are joined two.
+    row = (4096 + 512) * 3072 * 2 // 2
+    steps = [-(-size // (step * mib)) * step for size in (2 * 3 * row, 2 * row, 2 * 4096 * 3072)]
+    assert windows["{'ulysses_degree': 2}"] == steps[0] + steps[1] + 2 * steps[2]
+
+
+def test_room_for_all_but_the_windows_does_not_fit(tiny):
+    pair = replace(tiny, gpus=2)
+    [ulysses] = [each for each in Planner(pair, Rates()).layouts() if each.keys == {"ulysses_degree": 2}]
+    memory_bytes = 3 * GIB + ulysses.weight_bytes + ulysses.activation_bytes + ulysses.window_bytes
+    for room, refusal in ((memory_bytes, ""), (memory_bytes - 1, "needs 3.1 GiB")):
+        layouts = Planner(replace(pair, memory_bytes=room), Rates()).layouts()
+        assert [each.refusal for each in layouts if each.keys == ulysses.keys] == [refusal]
+
+
 def test_a_denoiser_of_one_expert_holds_half_and_takes_its_own_steps(tiny):
     both = Planner(replace(tiny, gpus=1), Rates()).layouts()
     for expert in ("high_noise", "low_noise"):
