@@ -120,15 +120,31 @@ class ShardedWeights:
 
     def gather(self) -> Arrival:
         """Starts to make the weights whole in their place, once all is done that has been asked of the device."""
-        count_sent("hsdp", self.held, self._axis.size - 1)
         if self._peers is None:
-            return partial(_wait_for, [self._gather_piece(piece) for piece in self._pieces if piece.size])
+            return self._gather_pieces()
         with self._peers.aside():
-            for piece in self._pieces:
-                for rank, shard in self._shards.items():
-                    start = piece.first * self._axis.size + piece.size * rank
-                    self._place[start : start + piece.size].copy_(shard[piece.first : piece.first + piece.size])
+            self._copy()
             return partial(self._peers.wait, self._peers.mark())
+
+    def gather_first(self) -> None:
+        """Makes the weights whole before what follows, by copies that wait for none aside."""
+        if self._peers is None:
+            self._gather_pieces()()
+        else:
+            self._copy()
+
+    def _copy(self) -> None:
+        """Out of the peers' shards."""
+        count_sent("hsdp", self.held, self._axis.size - 1)
+        for piece in self._pieces:
+            for rank, shard in self._shards.items():
+                start = piece.first * self._axis.size + piece.size * rank
+                self._place[start : start + piece.size].copy_(shard[piece.first : piece.first + piece.size])
+
+    def _gather_pieces(self) -> Arrival:
+        """By the process group."""
+        count_sent("hsdp", self.held, self._axis.size - 1)
+        return partial(_wait_for, [self._gather_piece(piece) for piece in self._pieces if piece.size])
 
     def _gather_piece(self, piece: Piece) -> dist.Work:
         start = piece.first * self._axis.size
@@ -197,12 +213,12 @@ def _wait_for(works: Sequence[dist.Work]) -> None:
 
 
 def _gather_when_called(part: nn.Module, weights: ShardedWeights) -> None:
-    """Some are called inside of blocks too, so they use no block's place."""
+    """Some are called inside of blocks too, so they use no block's place, and do not queue behind the next block."""
     device = weights.held.device
 
     def come(*_: Any) -> None:
         weights.lay(torch.empty(weights.whole_bytes, dtype=torch.uint8, device=device))
-        weights.gather()()
+        weights.gather_first()
 
     part.register_forward_pre_hook(come)
     part.register_forward_hook(lambda *_: weights.leave(), always_call=True)

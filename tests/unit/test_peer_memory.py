@@ -332,6 +332,40 @@ def experts(seed: int) -> dict[str, torch.nn.Module]:
     return made
 
 
+def blocks_of(modules) -> dict[str, list[Block]]:
+    return {
+        name: [Block("", part, lambda streams: streams) for part in module["blocks"]]
+        for name, module in modules.items()
+    }
+
+
+def test_a_part_that_a_block_calls_does_not_wait_for_the_next_block(monkeypatch) -> None:
+    registry: dict[str, PeerMemory] = {}
+    monkeypatch.setattr(hsdp, "peer_memory", registry)
+    expected, models = experts(0)["low"], [experts(0) for _ in range(2)]
+
+    def work(rank, peers):
+        registry[f"shards {rank}"] = peers
+        asked: list[str] = []
+        aside = peers.aside
+
+        def noted():
+            asked.append("aside")
+            return aside()
+
+        monkeypatch.setattr(peers, "aside", noted)
+        modules = {"low": models[rank]["low"]}
+        axis = Axis(f"shards {rank}", 2, rank, None, (0, 1))
+        for _ in hsdp.shard(modules, blocks_of(modules), axis, torch.device("cpu"))["low"].whole():
+            asked.append("block")
+            assert torch.equal(modules["low"]["embed"](torch.ones(3)), expected["embed"](torch.ones(3)))
+        return asked
+
+    # A block's copies are asked for before the block in front of it runs; between them nothing else goes aside.
+    order = ["aside", *["aside", "block"] * 3, "block"]
+    assert everywhere(2, work)[1] == [order] * 2
+
+
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_blocks_come_out_of_the_peers_shards(ranks, monkeypatch) -> None:
     expected = experts(0)
@@ -342,12 +376,11 @@ def test_blocks_come_out_of_the_peers_shards(ranks, monkeypatch) -> None:
     def work(rank, peers):
         registry[f"shards {rank}"] = peers
         modules = models[rank]
-        blocks = {
-            name: [Block("", part, lambda streams: streams) for part in module["blocks"]]
-            for name, module in modules.items()
-        }
         sharded = hsdp.shard(
-            modules, blocks, Axis(f"shards {rank}", ranks, rank, None, tuple(range(ranks))), torch.device("cpu")
+            modules,
+            blocks_of(modules),
+            Axis(f"shards {rank}", ranks, rank, None, tuple(range(ranks))),
+            torch.device("cpu"),
         )
         for name in ("high", "low", "high"):
             embedded = modules[name]["embed"](torch.ones(3))
