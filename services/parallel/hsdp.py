@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from services.errors import StartupError
 from services.family import Block
 from services.parallel.collectives import count_sent, peer_memory
 from services.parallel.experts import SpreadExperts
@@ -179,7 +180,11 @@ def shard(
         modules: by expert, on the device or in the host's memory; blocks: those that this rank runs.
         axis: of the ranks that share.
         device: where everything is from now on.
+
+    Raises:
+        StartupError: several parts share a weight; nothing has been sharded.
     """
+    _check_untied(modules, blocks)
     weights: dict[str, list[ShardedWeights]] = {name: [] for name in modules}
     for name, module in modules.items():
         for part in outside(module, blocks[name]):
@@ -205,6 +210,28 @@ def outside(module: nn.Module, blocks: Sequence[Block]) -> Iterator[nn.Module]:
             yield from outside(child, blocks)
         elif any(True for _ in child.parameters()):
             yield child
+
+
+def _check_untied(modules: Mapping[str, nn.Module], blocks: Mapping[str, Sequence[Block]]) -> None:
+    """The second of two parts with the same weight would find its memory gone."""
+    seen: set[nn.Parameter] = set()
+    for name, module in modules.items():
+        for part in (*outside(module, blocks[name]), *(block.module for block in blocks[name])):
+            own = set(weights_of(part))
+            if tied := seen & own:
+                names = " and ".join(_names_of(tied.pop(), modules))
+                raise StartupError(f"HSDP does not shard a weight that several parts share: {names}")
+            seen |= own
+
+
+def _names_of(weight: nn.Parameter, modules: Mapping[str, nn.Module]) -> list[str]:
+    """Wherever it is."""
+    return [
+        f"{name}.{path}"
+        for name, module in modules.items()
+        for path, other in module.named_parameters(remove_duplicate=False)
+        if other is weight
+    ]
 
 
 def _wait_for(works: Sequence[dist.Work]) -> None:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from services.attention import sdpa
+from services.errors import StartupError
 from services.families import load_family
 from services.family import Block
 from services.parallel import collectives, hsdp, peer_memory, ring, tensor_sequence, ulysses
@@ -364,6 +365,45 @@ def test_a_part_that_a_block_calls_does_not_wait_for_the_next_block(monkeypatch)
     # A block's copies are asked for before the block in front of it runs; between them nothing else goes aside.
     order = ["aside", *["aside", "block"] * 3, "block"]
     assert everywhere(2, work)[1] == [order] * 2
+
+
+@pytest.mark.parametrize("where", ["weight", "part", "experts"])
+def test_weights_that_two_parts_share_are_refused_by_their_names(where) -> None:
+    modules = experts(0)
+    low = modules["low"]
+    if where == "weight":
+        low["blocks"][2][0].weight = low["blocks"][0][0].weight
+        names = "low.blocks.0.0.weight and low.blocks.2.0.weight"
+    elif where == "part":
+        low["more"] = torch.nn.ModuleList([low["embed"]])
+        names = "low.embed.weight and low.more.0.weight"
+    else:
+        low["embed"].bias = modules["high"]["embed"].bias
+        names = "high.embed.bias and low.embed.bias"
+    before = [weight.clone() for module in modules.values() for weight in module.parameters()]
+    with pytest.raises(StartupError, match=f"HSDP does not shard a weight that several parts share: {names}$"):
+        hsdp.shard(modules, blocks_of(modules), Axis("", 2, 0, None, (0, 1)), torch.device("cpu"))
+    after = [weight for module in modules.values() for weight in module.parameters()]
+    assert all(map(torch.equal, before, after))
+
+
+def test_a_weight_that_one_part_has_twice_is_sharded_once(monkeypatch) -> None:
+    registry: dict[str, PeerMemory] = {}
+    monkeypatch.setattr(hsdp, "peer_memory", registry)
+    models = [experts(0) for _ in range(2)]
+
+    def work(rank, peers):
+        registry[f"shards {rank}"] = peers
+        modules = {"low": models[rank]["low"]}
+        block = modules["low"]["blocks"][0]
+        block.append(torch.nn.Linear(7, 5))
+        block[2].weight = block[0].weight
+        axis = Axis(f"shards {rank}", 2, rank, None, (0, 1))
+        expected = block[0].weight.clone()
+        whole = next(hsdp.shard(modules, blocks_of(modules), axis, torch.device("cpu"))["low"].whole()).module
+        return torch.equal(whole[0].weight, expected) and torch.equal(whole[2].weight, expected)
+
+    assert everywhere(2, work)[1] == [True] * 2
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
