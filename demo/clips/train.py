@@ -3,6 +3,7 @@
 Draws scenes in motion and captions, trains the autoencoder, encodes the clips, trains first the text encoder and then
 it and the transformer, and writes the folder in the Wan format. A run ends after `--run-s` seconds; the same command
 then goes on where it stopped. Where the state was lost, `--start-from` goes on from the weights of a written folder.
+On several GPUs of a machine, each with batches of its own: `torchrun --standalone --nproc-per-node 4 -m ...`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import argparse
 import multiprocessing
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from random import Random
 
@@ -20,12 +21,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.models.t5.tokenization_t5 import T5Tokenizer
 
+from demo import ranks
 from demo.clips import components, train_autoencoder, train_denoiser, train_text
 from demo.clips.batches import MovingBatch, batch_of
 from demo.clips.captions import training_pair
 from demo.clips.components import WanComponents
 from demo.clips.scenes import PATHS, SIZES_PX, SPEEDS_PX
 from demo.clips.train_denoiser import LatentClips
+from demo.ranks import Ranks
 from demo.scenes import PALETTE, SHAPES
 from demo.stage import Stage
 
@@ -61,12 +64,13 @@ def main() -> None:
 
 def train(args: argparse.Namespace) -> None:
     """One run; see the options."""
-    run = _Run(args, time.monotonic())
+    run = _Run(args, time.monotonic(), ranks.join())
     torch.backends.cuda.matmul.allow_tf32 = True
     args.state.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(args.seed)
-    scenes, tokens, lengths = _training_set(args)
-    scenes, tokens, lengths = scenes.to(run.device), tokens.to(run.device), lengths.to(run.device)
+    if run.ranks.rank == 0:
+        _draw_training_set(args)
+    run.ranks.first(0.0)  # It is drawn by now, for all.
+    scenes, tokens, lengths = _training_set(run)
     model = components.build(args.seed)
     if args.start_from:
         components.copy_weights(model, args.start_from)
@@ -77,48 +81,66 @@ def train(args: argparse.Namespace) -> None:
     if args.denoiser_s > 0:
         ready = ready and _train_text_encoder(run, model, scenes, tokens, lengths)
         _train_denoiser(run, model, scenes, tokens, lengths, ready=ready)
-    components.save(model, args.out)
-    run.say(f"saved in {args.out}")
+    ranks.leave()
+    if run.ranks.rank == 0:
+        components.save(model, args.out)
+        run.say(f"saved in {args.out}")
 
 
 @dataclass(slots=True)
 class _Run:
-    """The options, when the run began and what it trains on."""
+    """The options, when the run began and the processes that train."""
 
     args: argparse.Namespace
     begun_s: float
-    device: torch.device = field(default_factory=lambda: torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    ranks: Ranks
 
     @property
+    def device(self) -> torch.device:
+        return self.ranks.device
+
     def left_s(self) -> float:
-        return max(0.0, self.begun_s + float(self.args.run_s) - time.monotonic())
+        """By the clock of rank 0; all ranks must ask."""
+        return self.ranks.first(max(0.0, self.begun_s + float(self.args.run_s) - time.monotonic()))
 
     @property
     def compiled(self) -> bool:
         return not self.args.no_compile
 
     def say(self, what: str) -> None:
-        print(f"{time.monotonic() - self.begun_s:.0f} s: {what}", flush=True)
+        if self.ranks.rank == 0:
+            print(f"{time.monotonic() - self.begun_s:.0f} s: {what}", flush=True)
 
-    def resume(self, stage: Stage, name: str) -> Path:
-        """Goes on where an earlier run has left the stage; returns where to save it."""
+    def resume(self, stage: Stage, name: str) -> None:
+        """Goes on where an earlier run has left the stage, with draws of this rank's own."""
+        if self._path(name).exists():
+            stage.resume(self._path(name))
+        torch.manual_seed(self.ranks.seed(self.args.seed + stage.step))
+        self.ranks.first(0.0)  # None saves before all have read.
+
+    def save(self, stage: Stage, name: str) -> None:
+        """For a later run."""
+        if self.ranks.rank == 0:
+            stage.save(self._path(name))
+
+    def _path(self, name: str) -> Path:
         path: Path = self.args.state / f"wan_{name}.safetensors"
-        if path.exists():
-            stage.resume(path)
         return path
 
 
 def _train_autoencoder(run: _Run, model: WanComponents, scenes: MovingBatch) -> bool:
     """Whether it is done; the model then holds the average."""
     modules = nn.ModuleDict({"vae": model.vae})
-    stage = Stage(modules, peak_lr=run.args.autoencoder_lr, ema_decay=0.995, planned_s=run.args.autoencoder_s)
-    path = run.resume(stage, "autoencoder")
+    stage = Stage(
+        modules, peak_lr=run.args.autoencoder_lr, ema_decay=0.995, planned_s=run.args.autoencoder_s, ranks=run.ranks
+    )
+    run.resume(stage, "autoencoder")
     if not stage.finished:
         batch_size: int = run.args.autoencoder_batch
         train_autoencoder.train(
-            stage, model.vae, scenes, batch_size=batch_size, run_s=run.left_s, compiled=run.compiled
+            stage, model.vae, scenes, batch_size=batch_size, run_s=run.left_s(), compiled=run.compiled
         )
-        stage.save(path)
+        run.save(stage, "autoencoder")
     stage.use_average()
     run.say(f"autoencoder: {stage.step} steps, {stage.seconds:.0f} s of {stage.planned_s:.0f}")
     return stage.finished
@@ -129,13 +151,16 @@ def _train_text_encoder(
 ) -> bool:
     """As above."""
     num_classes = [len(SHAPES), len(PALETTE), len(PALETTE), len(PATHS), len(SIZES_PX), len(SPEEDS_PX)]
+    torch.manual_seed(run.args.seed)  # Of the reader's weights: the same on all ranks.
     reader = train_text.Reader(components.TEXT_WIDTH, num_classes).to(run.device)
     modules = nn.ModuleDict({"text_encoder": model.text_encoder, "reader": reader})
-    stage = Stage(modules, peak_lr=1e-3, ema_decay=0.99, planned_s=run.args.text_s)
-    path = run.resume(stage, "text")
+    stage = Stage(modules, peak_lr=1e-3, ema_decay=0.99, planned_s=run.args.text_s, ranks=run.ranks)
+    run.resume(stage, "text")
     if not stage.finished:
-        right = train_text.train(stage, tokens, lengths, train_text.labels_of(scenes), batch_size=256, run_s=run.left_s)
-        stage.save(path)
+        right = train_text.train(
+            stage, tokens, lengths, train_text.labels_of(scenes), batch_size=256, run_s=run.left_s()
+        )
+        run.save(stage, "text")
         run.say(f"text encoder: {stage.step} steps, told right: {[round(share, 2) for share in right.tolist()]}")
     stage.use_average()
     return stage.finished
@@ -152,13 +177,17 @@ def _train_denoiser(
 ) -> None:
     """Trains where what it needs is `ready`; the model then holds the average."""
     modules = nn.ModuleDict({"text_encoder": model.text_encoder, "transformer": model.transformer})
-    stage = Stage(modules, peak_lr=run.args.denoiser_lr, ema_decay=0.9992, planned_s=run.args.denoiser_s)
-    path = run.resume(stage, "denoiser")
+    stage = Stage(
+        modules, peak_lr=run.args.denoiser_lr, ema_decay=0.9992, planned_s=run.args.denoiser_s, ranks=run.ranks
+    )
+    run.resume(stage, "denoiser")
     if ready:
-        clips = _latents(model, scenes, tokens, lengths, run.args.encode_batch, compiled=run.compiled)
+        clips = _latents(run, model, scenes, tokens, lengths)
         run.say("clips are encoded")
-        train_denoiser.train(stage, clips, batch_size=run.args.denoiser_batch, run_s=run.left_s, compiled=run.compiled)
-        stage.save(path)
+        train_denoiser.train(
+            stage, clips, batch_size=run.args.denoiser_batch, run_s=run.left_s(), compiled=run.compiled
+        )
+        run.save(stage, "denoiser")
     stage.use_average()
     run.say(f"denoiser: {stage.step} steps, {stage.seconds:.0f} s of {stage.planned_s:.0f}")
 
@@ -177,19 +206,30 @@ def tokenize(tokenizer: T5Tokenizer, prompts: Sequence[str]) -> tuple[torch.Tens
     return tokens, torch.tensor([len(ids) for ids in encoded], dtype=torch.int16)
 
 
-def _training_set(args: argparse.Namespace) -> tuple[MovingBatch, torch.Tensor, torch.Tensor]:
-    """Scenes, tokens (N, captions, 48) and lengths (N, captions); the same whatever the number of processes."""
+def _scenes_file(args: argparse.Namespace) -> Path:
     path: Path = args.state / "moving_scenes.safetensors"
-    if not path.exists():
-        starts = range(0, args.clips, _CHUNK)
-        chunks = [(min(_CHUNK, args.clips - at), args.captions, args.seed * 1_000_003 + at) for at in starts]
-        if args.processes > 1:
-            with multiprocessing.get_context("spawn").Pool(args.processes) as pool:
-                parts = pool.map(_sample_chunk, chunks, chunksize=1)
-        else:
-            parts = [_sample_chunk(chunk) for chunk in chunks]
-        save_file({name: torch.cat([torch.from_numpy(part[name]) for part in parts]) for name in parts[0]}, path)
-    tensors = load_file(path)
+    return path
+
+
+def _draw_training_set(args: argparse.Namespace) -> None:
+    """Writes it where an earlier run has not; the same whatever the number of processes."""
+    path = _scenes_file(args)
+    if path.exists():
+        return
+    starts = range(0, args.clips, _CHUNK)
+    chunks = [(min(_CHUNK, args.clips - at), args.captions, args.seed * 1_000_003 + at) for at in starts]
+    if args.processes > 1:
+        with multiprocessing.get_context("spawn").Pool(args.processes) as pool:
+            parts = pool.map(_sample_chunk, chunks, chunksize=1)
+    else:
+        parts = [_sample_chunk(chunk) for chunk in chunks]
+    save_file({name: torch.cat([torch.from_numpy(part[name]) for part in parts]) for name in parts[0]}, path)
+
+
+def _training_set(run: _Run) -> tuple[MovingBatch, torch.Tensor, torch.Tensor]:
+    """This rank's part on its device: scenes, tokens (N, captions, 48) and lengths (N, captions)."""
+    part = slice(run.ranks.rank, None, run.ranks.size)
+    tensors = {name: tensor[part].to(run.device) for name, tensor in load_file(_scenes_file(run.args)).items()}
     return MovingBatch(*(tensors[f.name] for f in fields(MovingBatch))), tensors["tokens"], tensors["lengths"]
 
 
@@ -209,17 +249,11 @@ def _sample_chunk(chunk: tuple[int, int, int]) -> dict[str, object]:
 
 
 def _latents(
-    model: WanComponents,
-    scenes: MovingBatch,
-    tokens: torch.Tensor,
-    lengths: torch.Tensor,
-    batch_size: int,
-    *,
-    compiled: bool,
+    run: _Run, model: WanComponents, scenes: MovingBatch, tokens: torch.Tensor, lengths: torch.Tensor
 ) -> LatentClips:
-    """Encodes all clips and writes the latents' statistics into the autoencoder's config."""
+    """Encodes this rank's clips and writes the statistics of all latents into the autoencoder's config."""
     latents, mean, std, weights = train_autoencoder.encode_all(
-        model.vae, scenes, batch_size=batch_size, compiled=compiled
+        model.vae, scenes, batch_size=run.args.encode_batch, compiled=run.compiled, ranks=run.ranks
     )
     model.vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
     device = latents.device

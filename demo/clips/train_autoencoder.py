@@ -16,6 +16,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan, W
 
 from demo.clips.batches import MovingBatch, paint
 from demo.clips.scenes import NUM_FRAMES, SIDE_PX
+from demo.ranks import ALONE, Ranks
 from demo.stage import Stage
 
 MAX_LATENT_NOISE = 0.1
@@ -104,9 +105,8 @@ def train(
     if compiled:
         loss_of = torch.compile(reconstruction_loss)
     with whole_clips(vae):
-        started, before = time.monotonic(), stage.seconds
-        end_s, first_step = started + run_s, stage.step + 1
-        while not stage.finished and time.monotonic() < end_s:
+        started, before, first_step = time.monotonic(), stage.seconds, stage.step + 1
+        while not stage.finished and stage.seconds - before < run_s:
             chosen = scenes[torch.randint(len(scenes), (batch_size,), device=device)]
             # Whole clips: one trained on 17 frames carried colours on from the first frame, and lost them after 19.
             tracks = chosen.tracks()
@@ -114,12 +114,13 @@ def train(
                 loss, squared = loss_of(vae, chosen, tracks)
             loss.backward()
             stage.update()
-            if stage.step == first_step:
-                started = time.monotonic()  # The first step compiles: the plan counts training only.
-            if stage.step % 10 == 0:
+            if stage.step == first_step:  # It compiles: that is time of the run, and none of the plan's.
+                run_s -= stage.ranks.first(time.monotonic() - started)
+                started = time.monotonic()
+            if stage.step % 10 == 0 or device.type == "cpu":
                 error = float(squared)  # Waits for the device, so the clock below tells the truth.
-                stage.seconds = before + time.monotonic() - started
-                if stage.step % 100 == 0 or stage.step == 10:
+                stage.tell(before + time.monotonic() - started)
+                if stage.ranks.rank == 0 and (stage.step % 100 == 0 or stage.step <= 10):
                     psnr = 10.0 * torch.log10(torch.tensor(4.0 / error)).item()
                     print(
                         f"autoencoder step {stage.step} {stage.seconds:.0f} s loss {loss.item():.4f} psnr {psnr:.1f}",
@@ -127,17 +128,16 @@ def train(
                     )
                 if not error < 10.0:
                     raise FloatingPointError(f"the autoencoder diverged at step {stage.step}")
-        stage.seconds = before + time.monotonic() - started
 
 
 @torch.no_grad()
 def encode_all(
-    vae: AutoencoderKLWan, scenes: MovingBatch, *, batch_size: int, compiled: bool
+    vae: AutoencoderKLWan, scenes: MovingBatch, *, batch_size: int, compiled: bool, ranks: Ranks = ALONE
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Latents of all scenes, normalised and in bf16 on the device, and the weights of their patches in fp16.
+    """Latents of this rank's scenes, normalised and in bf16 on the device, and the weights of their patches in fp16.
 
-    Shapes: latents (N, 16, 9, 16, 16); the mean and standard deviation used, (16,) each; weights (N, 576), 1 on
-    average for each scene.
+    Shapes: latents (N, 16, 9, 16, 16); mean and standard deviation of each channel over the scenes of all ranks,
+    (16,) each; weights (N, 576), 1 on average for each scene.
     """
 
     def encoded(batch: MovingBatch, tracks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -149,17 +149,28 @@ def encode_all(
     frames = (NUM_FRAMES - 1) // 4 + 1
     latents = torch.empty(len(scenes), channels, frames, side, side, dtype=torch.bfloat16, device=device)
     weights = torch.empty(len(scenes), frames * (side // 2) ** 2, dtype=torch.float16, device=device)
-    mean = std = torch.zeros(channels, device=device)
     with whole_clips(vae), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
         for start in range(0, len(scenes), batch_size):
             # Always a full batch, so that nothing compiles twice: the last one overlaps the one before.
             rows = slice(max(0, min(start, len(scenes) - batch_size)), start + batch_size)
             means, weights[rows] = run(scenes[rows], scenes[rows].tracks())
-            if start == 0:
-                mean, std = means.mean((0, 2, 3, 4)), means.std((0, 2, 3, 4))
-            normalised = (means - mean[:, None, None, None]) / std[:, None, None, None]
-            latents[rows] = normalised.to(torch.bfloat16)
+            latents[rows] = means.to(torch.bfloat16)
+    mean, std = _normalise(latents, batch_size, ranks)
     return latents, mean, std, weights
+
+
+def _normalise(latents: torch.Tensor, batch_size: int, ranks: Ranks) -> tuple[torch.Tensor, torch.Tensor]:
+    """In place; returns mean and standard deviation of each channel over the latents of all ranks."""
+    axes = (0, 2, 3, 4)
+    sums = torch.zeros(2, latents.shape[1], dtype=torch.float64, device=latents.device)
+    for part in latents.split(batch_size):
+        sums += torch.stack([part.double().sum(axes), part.double().square().sum(axes)])
+    moments = sums / (latents.numel() / latents.shape[1])
+    ranks.average([moments])
+    mean, std = moments[0].float(), (moments[1] - moments[0] ** 2).sqrt().float()
+    for part in latents.split(batch_size):
+        part.copy_((part.float() - mean[:, None, None, None]) / std[:, None, None, None])
+    return mean, std
 
 
 def patch_weights(weight: torch.Tensor) -> torch.Tensor:

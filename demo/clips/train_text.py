@@ -65,5 +65,5 @@ def train(
         right = torch.stack([(logits.argmax(1) == wanted[:, i]).float().mean() for i, logits in enumerate(told)])
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        stage.seconds = before + time.monotonic() - started
+        stage.tell(before + time.monotonic() - started)
     return right
