@@ -104,7 +104,9 @@ def test_generate_status_trace_and_abort(cluster, client, tmp_path):
 
 def test_ctrl_c_aborts_what_is_being_made(running_cluster, client, tmp_path):
     address = running_cluster.cluster.grpc_address
-    command = [sys.executable, "-m", "lightloom", "generate", "a lost cat", "--steps", "200", "--address", address]
+    command = [sys.executable, "-m", "lightloom", "generate", "a lost cat", "--steps", "200"]
+    # Steps that take a while: it must not be done before it is stopped.
+    command += ["--size", "256x256", "--address", address]
     environment = {**environment_with_malloc(), "PYTHONPATH": str(ROOT)}
     making = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
     wait_for(lambda: [status for status in client.list(3) if status.params.prompt == "a lost cat" and status.step])
