@@ -17,6 +17,7 @@ import json
 import statistics
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -25,6 +26,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
+from benchmarks.kernel_times import kernel_times
 from benchmarks.load import write_result
 from dit_svc.engine import DenoiseJob, DitEngine, Stepped
 from dit_svc.loading import open_engine
@@ -155,14 +157,13 @@ def kernels(config: StageConfig, engine: DitEngine, setting: Setting, trace: str
     """(name, milliseconds, calls) of the kernels of two steps with guidance, the longest first."""
     admit(config, engine, setting, requests=1, guidance=4.0, steps=3)
     engine.tick()
-    activity = torch.profiler.ProfilerActivity.CUDA if setting.device == "cuda" else torch.profiler.ProfilerActivity.CPU
-    with torch.profiler.profile(activities=[activity]) as profile:
-        while engine.busy:
-            engine.tick()
-    if trace:
-        profile.export_chrome_trace(trace)
-    rows = [(row.key[:80], row.self_device_time_total / 1000, row.count) for row in profile.key_averages()]
-    return sorted(rows, key=lambda row: -row[1])[:30]
+    return kernel_times(partial(run_to_the_end, engine), setting.device, 30, trace)
+
+
+def run_to_the_end(engine: DitEngine) -> None:
+    """Until no request is left."""
+    while engine.busy:
+        engine.tick()
 
 
 def admit(

@@ -30,6 +30,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
+from benchmarks.kernel_times import kernel_times
 from benchmarks.load import write_result
 from services.causal_stream import CausalCodec
 from services.families import load_family
@@ -123,7 +124,7 @@ class Bench:
         source = self._source(case).without_weights()
         return load_family(case.family).vae.load(source, torch.device("meta"), torch.float32)
 
-    def library(self, case: Case, dtype: torch.dtype) -> Any:
+    def stock(self, case: Case, dtype: torch.dtype) -> Any:
         """The library's VAE, untouched."""
         key = (case, dtype)
         if key not in self._untouched:
@@ -160,7 +161,7 @@ class Bench:
 def prepared(bench: Bench, case: Case, candidate: Candidate, dtype: torch.dtype, axis: Axis | None = None) -> VaeModel:
     """A VAE with the candidate's options; over an axis, pictures are shared exactly."""
     part, outline = load_family(case.family).vae, bench.outline(case)
-    vae = copy.deepcopy(bench.library(case, dtype))
+    vae = copy.deepcopy(bench.stock(case, dtype))
     model = VaeModel(vae, type(outline.codec)(vae))  # type: ignore[call-arg]
     if isinstance(model.codec, CausalCodec):
         model.codec._frames_a_step = candidate.step
@@ -180,7 +181,7 @@ def prepared(bench: Bench, case: Case, candidate: Candidate, dtype: torch.dtype,
 
 def baseline(bench: Bench, case: Case, dtype: torch.dtype, *, small: bool = False) -> tuple[Figures, torch.Tensor]:
     """The library's eager decode: figures and frames."""
-    library, latents = bench.library(case, dtype), bench.latents(case, dtype, small=small)
+    library, latents = bench.stock(case, dtype), bench.latents(case, dtype, small=small)
     torch.backends.cudnn.benchmark = False
     facts, frames = timed(bench, lambda: iter([library.decode(latents).sample]), runs=1 if small else bench.runs)
     return facts, frames[0]
@@ -311,25 +312,24 @@ def over_ranks(bench: Bench, case: Case, options: Candidate, axis: Axis) -> Figu
     single, frames = timed(bench, partial(alone.codec.decode, latents))
     shared = prepared(bench, case, options, bench.dtype, axis)
     several, shared_frames = timed(bench, partial(shared.codec.decode, latents))
-    return {
+    figures: Figures = {
         "apart_fp32": max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(got, expected, strict=True)),
         "apart": max(float((a - b).abs().max()) for a, b in zip(shared_frames, frames, strict=True)),
         "one": single,
         "all": several,
         "speedup": single["ms"] / several["ms"],
-    } | ({"kernels": kernels(bench, partial(shared.codec.decode, latents))} if bench.profiled else {})
+    }
+    if bench.profiled:
+        whole = partial(decode_all, bench, partial(shared.codec.decode, latents))
+        figures["kernels"] = kernel_times(whole, bench.device.type, 20)
+    return figures
 
 
-def kernels(bench: Bench, chunks: Callable[[], Iterator[torch.Tensor]]) -> list[tuple[str, float, int]]:
-    """(name, milliseconds, calls) of a decode's kernels, the longest first."""
-    on_gpu = bench.device.type == "cuda"
-    activity = torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU
-    with torch.profiler.profile(activities=[activity]) as profile:
-        for _ in chunks():
-            """A chunk is taken and gone."""
-        bench.sync()
-    rows = [(row.key[:80], row.self_device_time_total / 1000, row.count) for row in profile.key_averages()]
-    return sorted(rows, key=lambda row: -row[1])[:20]
+def decode_all(bench: Bench, chunks: Callable[[], Iterator[torch.Tensor]]) -> None:
+    """To the last frame."""
+    for _ in chunks():
+        """A chunk is taken and gone."""
+    bench.sync()
 
 
 def main() -> None:

@@ -45,6 +45,10 @@ class Ranks:
             dist.broadcast(told, 0)
         return told.item()
 
+    def meet(self) -> None:
+        """Goes on when all ranks are here."""
+        self.first(0.0)
+
 
 ALONE = Ranks()
 

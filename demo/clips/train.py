@@ -69,7 +69,7 @@ def train(args: argparse.Namespace) -> None:
     args.state.mkdir(parents=True, exist_ok=True)
     if run.ranks.rank == 0:
         _draw_training_set(args)
-    run.ranks.first(0.0)  # It is drawn by now, for all.
+    run.ranks.meet()  # It is drawn by now, for all.
     scenes, tokens, lengths = _training_set(run)
     model = components.build(args.seed)
     if args.start_from:
@@ -116,7 +116,7 @@ class _Run:
         if self._path(name).exists():
             stage.resume(self._path(name))
         torch.manual_seed(self.ranks.seed(self.args.seed + stage.step))
-        self.ranks.first(0.0)  # None saves before all have read.
+        self.ranks.meet()  # None saves before all have read.
 
     def save(self, stage: Stage, name: str) -> None:
         """For a later run."""
