@@ -52,7 +52,7 @@ class Lifecycle:
     """Runs claims. `process` names this gateway in traces."""
 
     def __init__(self, state: State, replicas: Replicas, store: Store, config: GatewaySection, process: str) -> None:
-        self.memory = Memory(config.max_held_bytes)
+        self.memory = Memory(config.max_held_bytes, state)
         self._state = state
         self._replicas = replicas
         self._store = store
@@ -148,6 +148,7 @@ class Lifecycle:
 
     async def _run_stage(self, work: Work, replica: Replica) -> None:
         try:
+            await self.memory.ask(work)
             if work.claim.record.get("stage") == b"vae":
                 await self._decode_stored(work, replica)
             else:
@@ -277,7 +278,7 @@ class Lifecycle:
 
     async def _hand_over(self, work: Work, latents: Latents, decode: Decode | None) -> None:
         """Keeps the latents and moves the request on to its VAE: the call that runs, or the queue."""
-        self.memory.learn(work, latents.nbytes)
+        await self.memory.learn(work, latents.nbytes)
         await self._store.put_latents(work.request_id, latents.messages, work.deadline_s)
         queue = queue_key("vae", self._replicas.component("vae", work.params.model))
         fields = work.fields(queue=queue)
@@ -299,7 +300,7 @@ class Lifecycle:
             await self._denoise_again(work, error)
             return
         kept = Latents(latents, whole=True)
-        self.memory.learn(work, kept.nbytes)
+        await self.memory.learn(work, kept.nbytes)
         decode = self._decode(work, replica, kept)
         try:
             await self._finish(work, decode)
@@ -353,18 +354,25 @@ class Lifecycle:
         detail = error_to_proto(error).SerializeToString()
         await self._requeue(work, counts, detail)
 
-    async def _end(self, work: Work, state: str, error: ServiceError) -> None:
+    async def _end(self, work: Work, state: str, error: ServiceError) -> str:
+        """Returns the state that it has now; "" when Redis is away: then the lease runs out and the reaper ends it."""
         detail = error_to_proto(error).SerializeToString()
         with contextlib.suppress(ServiceError):
-            # If Redis is away now, the lease runs out and the reaper ends the request.
-            await self._settle(work, await self._state.commit(work.claim, state, "", "", work.fields(error=detail)))
+            ended = await self._state.commit(work.claim, state, "", "", work.fields(error=detail))
+            await self._settle(work, ended)
+            return ended
+        return ""
 
     async def _cancelled(self, work: Work) -> None:
-        if self._stopping:
-            leaving = NotReady("the gateway that ran the request stopped")
+        """An abort, a gateway that stops, or a lease that seemed lost: only Redis knows whether anybody wanted its end.
+
+        While it fails over, a server that knows less may have told of the lease: such a request goes on.
+        """
+        aborted = Cancelled("the request was aborted")
+        if self._stopping or await self._end(work, "cancelled", aborted) == "running":
+            log.warning("gives %s back: nobody has aborted it", work.request_id)
+            leaving = NotReady("the gateway that ran the request let go of it")
             await self._requeue(work, False, error_to_proto(leaving).SerializeToString())
-        else:
-            await self._end(work, "cancelled", Cancelled("the request was aborted"))
 
     async def _requeue(self, work: Work, counts: bool, detail: bytes) -> None:
         fence, attempts = work.claim.fence, self._config.max_attempts

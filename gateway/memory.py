@@ -1,47 +1,71 @@
 """What requests in work hold in the gateway's memory, in bytes: the credits without which nothing more is claimed.
 
 Latents wait here for a store or a VAE that is slow. How large they will be is reckoned from the request's pixels, by
-the newest latents of its model.
+the newest latents of its model, which gateways tell each other through Redis: one that has not carried any yet must not
+take a crowd that it cannot hold.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from gateway.cost import pixels
+from gateway.state import State
 from gateway.work import Work
+from services.errors import StateStoreDown
 
 # Before a model's first latents: float32, 16 channels, one for each 8 x 8 pixels; those of videos are smaller.
 FIRST_BYTES_A_PIXEL = 1.0
 # Latents on their way to the VAE or the store, and a checkpoint of them or what the connections hold.
 COPIES = 2
+# A change by less than this part is no news.
+NEWS = 0.01
 
 
 class Memory:
     """Counts it. One request may exceed `max_bytes`: the largest must run, too."""
 
-    def __init__(self, max_bytes: int) -> None:
+    def __init__(self, max_bytes: int, state: State) -> None:
         self._max_bytes = max_bytes
-        self._held: dict[object, float] = {}
+        self._state = state
+        self._held: dict[object, Work] = {}
         self._bytes_a_pixel: dict[str, float] = {}
 
     @property
     def has_room(self) -> bool:
         """Whether one more request may come."""
-        return sum(self._held.values()) < self._max_bytes
+        return sum(map(self._bytes_of, self._held.values())) < self._max_bytes
+
+    def _bytes_of(self, work: Work) -> float:
+        a_pixel = self._bytes_a_pixel.get(work.params.model, FIRST_BYTES_A_PIXEL)
+        return int(work.claim.record.get("bytes", b"0")) + COPIES * pixels(work.params) * a_pixel
 
     @contextmanager
     def held_by(self, work: Work) -> Iterator[None]:
         """Counts a request for the length of the block."""
         place = object()
-        a_pixel = self._bytes_a_pixel.get(work.params.model, FIRST_BYTES_A_PIXEL)
-        self._held[place] = int(work.claim.record.get("bytes", b"0")) + COPIES * pixels(work.params) * a_pixel
+        self._held[place] = work
         try:
             yield
         finally:
             del self._held[place]
 
-    def learn(self, work: Work, latents_bytes: int) -> None:
+    async def ask(self, work: Work) -> None:
+        """Before a model's first latents here: what other gateways know."""
+        model = work.params.model
+        if model not in self._bytes_a_pixel:
+            with contextlib.suppress(StateStoreDown):
+                known = await self._state.latents_bytes_a_pixel(model)
+                if known is not None:
+                    self._bytes_a_pixel.setdefault(model, known)
+
+    async def learn(self, work: Work, latents_bytes: int) -> None:
         """A request's latents are whole."""
-        self._bytes_a_pixel[work.params.model] = latents_bytes / pixels(work.params)
+        model, newest = work.params.model, latents_bytes / pixels(work.params)
+        before = self._bytes_a_pixel.get(model, 0.0)
+        self._bytes_a_pixel[model] = newest
+        if abs(newest - before) > NEWS * newest:
+            with contextlib.suppress(StateStoreDown):
+                await self._state.note_latents(model, newest)

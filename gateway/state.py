@@ -21,6 +21,7 @@ from gateway.records import (
     DUE,
     FENCE,
     IDS,
+    LATENTS,
     LEASES,
     LINK_KEY,
     PACES,
@@ -311,6 +312,17 @@ class State:
             return cast(bytes, await self._scripts.redis.get(LINK_KEY))
 
         return cast(bytes, await self._scripts.call(ask))
+
+    async def latents_bytes_a_pixel(self, model: str) -> float | None:
+        """What the gateways have learnt of a model; None before its first latents."""
+        found = await self._scripts.call(lambda: cast(Awaitable[Any], self._scripts.redis.hget(LATENTS, model)))
+        return None if found is None else float(found)
+
+    async def note_latents(self, model: str, bytes_a_pixel: float) -> None:
+        """The newest latents of a model were as large."""
+        await self._scripts.call(
+            lambda: cast(Awaitable[Any], self._scripts.redis.hset(LATENTS, model, str(bytes_a_pixel)))
+        )
 
     async def writable(self) -> bool:
         """Whether Redis takes writes: one that is full, or a primary no more, still answers a ping."""

@@ -29,7 +29,7 @@ class Runs:
     """A Lifecycle whose requests run until they are aborted or handed back."""
 
     def __init__(self, state: State) -> None:
-        self.memory = Memory(1)
+        self.memory = Memory(1, state)
         self.state = state
         self.claims: list[Claim] = []
         self._stopping = asyncio.Event()

@@ -92,6 +92,21 @@ async def two(url: str, tmp_path: Path) -> AsyncIterator[tuple[Gateway, Gateway]
         await gateway.state.close()
 
 
+async def test_a_request_that_nobody_has_aborted_is_not_cancelled_by_an_owner_that_lets_go(two) -> None:
+    """As when a server that knows less, during a failover, says that the lease is lost."""
+    own, other = two
+    await own.submit("r")
+    work = await own.claim(lease_s=10.0)
+    await own.lifecycle._cancelled(work)
+    record = await own.state.get("r")
+    assert (record["state"], record["attempt"], record.get("error")) == (b"queued", b"0", None)
+    again = await other.claim(lease_s=10.0)
+    await other.state.abort("r")
+    await other.lifecycle._cancelled(again)
+    record = await own.state.get("r")
+    assert (record["state"], own.files()) == (b"cancelled", set())
+
+
 @pytest.mark.parametrize("stale_first", [True, False])
 async def test_a_stale_owner_leaves_the_artifact_of_a_done_request_alone(two, stale_first: bool) -> None:
     own, other = two

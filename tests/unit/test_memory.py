@@ -1,9 +1,15 @@
-"""How much of the gateway's memory its requests are reckoned to hold."""
+"""How much of the gateway's memory its requests are reckoned to hold, on a real Redis."""
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator, Callable
+
+import pytest
+
+from gateway.config import RedisSection
 from gateway.memory import Memory
 from gateway.records import Claim
+from gateway.state import State
 from gateway.work import Work
 from protos.types_pb2 import GenerationParams
 
@@ -16,8 +22,24 @@ def work(model: str = "m", side_px: int = 1024, frames: int = 0) -> Work:
     return Work.of(Claim("r", 1, record, "q", 0))
 
 
-def test_there_is_room_until_it_is_full_and_one_may_exceed_it() -> None:
-    memory = Memory(6 * MIB)
+@pytest.fixture
+async def gateway(url: str) -> AsyncIterator[Callable[[int], Memory]]:
+    """A gateway's memory, of so many bytes; each time another gateway's."""
+    states: list[State] = []
+
+    def make(max_bytes: int) -> Memory:
+        states.append(State(RedisSection(url=url), "gateway"))
+        return Memory(max_bytes, states[-1])
+
+    first = make(0)
+    await first._state._scripts.redis.flushall()
+    yield make
+    for state in states:
+        await state.close()
+
+
+async def test_there_is_room_until_it_is_full_and_one_may_exceed_it(gateway) -> None:
+    memory = gateway(6 * MIB)
     with memory.held_by(work()), memory.held_by(work()):
         assert memory.has_room
         with memory.held_by(work()):
@@ -28,12 +50,35 @@ def test_there_is_room_until_it_is_full_and_one_may_exceed_it() -> None:
     assert memory.has_room
 
 
-def test_sizes_are_learnt_for_each_model() -> None:
-    memory = Memory(32 * MIB)
-    memory.learn(work(), 20 * MIB)
+async def test_sizes_are_learnt_for_each_model(gateway) -> None:
+    memory = gateway(32 * MIB)
+    await memory.learn(work(), 20 * MIB)
     with memory.held_by(work(model="other")):
         assert memory.has_room
     with memory.held_by(work(side_px=512)), memory.held_by(work(side_px=512)), memory.held_by(work(side_px=512)):
         assert memory.has_room
         with memory.held_by(work(side_px=512)):
             assert not memory.has_room
+
+
+async def test_what_one_gateway_has_learnt_another_knows_that_has_carried_nothing_yet(gateway) -> None:
+    own, other = gateway(32 * MIB), gateway(32 * MIB)
+    first = work()
+    with other.held_by(first):
+        await other.ask(first)
+        assert other.has_room
+        await own.learn(work(), 20 * MIB)
+        await other.ask(first)
+        assert not other.has_room
+        # It goes by its own latents once it has seen some.
+        await other.learn(first, 1 * MIB)
+        assert other.has_room
+
+
+async def test_it_reckons_on_while_redis_is_away() -> None:
+    memory = Memory(32 * MIB, State(RedisSection(url="redis://127.0.0.1:1/0"), "gateway"))
+    with memory.held_by(work()):
+        await memory.ask(work())
+        assert memory.has_room
+        await memory.learn(work(), 20 * MIB)
+        assert not memory.has_room

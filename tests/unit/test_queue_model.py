@@ -189,6 +189,8 @@ class Model:
             return target
         if r.fence != fence or r.state not in ("running", "cancelling"):
             return "lost"
+        if target == "cancelled" and r.state == "running":
+            return "running"
         r.state, r.has_slot, r.alone = "cancelled" if r.state == "cancelling" else target, False, False
         if r.state == "queued":
             r.queue, r.attempt = VAE, 0
