@@ -120,6 +120,8 @@ class Dispatcher:
         await asyncio.sleep(0)
         if self._stopping or claim.request_id in self._aborted_early:
             task.cancel()
+        # Before the next claim: whether there is room for it depends on that.
+        await self._lifecycle.memory.ask(claim.record.get("model", b"").decode())
 
     async def _claim_all(self) -> None:
         self._aborted_early.clear()

@@ -148,7 +148,6 @@ class Lifecycle:
 
     async def _run_stage(self, work: Work, replica: Replica) -> None:
         try:
-            await self.memory.ask(work)
             if work.claim.record.get("stage") == b"vae":
                 await self._decode_stored(work, replica)
             else:

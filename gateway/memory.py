@@ -52,9 +52,8 @@ class Memory:
         finally:
             del self._held[place]
 
-    async def ask(self, work: Work) -> None:
+    async def ask(self, model: str) -> None:
         """Before a model's first latents here: what other gateways know."""
-        model = work.params.model
         if model not in self._bytes_a_pixel:
             with contextlib.suppress(StateStoreDown):
                 known = await self._state.latents_bytes_a_pixel(model)

@@ -65,10 +65,10 @@ async def test_what_one_gateway_has_learnt_another_knows_that_has_carried_nothin
     own, other = gateway(32 * MIB), gateway(32 * MIB)
     first = work()
     with other.held_by(first):
-        await other.ask(first)
+        await other.ask("m")
         assert other.has_room
         await own.learn(work(), 20 * MIB)
-        await other.ask(first)
+        await other.ask("m")
         assert not other.has_room
         # It goes by its own latents once it has seen some.
         await other.learn(first, 1 * MIB)
@@ -78,7 +78,7 @@ async def test_what_one_gateway_has_learnt_another_knows_that_has_carried_nothin
 async def test_it_reckons_on_while_redis_is_away() -> None:
     memory = Memory(32 * MIB, State(RedisSection(url="redis://127.0.0.1:1/0"), "gateway"))
     with memory.held_by(work()):
-        await memory.ask(work())
+        await memory.ask("m")
         assert memory.has_room
         await memory.learn(work(), 20 * MIB)
         assert not memory.has_room
