@@ -42,6 +42,8 @@ class Dispatcher:
         self._writes = writes
         self._config = config
         self._wake = asyncio.Event()
+        # One at a time: whether there is room for the next one is known when the last one counts.
+        self._claiming = asyncio.Lock()
         self._running: dict[str, asyncio.Task[None]] = {}
         self._aborted_early: set[str] = set()
         self._ended: list[str] = []
@@ -95,19 +97,24 @@ class Dispatcher:
         return await to_its_end(self._submit(request_id, queue, ticket, fields, inputs))
 
     async def _submit(self, request_id: str, queue: str, ticket: Ticket, fields: Fields, inputs: bytes) -> bool:
-        replica, offer = ({} if self._stopping else self._free()).get(queue, (None, Offer()))
+        # In a crowd it joins the queue, and the loop that claims finds it there.
+        crowd = self._stopping or self._claiming.locked()
+        replica, offer = ({} if crowd else self._free()).get(queue, (None, Offer()))
         if replica is None or not offer.feeds_one(ticket.feed):
             return (await self._state.submit(request_id, queue, ticket, fields, inputs=inputs))[0]
         start = Start(self._config.lease_s, offer)
-        with replica.in_use(ticket.batch):
-            try:
-                stored, claim = await self._state.submit(request_id, queue, ticket, fields, inputs=inputs, start=start)
-            except StateStoreDown:
-                # It would hold its slot until the lease ends.
-                self._unanswered.add((request_id, start.mark))
-                raise
-            if claim is not None:
-                await self._start(claim, replica)
+        async with self._claiming:
+            with replica.in_use(ticket.batch):
+                try:
+                    stored, claim = await self._state.submit(
+                        request_id, queue, ticket, fields, inputs=inputs, start=start
+                    )
+                except StateStoreDown:
+                    # It would hold its slot until the lease ends.
+                    self._unanswered.add((request_id, start.mark))
+                    raise
+                if claim is not None:
+                    await self._start(claim, replica)
         return stored
 
     async def _give_back(self, submit: tuple[str, str]) -> None:
@@ -127,17 +134,16 @@ class Dispatcher:
         self._aborted_early.clear()
         # Replicas without a slot, by what Redis knows of all gateways.
         full: set[str] = set()
-        while not self._stopping and (free := self._free(full)):
-            offers = {queue: offer for queue, (_, offer) in free.items()}
-            claim = await self._state.claim(list(free), self._config.lease_s, offers)
-            found = {offer.replica_id for offer in offers.values() if offer.full}
-            full |= found
-            if claim is None:
-                if found:
-                    continue
-                return
-            await self._start(claim, free[claim.queue][0])
-            if not claim.left:
+        while not self._stopping:
+            async with self._claiming:
+                free = self._free(full)
+                offers = {queue: offer for queue, (_, offer) in free.items()}
+                claim = await self._state.claim(list(free), self._config.lease_s, offers) if free else None
+                found = {offer.replica_id for offer in offers.values() if offer.full}
+                full |= found
+                if claim is not None:
+                    await self._start(claim, free[claim.queue][0])
+            if not (claim.left if claim is not None else found):
                 return
 
     def _free(self, full: Collection[str] = ()) -> dict[str, tuple[Replica, Offer]]:

@@ -16,6 +16,7 @@ from gateway.replica import Place, Replica
 from gateway.replicas import Replicas
 from gateway.state import State
 from gateway.ticket import Ticket, feed_key
+from gateway.work import Work
 from protos import types_pb2
 from services.errors import StateStoreDown
 
@@ -39,10 +40,11 @@ class Runs:
 
     async def run(self, claim: Claim, replica: Replica) -> None:
         self.claims.append(claim)
-        try:
-            await self._stopping.wait()
-        except asyncio.CancelledError:
-            await asyncio.shield(self.state.commit(claim, "cancelled", "", "", {}))
+        with self.memory.held_by(Work.of(claim)):
+            try:
+                await self._stopping.wait()
+            except asyncio.CancelledError:
+                await asyncio.shield(self.state.commit(claim, "cancelled", "", "", {}))
 
 
 class Writes:
@@ -99,6 +101,17 @@ async def test_a_model_without_an_encoder_holds_no_other_model_up(url) -> None:
     assert [claim.request_id for claim in gateway.runs.claims] == ["a1", "a2", "b1", "b2", "b3"]
     await gateway.dispatcher.stop()
     await gateway.state.close()
+
+
+async def test_a_crowd_that_comes_at_once_takes_no_more_memory_than_there_is(gateway) -> None:
+    params = types_pb2.GenerationParams(width=64, height=64).SerializeToString()
+    ticket = Ticket(feed=feed_key("m", with_inputs=False))
+    queue = queue_key("dit", "d")
+    submits = [gateway.dispatcher.submit(f"r{n}", queue, ticket, FIELDS | {"params": params}) for n in range(8)]
+    await asyncio.gather(*submits, gateway.dispatcher._claim_all())
+    await gateway.dispatcher._claim_all()
+    assert len(gateway.runs.claims) == 1
+    await gateway.dispatcher.stop()
 
 
 @pytest.mark.parametrize("busy", ["text_encoder", "vae"])
