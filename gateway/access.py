@@ -20,7 +20,7 @@ from gateway.request_log import RequestLog
 from gateway.requests import Content, RequestService
 from protos import gateway_pb2, types_pb2
 from services.errors import PermissionDenied, ServiceError, StartupError, Unauthenticated, UnknownRequest
-from services.request import GenerationParams, Media
+from services.request import GenerationParams, InterpolationLimits, Media
 
 ANONYMOUS = ApiKey(id="", name="anonymous", tenant="anonymous", scopes=SCOPES, sha256="")
 HOW = "send Authorization: Bearer KEY (gRPC: metadata `authorization`)"
@@ -99,6 +99,10 @@ class CallerRequests:
     def models(self) -> list[gateway_pb2.ModelInfo]:
         """As RequestService.models."""
         return self._service.models()
+
+    def interpolation_limits(self) -> InterpolationLimits:
+        """As RequestService.interpolation_limits."""
+        return self._service.interpolation_limits()
 
     def model(self, name: str) -> gateway_pb2.ModelInfo:
         """As RequestService.model."""

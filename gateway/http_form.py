@@ -121,7 +121,8 @@ async def _pictures_of(data: FormData, form: Form[Any]) -> tuple[Media, ...]:
             # Clients mark several files of one name with brackets.
             kind = name.removesuffix("[]")[:100]
             if kind != form.file and kind not in form.others:
-                raise InvalidRequest(f"unknown file {kind!r}: {form.about} Send them as {form.file}", param=kind)
+                allowed = ", ".join((form.file, *form.others))
+                raise InvalidRequest(f"unknown file {kind!r}: allowed are {allowed}", param=kind)
             role = kind if kind in form.others else "image"
             pictures.append(media_of_bytes(await value.read(), value.content_type or "", kind, role))
     if form.required and all(media.role != "image" for media in pictures):

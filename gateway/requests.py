@@ -36,7 +36,15 @@ from services.errors import (
     WrongState,
 )
 from services.media import check_mask, first_picture
-from services.request import MAX_SEED, GenerationParams, Limits, ResolvedParams, check_interpolation, resolve
+from services.request import (
+    MAX_SEED,
+    GenerationParams,
+    InterpolationLimits,
+    Limits,
+    ResolvedParams,
+    check_interpolation,
+    resolve,
+)
 from services.telemetry import new_traceparent
 
 MAX_LIST, LISTED_AT_ONCE = 1000, 100
@@ -162,7 +170,7 @@ class RequestService:
         if resolved.preview_every:
             self._check_previews(params.model)
         if resolved.enable_frame_interpolation:
-            check_interpolation(resolved, self._replicas.interpolation_limits())
+            check_interpolation(resolved, self.interpolation_limits())
         return resolved, limits
 
     def _ticket(self, params: ResolvedParams, limits: Limits, priority: int, tenant: str, nbytes: int) -> Ticket:
@@ -358,6 +366,14 @@ class RequestService:
     def models(self) -> list[gateway_pb2.ModelInfo]:
         """Every model, with its limits and replicas."""
         return [info for _, info in sorted(self._replicas.models().items())]
+
+    def interpolation_limits(self) -> InterpolationLimits:
+        """What interpolation accepts.
+
+        Raises:
+            NotEnabled: there has been no service for it.
+        """
+        return self._replicas.interpolation_limits()
 
     def model(self, name: str) -> gateway_pb2.ModelInfo:
         """One of them.

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 from typing import Any
 
 from gateway.access import CallerRequests, Door
 from gateway.grpc_access import value_of
 from protos import gateway_pb2, gateway_pb2_grpc, types_pb2
-from services.wire import params_from_proto
+from services.errors import NotEnabled
+from services.wire import interpolation_limits_to_proto, params_from_proto
 
 CHUNK_BYTES = 1024 * 1024
 DONE = gateway_pb2.REQUEST_STATE_DONE
@@ -86,7 +88,11 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
 
     async def Models(self, request: gateway_pb2.ModelsRequest, context: Any) -> gateway_pb2.ModelsResponse:  # noqa: N802
         """What is served."""
-        return gateway_pb2.ModelsResponse(models=self._requests(context).models())
+        requests = self._requests(context)
+        response = gateway_pb2.ModelsResponse(models=requests.models())
+        with contextlib.suppress(NotEnabled):
+            response.interpolation_limits.CopyFrom(interpolation_limits_to_proto(requests.interpolation_limits()))
+        return response
 
     async def Trace(self, request: gateway_pb2.TraceRequest, context: Any) -> gateway_pb2.TraceResponse:  # noqa: N802
         """One request's timeline."""

@@ -20,12 +20,13 @@ from services.clip_writer import ClipWriter
 from services.config import StageConfig, parse
 from services.describe import placement
 from services.errors import CorruptTensor, InvalidRequest
+from services.media_answer import MediaAnswer
 from services.rank_process import Call, run
 from services.request import InterpolationLimits, ResolvedParams, check_interpolation, interpolated_frames
 from services.telemetry import internal_error, make_span
 from services.tensor_wire import frame_of
 from services.tensors import BundleReader
-from services.wire import interpolation_limits_to_proto, media_messages, resolved_from_proto
+from services.wire import interpolation_limits_to_proto, resolved_from_proto
 
 MAX_BUNDLE_BYTES = 512 * 1024 * 1024
 # Frames that may wait here; then who sends more waits.
@@ -46,11 +47,11 @@ class Opened:
         self.params: ResolvedParams | None = None
         self.fps = 0.0
         self.num_frames = 0
-        self.writer: ClipWriter | None = None
+        self.media: MediaAnswer | None = None
 
     def is_full(self) -> bool:
-        """Whether the encoder takes no more frames now."""
-        return self.writer is not None and not self.call.cancelled and self.writer.is_full()
+        """Whether the encoder takes no more frames now, or the caller not all that was encoded."""
+        return self.media is not None and not self.call.cancelled and self.media.is_full()
 
 
 class InterpolationProgram:
@@ -116,7 +117,8 @@ class InterpolationProgram:
         self._engine.submit(
             InterpolationJob(key, wanted.width, wanted.height, start.num_frames, start.exponent, start.scale)
         )
-        opened.writer = ClipWriter(wanted.output_format, wanted.quality, opened.fps, interpolated_frames(wanted))
+        writer = ClipWriter(wanted.output_format, wanted.quality, opened.fps, interpolated_frames(wanted))
+        opened.media = MediaAnswer(opened.call, writer)
 
     def half_closed(self, call: Call) -> None:
         """All frames must have come by now."""
@@ -144,6 +146,8 @@ class InterpolationProgram:
             if opened.call.cancelled:
                 self.cancelled(opened.call)
             elif isinstance(event, InterpolationResult):
+                if opened.media is not None:
+                    opened.media.end()
                 interpolated.append(event)
             else:
                 self._encode(opened, event)
@@ -155,44 +159,43 @@ class InterpolationProgram:
         opened = self._open.get(result.job.request_id)
         if opened is None:
             return
-        timeout_s = 0.0 if self._engine.busy else LOOK_EVERY_S
-        if result.error is None and opened.writer is not None and not opened.writer.is_done(timeout_s):
+        if result.error is None and opened.media is not None and not self._sendable(opened, opened.media, result):
             self._interpolated.append(result)
             return
         self._answer(opened, result)
         self._forget(result.job.request_id)
 
+    def _sendable(self, opened: Opened, media: MediaAnswer, result: InterpolationResult) -> bool:
+        """Whether the clip is encoded, and the caller has taken so much of it that the rest can be sent at once."""
+        if not media.writer.is_done(0.0 if self._engine.busy else LOOK_EVERY_S):
+            return False
+        media.send_some(_header(opened, result))
+        if media.is_full() and not self._engine.busy:
+            time.sleep(ROOM_EVERY_S)
+        return not media.is_full()
+
     def _encode(self, opened: Opened, chunk: InterpolationChunk) -> None:
-        assert opened.writer is not None
-        opened.writer.add(chunk.frames.numpy())
+        assert opened.media is not None
+        opened.media.writer.add(chunk.frames.numpy())
         opened.num_frames += len(chunk.frames)
         opened.call.send(vae_pb2.DecodeResponse(frames=opened.num_frames).SerializeToString())
 
     def _forget(self, key: str) -> None:
         opened = self._open.pop(key, None)
-        if opened is not None and opened.writer is not None:
-            opened.writer.close()
+        if opened is not None and opened.media is not None:
+            opened.media.writer.close()
 
     def _answer(self, opened: Opened, result: InterpolationResult) -> None:
-        call, job = opened.call, result.job
+        call = opened.call
         if result.error is not None:
             call.fail(result.error)
             return
-        assert opened.writer is not None
+        assert opened.media is not None
         try:
-            mime, data = opened.writer.finish()
+            opened.media.send_rest(_header(opened, result))
         except Exception as error:  # noqa: BLE001 - one call fails, the others go on
             call.fail(internal_error(error, call.request_id))
             return
-        header = types_pb2.MediaHeader(
-            mime=mime,
-            width=job.width,
-            height=job.height,
-            num_frames=opened.num_frames,
-            fps=opened.fps,
-        )
-        for message in media_messages(header, data):
-            call.send(message)
         span = make_span("interpolate", self._config.service.name, opened.started_ns, time.time_ns())
         usage = types_pb2.StageUsage(busy_s=result.busy_s, spans=[span])
         call.send(vae_pb2.DecodeResponse(usage=usage).SerializeToString())
@@ -204,6 +207,12 @@ class InterpolationProgram:
 
     def drain(self) -> None:
         """What runs is short: it is finished."""
+
+
+def _header(opened: Opened, result: InterpolationResult) -> types_pb2.MediaHeader:
+    return types_pb2.MediaHeader(
+        width=result.job.width, height=result.job.height, num_frames=opened.num_frames, fps=opened.fps
+    )
 
 
 if __name__ == "__main__":

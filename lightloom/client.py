@@ -21,11 +21,19 @@ from protos import gateway_pb2, gateway_pb2_grpc, types_pb2
 from services.client import connect, error_from_rpc
 from services.config import TlsSection, environment
 from services.errors import Cancelled, Code, Internal, InvalidRequest, ServiceError
-from services.request import GenerationParams, Media, open_params, resolve
-from services.wire import error_from_proto, limits_from_proto, params_to_proto
+from services.request import GenerationParams, Media, check_interpolation, made_frames, open_params, resolve
+from services.wire import (
+    error_from_proto,
+    interpolation_limits_from_proto,
+    limits_from_proto,
+    params_to_proto,
+    resolved_from_proto,
+)
 
 T = TypeVar("T")
 CALL_TIMEOUT_S = 30.0
+# How often a clip that is being decoded is asked for its frames.
+FRAMES_EVERY_S = 0.5
 # For so long, a call of `generate` whose gateway has gone looks for another one.
 RESUME_S = 30.0
 RESUME_PAUSE_S = 0.2
@@ -33,13 +41,18 @@ RESUME_PAUSE_S = 0.2
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Where a request is: its state, steps done of `total`, and a preview picture when one came."""
+    """Where a request is: its state, steps done of `total`, and a preview picture when one came.
+
+    After the last step of a clip, `frames` of `total_frames` are made: decoded, and interpolated if that is wanted.
+    """
 
     request_id: str
     state: str
     step: int = 0
     total: int = 0
     preview: bytes = field(default=b"", repr=False)
+    frames: int = 0
+    total_frames: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,18 +139,36 @@ class AsyncClient:
         params = open_params(**{"model": model, "prompt": prompt, "inputs": inputs, **options})
         request = gateway_pb2.GenerateRequest(params=await self._message(params), inline_artifact=True)
         status, data = gateway_pb2.RequestStatus(), bytearray()
-        async for event in self._to_its_end(request):
-            kind = event.WhichOneof("event")
-            if kind == "status":
-                status = event.status
-                # The pieces come behind it, and from the first on when they come again.
-                data.clear()
-            elif kind == "chunk":
-                data += event.chunk.data
-                continue
-            if on_progress is not None:
-                on_progress(_progress(event, status))
+        frames: asyncio.Task[None] | None = None
+        try:
+            async for event in self._to_its_end(request):
+                kind = event.WhichOneof("event")
+                if kind == "status":
+                    status = event.status
+                    # The pieces come behind it, and from the first on when they come again.
+                    data.clear()
+                elif kind == "chunk":
+                    data += event.chunk.data
+                    continue
+                if on_progress is not None:
+                    on_progress(progress := _progress(event, status))
+                    if frames is None and 0 < progress.total == progress.step and status.params.num_frames > 1:
+                        frames = asyncio.create_task(self._tell_frames(status, on_progress))
+        finally:
+            if frames is not None:
+                frames.cancel()
         return _result(status, bytes(data))
+
+    async def _tell_frames(self, status: gateway_pb2.RequestStatus, on_progress: Callable[[Progress], None]) -> None:
+        """Looks how many there are, until it is cancelled: frames are no events."""
+        total = made_frames(resolved_from_proto(status.params))
+        while True:
+            await asyncio.sleep(FRAMES_EVERY_S)
+            with contextlib.suppress(ServiceError):
+                status = await self.get(status.request_id)
+            if status.frames:
+                state, steps = _state(status.state), status.total_steps
+                on_progress(Progress(status.request_id, state, steps, steps, frames=status.frames, total_frames=total))
 
     async def _to_its_end(self, request: gateway_pb2.GenerateRequest) -> AsyncIterator[gateway_pb2.GenerateResponse]:
         """All events of a request; when its gateway goes away, the rest from any, by Watch.
@@ -221,13 +252,15 @@ class AsyncClient:
         try:
             return params_to_proto(params)
         except InvalidRequest:
-            # No message holds a negative number, so no gateway can refuse it: what the model allows is said here.
-            models = await self.models()
-            for info in models:
-                if info.name == params.model or (not params.model and len(models) == 1):
+            # No message holds a negative number, so no gateway can refuse it: what is allowed is said here.
+            answer = await self._call(self._stub.Models, gateway_pb2.ModelsRequest())
+            for info in answer.models:
+                if info.name == params.model or (not params.model and len(answer.models) == 1):
                     # A word in a number's place is no matter of limits.
                     with contextlib.suppress(TypeError):
-                        resolve(params, limits_from_proto(info.limits), seed=0)
+                        resolved = resolve(params, limits_from_proto(info.limits), seed=0)
+                        if resolved.enable_frame_interpolation and answer.HasField("interpolation_limits"):
+                            check_interpolation(resolved, interpolation_limits_from_proto(answer.interpolation_limits))
             raise
 
     async def _call(self, method: Any, request: Any) -> Any:

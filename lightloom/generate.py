@@ -120,7 +120,10 @@ def generate_to_file(wish: Wish, output: Path, connection: Connection) -> client
         def show(progress: client.Progress) -> None:
             nonlocal request_id
             request_id = progress.request_id
-            bar.update(task, description=progress.state, completed=progress.step, total=progress.total or 1)
+            if progress.frames:
+                bar.update(task, description="frames", completed=progress.frames, total=progress.total_frames)
+            else:
+                bar.update(task, description=progress.state, completed=progress.step, total=progress.total or 1)
 
         try:
             result = gateway.generate(wish.prompt, model=wish.model, on_progress=show, images=inputs, **options)

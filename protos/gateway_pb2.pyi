@@ -219,10 +219,12 @@ class Replica(_message.Message):
     def __init__(self, address: _Optional[str] = ..., stage: _Optional[_Union[_types_pb2.Stage, str]] = ..., replica_id: _Optional[str] = ..., component_id: _Optional[str] = ..., in_flight: _Optional[int] = ..., max_in_flight: _Optional[int] = ..., healthy: _Optional[bool] = ..., expert: _Optional[str] = ...) -> None: ...
 
 class ModelsResponse(_message.Message):
-    __slots__ = ("models",)
+    __slots__ = ("models", "interpolation_limits")
     MODELS_FIELD_NUMBER: _ClassVar[int]
+    INTERPOLATION_LIMITS_FIELD_NUMBER: _ClassVar[int]
     models: _containers.RepeatedCompositeFieldContainer[ModelInfo]
-    def __init__(self, models: _Optional[_Iterable[_Union[ModelInfo, _Mapping]]] = ...) -> None: ...
+    interpolation_limits: _types_pb2.InterpolationLimits
+    def __init__(self, models: _Optional[_Iterable[_Union[ModelInfo, _Mapping]]] = ..., interpolation_limits: _Optional[_Union[_types_pb2.InterpolationLimits, _Mapping]] = ...) -> None: ...
 
 class TraceRequest(_message.Message):
     __slots__ = ("request_id",)

@@ -103,6 +103,11 @@ class ClipWriter:
         assert self._made is not None
         raise self._made
 
+    @property
+    def made_bytes(self) -> int:
+        """Size of what `finish` gives; 0 until the encoder has ended, and when it has failed."""
+        return len(self._made[1]) if self._done.is_set() and isinstance(self._made, tuple) else 0
+
     def close(self) -> None:
         """Ends the thread; what was added is lost."""
         self._given_up = True

@@ -113,8 +113,11 @@ class Call:
         """Whether more would have to wait now, as rank 0 sees it."""
         if self.cancelled or self.closed:
             return False
-        on_their_way = self._sent_bytes - self._taken_bytes
-        return on_their_way >= CALL_ROOM_BYTES or (self._sink_is_full is not None and self._sink_is_full())
+        return self.is_behind() or (self._sink_is_full is not None and self._sink_is_full())
+
+    def is_behind(self) -> bool:
+        """Whether as much as a call has room for is on its way to the caller, as rank 0 sees it."""
+        return self._sent_bytes - self._taken_bytes >= CALL_ROOM_BYTES
 
     def taken(self, num_bytes: int) -> None:
         """So much of what was sent has gone on to the caller."""

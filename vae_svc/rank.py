@@ -11,13 +11,14 @@ from services.clip_writer import ClipWriter
 from services.config import StageConfig
 from services.describe import describe, open_model
 from services.errors import CorruptTensor
+from services.media_answer import MediaAnswer
 from services.parallel.mesh import Mesh
 from services.rank_process import Call, run
 from services.request import ResolvedParams
 from services.telemetry import internal_error, make_span
 from services.tensor_wire import frame_of
 from services.tensors import BundleReader
-from services.wire import media_messages, resolved_from_proto
+from services.wire import resolved_from_proto
 from vae_svc.engine import VaeChunk, VaeJob, VaeResult, open_engine
 
 SUBFOLDERS = ("vae",)
@@ -39,7 +40,7 @@ class Opened:
         self.queued_ns = 0
         self.num_frames = 0
         self.size = (0, 0)
-        self.writer: ClipWriter | None = None
+        self.media: MediaAnswer | None = None
 
 
 class VaeProgram:
@@ -107,13 +108,14 @@ class VaeProgram:
                 self._take_frames(opened, event)
             elif event.error is None and event.job.latents is not None and not opened.frames_only:
                 self._decoded.append(event)
-                if opened.writer is not None:
-                    opened.writer.end()
+                if opened.media is not None:
+                    opened.media.end()
             else:
                 self._end(event)
         for result in decoded:
             # Equal on all ranks, of which one encodes.
             if result.job.request_id in full:
+                self._send_some(result)
                 self._decoded.append(result)
             else:
                 self._end(result)
@@ -123,15 +125,15 @@ class VaeProgram:
         return busy
 
     def _wait(self) -> None:
-        """For a moment: nobody takes what could be decoded, or an encoder has yet to end."""
+        """For a moment: nobody takes what is or could be made, or an encoder has yet to end."""
         timeout_s = ROOM_EVERY_S if self._engine.busy else LOOK_EVERY_S
         for result in self._decoded:
             opened = self._open.get(result.job.request_id)
-            if opened is not None and opened.writer is not None:
-                opened.writer.is_done(timeout_s)
+            if opened is not None and opened.media is not None and not opened.media.writer.is_done():
+                opened.media.writer.is_done(timeout_s)
                 return
-        if self._engine.busy:
-            time.sleep(timeout_s)
+        if self._engine.busy or self._speaks:
+            time.sleep(ROOM_EVERY_S)
 
     def _end(self, result: VaeResult) -> None:
         if (opened := self._open.get(result.job.request_id)) is not None:
@@ -140,8 +142,8 @@ class VaeProgram:
 
     def _forget(self, key: str) -> None:
         opened = self._open.pop(key, None)
-        if opened is not None and opened.writer is not None:
-            opened.writer.close()
+        if opened is not None and opened.media is not None:
+            opened.media.writer.close()
 
     def _take_frames(self, opened: Opened, chunk: VaeChunk) -> None:
         """Frames leave as they come, or are encoded while later ones are decoded."""
@@ -149,14 +151,21 @@ class VaeProgram:
         if opened.frames_only:
             opened.call.send_tensors({"frames": torch.from_numpy(chunk.frames)})
         elif self._speaks:
-            if opened.writer is None:
-                opened.writer = ClipWriter(params.output_format, params.quality, params.fps, params.num_frames)
-                opened.call.watch(opened.writer.is_full)
-            opened.writer.add(chunk.frames)
+            if opened.media is None:
+                writer = ClipWriter(params.output_format, params.quality, params.fps, params.num_frames)
+                opened.media = MediaAnswer(opened.call, writer)
+                opened.call.watch(opened.media.is_full)
+            opened.media.writer.add(chunk.frames)
         opened.num_frames += len(chunk.frames)
         opened.size = chunk.frames.shape[1:3]
         if params.num_frames > 1 and not opened.frames_only:
             opened.call.send(vae_pb2.DecodeResponse(frames=opened.num_frames).SerializeToString())
+
+    def _send_some(self, result: VaeResult) -> None:
+        """Of media that are too large to be sent at once."""
+        opened = self._open.get(result.job.request_id)
+        if opened is not None and opened.media is not None:
+            opened.media.send_some(_header(opened, result))
 
     def _answer(self, opened: Opened, result: VaeResult) -> None:
         call = opened.call
@@ -165,22 +174,12 @@ class VaeProgram:
             return
         if result.tensors:
             call.send_tensors(result.tensors)
-        elif opened.writer is not None:
+        elif opened.media is not None:
             try:
-                mime, data = opened.writer.finish()
+                opened.media.send_rest(_header(opened, result))
             except Exception as error:  # noqa: BLE001 - one call fails, the others of the batch or group go on
                 call.fail(internal_error(error, call.request_id))
                 return
-            height, width = opened.size
-            header = types_pb2.MediaHeader(
-                mime=mime,
-                width=width,
-                height=height,
-                num_frames=opened.num_frames,
-                fps=result.job.params.fps,
-            )
-            for message in media_messages(header, data):
-                call.send(message)
         span = make_span(f"vae.{call.method.lower()}", self._config.service.name, opened.queued_ns, time.time_ns())
         usage = types_pb2.StageUsage(busy_s=result.busy_s, spans=[span])
         # Both response types have the usage in field 3.
@@ -193,6 +192,11 @@ class VaeProgram:
 
     def drain(self) -> None:
         """What waits is short: it is finished."""
+
+
+def _header(opened: Opened, result: VaeResult) -> types_pb2.MediaHeader:
+    height, width = opened.size
+    return types_pb2.MediaHeader(width=width, height=height, num_frames=opened.num_frames, fps=result.job.params.fps)
 
 
 if __name__ == "__main__":

@@ -79,6 +79,16 @@ def test_frames_of_the_model_and_others_between(client, weights):
     assert {"vae", "interpolation"} <= set(smooth.busy_s)
 
 
+@pytest.mark.parametrize("ask", [Client.generate, Client.submit])
+def test_numbers_that_no_message_holds_are_refused_by_what_interpolation_accepts(client, ask):
+    for exponent in (-1, 2**32):
+        with pytest.raises(InvalidRequest, match=f"exp is {exponent}: it must be between 1 and 4") as caught:
+            ask(client, PROMPT, frame_interpolation_exp=exponent, **SMOOTH, **SMALL)
+        assert caught.value.param == "frame_interpolation_exp"
+    with pytest.raises(InvalidRequest, match="num_frames is -9: it must be between 1 and"):
+        ask(client, PROMPT, **SMOOTH, **SMALL | {"num_frames": -9})
+
+
 def test_an_mp4_by_rest_and_its_trace(rest, client):
     wish = {"prompt": PROMPT, "fps": 12, "frame_interpolation_scale": 0.5, **SMOOTH, **SMALL, "num_frames": 33}
     made = rest.post("/v1/requests", json=wish).json()

@@ -93,7 +93,8 @@ ASKED = ("prompt", PROMPT)
 WRONG_FORMS = {
     "no picture": ([ASKED], {}, "image is missing"),
     "no prompt": ([], PICTURE, "prompt is required"),
-    "an unknown file": ([ASKED], {"photo": b"1"}, "unknown file 'photo'"),
+    "an unknown file": ([ASKED], {"photo": b"1"}, "unknown file 'photo': allowed are image, mask"),
+    "a clip's last picture": ([ASKED], {**PICTURE, "last_image": b"1"}, "unknown file 'last_image'"),
     "no number": ([ASKED, ("steps", "many")], PICTURE, "steps must be an integer"),
     "not finite": ([ASKED, ("guidance", "nan")], PICTURE, "guidance must be a finite number"),
     "a field twice": ([ASKED, ASKED], PICTURE, "prompt is there twice"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 import subprocess
 import sys
 import time
@@ -252,6 +253,19 @@ def test_progress_goes_on_with_decoded_frames(theirs):
     assert progress == sorted(progress)
     assert seen[-1].status == "completed" and progress.index(100) == len(progress) - 1
     assert len(set(progress) & set(range(91, 100))) >= 2, progress
+
+
+def test_the_bar_goes_on_with_decoded_frames(here, clips, tmp_path, monkeypatch):
+    monkeypatch.setattr("lightloom.client.FRAMES_EVERY_S", 0.05)
+    # As on a terminal.
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    target = tmp_path / "clip.mp4"
+    wish = ("--size", "208x160", "--frames", 81, "--steps", 2, "--guidance", 1.0)
+    done = here("generate", PROMPT, "-o", target, *wish, "--address", clips.grpc_address)
+    assert done.returncode == 0, done.stderr
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", done.stderr)
+    made = [int(count) for count in re.findall(r"frames \S+ +(\d+)/81", shown)]
+    assert made == sorted(made) and len(set(made)) >= 2, shown
 
 
 def test_a_clip_in_one_call_from_json(rest):

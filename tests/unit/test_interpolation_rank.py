@@ -15,7 +15,7 @@ from interpolation_svc.engine import InterpolationEngine
 from interpolation_svc.ifnet import IFNet, IFNetSpec
 from protos import interpolation_pb2, vae_pb2
 from services import clip_writer
-from services.channel import FrameQueue, Kind, OpenCall
+from services.channel import CALL_ROOM_BYTES, Frame, FrameQueue, Kind, OpenCall
 from services.config import ModelSection, ServiceSection, StageConfig
 from services.rank_process import Call
 from services.request import GenerationParams, Limits, resolve
@@ -81,4 +81,25 @@ def test_a_clip_that_is_encoded_slowly_holds_up_no_other(go_on: threading.Event)
         """It is interpolated to its end."""
     answers = [vae_pb2.DecodeResponse.FromString(f.payload) for f in outbox.take(0) if f.kind is Kind.MESSAGE]
     assert [answer.chunk.data for answer in answers if answer.HasField("chunk")] == [b"15", b"15"]
+    assert stuck.closed
+
+
+def test_a_large_file_leaves_as_it_is_taken_and_holds_up_no_other(
+    go_on: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large = bytes(5 * CALL_ROOM_BYTES) + b"end"
+    sizes = {2 * SLOW_FPS: large, 32.0: b"small"}
+    monkeypatch.setattr(clip_writer, "_mp4", lambda chunks, _frames, _quality, fps: list(chunks) and sizes[fps])
+    # More than this would stand still for ever: nobody reads.
+    program, outbox = rank.InterpolationProgram(CONFIG), FrameQueue(3 * CALL_ROOM_BYTES)
+    stuck, other = (begin(program, call_id, outbox, fps) for call_id, fps in ((1, SLOW_FPS), (2, 16.0)))
+    while not other.closed or not stuck.is_behind():
+        assert program.tick()
+    frames: list[Frame] = []
+    while program.tick():
+        frames += (taken := outbox.take(0))
+        stuck.taken(sum(len(frame.payload) for frame in taken if frame.call_id == stuck.id))
+    frames += outbox.take(0)
+    answers = [vae_pb2.DecodeResponse.FromString(f.payload) for f in frames if f.call_id == 1 and f.payload]
+    assert b"".join(answer.chunk.data for answer in answers) == large
     assert stuck.closed

@@ -13,7 +13,7 @@ import torch
 
 from protos import vae_pb2
 from services import clip_writer
-from services.channel import Frame, FrameQueue, Kind, OpenCall
+from services.channel import CALL_ROOM_BYTES, Frame, FrameQueue, Kind, OpenCall
 from services.config import ModelSection, ServiceSection, StageConfig
 from services.rank_process import Call
 from services.request import ResolvedParams
@@ -31,6 +31,8 @@ SLOW_FPS = 1.0
 class Writer:
     """A ClipWriter that notes what happens."""
 
+    made_bytes = 0
+
     def __init__(self, notes: list[str], *_options: object) -> None:
         self._notes = notes
         self._looks = -1
@@ -44,7 +46,7 @@ class Writer:
         self._looks += self._looks >= 0
         return self._looks == 1
 
-    def is_done(self, _timeout_s: float) -> bool:
+    def is_done(self, _timeout_s: float = 0.0) -> bool:
         """Whoever waits for it looks again."""
         return False
 
@@ -139,4 +141,30 @@ def test_a_clip_that_is_encoded_slowly_holds_up_no_other(monkeypatch):
         """It is decoded to its end."""
     answers = [vae_pb2.DecodeResponse.FromString(f.payload) for f in outbox.take(0) if f.kind is Kind.MESSAGE]
     assert [answer.chunk.data for answer in answers if answer.HasField("chunk")] == [b"40", b"40"]
+    assert stuck.closed
+
+
+def test_a_large_file_leaves_as_it_is_taken_and_holds_up_no_other(monkeypatch):
+    """Of five times what a call has room for, which nobody takes, so much is sent; the rest when it is taken."""
+    large = bytes(5 * CALL_ROOM_BYTES) + b"end"
+    sizes = {SLOW_FPS: large, 16.0: b"small"}
+    monkeypatch.setattr(clip_writer, "_mp4", lambda chunks, _frames, _quality, fps: list(chunks) and sizes[fps])
+    monkeypatch.setattr(rank, "open_engine", lambda *_: VaeEngine(FakeVae().part(), None, 1))
+    # More than this would stand still for ever: nobody reads.
+    program, outbox = rank.VaeProgram(CONFIG), FrameQueue(3 * CALL_ROOM_BYTES)
+    clip = replace(PARAMS, num_frames=4, output_format="mp4")
+    stuck, other = (
+        decode(program, call_id, outbox, replace(clip, fps=fps)) for call_id, fps in enumerate(sizes, start=1)
+    )
+    while not other.closed or not stuck.is_behind():
+        assert tick(program, stuck, other)
+    frames: list[Frame] = []
+    while tick(program, stuck):
+        frames += (taken := outbox.take(0))
+        assert sum(len(frame.payload) for frame in taken) < 2 * CALL_ROOM_BYTES
+        stuck.taken(sum(len(frame.payload) for frame in taken if frame.call_id == stuck.id))
+    frames += outbox.take(0)
+    answers = [vae_pb2.DecodeResponse.FromString(f.payload) for f in frames if f.call_id == 1 and f.payload]
+    assert b"".join(answer.chunk.data for answer in answers) == large
+    assert [answer.media.nbytes for answer in answers if answer.HasField("media")] == [len(large)]
     assert stuck.closed
