@@ -15,7 +15,7 @@ from typing import Any
 
 import httpx
 
-from benchmarks.scale import stage_table
+from benchmarks.scale import WORK, stage_table
 from lightloom.cluster_config import write_toml
 from lightloom.redis_server import start_redis
 from services.config import environment_with_malloc
@@ -25,14 +25,17 @@ from tests.cluster.running import figures, wait_for
 
 
 @contextmanager
-def sleeping_stage(folder: Path, stage: str, max_in_flight: int) -> Iterator[dict[str, int]]:
+def sleeping_stage(
+    folder: Path, stage: str, max_in_flight: int, *, model: str = WORK.model, port: int = 0
+) -> Iterator[dict[str, int]]:
     """A stage that sleeps instead of computing; gives its ports."""
-    table = stage_table(stage, free_port())
+    table = stage_table(stage, port or free_port())
     table["service"] |= {"metrics_port": free_port(), "max_in_flight": max_in_flight}
-    path = folder / f"{stage}.toml"
+    table["model"]["name"] = model
+    path = folder / f"{stage}-{model}.toml"
     write_toml(path, table)
     command = [sys.executable, "-m", "benchmarks.sleeping_stage", "--config", str(path)]
-    with (folder / f"{stage}.log").open("wb") as log:
+    with path.with_suffix(".log").open("wb") as log:
         process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env=environment_with_malloc())
     try:
         yield table["service"]

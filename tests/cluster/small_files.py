@@ -35,7 +35,8 @@ async def main(folder: str) -> None:
     # The same MiB again and again: as much to write, but not to hold.
     many = asyncio.create_task(store.put_latents("many", [MIB] * (MAX_WAITING_BYTES // len(MIB)), LATER))
     await until(lambda: store.writes.refusal is not None)
-    await asyncio.sleep(3)
+    # Room is looked for once a second.
+    await asyncio.sleep(1.5)
     print("too much waits", store.writes.refusal is not None)
     many.cancel()
     await until(lambda: store.writes.refusal is None)

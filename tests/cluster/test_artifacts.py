@@ -266,7 +266,7 @@ def submit_aborted(running: GatewayProcess, request_id: str) -> str:
 
 
 def test_a_request_that_finds_no_room_in_its_time_says_so(honest, redis_url, tmp_path) -> None:
-    settings = {"gateway": {"request_timeout_s": 8.0}}
+    settings = {"gateway": {"request_timeout_s": 5.0}}
     with gateway(tmp_path / "gateway", redis_url, honest, settings=settings) as running, full_disk(running):
         request_id = submit(running, BODY)
         wait_for(lambda: status(running, request_id)["state"] == "failed", 60)

@@ -128,30 +128,30 @@ def test_an_address_serves_instead_of_a_folder(running_cluster):
     refused(lightloom("status", "--run-dir", "nowhere"), 2, "no cluster runs in nowhere", "lightloom up")
 
 
-def test_unknown_requests_and_bad_wishes(cluster, tmp_path):
-    refused(lightloom("trace", "none", *cluster), 1, "request id 'none' is too short: give 6 characters")
-    refused(lightloom("trace", "unknown", *cluster), 1, "requests has an id that begins with 'unknown'")
-    refused(lightloom("trace", "f" * 32, *cluster), 1, f"there is no request '{'f' * 32}'")
-    refused(lightloom("abort", "none", *cluster), 1, "there is no request 'none'")
-    refused(lightloom("generate", "a cat", "-o", tmp_path / "a.tiff", *cluster), 2, ".tiff", ".png")
-    refused(lightloom("generate", "a cat", "--size", "256*256", *cluster), 2, "WIDTHxHEIGHT")
-    refused(lightloom("generate", "a cat", "--model", "none", *cluster), 1, "there are demo")
-    refused(lightloom("generate", "a cat", "--image", tmp_path / "none.png", *cluster), 2, "none.png")
+def test_unknown_requests_and_bad_wishes(here, cluster, tmp_path):
+    refused(here("trace", "none", *cluster), 1, "request id 'none' is too short: give 6 characters")
+    refused(here("trace", "unknown", *cluster), 1, "requests has an id that begins with 'unknown'")
+    refused(here("trace", "f" * 32, *cluster), 1, f"there is no request '{'f' * 32}'")
+    refused(here("abort", "none", *cluster), 1, "there is no request 'none'")
+    refused(here("generate", "a cat", "-o", tmp_path / "a.tiff", *cluster), 2, ".tiff", ".png")
+    refused(here("generate", "a cat", "--size", "256*256", *cluster), 2, "WIDTHxHEIGHT")
+    refused(here("generate", "a cat", "--model", "none", *cluster), 1, "there are demo")
+    refused(here("generate", "a cat", "--image", tmp_path / "none.png", *cluster), 2, "none.png")
     for option in ("--last-image", "--control-video", "--mask"):
-        refused(lightloom("generate", "a cat", option, tmp_path, *cluster), 2, str(tmp_path), "cannot be read")
+        refused(here("generate", "a cat", option, tmp_path, *cluster), 2, str(tmp_path), "cannot be read")
         words = "no MP4" if option == "--control-video" else "cannot be decoded"
-        refused(lightloom("generate", "a cat", option, "README.md", *cluster), 1, words)
+        refused(here("generate", "a cat", option, "README.md", *cluster), 1, words)
     grid = "docs/demo_grid.png"
-    refused(lightloom("generate", "a cat", "--last-image", grid, *cluster), 1, "'last_image'", "takes image, mask")
+    refused(here("generate", "a cat", "--last-image", grid, *cluster), 1, "'last_image'", "takes image, mask")
     for option, word in (("--image", "picture"), ("--mask", "mask")):
-        refused(lightloom("generate", "a cat", option, grid, *cluster), 1, "or neither", f"only the {word}")
+        refused(here("generate", "a cat", option, grid, *cluster), 1, "or neither", f"only the {word}")
     large = tmp_path.parent / "large.mp4"
     large.write_bytes(b"\0" * (MAX_INPUT_BYTES + 1))
-    refused(lightloom("generate", "a cat", "--control-video", large, *cluster), 1, f"at most {MAX_INPUT_BYTES}")
-    refused(lightloom("generate", "a cat", "-o", tmp_path / "none" / "a.png", *cluster), 2, "no folder")
-    refused(lightloom("generate", "a cat", "-o", tmp_path, *cluster), 2, "is a folder")
-    refused(lightloom("generate", "a cat", "--seed", -1, *cluster), 1, "seed is -1", f"between 0 and {2**63 - 1}")
-    refused(lightloom("generate", "a cat", "--steps", 1, *cluster), 1, "between 2 and 200")
+    refused(here("generate", "a cat", "--control-video", large, *cluster), 1, f"at most {MAX_INPUT_BYTES}")
+    refused(here("generate", "a cat", "-o", tmp_path / "none" / "a.png", *cluster), 2, "no folder")
+    refused(here("generate", "a cat", "-o", tmp_path, *cluster), 2, "is a folder")
+    refused(here("generate", "a cat", "--seed", -1, *cluster), 1, "seed is -1", f"between 0 and {2**63 - 1}")
+    refused(here("generate", "a cat", "--steps", 1, *cluster), 1, "between 2 and 200")
     assert not list(tmp_path.iterdir())
 
 

@@ -13,6 +13,7 @@ import pytest
 import redis
 
 from lightloom.client import Client
+from lightloom.local import Local
 from protos import gateway_pb2, types_pb2
 from services.errors import NotReady, StartupError
 from services.families import load_family
@@ -37,15 +38,14 @@ def model(folder) -> dict[str, object]:
 
 
 @pytest.fixture(scope="module")
-def resident(model, tmp_path_factory, monkeypatch_session) -> bytes:
+def resident(folder) -> bytes:
     """The clip with both experts in one place."""
-    cluster = serving(tmp_path_factory.mktemp("resident"), {"models": {"clips": model}})
-    with cluster as whole, Client(whole.cluster.grpc_address) as client:
-        return client.generate(PROMPT, **WISH).data
+    with Local(str(folder), max_batch=1) as whole:
+        return whole.generate(PROMPT, **WISH).data
 
 
 @pytest.fixture(scope="module")
-def running(model, resident, tmp_path_factory) -> Iterator[RunningCluster]:
+def running(model, tmp_path_factory, monkeypatch_session) -> Iterator[RunningCluster]:
     experts = {"high_noise": {}, "low_noise": {}}
     with serving(tmp_path_factory.mktemp("cluster"), {"models": {"clips": {**model, "experts": experts}}}) as running:
         yield running

@@ -3,40 +3,46 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
+from contextlib import ExitStack
 
-import httpx
-import pytest
+from tests.cluster.gateway_process import gateway
+from tests.cluster.running import wait_for
+from tests.cluster.sleeping import ready, sleeping_cluster, sleeping_stage
 
-from tests.cluster.running import serving, wait_for
-
-SOURCE = Path(__file__).parents[2] / "demo/checkpoints/qwen_image"
-BODY = {"prompt": "a red circle", "steps": 2}
-# 0.3 s on an idle machine; a denoiser that is blamed stands still for up to 4 s.
+BODY = {"prompt": "a red circle", "width": 64, "height": 64, "steps": 2}
+# 0.1 s on an idle machine; a denoiser that is blamed stands still for up to 4 s.
 SOON_S = 3.0
 
 
-@pytest.fixture(scope="module")
-def twins(tmp_path_factory, monkeypatch_session):
-    model = {"source": str(SOURCE), "limits": {"default_width": 128, "default_height": 128, "default_steps": 2}}
-    with serving(tmp_path_factory.mktemp("cluster"), {"models": {"a": model, "b": model}}) as running:
-        yield running
-
-
-def test_a_model_whose_encoder_is_away_does_not_stop_its_twin(twins):
-    with httpx.Client(base_url=twins.base_url, timeout=60) as rest:
-        twins.run(twins.cluster.scale("b", "text_encoder", 0))
-        waiting = [rest.post("/v1/requests", json={**BODY, "model": "b"}).json()["id"] for _ in range(3)]
+def test_a_model_whose_encoder_is_away_does_not_stop_its_twin(sleeping, tmp_path):
+    with ExitStack() as stack, ExitStack() as encoder:
+        twin = {
+            stage: place.enter_context(sleeping_stage(tmp_path, stage, 64, model="twin"))
+            for stage, place in (("text_encoder", encoder), ("dit", stack), ("vae", stack))
+        }
+        wait_for(lambda: all(ready(service["metrics_port"]) for service in twin.values()), 60)
+        cluster = stack.enter_context(sleeping_cluster(tmp_path, sleeping))
+        addresses = {
+            stage: f"{address},127.0.0.1:{twin[stage]['port']}" for stage, address in cluster.addresses.items()
+        }
+        running = stack.enter_context(gateway(tmp_path / "gateway", cluster.redis_url, addresses))
+        rest = running.rest
+        wait_for(lambda: rest.get("/health").json()["models"] == {"sleeping": True, "twin": True})
+        encoder.close()
+        wait_for(lambda: rest.get("/health").json()["models"] == {"sleeping": True, "twin": False})
+        waiting = [rest.post("/v1/requests", json={**BODY, "model": "twin"}).json()["id"] for _ in range(3)]
         took_s = []
         for number in range(6):
             started_s = time.monotonic()
-            made = rest.post("/v1/images/generations", json={**BODY, "model": "a", "prompt": f"a red circle {number}"})
+            wish = {"prompt": f"a red circle {number}", "model": "sleeping", "size": "64x64", "steps": 2}
+            made = rest.post("/v1/images/generations", json=wish)
             took_s.append(time.monotonic() - started_s)
             assert made.status_code == 200, made.text
         assert max(took_s) < SOON_S, took_s
         for request_id in waiting:
             record = rest.get(f"/v1/requests/{request_id}").json()
             assert (record["state"], record["queued_s"]) == ("queued", 0), "it has been claimed and given back"
-        twins.run(twins.cluster.scale("b", "text_encoder", 1))
+        port = twin["text_encoder"]["port"]
+        stack.enter_context(sleeping_stage(tmp_path, "text_encoder", 64, model="twin", port=port))
         for request_id in waiting:
             wait_for(lambda one=request_id: rest.get(f"/v1/requests/{one}").json()["state"] == "done", 60)

@@ -24,8 +24,8 @@ from tests.cluster.gateway_process import GatewayProcess, gateway
 from tests.cluster.running import figures, wait_for
 from tests.cluster.sleeping import Stages, addresses_of
 
-# 4 s of denoising, one after the other: the last of three is still there when a gateway has waited for its stages.
-STEPS = 200
+# 3 s of denoising, one after the other: the last of three is still there when a gateway has waited for its stages.
+STEPS = 150
 
 
 class Cluster:

@@ -10,9 +10,9 @@ import httpx
 from lightloom.redis_server import start_redis
 from tests.cluster.gateway_process import gateway
 from tests.cluster.running import wait_for
-from tests.cluster.sleeping import addresses_of, sleeping_stages
+from tests.cluster.sleeping import Stages, addresses_of, sleeping_stages
 
-SLOTS, REQUESTS, STEPS = 4, 80, 3
+SLOTS, REQUESTS, STEPS = 4, 40, 3
 
 
 def denoise_calls(metrics_port: int) -> dict[str, int]:
@@ -22,13 +22,12 @@ def denoise_calls(metrics_port: int) -> dict[str, int]:
     return {line.split('"')[3]: int(float(line.rsplit(" ", 1)[1])) for line in counted}
 
 
-def test_gateways_that_share_a_replica_do_not_overbook_it(tmp_path: Path) -> None:
+def test_gateways_that_share_a_replica_do_not_overbook_it(tmp_path: Path, sleeping: Stages) -> None:
     with ExitStack() as stack:
         redis = start_redis(tmp_path / "redis")
         stack.callback(redis.stop)
-        slots = {"text_encoder": 64, "dit": SLOTS, "vae": 64}
-        stages = stack.enter_context(sleeping_stages(tmp_path, slots))
-        addresses = addresses_of(stages)
+        stages = stack.enter_context(sleeping_stages(tmp_path, {"dit": SLOTS}))
+        addresses = addresses_of({**sleeping, **stages})
         folders = [tmp_path / "one", tmp_path / "two"]
         for folder in folders:
             folder.mkdir()

@@ -17,7 +17,7 @@ LOADED_S = 8.0
 
 async def test_f1_killed_workers(cluster, reference):
     async with Run(cluster, "f1", 1) as run:
-        history = await deaths.killed_workers(run, requests=30, kills=5)
+        history = await deaths.killed_workers(run, requests=20, kills=5)
     assert check(history, reference=reference) == []
     assert run.measured["requeued_s_count"] >= 3
     assert run.measured["requeued_s_max"] < LOADED_S
@@ -47,7 +47,7 @@ async def test_f4_and_f10_an_abort_while_the_owner_is_frozen(cluster):
 
 async def test_f5_a_killed_gateway(cluster, reference):
     async with Run(cluster, "f5", 1) as run:
-        history = await deaths.killed_gateway(run, requests=30)
+        history = await deaths.killed_gateway(run, requests=16)
     assert check(history, reference=reference) == []
     assert run.measured["adopted_s_count"] >= 1
     assert run.measured["adopted_s_max"] < cluster.lease_s + LOADED_S
@@ -55,7 +55,7 @@ async def test_f5_a_killed_gateway(cluster, reference):
 
 async def test_f6_killed_redis(cluster, reference):
     async with Run(cluster, "f6", 1) as run:
-        history = await deaths.killed_redis(run, requests=20, kills=2, away_s=4.0)
+        history = await deaths.killed_redis(run, requests=20, kills=2, away_s=3.0)
     assert check(history, reference=reference) == []
     assert run.measured["refused_s_max"] < 2.0 + LOADED_S
 

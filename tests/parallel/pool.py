@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
-import tempfile
 import time
 import traceback
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 SIZE = 4
@@ -19,14 +17,18 @@ class RankPool:
     """Runs `tests.parallel.jobs` functions on the first ranks of the pool, each call in a process group of its own."""
 
     def __init__(self, size: int = SIZE) -> None:
+        # Here and not above: ranks import this file before they have turned off the collector.
+        from torch.distributed import TCPStore
+
         context = multiprocessing.get_context("spawn")
         self._ends: list[Connection] = []
         self._processes = []
-        self._folder = tempfile.TemporaryDirectory()
+        # Where the ranks of a call meet: quicker than a file, which they would ask again and again.
+        self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self._calls = 0
         for rank in range(size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, theirs), daemon=True)
+            process = context.Process(target=_serve, args=(rank, self._store.port, theirs), daemon=True)
             process.start()
             theirs.close()
             self._ends.append(ours)
@@ -35,9 +37,8 @@ class RankPool:
     def run(self, name: str, world: int, *arguments: Any) -> list[Any]:
         """Results of `name(rank, world, *arguments)`, by rank."""
         self._calls += 1
-        rendezvous = f"file://{Path(self._folder.name) / str(self._calls)}"
         for end in self._ends[:world]:
-            end.send((self._calls, name, world, rendezvous, arguments))
+            end.send((self._calls, name, world, arguments))
         answers = [self._answer(name, end) for end in self._ends[:world]]
         failures = [f"rank {rank}:\n{result}" for rank, (good, result) in enumerate(answers) if not good]
         assert not failures, "\n".join(failures)
@@ -57,10 +58,9 @@ class RankPool:
         for process in self._processes:
             process.kill()
             process.join()
-        self._folder.cleanup()
 
 
-def _serve(rank: int, end: Connection) -> None:
+def _serve(rank: int, port: int, end: Connection) -> None:
     gc.disable()
     import torch
     import torch.distributed as dist
@@ -70,12 +70,14 @@ def _serve(rank: int, end: Connection) -> None:
     gc.freeze()
     gc.enable()
     torch.set_num_threads(1)
+    meeting = dist.TCPStore("127.0.0.1", port, is_master=False)
     while True:
         try:
-            call, name, world, rendezvous, arguments = end.recv()
+            call, name, world, arguments = end.recv()
         except EOFError:
             return
-        dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world)
+        store = dist.PrefixStore(str(call), meeting)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
         try:
             with torch.inference_mode():
                 end.send((call, True, getattr(jobs, name)(rank, world, *arguments)))

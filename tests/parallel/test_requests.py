@@ -15,7 +15,7 @@ from dit_svc.preview import PreviewFit
 from services.weights import open_source
 from tests.oracle.harness import CPU, difference, run
 from tests.parallel.jobs import Report, Script, previews_of
-from tests.parallel.test_layouts import FOUR, NAMES, TWO, share_of, world_of
+from tests.parallel.test_layouts import CUTS, FOUR, NAMES, TWO, share_of, world_of
 
 LAYOUTS = TWO | {name: FOUR[name] for name in ("tensor-cfg", "ulysses-ring", "pipeline-cfg", "hsdp-ulysses")}
 # A request goes through all of them, a step in each.
@@ -57,9 +57,12 @@ def test_a_checkpoint_goes_on_bit_for_bit_in_its_own_layout(pool, prepared, name
             assert report.live_tensors == 0
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", CUTS)
 def test_a_request_goes_on_in_other_layouts(pool, prepared, name):
-    """A step in each layout of the route; every checkpoint, and the end, are those of one process."""
+    """A step in each layout of the route; every checkpoint, and the end, are those of one process.
+
+    A checkpoint knows no layout. What variants with the same blocks differ in, their conditions, is not in it.
+    """
     subject = prepared(name)
     [job], stock = subject.jobs_of(replace(subject.row.wishes[0], steps=len(ROUTE)))
     alone = subject.subject.engine(branches="auto")
@@ -79,9 +82,14 @@ def test_a_request_goes_on_in_other_layouts(pool, prepared, name):
 
 
 @pytest.mark.parametrize(("name", "world"), SHARES)
-def test_sizes_side_by_side_and_an_abort_between_them(pool, prepared, name, world):
+def test_sizes_and_previews_side_by_side_and_an_abort_between_them(pool, prepared, name, world):
+    """Previews, of the first one, show what one process shows."""
     subject = prepared(name)
     jobs, stock = subject.jobs_of(*subject.row.wishes)
+    jobs[0] = with_previews(subject, jobs[0])
+    expected = previews_alone(subject, jobs[0])
+    assert len(expected) == (jobs[0].params.steps - 1) // 2
+    assert max(np.ptp(pixels) for pixels in expected) > 50
     runs = [(parallel, Script(jobs, abort={"r1": 5})) for parallel in share_of(name, BY_WORLD[world]).values()]
     for reports in denoise_each(pool, subject, runs):
         for report in reports:
@@ -89,6 +97,30 @@ def test_sizes_side_by_side_and_an_abort_between_them(pool, prepared, name, worl
             assert report.live_tensors == 0
             for request_id, tensors in report.finished.items():
                 assert difference(tensors, stock[request_id]) <= 1e-4
+            shown = [picture(data) for data in report.previews["r0"]]
+            for ours, theirs in zip(shown, expected, strict=True):
+                assert np.abs(ours - theirs).max() <= 4
+
+
+def with_previews(subject, job: DenoiseJob) -> DenoiseJob:
+    """A preview after every second step, by a random fit from latents to colours."""
+    part = subject.subject.family.vae
+    channels, *_ = part.latent_geometry(part.load(open_source(str(subject.folder)), CPU, torch.float32))
+    weight = torch.randn(channels, 3, generator=torch.Generator().manual_seed(0)) / 4
+    fit = PreviewFit(weight, torch.full((3,), 0.5))
+    return replace(job, params=replace(job.params, preview_every=2), preview_fit=fit)
+
+
+def previews_alone(subject, job: DenoiseJob) -> list[np.ndarray]:
+    """What one process shows."""
+    engine, events = subject.subject.engine(branches="auto"), []
+    engine.admit(job)
+    run(engine, events)
+    return [picture(data) for data in previews_of(events)["r0"]]
+
+
+def picture(data: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(data))).astype(int)
 
 
 @pytest.mark.parametrize("layout", ["ulysses", "pipeline", "pipeline-cfg"])
@@ -101,37 +133,6 @@ def test_an_abort_at_any_moment_frees_all_ranks_and_leaves_others_alone(pool, pr
             assert report.finished.keys() == {"r0"}
             assert difference(report.finished["r0"], stock["r0"]) <= 1e-4
             assert report.live_tensors == 0
-
-
-@pytest.mark.parametrize(("name", "world"), SHARES)
-def test_previews_show_what_one_process_shows(pool, prepared, name, world):
-    subject = prepared(name)
-    job = job_with_previews(subject)
-    engine, events = subject.subject.engine(branches="auto"), []
-    engine.admit(job)
-    run(engine, events)
-    expected = [picture(data) for data in previews_of(events)["r0"]]
-    assert len(expected) == (job.params.steps - 1) // 2
-    assert max(np.ptp(pixels) for pixels in expected) > 50
-    runs = [(parallel, Script([job])) for parallel in share_of(name, BY_WORLD[world]).values()]
-    for reports in denoise_each(pool, subject, runs):
-        for report in reports:
-            shown = [picture(data) for data in report.previews["r0"]]
-            for ours, theirs in zip(shown, expected, strict=True):
-                assert np.abs(ours - theirs).max() <= 4
-
-
-def job_with_previews(subject) -> DenoiseJob:
-    """A preview after every second step, by a random fit from latents to colours."""
-    [job], _ = subject.jobs_of(replace(subject.row.wishes[0], preview_every=2))
-    part = subject.subject.family.vae
-    channels, *_ = part.latent_geometry(part.load(open_source(str(subject.folder)), CPU, torch.float32))
-    weight = torch.randn(channels, 3, generator=torch.Generator().manual_seed(0)) / 4
-    return replace(job, preview_fit=PreviewFit(weight, torch.full((3,), 0.5)))
-
-
-def picture(data: bytes) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(data))).astype(int)
 
 
 @pytest.mark.parametrize(("high", "low"), [("pipeline", "tensor"), ("hsdp", "pipeline"), ("cfg", "ulysses")])

@@ -38,6 +38,15 @@ def weights_of(family: str, preset: str, rank: int = 0, shards: int = 1, **degre
     return DryRun(source, Degrees(**degrees), rank, torch.bfloat16).weights(shards)
 
 
+@cache
+def bytes_of_blocks(family: str, preset: str) -> list[int]:
+    """Of each block on its own."""
+    part = load_family(family).dit
+    model = part.load(open_source("random:0", family=family, preset=preset), torch.device("meta"), torch.bfloat16)
+    blocks = [block.module for module in model.modules.values() for block in part.blocks(module)]
+    return [sum(weight.nbytes for weight in block.parameters()) for block in blocks]
+
+
 @pytest.mark.parametrize(("family", "preset"), PRESETS)
 def test_two_tensor_ranks_hold_half_of_a_full_size_model_each(family, preset):
     whole = weights_of(family, preset).held
@@ -47,15 +56,7 @@ def test_two_tensor_ranks_hold_half_of_a_full_size_model_each(family, preset):
 
 @pytest.mark.parametrize(("family", "preset"), PRESETS)
 def test_two_shards_hold_half_and_gather_two_blocks(family, preset):
-    source = open_source("random:0", family=family, preset=preset)
-    part = load_family(family).dit
-    model = part.load(source, torch.device("meta"), torch.bfloat16)
-    whole = weights_of(family, preset).held
-    largest = max(
-        sum(weight.nbytes for weight in block.module.parameters())
-        for module in model.modules.values()
-        for block in part.blocks(module)
-    )
+    whole, largest = weights_of(family, preset).held, max(bytes_of_blocks(family, preset))
     for rank in range(2):
         weights = weights_of(family, preset, rank, shards=2, replica=2)
         # Rows that do not divide, of modulation, lie on the first rank.
@@ -63,18 +64,11 @@ def test_two_shards_hold_half_and_gather_two_blocks(family, preset):
         assert weights.held < weights.peak <= 0.501 * whole + 2 * largest
 
 
-@pytest.mark.parametrize("ranks", [2, 4, 8])
 @pytest.mark.parametrize(("family", "preset"), PRESETS)
-def test_a_pipelines_ranks_hold_every_block_once_and_all_else_each(family, preset, ranks):
-    part = load_family(family).dit
-    model = part.load(open_source("random:0", family=family, preset=preset), torch.device("meta"), torch.bfloat16)
-    whole = weights_of(family, preset).held
-    in_blocks = sum(
-        weight.nbytes
-        for module in model.modules.values()
-        for block in part.blocks(module)
-        for weight in block.module.parameters()
-    )
+def test_a_pipelines_ranks_hold_every_block_once_and_all_else_each(family, preset):
+    # The first, the last, and one in the middle; most models' blocks do not divide by three.
+    ranks = 3
+    whole, in_blocks = weights_of(family, preset).held, sum(bytes_of_blocks(family, preset))
     held = [weights_of(family, preset, rank, pipeline=ranks).held for rank in range(ranks)]
     assert sum(held) == in_blocks + ranks * (whole - in_blocks)
 

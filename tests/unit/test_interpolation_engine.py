@@ -103,7 +103,8 @@ def test_memory_does_not_grow_with_the_clip(net: IFNet) -> None:
         return most
 
     few = peak(8)
-    assert peak(64) < 1.05 * few
+    # A frame has 2 % of it.
+    assert peak(24) < 1.02 * few
 
 
 def results(engine: InterpolationEngine) -> Iterator[InterpolationChunk | InterpolationResult]:

@@ -42,7 +42,7 @@ async def abort_storm(run: Run, requests: int, within_s: float) -> History:
 
 async def flood(run: Run, submits: int) -> History:
     """F11, without its tenants: far more submits than the queue takes, at both gateways."""
-    recipes = iter([Recipe("a flood", seed=1, steps=10)] * submits)
+    recipes = iter([Recipe("a flood", seed=1, steps=5)] * submits)
 
     async def sender(number: int) -> None:
         for recipe in recipes:
