@@ -11,7 +11,8 @@ from pathlib import Path
 from random import Random
 
 import torch
-from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
+from diffusers.models.autoencoders.autoencoder_kl_qwenimage import AutoencoderKLQwenImage
+from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan, WanCausalConv3d, WanResample
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from diffusers.pipelines.wan.pipeline_wan import WanPipeline
 from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
@@ -27,6 +28,8 @@ TEXT_WIDTH = 128
 LATENT_CHANNELS = 16
 FLOW_SHIFT = 3.0
 """Wan 2.1's at small sizes. Noise levels are trained as the scheduler spreads them."""
+_TRAINED = ("text_encoder", "transformer", "vae")
+PICTURE_MODEL = Path(__file__).parents[1] / "checkpoints" / "qwen_image"
 
 
 @dataclass(slots=True)
@@ -78,13 +81,44 @@ def load(folder: Path) -> WanPipeline:
 def copy_weights(components: WanComponents, folder: Path) -> None:
     """Starts from the weights of a saved folder.
 
-    Raises: RuntimeError when its components have other sizes, or a tokenizer of other words.
+    Raises: RuntimeError when its components have other sizes, or a tokenizer of other words; nothing is copied then.
     """
     saved = load(folder)
     if saved.tokenizer.get_vocab() != components.tokenizer.get_vocab():
         raise RuntimeError(f"the tokenizer of {folder} has other words than the captions")
-    for name in ("text_encoder", "transformer", "vae"):
-        getattr(components, name).load_state_dict(getattr(saved, name).state_dict())
+    copies = [(name, getattr(components, name), getattr(saved, name)) for name in _TRAINED]
+    for name, mine, theirs in copies:
+        if _sizes(mine) != _sizes(theirs):
+            raise RuntimeError(f"the {name} of {folder} has other sizes than the one that is trained now")
+    for _, mine, theirs in copies:
+        mine.load_state_dict(theirs.state_dict())
+
+
+def _sizes(module: nn.Module) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in module.state_dict().items()}
+
+
+@torch.no_grad()
+def copy_picture_autoencoder(vae: AutoencoderKLWan, folder: Path = PICTURE_MODEL) -> None:
+    """Starts from the autoencoder of the demo's picture model, which sees every frame alone.
+
+    A clip of one frame is then coded as the picture model does; of four frames the newest is encoded, and it is decoded
+    four times. Motion within them is what is left to learn.
+
+    Raises: RuntimeError when the picture model has other sizes.
+    """
+    vae.load_state_dict(AutoencoderKLQwenImage.from_pretrained(folder / "vae", torch_dtype=torch.float32).state_dict())
+    for layer in vae.modules():
+        if isinstance(layer, WanResample) and layer.mode in ("downsample3d", "upsample3d"):
+            _keep_newest(layer.time_conv)
+
+
+def _keep_newest(conv: WanCausalConv3d) -> None:
+    """Each group of as many channels as come in is a copy of the newest frame's."""
+    copies = conv.out_channels // conv.in_channels
+    nn.init.zeros_(conv.weight)
+    nn.init.zeros_(conv.bias)
+    conv.weight[:, :, -1, 0, 0] = torch.eye(conv.in_channels).repeat(copies, 1)
 
 
 def save(components: WanComponents, folder: Path) -> None:
@@ -92,8 +126,8 @@ def save(components: WanComponents, folder: Path) -> None:
 
     The modules are left in fp16.
     """
-    for module in (components.text_encoder, components.transformer, components.vae):
-        module.half()
+    for name in _TRAINED:
+        getattr(components, name).half()
     pipeline_of(components).save_pretrained(folder, safe_serialization=True)
     # transformers loads in the configuration's dtype and diffusers in fp32: name fp32, so that a plain
     # from_pretrained gives components that fit together.
@@ -142,7 +176,7 @@ def _transformer() -> WanTransformer3DModel:
         out_channels=LATENT_CHANNELS,
         text_dim=TEXT_WIDTH,
         freq_dim=256,
-        ffn_dim=512,
+        ffn_dim=384,
         num_layers=8,
     )
     # Blocks start as the identity and the prediction as zero (adaLN-zero), which trains fastest.
@@ -160,7 +194,7 @@ def _vae() -> AutoencoderKLWan:
     return AutoencoderKLWan(
         base_dim=16,
         z_dim=LATENT_CHANNELS,
-        dim_mult=[1, 2, 2, 2],
+        dim_mult=[1, 2, 3, 3],
         num_res_blocks=1,
         attn_scales=[],
         temperal_downsample=[False, True, True],

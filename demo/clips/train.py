@@ -72,6 +72,7 @@ def train(args: argparse.Namespace) -> None:
     run.ranks.meet()  # It is drawn by now, for all.
     scenes, tokens, lengths = _training_set(run)
     model = components.build(args.seed)
+    components.copy_picture_autoencoder(model.vae)
     if args.start_from:
         components.copy_weights(model, args.start_from)
     for module in (model.vae, model.text_encoder, model.transformer):

@@ -8,6 +8,8 @@ from random import Random
 import numpy as np
 import pytest
 import torch
+from diffusers.models.autoencoders.autoencoder_kl_qwenimage import AutoencoderKLQwenImage
+from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from torch import nn
 
 from demo import __main__ as make_demo
@@ -142,6 +144,22 @@ def test_whole_clips_are_coded_as_the_stock_class_codes_chunks(model):
     assert torch.allclose(ours, stock, atol=1e-5) and torch.allclose(ours_decoded, decoded, atol=1e-5)
 
 
+def test_training_starts_with_an_autoencoder_that_codes_each_frame_as_the_picture_model_does():
+    vae = components.build(seed=4).vae
+    components.copy_picture_autoencoder(vae)
+    pictures = AutoencoderKLQwenImage.from_pretrained(components.PICTURE_MODEL / "vae", torch_dtype=torch.float32)
+    scene = batch_of([replace(sample_moving_scene(Random(6)), speed="fast")])
+    clips = paint(scene, scene.tracks()[:, :9])[0][..., 32:96, 32:96]
+    with torch.no_grad():
+        latents = vae.encode(clips).latent_dist.mean
+        newest = torch.cat([pictures.encode(clips[:, :, i : i + 1]).latent_dist.mean for i in (0, 4, 8)], dim=2)
+        assert torch.allclose(latents, newest, atol=1e-4)
+        shown = torch.cat([pictures.decode(newest[:, :, i : i + 1]).sample for i in (0, 1, 1, 1, 1, 2, 2, 2, 2)], dim=2)
+        assert torch.allclose(vae.decode(newest).sample, shown.clamp(-1, 1), atol=1e-4)
+        inner = (shown - clips)[:, :, ::4, 16:-16, 16:-16]
+        assert (inner**2).mean() < 0.004, "30 dB in every fourth frame"
+
+
 def test_text_and_velocity_are_those_of_the_stock_classes(model):
     torch.manual_seed(0)
     for block in model.transformer.blocks:  # What starts at zero would hide errors.
@@ -223,6 +241,16 @@ def test_training_starts_from_a_saved_folder(tmp_path):
     for name in ("text_encoder", "transformer", "vae"):
         for mine, theirs in zip(getattr(built, name).parameters(), getattr(other, name).parameters(), strict=True):
             assert torch.equal(mine, theirs.half()), name
+
+
+def test_training_tells_which_part_of_a_folder_it_cannot_start_from(tmp_path):
+    built, other = components.build(seed=5), components.build(seed=6)
+    other.vae = AutoencoderKLWan.from_config({**other.vae.config, "dim_mult": [1, 2, 2, 2]})
+    components.save(other, tmp_path)
+    before = built.text_encoder.shared.weight.clone()
+    with pytest.raises(RuntimeError, match=f"the vae of {tmp_path} has other sizes"):
+        components.copy_weights(built, tmp_path)
+    assert torch.equal(built.text_encoder.shared.weight, before)
 
 
 def test_a_saved_folder_is_the_family_s_and_small(tmp_path):
