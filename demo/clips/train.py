@@ -130,7 +130,7 @@ class _Run:
 
 
 def _train_autoencoder(run: _Run, model: WanComponents, scenes: MovingBatch) -> bool:
-    """Whether it is done; the model then holds the average."""
+    """Whether it is done; the model then holds the average, its latents evened out where they were trained."""
     modules = nn.ModuleDict({"vae": model.vae})
     stage = Stage(
         modules, peak_lr=run.args.autoencoder_lr, ema_decay=0.995, planned_s=run.args.autoencoder_s, ranks=run.ranks
@@ -143,6 +143,8 @@ def _train_autoencoder(run: _Run, model: WanComponents, scenes: MovingBatch) -> 
         )
         run.save(stage, "autoencoder")
     stage.use_average()
+    if stage.finished and stage.planned_s > 0:
+        train_autoencoder.even_out(model.vae, scenes, batch_size=run.args.encode_batch, ranks=run.ranks)
     run.say(f"autoencoder: {stage.step} steps, {stage.seconds:.0f} s of {stage.planned_s:.0f}")
     return stage.finished
 

@@ -160,6 +160,28 @@ def test_training_starts_with_an_autoencoder_that_codes_each_frame_as_the_pictur
         assert (inner**2).mean() < 0.004, "30 dB in every fourth frame"
 
 
+def test_latents_are_evened_out_and_clips_coded_as_before():
+    vae, rng = components.build(seed=4).vae, Random(6)
+    components.copy_picture_autoencoder(vae)
+    scenes = batch_of([sample_moving_scene(rng) for _ in range(3)])
+    clip = paint(scenes[:1], scenes[:1].tracks()[:, :5])[0]
+
+    def coded() -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.no_grad(), train_autoencoder.whole_clips(vae):
+            mean, _ = train_autoencoder.encode(vae, clip).chunk(2, dim=1)
+            return mean, train_autoencoder.decode(vae, mean)
+
+    def spread(latents: torch.Tensor) -> float:
+        powers = torch.linalg.eigvalsh(torch.cov(latents.transpose(0, 1).flatten(1)))
+        return float(powers[-1] / powers[8])
+
+    before, decoded = coded()
+    train_autoencoder.even_out(vae, scenes, batch_size=2)
+    after, decoded_after = coded()
+    assert torch.allclose(decoded, decoded_after, atol=1e-3)
+    assert spread(after) < spread(before) ** (1 - train_autoencoder.EVENNESS / 2)
+
+
 def test_text_and_velocity_are_those_of_the_stock_classes(model):
     torch.manual_seed(0)
     for block in model.transformer.blocks:  # What starts at zero would hide errors.

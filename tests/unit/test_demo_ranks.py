@@ -1,4 +1,5 @@
-"""Two processes train the frame interpolator as one would with both their batches, and end together."""
+"""Two processes train the frame interpolator as one would with both their batches, and end together. They even out the
+latents of clips as one would with all the clips."""
 
 from __future__ import annotations
 
@@ -6,12 +7,17 @@ import argparse
 import subprocess
 import sys
 from pathlib import Path
+from random import Random
 from types import SimpleNamespace
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
+from demo.clips import components
+from demo.clips.batches import batch_of
+from demo.clips.scenes import sample_moving_scene
+from demo.clips.train_autoencoder import even_out
 from demo.interpolation import train as training
 from demo.interpolation.layers import Painter, sample_clips
 from demo.interpolation.photographs import TILE_PX
@@ -36,6 +42,16 @@ def run(stage: Stage, net: IFNet, painter: Painter, seconds: float) -> None:
     train(stage, net, argparse.Namespace(seed=SEED, batch=BATCH, side=SIDE_PX, run_minutes=seconds / 60), painter)
 
 
+def evened_out(ranks: Ranks = ALONE) -> dict[str, torch.Tensor]:
+    """The layers that turn the latents, by this rank's part of two clips."""
+    scenes = batch_of([sample_moving_scene(rng) for rng in (Random(1), Random(2))])
+    vae = components.build(SEED).vae
+    components.copy_picture_autoencoder(vae)
+    even_out(vae, scenes[slice(ranks.rank, None, ranks.size)], batch_size=1, ranks=ranks)
+    layers = nn.ModuleDict({"in": vae.quant_conv, "out": vae.post_quant_conv})
+    return {name: param.detach() for name, param in layers.named_parameters()}
+
+
 def one_rank(folder: Path) -> None:
     """What torchrun starts twice. On rank 1 the time is up after one step."""
     torch.set_num_threads(1)
@@ -45,8 +61,10 @@ def one_rank(folder: Path) -> None:
         training.time = SimpleNamespace(monotonic=lambda: 1000 * true_clock())  # type: ignore[assignment]
     stage, net, painter = begun(ranks)
     run(stage, net, painter, seconds=1.0)
+    turned = evened_out(ranks)
     leave()
     stage.save(folder / f"{ranks.rank}.safetensors")
+    save_file(turned, folder / f"turned_{ranks.rank}.safetensors")
 
 
 def test_two_ranks_end_together_with_the_weights_of_one_that_has_both_batches(tmp_path: Path) -> None:
@@ -73,6 +91,11 @@ def test_two_ranks_end_together_with_the_weights_of_one_that_has_both_batches(tm
         stage.update()
     for name, param in stage.params.items():
         assert torch.allclose(first[f"param/{name}"], param, rtol=0, atol=1e-6), name
+
+    expected = evened_out()
+    for rank in (0, 1):
+        turned = load_file(tmp_path / f"turned_{rank}.safetensors")
+        assert all(torch.allclose(turned[name], expected[name], rtol=1e-3, atol=1e-3) for name in expected)
 
     alone, net, painter = begun()
     alone.resume(tmp_path / "0.safetensors")
