@@ -1,8 +1,9 @@
 """Trains the demo's video model: `python -m demo.clips.train --state DIR --out DIR`.
 
-Draws scenes in motion and captions, trains the autoencoder, encodes the clips, trains first the text encoder and then
-it and the transformer, and writes the folder in the Wan format. A run ends after `--run-s` seconds; the same command
-then goes on where it stopped. Where the state was lost, `--start-from` goes on from the weights of a written folder.
+Draws scenes in motion and captions, trains the autoencoder, which starts as the picture model's, encodes the clips,
+trains first the text encoder and then it and the transformer, and writes the folder in the Wan format. A run ends after
+`--run-s` seconds; the same command then goes on where it stopped. Where the state was lost, `--start-from` goes on from
+the weights of a written folder.
 On several GPUs of a machine, each with batches of its own: `torchrun --standalone --nproc-per-node 4 -m ...`.
 """
 
@@ -45,15 +46,15 @@ def main() -> None:
     parser.add_argument("--state", type=Path, required=True, help="folder for what a later run goes on with")
     parser.add_argument("--out", type=Path, required=True, help="folder for the model")
     parser.add_argument("--start-from", type=Path, help="folder of a model whose weights are the start")
-    parser.add_argument("--clips", type=int, default=40_000)
+    parser.add_argument("--clips", type=int, default=120_000)
     parser.add_argument("--captions", type=int, default=8, help="captions for each clip")
     parser.add_argument("--processes", type=int, default=16, help="processes that draw scenes")
     parser.add_argument("--run-s", type=float, default=540.0, help="seconds after which this run ends")
-    parser.add_argument("--autoencoder-s", type=float, default=300.0, help="seconds of training in all; 0: as it is")
+    parser.add_argument("--autoencoder-s", type=float, default=240.0, help="seconds of training in all; 0: as it is")
     parser.add_argument("--text-s", type=float, default=15.0, help="as above")
     parser.add_argument("--denoiser-s", type=float, default=600.0, help="as above; 0: only the autoencoder is trained")
     parser.add_argument("--autoencoder-batch", type=int, default=8)
-    parser.add_argument("--autoencoder-lr", type=float, default=8e-4, help="peak learning rate")
+    parser.add_argument("--autoencoder-lr", type=float, default=2e-4, help="peak learning rate")
     parser.add_argument("--denoiser-batch", type=int, default=256)
     parser.add_argument("--denoiser-lr", type=float, default=1e-3, help="peak learning rate")
     parser.add_argument("--encode-batch", type=int, default=32)
