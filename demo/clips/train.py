@@ -1,7 +1,7 @@
 """Trains the demo's video model: `python -m demo.clips.train --state DIR --out DIR`.
 
 Draws scenes in motion and captions, trains the autoencoder, which starts as the picture model's, encodes the clips,
-trains first the text encoder and then it and the transformer, and writes the folder in the Wan format. A run ends after
+trains first the text encoder and then the transformer, and writes the folder in the Wan format. A run ends after
 `--run-s` seconds; the same command then goes on where it stopped. Where the state was lost, `--start-from` goes on from
 the weights of a written folder.
 On several GPUs of a machine, each with batches of its own: `torchrun --standalone --nproc-per-node 4 -m ...`.
@@ -180,7 +180,7 @@ def _train_denoiser(
     ready: bool,
 ) -> None:
     """Trains where what it needs is `ready`; the model then holds the average."""
-    modules = nn.ModuleDict({"text_encoder": model.text_encoder, "transformer": model.transformer})
+    modules = train_denoiser.modules_of(model.text_encoder, model.transformer)
     stage = Stage(
         modules, peak_lr=run.args.denoiser_lr, ema_decay=0.9992, planned_s=run.args.denoiser_s, ranks=run.ranks
     )
