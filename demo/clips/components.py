@@ -51,7 +51,7 @@ def build(seed: int = 0) -> WanComponents:
         tokenizer=tokenizer,
         text_encoder=_text_encoder(tokenizer),
         transformer=_transformer(),
-        vae=_vae(),
+        vae=build_autoencoder(),
         scheduler=UniPCMultistepScheduler(
             num_train_timesteps=1000,
             prediction_type="flow_prediction",
@@ -190,7 +190,8 @@ def _transformer() -> WanTransformer3DModel:
     return model
 
 
-def _vae() -> AutoencoderKLWan:
+def build_autoencoder() -> AutoencoderKLWan:
+    """With random weights; the picture model's has the same sizes."""
     return AutoencoderKLWan(
         base_dim=16,
         z_dim=LATENT_CHANNELS,

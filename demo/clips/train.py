@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--text-s", type=float, default=15.0, help="as above")
     parser.add_argument("--denoiser-s", type=float, default=600.0, help="as above; 0: only the autoencoder is trained")
     parser.add_argument("--autoencoder-batch", type=int, default=8)
-    parser.add_argument("--autoencoder-lr", type=float, default=2e-4, help="peak learning rate")
+    parser.add_argument("--autoencoder-lr", type=float, default=3e-4, help="peak learning rate")
     parser.add_argument("--denoiser-batch", type=int, default=256)
     parser.add_argument("--denoiser-lr", type=float, default=1e-3, help="peak learning rate")
     parser.add_argument("--encode-batch", type=int, default=32)

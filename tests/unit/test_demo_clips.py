@@ -146,7 +146,7 @@ def test_whole_clips_are_coded_as_the_stock_class_codes_chunks(model):
 
 
 def test_training_starts_with_an_autoencoder_that_codes_each_frame_as_the_picture_model_does():
-    vae = components.build(seed=4).vae
+    vae = components.build_autoencoder()
     components.copy_picture_autoencoder(vae)
     pictures = AutoencoderKLQwenImage.from_pretrained(components.PICTURE_MODEL / "vae", torch_dtype=torch.float32)
     scene = batch_of([replace(sample_moving_scene(Random(6)), speed="fast")])
@@ -162,7 +162,7 @@ def test_training_starts_with_an_autoencoder_that_codes_each_frame_as_the_pictur
 
 
 def test_latents_are_evened_out_and_clips_coded_as_before():
-    vae, rng = components.build(seed=4).vae, Random(6)
+    vae, rng = components.build_autoencoder(), Random(6)
     components.copy_picture_autoencoder(vae)
     scenes = batch_of([sample_moving_scene(rng) for _ in range(3)])
     clip = paint(scenes[:1], scenes[:1].tracks()[:, :5])[0]

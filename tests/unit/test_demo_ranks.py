@@ -45,7 +45,7 @@ def run(stage: Stage, net: IFNet, painter: Painter, seconds: float) -> None:
 def evened_out(ranks: Ranks = ALONE) -> dict[str, torch.Tensor]:
     """The layers that turn the latents, by this rank's part of two clips."""
     scenes = batch_of([sample_moving_scene(rng) for rng in (Random(1), Random(2))])
-    vae = components.build(SEED).vae
+    vae = components.build_autoencoder()
     components.copy_picture_autoencoder(vae)
     even_out(vae, scenes[slice(ranks.rank, None, ranks.size)], batch_size=1, ranks=ranks)
     layers = nn.ModuleDict({"in": vae.quant_conv, "out": vae.post_quant_conv})
@@ -71,7 +71,7 @@ def test_two_ranks_end_together_with_the_weights_of_one_that_has_both_batches(tm
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__]
     environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     ended = subprocess.run(
-        [*command, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=60, check=False
+        [*command, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=80, check=False
     )
     assert ended.returncode == 0, ended.stderr
     first, second = (load_file(tmp_path / f"{rank}.safetensors") for rank in (0, 1))
