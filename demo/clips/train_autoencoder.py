@@ -23,8 +23,8 @@ from demo.stage import Stage
 MAX_LATENT_NOISE = 0.1
 """The decoder meets latents with up to this share of noise, so that it forgives small errors of the denoiser."""
 
-EVENNESS = 0.5
-"""0: the latents' directions keep their power; 1: all have the same."""
+OVERLOOKED = 0.03
+"""Directions of the latents below this share of the mean power stay small: the decoder meets as much noise in each."""
 
 
 def _stacked_forward(conv: WanCausalConv3d, x: torch.Tensor) -> torch.Tensor:
@@ -136,12 +136,12 @@ def train(
 
 @torch.no_grad()
 def even_out(vae: AutoencoderKLWan, scenes: MovingBatch, *, batch_size: int, ranks: Ranks = ALONE) -> None:
-    """Has the latents' directions differ less in power; clips are coded as before.
+    """Gives the latents' directions about the same power; clips are coded as before.
 
     Flat colours make up most of a clip's latents, along two or three directions; outlines lie in what is left, where
     noise hides them first and the denoiser's loss hardly sees them. The encoder's last layer turns the latents and the
-    decoder's first one turns them back. The turn is a power of the covariance: unlike principal axes, which come in any
-    sign, it is the same to rounding when a run that goes on computes it again.
+    decoder's first one turns them back. The turn is symmetric: unlike one to principal axes, which come in any sign, it
+    is the same to rounding when a run that goes on computes it again.
     """
     parts = [scenes[slice(at, at + batch_size)] for at in range(0, min(len(scenes), 8 * batch_size), batch_size)]
     with whole_clips(vae), torch.autocast(scenes.x.device.type, torch.bfloat16, enabled=scenes.x.is_cuda):
@@ -151,8 +151,7 @@ def even_out(vae: AutoencoderKLWan, scenes: MovingBatch, *, batch_size: int, ran
     ranks.average(moments)
     mean, second, variance = moments
     power, axes = torch.linalg.eigh(second - mean.outer(mean))
-    power = power.clamp(min=1e-4 * float(power.mean()))  # A direction that nothing uses stays small.
-    turn = axes @ torch.diag(power ** (-EVENNESS / 2)) @ axes.T
+    turn = axes @ torch.diag((power + OVERLOOKED * power.mean()).rsqrt()) @ axes.T
     _turn_latents(vae, turn, mean, turn**2 @ variance)
 
 

@@ -180,7 +180,7 @@ def test_latents_are_evened_out_and_clips_coded_as_before():
     train_autoencoder.even_out(vae, scenes, batch_size=2)
     after, decoded_after = coded()
     assert torch.allclose(decoded, decoded_after, atol=1e-3)
-    assert spread(after) < spread(before) ** (1 - train_autoencoder.EVENNESS / 2)
+    assert spread(after) < spread(before) ** 0.5
 
 
 def test_text_and_velocity_are_those_of_the_stock_classes(model):
