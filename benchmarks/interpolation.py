@@ -26,6 +26,7 @@ import torch.nn.functional as F
 
 from benchmarks.interpolation_quality import clip_figures, photograph_figures
 from benchmarks.load import write_result
+from interpolation_svc.between import pictures_between
 from interpolation_svc.clip import Clip
 from interpolation_svc.ifnet import MULTIPLE_PX, V4_22_LITE, IFNet
 from interpolation_svc.weights import PACKAGED, load_ifnet
@@ -187,7 +188,8 @@ def pair_by_pair(net: IFNet, frames: torch.Tensor) -> torch.Tensor:
         pictures = torch.stack([first, second]).to(device).permute(0, 3, 1, 2).float() / 255
         padded = F.pad(pictures, (0, -width % MULTIPLE_PX, 0, -height % MULTIPLE_PX), mode="replicate")
         planes = net.encode_pictures(padded)
-        picture = net(planes[:1], planes[1:], torch.tensor([0.5], device=device)).picture()[0, :, :height, :width]
+        middle = torch.tensor([0.5], device=device)
+        picture = pictures_between(net, planes[:1], planes[1:], middle)[0, :, :height, :width]
         out += [(picture * 255).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).cpu(), second]
     return torch.stack(out)
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from interpolation_svc.between import pictures_between
 from interpolation_svc.cuts import cuts, thumbnails
 from interpolation_svc.ifnet import MULTIPLE_PX, IFNet
 from services.errors import NonFinite
@@ -104,7 +105,7 @@ class Clip:
         first, second = known.planes[before.to(device)], known.planes[before.to(device) + 1]
         time = (steps.float() / self._steps).to(device)
         height, width = known.pixels.shape[1:3]
-        pictures: torch.Tensor = self._net(first, second, time, self._scale).picture()[:, :, :height, :width]
+        pictures = pictures_between(self._net, first, second, time, self._scale)[:, :, :height, :width]
         if not torch.isfinite(pictures).all():
             raise NonFinite("the interpolated pictures have values that are not finite")
         return (pictures * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu()

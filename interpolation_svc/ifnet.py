@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-MULTIPLE_PX = 32
+MULTIPLE_PX = 4
 COARSEST = 8
 ENCODED = 4
 HANDED_ON = 8
@@ -80,15 +80,31 @@ class IFNet(nn.Module):
         pictures = pictures.float().clamp(0, 1)
         return torch.cat([pictures, self.encode(pictures)], 1) if self.spec.encodes else pictures
 
-    def forward(self, first: torch.Tensor, second: torch.Tensor, time: torch.Tensor, scale: float = 1.0) -> Estimate:
+    def forward(
+        self,
+        first: torch.Tensor,
+        second: torch.Tensor,
+        time: torch.Tensor,
+        scale: float = 1.0,
+        coarse_scale: float = 1.0,
+    ) -> Estimate:
         """The last estimate for planes [B, C, H, W] of two pictures and times [B] in (0, 1)."""
-        *_, last = self.estimates(first, second, time, scale)
+        *_, last = self.estimates(first, second, time, scale, coarse_scale)
         return last
 
     def estimates(
-        self, first: torch.Tensor, second: torch.Tensor, time: torch.Tensor, scale: float = 1.0
+        self,
+        first: torch.Tensor,
+        second: torch.Tensor,
+        time: torch.Tensor,
+        scale: float = 1.0,
+        coarse_scale: float = 1.0,
     ) -> Iterator[Estimate]:
-        """Coarse to fine. `scale` is that of the flow's resolution: below 1 for large pictures, above 1 for small."""
+        """Coarse to fine.
+
+        `scale` is that of the flow's resolution: below 1 for large pictures, above 1 for small. That of the two coarse
+        blocks is multiplied by `coarse_scale`.
+        """
         planes = torch.cat([first, second])
         time = time.to(planes).view(-1, 1, 1, 1).expand(-1, 1, *planes.shape[2:])
         warped, flow, mix = planes, None, None
@@ -96,7 +112,8 @@ class IFNet(nn.Module):
         for level, block in enumerate((self.block0, self.block1, self.block2, self.block3)):
             one, other = warped.chunk(2)
             seen = [one[:, :3], other[:, :3], one[:, 3:], other[:, 3:], time, *kept]
-            change, score, handed_on = block(torch.cat(seen, 1), flow, COARSEST / 2**level / scale)
+            coarseness = COARSEST / 2**level / scale / (coarse_scale if level < 2 else 1)
+            change, score, handed_on = block(torch.cat(seen, 1), flow, coarseness)
             flow = change if flow is None else flow + change
             mix = score if mix is None or self.spec.encodes else mix + score
             kept = [mix, handed_on] if self.spec.encodes else [mix]
@@ -132,7 +149,7 @@ class ResidualLayer(nn.Module):
         self.beta = nn.Parameter(torch.ones(1, width, 1, 1))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.leaky_relu(self.conv(x) * self.beta + x, SLOPE)
+        return F.leaky_relu(torch.addcmul(x, self.conv(x), self.beta), SLOPE)
 
 
 class IFBlock(nn.Module):
@@ -166,13 +183,16 @@ class IFBlock(nn.Module):
         return _stretch(out[:, :4], across, down), out[:, 4:5], out[:, 5:]
 
 
-def warp(planes: torch.Tensor, flow: torch.Tensor) -> torch.Tensor:
-    """What `flow` [N, 2, H, W] (pixels; x, y) points at in `planes` [N, C, H, W]; beyond the border, the border's."""
+def warp(planes: torch.Tensor, flow: torch.Tensor, sampling: str = "bilinear") -> torch.Tensor:
+    """What `flow` [N, 2, H, W] (pixels; x, y) points at in `planes` [N, C, H, W]; beyond the border, the border's.
+
+    `sampling` between pixels: "bilinear", or "bicubic", which may overshoot.
+    """
     height, width = planes.shape[2:]
     x = torch.arange(width, device=flow.device) + flow[:, 0]
     y = torch.arange(height, device=flow.device).view(-1, 1) + flow[:, 1]
     grid = torch.stack([x * (2 / (width - 1)) - 1, y * (2 / (height - 1)) - 1], -1)
-    return F.grid_sample(planes, grid, mode="bilinear", padding_mode="border", align_corners=True)
+    return F.grid_sample(planes, grid, mode=sampling, padding_mode="border", align_corners=True)
 
 
 def _level_px(side_px: int, coarseness: float) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from demo.interpolation.layers import FAR, NEAR, Painter, Ranges, sample_clips
+from interpolation_svc.between import pictures_between
 from interpolation_svc.ifnet import IFNet
 
 BATCH = 8
@@ -44,8 +45,8 @@ def mean_psnr(
         first, target, second = (
             painter.picture(clips, torch.full((BATCH,), moment, device=device)) for moment in (0.0, wanted, 1.0)
         )
-        planes = net.encode_pictures(torch.cat([first, second]))
-        picture = net(*planes.chunk(2), torch.full((BATCH,), wanted, device=device)).picture()
+        ends = net.encode_pictures(first), net.encode_pictures(second)
+        picture = pictures_between(net, *ends, torch.full((BATCH,), wanted, device=device))
         ours.append(psnr(picture, target))
         blend.append(psnr(torch.lerp(first, second, wanted), target))
     return torch.cat(ours).mean().item(), torch.cat(blend).mean().item()
