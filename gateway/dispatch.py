@@ -17,6 +17,7 @@ from gateway.store_writes import StoreWrites
 from gateway.ticket import Offer, Start, Ticket
 from gateway.to_its_end import to_its_end
 from gateway.withdrawals import Withdrawals
+from protos import types_pb2
 from services.errors import DeviceLost, ServiceError, StateStoreDown
 from services.wire import error_to_proto
 
@@ -63,6 +64,7 @@ class Dispatcher:
     def cancel(self, request_id: str) -> None:
         """Stops the work on a request that was aborted, if it is ours."""
         if task := self._running.get(request_id):
+            self._lifecycle.aborted.add(request_id)
             task.cancel()
         else:
             # It may be the one that a claim under way brings.
@@ -98,23 +100,33 @@ class Dispatcher:
 
     async def _submit(self, request_id: str, queue: str, ticket: Ticket, fields: Fields, inputs: bytes) -> bool:
         # In a crowd it joins the queue, and the loop that claims finds it there.
-        crowd = self._stopping or self._claiming.locked()
-        replica, offer = ({} if crowd else self._free()).get(queue, (None, Offer()))
-        if replica is None or not offer.feeds_one(ticket.feed):
-            return (await self._state.submit(request_id, queue, ticket, fields, inputs=inputs))[0]
-        start = Start(self._config.lease_s, offer)
-        async with self._claiming:
-            with replica.in_use(ticket.batch):
-                try:
-                    stored, claim = await self._state.submit(
-                        request_id, queue, ticket, fields, inputs=inputs, start=start
-                    )
-                except StateStoreDown:
-                    # It would hold its slot until the lease ends.
-                    self._unanswered.add((request_id, start.mark))
-                    raise
-                if claim is not None:
-                    await self._start(claim, replica)
+        if not self._claiming.locked():
+            async with self._claiming:
+                replica, offer = ({} if self._stopping else self._free()).get(queue, (None, Offer()))
+                if replica is not None and offer.feeds_one(ticket.feed):
+                    start = Start(self._config.lease_s, offer)
+                    with replica.in_use(ticket.batch):
+                        return await self._submit_and_start(request_id, queue, ticket, fields, inputs, start, replica)
+        return (await self._state.submit(request_id, queue, ticket, fields, inputs=inputs))[0]
+
+    async def _submit_and_start(
+        self,
+        request_id: str,
+        queue: str,
+        ticket: Ticket,
+        fields: Fields,
+        inputs: bytes,
+        start: Start,
+        replica: Replica,
+    ) -> bool:
+        try:
+            stored, claim = await self._state.submit(request_id, queue, ticket, fields, inputs=inputs, start=start)
+        except StateStoreDown:
+            # It would hold its slot until the lease ends.
+            self._unanswered.add((request_id, start.mark))
+            raise
+        if claim is not None:
+            await self._start(claim, replica)
         return stored
 
     async def _give_back(self, submit: tuple[str, str]) -> None:
@@ -125,10 +137,13 @@ class Dispatcher:
         self._running[claim.request_id] = task
         # The task counts itself in only once it runs.
         await asyncio.sleep(0)
-        if self._stopping or claim.request_id in self._aborted_early:
+        if claim.request_id in self._aborted_early:
+            self._aborted_early.remove(claim.request_id)
+            self.cancel(claim.request_id)
+        elif self._stopping:
             task.cancel()
         # Before the next claim: whether there is room for it depends on that.
-        await self._lifecycle.memory.ask(claim.record.get("model", b"").decode())
+        await self._lifecycle.memory.ask(types_pb2.GenerationParams.FromString(claim.record["params"]))
 
     async def _claim_all(self) -> None:
         self._aborted_early.clear()

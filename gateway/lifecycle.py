@@ -53,6 +53,8 @@ class Lifecycle:
 
     def __init__(self, state: State, replicas: Replicas, store: Store, config: GatewaySection, process: str) -> None:
         self.memory = Memory(config.max_held_bytes, state)
+        # Requests of ours whose abort was heard here.
+        self.aborted: set[str] = set()
         self._state = state
         self._replicas = replicas
         self._store = store
@@ -140,8 +142,11 @@ class Lifecycle:
             try:
                 await self._run_stage(work, replica)
             except asyncio.CancelledError:
-                await to_its_end(self._cancelled(work))
+                # A call that ended by itself, as when its channel is closed, may be the request's own doing.
+                task = asyncio.current_task()
+                await to_its_end(self._cancelled(work, counts=task is not None and not task.cancelling()))
             finally:
+                self.aborted.discard(work.request_id)
                 beat.cancel()
                 with contextlib.suppress(asyncio.CancelledError):
                     await beat
@@ -277,8 +282,9 @@ class Lifecycle:
 
     async def _hand_over(self, work: Work, latents: Latents, decode: Decode | None) -> None:
         """Keeps the latents and moves the request on to its VAE: the call that runs, or the queue."""
-        await self.memory.learn(work, latents.nbytes)
+        self.memory.learn(work, latents.nbytes)
         await self._store.put_latents(work.request_id, latents.messages, work.deadline_s)
+        await self.memory.tell(work)
         queue = queue_key("vae", self._replicas.component("vae", work.params.model))
         fields = work.fields(queue=queue)
         work.busy_s.clear()
@@ -299,7 +305,7 @@ class Lifecycle:
             await self._denoise_again(work, error)
             return
         kept = Latents(latents, whole=True)
-        await self.memory.learn(work, kept.nbytes)
+        self.memory.learn(work, kept.nbytes)
         decode = self._decode(work, replica, kept)
         try:
             await self._finish(work, decode)
@@ -354,7 +360,7 @@ class Lifecycle:
         await self._requeue(work, counts, detail)
 
     async def _end(self, work: Work, state: str, error: ServiceError) -> str:
-        """Returns the state that it has now; "" when Redis is away: then the lease runs out and the reaper ends it."""
+        """Returns the state that it has now; "" when Redis is away: the lease runs out, and the reaper takes it."""
         detail = error_to_proto(error).SerializeToString()
         with contextlib.suppress(ServiceError):
             ended = await self._state.commit(work.claim, state, "", "", work.fields(error=detail))
@@ -362,16 +368,25 @@ class Lifecycle:
             return ended
         return ""
 
-    async def _cancelled(self, work: Work) -> None:
-        """An abort, a gateway that stops, or a lease that seemed lost: only Redis knows whether anybody wanted its end.
+    async def _cancelled(self, work: Work, *, counts: bool) -> None:
+        """An abort, a gateway that stops, a call that ended, or a lease that seemed lost: but for an abort, it goes on.
 
-        While it fails over, a server that knows less may have told of the lease: such a request goes on.
+        Args:
+            counts: as an attempt, if it goes on.
         """
         aborted = Cancelled("the request was aborted")
-        if self._stopping or await self._end(work, "cancelled", aborted) == "running":
+        if not self._stopping:
+            ended = await self._end(work, "cancelled", aborted)
+            if ended == "running" and work.request_id in self.aborted:
+                # A failover has lost the abort, not the word of it.
+                with contextlib.suppress(ServiceError):
+                    await self._state.abort(work.request_id)
+                ended = await self._end(work, "cancelled", aborted)
+            if ended != "running":
+                return
             log.warning("gives %s back: nobody has aborted it", work.request_id)
-            leaving = NotReady("the gateway that ran the request let go of it")
-            await self._requeue(work, False, error_to_proto(leaving).SerializeToString())
+        leaving = NotReady("the gateway that ran the request let go of it")
+        await self._requeue(work, counts, error_to_proto(leaving).SerializeToString())
 
     async def _requeue(self, work: Work, counts: bool, detail: bytes) -> None:
         fence, attempts = work.claim.fence, self._config.max_attempts

@@ -1,8 +1,8 @@
 """What requests in work hold in the gateway's memory, in bytes: the credits without which nothing more is claimed.
 
 Latents wait here for a store or a VAE that is slow. How large they will be is reckoned from the request's pixels, by
-the newest latents of its model, which gateways tell each other through Redis: one that has not carried any yet must not
-take a crowd that it cannot hold.
+the newest latents of its model with as many frames. Gateways tell each other through Redis: one that has not carried
+any yet must not take a crowd that it cannot hold.
 """
 
 from __future__ import annotations
@@ -14,14 +14,13 @@ from contextlib import contextmanager
 from gateway.cost import pixels
 from gateway.state import State
 from gateway.work import Work
+from protos import types_pb2
 from services.errors import StateStoreDown
 
 # Before a model's first latents: float32, 16 channels, one for each 8 x 8 pixels; those of videos are smaller.
 FIRST_BYTES_A_PIXEL = 1.0
 # Latents on their way to the VAE or the store, and a checkpoint of them or what the connections hold.
 COPIES = 2
-# A change by less than this part is no news.
-NEWS = 0.01
 
 
 class Memory:
@@ -31,7 +30,9 @@ class Memory:
         self._max_bytes = max_bytes
         self._state = state
         self._held: dict[object, Work] = {}
+        # By kind, and what of it Redis has been told.
         self._bytes_a_pixel: dict[str, float] = {}
+        self._told: dict[str, float] = {}
 
     @property
     def has_room(self) -> bool:
@@ -39,7 +40,7 @@ class Memory:
         return sum(map(self._bytes_of, self._held.values())) < self._max_bytes
 
     def _bytes_of(self, work: Work) -> float:
-        a_pixel = self._bytes_a_pixel.get(work.params.model, FIRST_BYTES_A_PIXEL)
+        a_pixel = self._bytes_a_pixel.get(_kind(work.params), FIRST_BYTES_A_PIXEL)
         return int(work.claim.record.get("bytes", b"0")) + COPIES * pixels(work.params) * a_pixel
 
     @contextmanager
@@ -52,19 +53,29 @@ class Memory:
         finally:
             del self._held[place]
 
-    async def ask(self, model: str) -> None:
-        """Before a model's first latents here: what other gateways know."""
-        if model not in self._bytes_a_pixel:
+    async def ask(self, params: types_pb2.GenerationParams) -> None:
+        """Before the first latents of a kind here: what other gateways know."""
+        kind = _kind(params)
+        if kind not in self._bytes_a_pixel:
             with contextlib.suppress(StateStoreDown):
-                known = await self._state.latents_bytes_a_pixel(model)
+                known = await self._state.latents_bytes_a_pixel(kind)
                 if known is not None:
-                    self._bytes_a_pixel.setdefault(model, known)
+                    self._told[kind] = self._bytes_a_pixel.setdefault(kind, known)
 
-    async def learn(self, work: Work, latents_bytes: int) -> None:
+    def learn(self, work: Work, latents_bytes: int) -> None:
         """A request's latents are whole."""
-        model, newest = work.params.model, latents_bytes / pixels(work.params)
-        before = self._bytes_a_pixel.get(model, 0.0)
-        self._bytes_a_pixel[model] = newest
-        if abs(newest - before) > NEWS * newest:
+        self._bytes_a_pixel[_kind(work.params)] = latents_bytes / pixels(work.params)
+
+    async def tell(self, work: Work) -> None:
+        """Tells the other gateways what is new of that request's kind."""
+        kind = _kind(work.params)
+        newest = self._bytes_a_pixel[kind]
+        if newest != self._told.get(kind):
             with contextlib.suppress(StateStoreDown):
-                await self._state.note_latents(model, newest)
+                await self._state.note_latents(kind, newest)
+                self._told[kind] = newest
+
+
+def _kind(params: types_pb2.GenerationParams) -> str:
+    """A clip has fewer latents for each of its pixels than a picture: several frames are one."""
+    return f"{params.model}/{params.num_frames}"

@@ -9,7 +9,7 @@ from gateway.ticket import Offer
 PREFIX = "{ll}"
 IDS, LEASES, FENCE, WAKE, DUE = (f"{PREFIX}:{name}" for name in ("ids", "leases", "fence", "wake", "due"))
 LINK_KEY, PACES, PROBE = f"{PREFIX}:link-key", f"{PREFIX}:paces", f"{PREFIX}:probe"
-# By model: bytes of latents for each pixel of what was asked for.
+# By model and number of frames: bytes of latents for each pixel of what was asked for.
 LATENTS = f"{PREFIX}:latents"
 TERMINAL = frozenset({"done", "failed", "cancelled", "expired"})
 

@@ -313,15 +313,15 @@ class State:
 
         return cast(bytes, await self._scripts.call(ask))
 
-    async def latents_bytes_a_pixel(self, model: str) -> float | None:
-        """What the gateways have learnt of a model; None before its first latents."""
-        found = await self._scripts.call(lambda: cast(Awaitable[Any], self._scripts.redis.hget(LATENTS, model)))
+    async def latents_bytes_a_pixel(self, kind: str) -> float | None:
+        """What the gateways have learnt of a kind of request; None before its first latents."""
+        found = await self._scripts.call(lambda: cast(Awaitable[Any], self._scripts.redis.hget(LATENTS, kind)))
         return None if found is None else float(found)
 
-    async def note_latents(self, model: str, bytes_a_pixel: float) -> None:
-        """The newest latents of a model were as large."""
+    async def note_latents(self, kind: str, bytes_a_pixel: float) -> None:
+        """The newest latents of a kind of request were as large."""
         await self._scripts.call(
-            lambda: cast(Awaitable[Any], self._scripts.redis.hset(LATENTS, model, str(bytes_a_pixel)))
+            lambda: cast(Awaitable[Any], self._scripts.redis.hset(LATENTS, kind, str(bytes_a_pixel)))
         )
 
     async def writable(self) -> bool:

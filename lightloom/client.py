@@ -21,13 +21,12 @@ from protos import gateway_pb2, gateway_pb2_grpc, types_pb2
 from services.client import connect, error_from_rpc
 from services.config import TlsSection, environment
 from services.errors import Cancelled, Code, Internal, InvalidRequest, ServiceError
-from services.request import GenerationParams, Media, check_interpolation, made_frames, open_params, resolve
+from services.request import GenerationParams, Media, check_interpolation, open_params, resolve
 from services.wire import (
     error_from_proto,
     interpolation_limits_from_proto,
     limits_from_proto,
     params_to_proto,
-    resolved_from_proto,
 )
 
 T = TypeVar("T")
@@ -37,6 +36,7 @@ FRAMES_EVERY_S = 0.5
 # For so long, a call of `generate` whose gateway has gone looks for another one.
 RESUME_S = 30.0
 RESUME_PAUSE_S = 0.2
+_TERMINAL = ("done", "failed", "cancelled", "expired")
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,8 +143,11 @@ class AsyncClient:
         try:
             async for event in self._to_its_end(request):
                 kind = event.WhichOneof("event")
+                _raise_of(frames)
                 if kind == "status":
                     status = event.status
+                    if frames is not None and _state(status.state) in _TERMINAL:
+                        frames.cancel()
                     # The pieces come behind it, and from the first on when they come again.
                     data.clear()
                 elif kind == "chunk":
@@ -154,6 +157,7 @@ class AsyncClient:
                     on_progress(progress := _progress(event, status))
                     if frames is None and 0 < progress.total == progress.step and status.params.num_frames > 1:
                         frames = asyncio.create_task(self._tell_frames(status, on_progress))
+            _raise_of(frames)
         finally:
             if frames is not None:
                 frames.cancel()
@@ -161,7 +165,7 @@ class AsyncClient:
 
     async def _tell_frames(self, status: gateway_pb2.RequestStatus, on_progress: Callable[[Progress], None]) -> None:
         """Looks how many there are, until it is cancelled: frames are no events."""
-        total = made_frames(resolved_from_proto(status.params))
+        total = _made_frames(status.params)
         while True:
             await asyncio.sleep(FRAMES_EVERY_S)
             with contextlib.suppress(ServiceError):
@@ -348,6 +352,19 @@ def _progress(event: gateway_pb2.GenerateResponse, status: gateway_pb2.RequestSt
     step, total = (event.step.step, event.step.total) if kind == "step" else (status.step, status.total_steps)
     preview = event.preview.data if kind == "preview" else b""
     return Progress(event.request_id, _state(status.state), step, total, preview)
+
+
+def _made_frames(params: types_pb2.GenerationParams) -> int:
+    """How many frames the file has."""
+    if not params.enable_frame_interpolation:
+        return params.num_frames
+    return ((params.num_frames - 1) << params.frame_interpolation_exp) + 1
+
+
+def _raise_of(task: asyncio.Task[None] | None) -> None:
+    """What a task has failed with, if it has."""
+    if task is not None and task.done() and not task.cancelled():
+        task.result()
 
 
 def _result(status: gateway_pb2.RequestStatus, data: bytes) -> Result:

@@ -105,8 +105,8 @@ class Call:
             raise ValueError(f"a response message has {len(message_bytes)} bytes: at most {MAX_FRAME_BYTES} fit")
         self._put(Kind.MESSAGE, message_bytes)
 
-    def watch(self, is_full: Callable[[], bool]) -> None:
-        """Makes what the call's results go into count for `has_room` too; asked before every tick."""
+    def watch(self, is_full: Callable[[], bool] | None) -> None:
+        """Makes what the call's results go into count for `has_room` too; asked before every tick. None ends it."""
         self._sink_is_full = is_full
 
     def is_full(self) -> bool:

@@ -308,11 +308,6 @@ def interpolated_frames(params: ResolvedParams) -> int:
     return int((params.num_frames - 1) * 2**params.frame_interpolation_exp + 1)
 
 
-def made_frames(params: ResolvedParams) -> int:
-    """How many frames the file has."""
-    return interpolated_frames(params) if params.enable_frame_interpolation else params.num_frames
-
-
 def check_total(inputs: Sequence[Media], param: str) -> None:
     """Raises InvalidRequest when the inputs of a request are too large together."""
     total = sum(len(item.data) for item in inputs)

@@ -144,6 +144,8 @@ class VaeProgram:
         opened = self._open.pop(key, None)
         if opened is not None and opened.media is not None:
             opened.media.writer.close()
+            # They hold each other, and a file may be large: it must not wait for the collector of garbage.
+            opened.call.watch(None)
 
     def _take_frames(self, opened: Opened, chunk: VaeChunk) -> None:
         """Frames leave as they come, or are encoded while later ones are decoded."""

@@ -144,7 +144,7 @@ def _train_autoencoder(run: _Run, model: WanComponents, scenes: MovingBatch) -> 
         )
         run.save(stage, "autoencoder")
     stage.use_average()
-    if stage.finished and stage.planned_s > 0:
+    if stage.finished and stage.step > 0:
         train_autoencoder.even_out(model.vae, scenes, batch_size=run.args.encode_batch, ranks=run.ranks)
     run.say(f"autoencoder: {stage.step} steps, {stage.seconds:.0f} s of {stage.planned_s:.0f}")
     return stage.finished

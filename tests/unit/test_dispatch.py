@@ -31,6 +31,7 @@ class Runs:
 
     def __init__(self, state: State) -> None:
         self.memory = Memory(1, state)
+        self.aborted: set[str] = set()
         self.state = state
         self.claims: list[Claim] = []
         self._stopping = asyncio.Event()
@@ -107,8 +108,15 @@ async def test_a_crowd_that_comes_at_once_takes_no_more_memory_than_there_is(gat
     params = types_pb2.GenerationParams(width=64, height=64).SerializeToString()
     ticket = Ticket(feed=feed_key("m", with_inputs=False))
     queue = queue_key("dit", "d")
-    submits = [gateway.dispatcher.submit(f"r{n}", queue, ticket, FIELDS | {"params": params}) for n in range(8)]
-    await asyncio.gather(*submits, gateway.dispatcher._claim_all())
+    await gateway.dispatcher._claiming.acquire()
+    tasks = [asyncio.create_task(gateway.dispatcher._claim_all())]
+    await asyncio.sleep(0)
+    # They come in the turn in which an earlier claim ends, before the loop that has waited for that.
+    for number in range(8):
+        submit = gateway.dispatcher._submit(f"r{number}", queue, ticket, FIELDS | {"params": params}, b"")
+        tasks.append(asyncio.create_task(submit))
+    gateway.dispatcher._claiming.release()
+    await asyncio.gather(*tasks)
     await gateway.dispatcher._claim_all()
     assert len(gateway.runs.claims) == 1
     await gateway.dispatcher.stop()

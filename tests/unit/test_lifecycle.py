@@ -97,14 +97,23 @@ async def test_a_request_that_nobody_has_aborted_is_not_cancelled_by_an_owner_th
     own, other = two
     await own.submit("r")
     work = await own.claim(lease_s=10.0)
-    await own.lifecycle._cancelled(work)
+    await own.lifecycle._cancelled(work, counts=False)
     record = await own.state.get("r")
     assert (record["state"], record["attempt"], record.get("error")) == (b"queued", b"0", None)
     again = await other.claim(lease_s=10.0)
     await other.state.abort("r")
-    await other.lifecycle._cancelled(again)
+    await other.lifecycle._cancelled(again, counts=False)
     record = await own.state.get("r")
     assert (record["state"], own.files()) == (b"cancelled", set())
+
+
+async def test_an_abort_that_a_failover_has_lost_holds_where_it_was_heard(two) -> None:
+    own, _ = two
+    await own.submit("r")
+    work = await own.claim(lease_s=10.0)
+    own.lifecycle.aborted.add("r")
+    await own.lifecycle._cancelled(work, counts=False)
+    assert (await own.state.get("r"))["state"] == b"cancelled"
 
 
 @pytest.mark.parametrize("stale_first", [True, False])
@@ -229,7 +238,7 @@ async def test_a_result_whose_commit_was_not_answered_is_kept(two) -> None:
     work = await own.claim(lease_s=10.0)
     await own.finish(work, b"good")
     # As when a beat meanwhile says that the request is not ours any more.
-    await own.lifecycle._cancelled(work)
+    await own.lifecycle._cancelled(work, counts=False)
     assert own.files() == {work.artifact_name, f"{work.artifact_name}.json"}
 
 

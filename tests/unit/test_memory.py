@@ -52,7 +52,7 @@ async def test_there_is_room_until_it_is_full_and_one_may_exceed_it(gateway) -> 
 
 async def test_sizes_are_learnt_for_each_model(gateway) -> None:
     memory = gateway(32 * MIB)
-    await memory.learn(work(), 20 * MIB)
+    memory.learn(work(), 20 * MIB)
     with memory.held_by(work(model="other")):
         assert memory.has_room
     with memory.held_by(work(side_px=512)), memory.held_by(work(side_px=512)), memory.held_by(work(side_px=512)):
@@ -61,24 +61,35 @@ async def test_sizes_are_learnt_for_each_model(gateway) -> None:
             assert not memory.has_room
 
 
+async def test_clips_are_told_apart_from_pictures(gateway) -> None:
+    memory = gateway(32 * MIB)
+    memory.learn(work(frames=81), 20 * MIB)
+    with memory.held_by(work()):
+        assert memory.has_room
+        memory.learn(work(), 20 * MIB)
+        assert not memory.has_room
+
+
 async def test_what_one_gateway_has_learnt_another_knows_that_has_carried_nothing_yet(gateway) -> None:
     own, other = gateway(32 * MIB), gateway(32 * MIB)
     first = work()
     with other.held_by(first):
-        await other.ask("m")
+        await other.ask(first.params)
         assert other.has_room
-        await own.learn(work(), 20 * MIB)
-        await other.ask("m")
+        own.learn(work(), 20 * MIB)
+        await own.tell(work())
+        await other.ask(first.params)
         assert not other.has_room
         # It goes by its own latents once it has seen some.
-        await other.learn(first, 1 * MIB)
+        other.learn(first, 1 * MIB)
         assert other.has_room
 
 
 async def test_it_reckons_on_while_redis_is_away() -> None:
     memory = Memory(32 * MIB, State(RedisSection(url="redis://127.0.0.1:1/0"), "gateway"))
     with memory.held_by(work()):
-        await memory.ask("m")
+        await memory.ask(work().params)
         assert memory.has_room
-        await memory.learn(work(), 20 * MIB)
+        memory.learn(work(), 20 * MIB)
+        await memory.tell(work())
         assert not memory.has_room

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -111,6 +113,29 @@ def test_a_call_that_is_cancelled_before_its_answer_gets_none(notes):
     assert not tick(program, call)
     assert notes == ["decoded"]
     assert kinds(outbox) == []
+
+
+def test_a_file_goes_with_its_call(monkeypatch):
+    """Not when garbage is collected: on an idle rank that may be much later."""
+    writers: list[weakref.ref[Writer]] = []
+
+    def make(*options: object) -> Writer:
+        writer = Writer([], *options)
+        writers.append(weakref.ref(writer))
+        return writer
+
+    monkeypatch.setattr(rank, "open_engine", lambda *_: VaeEngine(FakeVae().part(), None, 1))
+    monkeypatch.setattr(rank, "ClipWriter", make)
+    program, outbox = rank.VaeProgram(CONFIG), FrameQueue(1 << 20)
+    gc.disable()
+    try:
+        call = decode(program, 1, outbox)
+        while tick(program, call):
+            """It is decoded to its end."""
+        assert call.closed
+        assert [writer() for writer in writers] == [None]
+    finally:
+        gc.enable()
 
 
 def test_a_clip_that_is_encoded_slowly_holds_up_no_other(monkeypatch):
