@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from typing import cast
 
 from gateway.config import GatewaySection
 from gateway.lifecycle import Lifecycle
@@ -43,8 +44,7 @@ class Dispatcher:
         self._writes = writes
         self._config = config
         self._wake = asyncio.Event()
-        # One at a time: whether there is room for the next one is known when the last one counts.
-        self._claiming = asyncio.Lock()
+        self._claiming = False
         self._running: dict[str, asyncio.Task[None]] = {}
         self._aborted_early: set[str] = set()
         self._ended: list[str] = []
@@ -99,34 +99,23 @@ class Dispatcher:
         return await to_its_end(self._submit(request_id, queue, ticket, fields, inputs))
 
     async def _submit(self, request_id: str, queue: str, ticket: Ticket, fields: Fields, inputs: bytes) -> bool:
-        # In a crowd it joins the queue, and the loop that claims finds it there.
-        if not self._claiming.locked():
-            async with self._claiming:
-                replica, offer = ({} if self._stopping else self._free()).get(queue, (None, Offer()))
-                if replica is not None and offer.feeds_one(ticket.feed):
-                    start = Start(self._config.lease_s, offer)
-                    with replica.in_use(ticket.batch):
-                        return await self._submit_and_start(request_id, queue, ticket, fields, inputs, start, replica)
-        return (await self._state.submit(request_id, queue, ticket, fields, inputs=inputs))[0]
-
-    async def _submit_and_start(
-        self,
-        request_id: str,
-        queue: str,
-        ticket: Ticket,
-        fields: Fields,
-        inputs: bytes,
-        start: Start,
-        replica: Replica,
-    ) -> bool:
-        try:
-            stored, claim = await self._state.submit(request_id, queue, ticket, fields, inputs=inputs, start=start)
-        except StateStoreDown:
-            # It would hold its slot until the lease ends.
-            self._unanswered.add((request_id, start.mark))
-            raise
-        if claim is not None:
-            await self._start(claim, replica)
+        params, memory = types_pb2.GenerationParams.FromString(cast(bytes, fields["params"])), self._lifecycle.memory
+        await memory.ask(params)
+        # While the loop claims, what it will hold is not known: the request joins the queue, where the loop finds it.
+        waits = self._stopping or self._claiming
+        replica, offer = ({} if waits else self._free()).get(queue, (None, Offer()))
+        if replica is None or not offer.feeds_one(ticket.feed):
+            return (await self._state.submit(request_id, queue, ticket, fields, inputs=inputs))[0]
+        start = Start(self._config.lease_s, offer)
+        with replica.in_use(ticket.batch), memory.held_by(params, ticket.nbytes):
+            try:
+                stored, claim = await self._state.submit(request_id, queue, ticket, fields, inputs=inputs, start=start)
+            except StateStoreDown:
+                # It would hold its slot until the lease ends.
+                self._unanswered.add((request_id, start.mark))
+                raise
+            if claim is not None:
+                await self._start(claim, replica)
         return stored
 
     async def _give_back(self, submit: tuple[str, str]) -> None:
@@ -134,32 +123,38 @@ class Dispatcher:
 
     async def _start(self, claim: Claim, replica: Replica) -> None:
         task = asyncio.create_task(self._run(claim.request_id, self._lifecycle.run(claim, replica)))
-        self._running[claim.request_id] = task
-        # The task counts itself in only once it runs.
+        # Once it runs, it counts itself in, and what cancels it finds it at work. Before, nothing of it would ever run.
         await asyncio.sleep(0)
+        self._running[claim.request_id] = task
         if claim.request_id in self._aborted_early:
             self._aborted_early.remove(claim.request_id)
             self.cancel(claim.request_id)
         elif self._stopping:
             task.cancel()
-        # Before the next claim: whether there is room for it depends on that.
-        await self._lifecycle.memory.ask(types_pb2.GenerationParams.FromString(claim.record["params"]))
 
     async def _claim_all(self) -> None:
         self._aborted_early.clear()
         # Replicas without a slot, by what Redis knows of all gateways.
         full: set[str] = set()
-        while not self._stopping:
-            async with self._claiming:
-                free = self._free(full)
-                offers = {queue: offer for queue, (_, offer) in free.items()}
-                claim = await self._state.claim(list(free), self._config.lease_s, offers) if free else None
-                found = {offer.replica_id for offer in offers.values() if offer.full}
-                full |= found
-                if claim is not None:
-                    await self._start(claim, free[claim.queue][0])
+        while not self._stopping and (free := self._free(full)):
+            claim, found = await self._claim_one(free)
+            full |= found
             if not (claim.left if claim is not None else found):
                 return
+
+    async def _claim_one(self, free: Mapping[str, tuple[Replica, Offer]]) -> tuple[Claim | None, set[str]]:
+        """Also returns which of the replicas turned out to be full."""
+        offers = {queue: offer for queue, (_, offer) in free.items()}
+        self._claiming = True
+        try:
+            claim = await self._state.claim(list(free), self._config.lease_s, offers)
+            if claim is not None:
+                await self._start(claim, free[claim.queue][0])
+                # Before the next one: whether there is room for it depends on that.
+                await self._lifecycle.memory.ask(types_pb2.GenerationParams.FromString(claim.record["params"]))
+        finally:
+            self._claiming = False
+        return claim, {offer.replica_id for offer in offers.values() if offer.full}
 
     def _free(self, full: Collection[str] = ()) -> dict[str, tuple[Replica, Offer]]:
         """The queues that a replica may have a slot for, in the order of claiming, with the least busy such replica.

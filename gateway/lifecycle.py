@@ -137,7 +137,8 @@ class Lifecycle:
     async def run(self, claim: Claim, replica: Replica) -> None:
         """Takes a claim through its stage, and through the VAE too when one is free. Never raises, but on cancel."""
         work = Work.of(claim)
-        with request_context(work.request_id, work.traceparent), self.memory.held_by(work):
+        nbytes = int(claim.record.get("bytes", b"0"))
+        with request_context(work.request_id, work.traceparent), self.memory.held_by(work.params, nbytes):
             beat = asyncio.create_task(self._keep_lease(work, asyncio.current_task()))
             try:
                 await self._run_stage(work, replica)

@@ -29,7 +29,7 @@ class Memory:
     def __init__(self, max_bytes: int, state: State) -> None:
         self._max_bytes = max_bytes
         self._state = state
-        self._held: dict[object, Work] = {}
+        self._held: dict[object, tuple[types_pb2.GenerationParams, int]] = {}
         # By kind, and what of it Redis has been told.
         self._bytes_a_pixel: dict[str, float] = {}
         self._told: dict[str, float] = {}
@@ -37,17 +37,16 @@ class Memory:
     @property
     def has_room(self) -> bool:
         """Whether one more request may come."""
-        return sum(map(self._bytes_of, self._held.values())) < self._max_bytes
+        return sum(self._bytes_of(params) + nbytes for params, nbytes in self._held.values()) < self._max_bytes
 
-    def _bytes_of(self, work: Work) -> float:
-        a_pixel = self._bytes_a_pixel.get(_kind(work.params), FIRST_BYTES_A_PIXEL)
-        return int(work.claim.record.get("bytes", b"0")) + COPIES * pixels(work.params) * a_pixel
+    def _bytes_of(self, params: types_pb2.GenerationParams) -> float:
+        return COPIES * pixels(params) * self._bytes_a_pixel.get(_kind(params), FIRST_BYTES_A_PIXEL)
 
     @contextmanager
-    def held_by(self, work: Work) -> Iterator[None]:
-        """Counts a request for the length of the block."""
+    def held_by(self, params: types_pb2.GenerationParams, nbytes: int) -> Iterator[None]:
+        """Counts a request, which has so many bytes itself, for the length of the block."""
         place = object()
-        self._held[place] = work
+        self._held[place] = params, nbytes
         try:
             yield
         finally:

@@ -8,8 +8,8 @@ local state = redis.call('HGET', KEYS[1], 'state')
 -- The same owner once more: the answer to its first call was lost.
 if state == target and state ~= 'running' then return {state, unpack(news(id, ARGV[4], ARGV[5]))} end
 if state ~= 'running' and state ~= 'cancelling' then return {'lost', {}, {}} end
-if state == 'cancelling' then target = 'cancelled'
-elseif target == 'cancelled' then return {state, unpack(news(id, ARGV[4], ARGV[5]))} end
+if target == 'cancelled' and state == 'running' then return {'running', unpack(news(id, ARGV[4], ARGV[5]))} end
+if state == 'cancelling' then target = 'cancelled' end
 free(id)
 -- The next replica is another one: there it has done no harm yet. A next denoiser's checkpoints are among the fields.
 redis.call('HDEL', KEYS[1], 'checkpoints', 'checkpoint_step', 'alone')

@@ -41,7 +41,7 @@ class Runs:
 
     async def run(self, claim: Claim, replica: Replica) -> None:
         self.claims.append(claim)
-        with self.memory.held_by(Work.of(claim)):
+        with self.memory.held_by(Work.of(claim).params, 0):
             try:
                 await self._stopping.wait()
             except asyncio.CancelledError:
@@ -108,15 +108,8 @@ async def test_a_crowd_that_comes_at_once_takes_no_more_memory_than_there_is(gat
     params = types_pb2.GenerationParams(width=64, height=64).SerializeToString()
     ticket = Ticket(feed=feed_key("m", with_inputs=False))
     queue = queue_key("dit", "d")
-    await gateway.dispatcher._claiming.acquire()
-    tasks = [asyncio.create_task(gateway.dispatcher._claim_all())]
-    await asyncio.sleep(0)
-    # They come in the turn in which an earlier claim ends, before the loop that has waited for that.
-    for number in range(8):
-        submit = gateway.dispatcher._submit(f"r{number}", queue, ticket, FIELDS | {"params": params}, b"")
-        tasks.append(asyncio.create_task(submit))
-    gateway.dispatcher._claiming.release()
-    await asyncio.gather(*tasks)
+    submits = [gateway.dispatcher.submit(f"r{n}", queue, ticket, FIELDS | {"params": params}) for n in range(16)]
+    await asyncio.gather(*submits[:8], gateway.dispatcher._claim_all(), *submits[8:])
     await gateway.dispatcher._claim_all()
     assert len(gateway.runs.claims) == 1
     await gateway.dispatcher.stop()

@@ -40,12 +40,12 @@ async def gateway(url: str) -> AsyncIterator[Callable[[int], Memory]]:
 
 async def test_there_is_room_until_it_is_full_and_one_may_exceed_it(gateway) -> None:
     memory = gateway(6 * MIB)
-    with memory.held_by(work()), memory.held_by(work()):
+    with memory.held_by(work().params, 0), memory.held_by(work().params, 0):
         assert memory.has_room
-        with memory.held_by(work()):
+        with memory.held_by(work().params, 0):
             assert not memory.has_room
         assert memory.has_room
-    with memory.held_by(work(frames=81)):
+    with memory.held_by(work(frames=81).params, 0):
         assert not memory.has_room
     assert memory.has_room
 
@@ -53,18 +53,22 @@ async def test_there_is_room_until_it_is_full_and_one_may_exceed_it(gateway) -> 
 async def test_sizes_are_learnt_for_each_model(gateway) -> None:
     memory = gateway(32 * MIB)
     memory.learn(work(), 20 * MIB)
-    with memory.held_by(work(model="other")):
+    with memory.held_by(work(model="other").params, 0):
         assert memory.has_room
-    with memory.held_by(work(side_px=512)), memory.held_by(work(side_px=512)), memory.held_by(work(side_px=512)):
+    with (
+        memory.held_by(work(side_px=512).params, 0),
+        memory.held_by(work(side_px=512).params, 0),
+        memory.held_by(work(side_px=512).params, 0),
+    ):
         assert memory.has_room
-        with memory.held_by(work(side_px=512)):
+        with memory.held_by(work(side_px=512).params, 0):
             assert not memory.has_room
 
 
 async def test_clips_are_told_apart_from_pictures(gateway) -> None:
     memory = gateway(32 * MIB)
     memory.learn(work(frames=81), 20 * MIB)
-    with memory.held_by(work()):
+    with memory.held_by(work().params, 0):
         assert memory.has_room
         memory.learn(work(), 20 * MIB)
         assert not memory.has_room
@@ -73,7 +77,7 @@ async def test_clips_are_told_apart_from_pictures(gateway) -> None:
 async def test_what_one_gateway_has_learnt_another_knows_that_has_carried_nothing_yet(gateway) -> None:
     own, other = gateway(32 * MIB), gateway(32 * MIB)
     first = work()
-    with other.held_by(first):
+    with other.held_by(first.params, 0):
         await other.ask(first.params)
         assert other.has_room
         own.learn(work(), 20 * MIB)
@@ -87,7 +91,7 @@ async def test_what_one_gateway_has_learnt_another_knows_that_has_carried_nothin
 
 async def test_it_reckons_on_while_redis_is_away() -> None:
     memory = Memory(32 * MIB, State(RedisSection(url="redis://127.0.0.1:1/0"), "gateway"))
-    with memory.held_by(work()):
+    with memory.held_by(work().params, 0):
         await memory.ask(work().params)
         assert memory.has_room
         memory.learn(work(), 20 * MIB)

@@ -65,7 +65,12 @@ def _written_since(run: Run, since_s: float) -> list[str]:
 async def frozen_gateway(run: Run, requests: int, owned_at_least: int = 2, gateway: int | None = None) -> History:
     """F4: a gateway that has so many requests stands still for several leases, and then goes on as if nothing was."""
     zombie = run.cluster.of("gateway")[0]
-    tasks = run.start(run.recipes(LONG, requests), gateway=gateway)
+    tasks = []
+    for number, recipe in enumerate(run.recipes(LONG, requests)):
+        tasks += run.start([recipe], gateway=number if gateway is None else gateway)
+        # In a crowd, another gateway may take it out of the queue.
+        while gateway is not None and len(run.accepted()) <= number:
+            await asyncio.sleep(0.01)
     owned = await _owned(run, zombie.name, owned_at_least)
     zombie.freeze()
     since_s = time.time()
