@@ -12,15 +12,6 @@ from gateway.http_errors import service_envelope
 from protos import gateway_pb2, types_pb2
 from services.errors import ErrorRecord, Internal, ServiceError
 
-TERMINAL = frozenset(
-    {
-        gateway_pb2.REQUEST_STATE_DONE,
-        gateway_pb2.REQUEST_STATE_FAILED,
-        gateway_pb2.REQUEST_STATE_CANCELLED,
-        gateway_pb2.REQUEST_STATE_EXPIRED,
-    }
-)
-
 
 def state_name(state: int) -> str:
     """ "queued", "running", ..."""

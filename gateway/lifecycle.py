@@ -283,9 +283,9 @@ class Lifecycle:
 
     async def _hand_over(self, work: Work, latents: Latents, decode: Decode | None) -> None:
         """Keeps the latents and moves the request on to its VAE: the call that runs, or the queue."""
-        self.memory.learn(work, latents.nbytes)
+        self.memory.learn(work.params, latents.nbytes)
         await self._store.put_latents(work.request_id, latents.messages, work.deadline_s)
-        await self.memory.tell(work)
+        await self.memory.tell(work.params)
         queue = queue_key("vae", self._replicas.component("vae", work.params.model))
         fields = work.fields(queue=queue)
         work.busy_s.clear()
@@ -306,7 +306,7 @@ class Lifecycle:
             await self._denoise_again(work, error)
             return
         kept = Latents(latents, whole=True)
-        self.memory.learn(work, kept.nbytes)
+        self.memory.learn(work.params, kept.nbytes)
         decode = self._decode(work, replica, kept)
         try:
             await self._finish(work, decode)

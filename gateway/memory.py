@@ -13,7 +13,6 @@ from contextlib import contextmanager
 
 from gateway.cost import pixels
 from gateway.state import State
-from gateway.work import Work
 from protos import types_pb2
 from services.errors import StateStoreDown
 
@@ -61,13 +60,13 @@ class Memory:
                 if known is not None:
                     self._told[kind] = self._bytes_a_pixel.setdefault(kind, known)
 
-    def learn(self, work: Work, latents_bytes: int) -> None:
+    def learn(self, params: types_pb2.GenerationParams, latents_bytes: int) -> None:
         """A request's latents are whole."""
-        self._bytes_a_pixel[_kind(work.params)] = latents_bytes / pixels(work.params)
+        self._bytes_a_pixel[_kind(params)] = latents_bytes / pixels(params)
 
-    async def tell(self, work: Work) -> None:
+    async def tell(self, params: types_pb2.GenerationParams) -> None:
         """Tells the other gateways what is new of that request's kind."""
-        kind = _kind(work.params)
+        kind = _kind(params)
         newest = self._bytes_a_pixel[kind]
         if newest != self._told.get(kind):
             with contextlib.suppress(StateStoreDown):

@@ -21,7 +21,7 @@ from protos import gateway_pb2, gateway_pb2_grpc, types_pb2
 from services.client import connect, error_from_rpc
 from services.config import TlsSection, environment
 from services.errors import Cancelled, Code, Internal, InvalidRequest, ServiceError
-from services.request import GenerationParams, Media, check_interpolation, open_params, resolve
+from services.request import GenerationParams, Media, check_interpolation, interpolated_frames, open_params, resolve
 from services.wire import (
     error_from_proto,
     interpolation_limits_from_proto,
@@ -165,7 +165,8 @@ class AsyncClient:
 
     async def _tell_frames(self, status: gateway_pb2.RequestStatus, on_progress: Callable[[Progress], None]) -> None:
         """Looks how many there are, until it is cancelled: frames are no events."""
-        total = _made_frames(status.params)
+        params = status.params
+        total = interpolated_frames(params) if params.enable_frame_interpolation else params.num_frames
         while True:
             await asyncio.sleep(FRAMES_EVERY_S)
             with contextlib.suppress(ServiceError):
@@ -352,13 +353,6 @@ def _progress(event: gateway_pb2.GenerateResponse, status: gateway_pb2.RequestSt
     step, total = (event.step.step, event.step.total) if kind == "step" else (status.step, status.total_steps)
     preview = event.preview.data if kind == "preview" else b""
     return Progress(event.request_id, _state(status.state), step, total, preview)
-
-
-def _made_frames(params: types_pb2.GenerationParams) -> int:
-    """How many frames the file has."""
-    if not params.enable_frame_interpolation:
-        return params.num_frames
-    return ((params.num_frames - 1) << params.frame_interpolation_exp) + 1
 
 
 def _raise_of(task: asyncio.Task[None] | None) -> None:

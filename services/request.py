@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from services.errors import InvalidRequest
 
@@ -303,7 +303,17 @@ def check_interpolation(params: ResolvedParams, allowed: InterpolationLimits) ->
         )
 
 
-def interpolated_frames(params: ResolvedParams) -> int:
+class Interpolated(Protocol):
+    """What says how many frames there will be, in whatever form the parameters are."""
+
+    @property
+    def num_frames(self) -> int: ...
+
+    @property
+    def frame_interpolation_exp(self) -> int: ...
+
+
+def interpolated_frames(params: Interpolated) -> int:
     """How many frames interpolation makes of a clip."""
     return int((params.num_frames - 1) * 2**params.frame_interpolation_exp + 1)
 

@@ -8,18 +8,14 @@ import pytest
 
 from gateway.config import RedisSection
 from gateway.memory import Memory
-from gateway.records import Claim
 from gateway.state import State
-from gateway.work import Work
 from protos.types_pb2 import GenerationParams
 
 MIB = 1024 * 1024
 
 
-def work(model: str = "m", side_px: int = 1024, frames: int = 0) -> Work:
-    params = GenerationParams(model=model, width=side_px, height=side_px, num_frames=frames)
-    record = {"params": params.SerializeToString(), "deadline": b"1", "updated": b"0", "traceparent": b""}
-    return Work.of(Claim("r", 1, record, "q", 0))
+def params(model: str = "m", side_px: int = 1024, frames: int = 0) -> GenerationParams:
+    return GenerationParams(model=model, width=side_px, height=side_px, num_frames=frames)
 
 
 @pytest.fixture
@@ -40,49 +36,49 @@ async def gateway(url: str) -> AsyncIterator[Callable[[int], Memory]]:
 
 async def test_there_is_room_until_it_is_full_and_one_may_exceed_it(gateway) -> None:
     memory = gateway(6 * MIB)
-    with memory.held_by(work().params, 0), memory.held_by(work().params, 0):
+    with memory.held_by(params(), 0), memory.held_by(params(), 0):
         assert memory.has_room
-        with memory.held_by(work().params, 0):
+        with memory.held_by(params(), 0):
             assert not memory.has_room
         assert memory.has_room
-    with memory.held_by(work(frames=81).params, 0):
+    with memory.held_by(params(frames=81), 0):
         assert not memory.has_room
     assert memory.has_room
 
 
 async def test_sizes_are_learnt_for_each_model(gateway) -> None:
     memory = gateway(32 * MIB)
-    memory.learn(work(), 20 * MIB)
-    with memory.held_by(work(model="other").params, 0):
+    memory.learn(params(), 20 * MIB)
+    with memory.held_by(params(model="other"), 0):
         assert memory.has_room
     with (
-        memory.held_by(work(side_px=512).params, 0),
-        memory.held_by(work(side_px=512).params, 0),
-        memory.held_by(work(side_px=512).params, 0),
+        memory.held_by(params(side_px=512), 0),
+        memory.held_by(params(side_px=512), 0),
+        memory.held_by(params(side_px=512), 0),
     ):
         assert memory.has_room
-        with memory.held_by(work(side_px=512).params, 0):
+        with memory.held_by(params(side_px=512), 0):
             assert not memory.has_room
 
 
 async def test_clips_are_told_apart_from_pictures(gateway) -> None:
     memory = gateway(32 * MIB)
-    memory.learn(work(frames=81), 20 * MIB)
-    with memory.held_by(work().params, 0):
+    memory.learn(params(frames=81), 20 * MIB)
+    with memory.held_by(params(), 0):
         assert memory.has_room
-        memory.learn(work(), 20 * MIB)
+        memory.learn(params(), 20 * MIB)
         assert not memory.has_room
 
 
 async def test_what_one_gateway_has_learnt_another_knows_that_has_carried_nothing_yet(gateway) -> None:
     own, other = gateway(32 * MIB), gateway(32 * MIB)
-    first = work()
-    with other.held_by(first.params, 0):
-        await other.ask(first.params)
+    first = params()
+    with other.held_by(first, 0):
+        await other.ask(first)
         assert other.has_room
-        own.learn(work(), 20 * MIB)
-        await own.tell(work())
-        await other.ask(first.params)
+        own.learn(params(), 20 * MIB)
+        await own.tell(params())
+        await other.ask(first)
         assert not other.has_room
         # It goes by its own latents once it has seen some.
         other.learn(first, 1 * MIB)
@@ -91,9 +87,9 @@ async def test_what_one_gateway_has_learnt_another_knows_that_has_carried_nothin
 
 async def test_it_reckons_on_while_redis_is_away() -> None:
     memory = Memory(32 * MIB, State(RedisSection(url="redis://127.0.0.1:1/0"), "gateway"))
-    with memory.held_by(work().params, 0):
-        await memory.ask(work().params)
+    with memory.held_by(params(), 0):
+        await memory.ask(params())
         assert memory.has_room
-        memory.learn(work(), 20 * MIB)
-        await memory.tell(work())
+        memory.learn(params(), 20 * MIB)
+        await memory.tell(params())
         assert not memory.has_room
