@@ -6,6 +6,7 @@ several runs ends as it would have in one.
 """
 
 import math
+import time
 from pathlib import Path
 
 import torch
@@ -42,6 +43,8 @@ class Stage:
         self.ranks = ranks
         self.step = 0
         self.seconds = 0.0
+        self._begun_s = self._before_s = self._ends_s = 0.0
+        self._compiles = False
         self.params = {name: p for name, p in modules.named_parameters() if p.requires_grad}
         self.ema = {name: p.detach().clone() for name, p in self.params.items()}
         decayed = [p for p in self.params.values() if p.ndim >= 2]
@@ -54,9 +57,22 @@ class Stage:
     def finished(self) -> bool:
         return self.seconds >= self.planned_s
 
-    def tell(self, seconds: float) -> None:
-        """Take rank 0's seconds of training so far; all ranks tell at the same steps, and so end at the same one."""
-        self.seconds = self.ranks.first(seconds)
+    def begin(self, run_s: float) -> None:
+        """Start the clock of a run of so many seconds at most."""
+        self._begun_s, self._before_s, self._ends_s = time.monotonic(), self.seconds, self.seconds + run_s
+        self._compiles = True
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether neither the plan nor the run is at its end, by the last `count_time`."""
+        return not self.finished and self.seconds < self._ends_s
+
+    def count_time(self) -> None:
+        """Take the time up to now, rank 0's; call it when the device has done what it was given.
+
+        All ranks call it at the same steps, and so end at the same one.
+        """
+        self.seconds = self.ranks.first(self._before_s + time.monotonic() - self._begun_s)
 
     def learning_rate(self) -> float:
         """Linear warm-up, a constant half, then a cosine down to a fiftieth."""
@@ -75,6 +91,10 @@ class Stage:
         self.step += 1
         decay = min(self.ema_decay, (self.step + 1) / (self.step + 10))
         torch._foreach_lerp_(list(self.ema.values()), [p.detach() for p in self.params.values()], 1.0 - decay)
+        if self._compiles:  # A run's first step does: that is time of the run, and none of the plan's.
+            self._compiles = False
+            self._ends_s -= self.ranks.first(time.monotonic() - self._begun_s)
+            self._begun_s = time.monotonic()
 
     @torch.no_grad()
     def use_average(self) -> None:

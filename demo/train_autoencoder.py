@@ -5,7 +5,6 @@ it equals a 2-D convolution with the last temporal slice of its weight; training
 times faster, and saves the standard weights.
 """
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import MethodType
@@ -80,8 +79,8 @@ def train(
     if compiled:
         loss_of = torch.compile(reconstruction_loss)
     with one_frame(vae):
-        started, before = time.monotonic(), stage.seconds
-        while not stage.finished and time.monotonic() - started < run_s:
+        stage.begin(run_s)
+        while stage.goes_on:
             rows = torch.randint(len(scenes), (batch_size,), device=device)
             with torch.autocast(device.type, torch.bfloat16):
                 loss, squared = loss_of(vae, scenes[rows])
@@ -89,7 +88,7 @@ def train(
             stage.update()
             if stage.step % 25 == 0:
                 error = float(squared)  # Waits for the device, so the clock below tells the truth.
-                stage.seconds = before + time.monotonic() - started
+                stage.count_time()
                 if stage.step % 200 == 0 or stage.step == 25:
                     psnr = 10.0 * torch.log10(torch.tensor(4.0 / error)).item()
                     print(
@@ -98,7 +97,7 @@ def train(
                     )
                 if not error < 10.0:
                     raise FloatingPointError(f"the autoencoder diverged at step {stage.step}")
-        stage.seconds = before + time.monotonic() - started
+        stage.count_time()
 
 
 @torch.no_grad()

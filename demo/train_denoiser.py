@@ -5,7 +5,6 @@ that the whole loss compiles into one graph: rotary factors are real, and the pa
 causal encoder.
 """
 
-import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -181,9 +180,9 @@ def train(stage: Stage, data: LatentSet, *, batch_size: int, run_s: float, compi
     for block in transformer.transformer_blocks:
         block.attn.processor = RealRotaryAttention()
     loss_of = torch.compile(flow_loss) if compiled else flow_loss
-    started, before = time.monotonic(), stage.seconds
+    stage.begin(run_s)
     running = torch.zeros((), device=device)
-    while not stage.finished and time.monotonic() - started < run_s:
+    while stage.goes_on:
         latents, weights, ids, lengths = _sample_batch(data, batch_size)
         sigma = sample_sigmas(batch_size, device)
         with torch.autocast(device.type, torch.bfloat16):
@@ -193,13 +192,13 @@ def train(stage: Stage, data: LatentSet, *, batch_size: int, run_s: float, compi
         running = running.lerp(loss.detach(), max(0.01, 1.0 / stage.step))
         if stage.step % 25 == 0:
             shown = float(running)  # Waits for the device, so the clock below tells the truth.
-            stage.seconds = before + time.monotonic() - started
+            stage.count_time()
             if stage.step % 500 == 0 or stage.step == 25:
                 rate = stage.learning_rate()
                 print(f"denoiser step {stage.step} {stage.seconds:.0f} s loss {shown:.4f} lr {rate:.1e}", flush=True)
             if not shown < 100.0:
                 raise FloatingPointError(f"the denoiser diverged at step {stage.step}")
-    stage.seconds = before + time.monotonic() - started
+    stage.count_time()
     for block, processor in zip(transformer.transformer_blocks, stock, strict=True):
         block.attn.processor = processor
 

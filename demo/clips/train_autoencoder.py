@@ -5,7 +5,6 @@ clip goes through at once (a test compares the two), and each 3-D convolution ru
 stacked in its channels: with few channels that is faster, and the whole loss compiles into one graph.
 """
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import MethodType
@@ -109,8 +108,8 @@ def train(
     if compiled:
         loss_of = torch.compile(reconstruction_loss)
     with whole_clips(vae):
-        started, before, first_step = time.monotonic(), stage.seconds, stage.step + 1
-        while not stage.finished and stage.seconds - before < run_s:
+        stage.begin(run_s)
+        while stage.goes_on:
             chosen = scenes[torch.randint(len(scenes), (batch_size,), device=device)]
             # Whole clips: one trained on 17 frames carried colours on from the first frame, and lost them after 19.
             tracks = chosen.tracks()
@@ -118,12 +117,9 @@ def train(
                 loss, squared = loss_of(vae, chosen, tracks)
             loss.backward()
             stage.update()
-            if stage.step == first_step:  # It compiles: that is time of the run, and none of the plan's.
-                run_s -= stage.ranks.first(time.monotonic() - started)
-                started = time.monotonic()
             if stage.step % 10 == 0 or device.type == "cpu":
                 error = float(squared)  # Waits for the device, so the clock below tells the truth.
-                stage.tell(before + time.monotonic() - started)
+                stage.count_time()
                 if stage.ranks.rank == 0 and (stage.step % 100 == 0 or stage.step <= 10):
                     psnr = 10.0 * torch.log10(torch.tensor(4.0 / error)).item()
                     print(

@@ -8,7 +8,6 @@ stands for all.
 Shapes: B rows, S = 9 x 8 x 8 patches, T text tokens, H heads.
 """
 
-import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -186,9 +185,10 @@ def train(stage: Stage, data: LatentClips, *, batch_size: int, run_s: float, com
     transformer: Any = stage.modules["transformer"]
     rotary = rotary_factors(transformer, data.latents)
     loss_of = torch.compile(flow_loss) if compiled else flow_loss
-    started, before, first_step = time.monotonic(), stage.seconds, stage.step + 1
+    first_step = stage.step + 1
     running = torch.zeros((), device=device)
-    while not stage.finished and stage.seconds - before < run_s:
+    stage.begin(run_s)
+    while stage.goes_on:
         latents, weights, ids, lengths = _sample_batch(data, batch_size)
         sigma = sample_sigmas(batch_size, device)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
@@ -196,12 +196,9 @@ def train(stage: Stage, data: LatentClips, *, batch_size: int, run_s: float, com
         loss.backward()
         stage.update()
         running = running.lerp(loss.detach(), max(0.01, 1.0 / (stage.step - first_step + 1)))
-        if stage.step == first_step:  # It compiles: that is time of the run, and none of the plan's.
-            run_s -= stage.ranks.first(time.monotonic() - started)
-            started = time.monotonic()
         if stage.step % 10 == 0 or device.type == "cpu":
             shown = float(running)  # Waits for the device, so the clock below tells the truth.
-            stage.tell(before + time.monotonic() - started)
+            stage.count_time()
             if stage.ranks.rank == 0 and (stage.step % 250 == 0 or stage.step <= 10):
                 rate = stage.learning_rate()
                 print(f"denoiser step {stage.step} {stage.seconds:.0f} s loss {shown:.4f} lr {rate:.1e}", flush=True)

@@ -4,8 +4,6 @@ Called by demo.clips.train. Each thing that a caption may tell has a query that 
 transformer's cross-attention does. The denoiser's own loss teaches the order of two headings too slowly.
 """
 
-import time
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -52,9 +50,10 @@ def train(
 
     Returns: the shares told right in the last batch, (things,).
     """
-    started, before, device = time.monotonic(), stage.seconds, labels.device
+    device = labels.device
     right = torch.zeros(labels.shape[1], device=device)
-    while not stage.finished and stage.seconds - before < run_s:
+    stage.begin(run_s)
+    while stage.goes_on:
         rows = torch.randint(len(tokens), (batch_size,), device=device)
         which = torch.randint(tokens.shape[1], (batch_size,), device=device)
         ids, num_tokens, wanted = tokens[rows, which].long(), lengths[rows, which].long(), labels[rows]
@@ -65,5 +64,5 @@ def train(
         right = torch.stack([(logits.argmax(1) == wanted[:, i]).float().mean() for i, logits in enumerate(told)])
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        stage.tell(before + time.monotonic() - started)
+        stage.count_time()
     return right

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import time
 from pathlib import Path
 
 import torch
@@ -96,15 +95,15 @@ def train(stage: Stage, net: IFNet, args: argparse.Namespace, painter: Painter) 
     """Trains until the stage has had its planned seconds or this run its minutes."""
     device = painter.tiles.device
     generator = torch.Generator(device).manual_seed(stage.ranks.seed(args.seed + stage.step))
-    started, before = time.monotonic(), stage.seconds
-    while not stage.finished and stage.seconds - before < 60 * args.run_minutes:
+    stage.begin(60 * args.run_minutes)
+    while stage.goes_on:
         clips = sample_clips(args.batch, args.side, len(painter.tiles), generator)
         loss, picture_error, flow_error = loss_of(net, painter, clips, generator)
         loss.backward()
         stage.update()
         if stage.step % 25 == 0 or device.type == "cpu":
             error = picture_error.item()  # Waits for the device, so the clock below tells the truth.
-            stage.tell(before + time.monotonic() - started)
+            stage.count_time()
             if stage.ranks.rank == 0 and (stage.step % 250 == 0 or stage.step <= 100):
                 reached = f"loss {loss.item():.4f} psnr {-10 * math.log10(error):.2f} flow {flow_error.item():.2f} px"
                 print(f"step {stage.step} {stage.seconds:.0f} s {reached}", flush=True)
