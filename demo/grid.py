@@ -12,6 +12,7 @@ from demo.evaluate import CHECKPOINT, draw_with_model, held_out
 TARGET = Path("docs/demo_grid.png")
 COLUMNS, ROWS, SIDE_PX, CAPTION_PX = 4, 2, 192, 84
 CHARS_A_LINE = 34
+FONT = ImageFont.load_default(11)
 
 
 def main() -> None:
@@ -21,19 +22,20 @@ def main() -> None:
         CHECKPOINT, prompts, steps=20, guidance=4.0, batch=len(prompts), device=torch.device("cpu")
     )
     sheet = Image.new("RGB", (COLUMNS * (SIDE_PX + 8), ROWS * (SIDE_PX + CAPTION_PX)), "white")
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
+    pen = ImageDraw.Draw(sheet)
     for index, (prompt, picture) in enumerate(zip(prompts, pictures, strict=True)):
         x, y = index % COLUMNS * (SIDE_PX + 8), index // COLUMNS * (SIDE_PX + CAPTION_PX)
         sheet.paste(Image.fromarray(picture).resize((SIDE_PX, SIDE_PX)), (x, y))
-        pen.multiline_text((x + 2, y + SIDE_PX + 3), _wrapped(prompt), "black", font=font, spacing=2)
+        pen.multiline_text((x + 2, y + SIDE_PX + 3), wrapped(prompt, CHARS_A_LINE), "black", font=FONT, spacing=2)
     TARGET.parent.mkdir(exist_ok=True)
     sheet.save(TARGET, optimize=True)
 
 
-def _wrapped(text: str) -> str:
+def wrapped(text: str, chars_a_line: int) -> str:
+    """Words in lines of fewer characters."""
     lines = [""]
     for word in text.split():
-        if len(lines[-1]) + len(word) >= CHARS_A_LINE:
+        if len(lines[-1]) + len(word) >= chars_a_line:
             lines.append("")
         lines[-1] = f"{lines[-1]} {word}".strip()
     return "\n".join(lines)

@@ -2,8 +2,8 @@
 
 Neither the combinations (colour, shape, path) nor the sentence forms of these captions were trained on. The stock
 diffusers pipeline makes the clips, the scorer reads the pixels. Prints shares (0 to 1) and the variance of the
-distance covered a frame in square pixels, for the model's clips and for true scenes, each with its own captions and
-with each other's.
+distance covered a frame in square pixels, for the model's clips, for true scenes and for what the autoencoder alone
+makes of those; the first two also with each other's captions.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from random import Random
 
 import numpy as np
 import torch
+from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from numpy.typing import NDArray
 
 from demo.clips import components
@@ -59,6 +60,19 @@ def make_clips(
     return clips
 
 
+@torch.inference_mode()
+def code_clips(folder: Path, clips: list[Clip], *, batch: int, device: torch.device) -> list[Clip]:
+    """Clips encoded and decoded by the stock autoencoder in fp32."""
+    vae = AutoencoderKLWan.from_pretrained(folder / "vae", torch_dtype=torch.float32).to(device)
+    coded: list[Clip] = []
+    for start in range(0, len(clips), batch):
+        pixels = torch.from_numpy(np.stack(clips[start : start + batch])).to(device)
+        latents = vae.encode(pixels.permute(0, 4, 1, 2, 3) / 127.5 - 1).latent_dist.mode()
+        frames = (127.5 * (vae.decode(latents).sample + 1)).round().clamp(0, 255).to(torch.uint8)
+        coded += list(frames.permute(0, 2, 3, 4, 1).cpu().numpy())
+    return coded
+
+
 def judge(pairs: list[Pair], clips: list[Clip]) -> ClipTotals:
     """The shares of what is right."""
     return total(score(clip, scene, caption.names_speed) for clip, (scene, caption) in zip(clips, pairs, strict=True))
@@ -91,6 +105,7 @@ def main() -> None:
         "guidance": args.guidance,
         "model": asdict(judge(pairs, clips)),
         "model_shuffled_captions": asdict(judge(shuffled(pairs), clips)),
+        "autoencoder": asdict(judge(pairs, code_clips(args.model, true_clips, batch=args.batch, device=device))),
         "true_scenes": asdict(judge(pairs, true_clips)),
         "true_scenes_shuffled_captions": asdict(judge(shuffled(pairs), true_clips)),
     }
