@@ -7,6 +7,7 @@ import itertools
 import queue
 import struct
 import threading
+import time
 import zipfile
 from collections.abc import Callable, Iterator
 from fractions import Fraction
@@ -67,6 +68,7 @@ class ClipWriter:
         self._given_up = self._told = self._ended = False
         self._made: tuple[str, bytes] | BaseException | None = None
         self._done = threading.Event()
+        self._told_s = self._done_s = 0.0
         self._thread = threading.Thread(target=self._run, name="clip writer", daemon=True)
         self._thread.start()
 
@@ -82,7 +84,7 @@ class ClipWriter:
     def end(self) -> None:
         """Says that no frames follow."""
         if not self._told:
-            self._told = True
+            self._told, self._told_s = True, time.perf_counter()
             self._chunks.put(None)
 
     def is_done(self, timeout_s: float = 0.0) -> bool:
@@ -108,6 +110,11 @@ class ClipWriter:
         """Size of what `finish` gives; 0 until the encoder has ended, and when it has failed."""
         return len(self._made[1]) if self._done.is_set() and isinstance(self._made, tuple) else 0
 
+    @property
+    def behind_s(self) -> float:
+        """Seconds that it encoded for after the last frame had come; once it has ended."""
+        return max(0.0, self._done_s - self._told_s)
+
     def close(self) -> None:
         """Ends the thread; what was added is lost."""
         self._given_up = True
@@ -127,6 +134,7 @@ class ClipWriter:
                 raise RuntimeError(f"{self._missing} of {self._num_frames} frames never came")
         except Exception as error:  # noqa: BLE001 - it is raised by `finish`
             self._made = error
+        self._done_s = time.perf_counter()
         self._done.set()
         while not self._ended:
             # Whoever adds frames must not wait for ever.
