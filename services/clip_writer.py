@@ -68,13 +68,15 @@ class ClipWriter:
         self._given_up = self._told = self._ended = False
         self._made: tuple[str, bytes] | BaseException | None = None
         self._done = threading.Event()
-        self._told_s = self._done_s = 0.0
+        self._full_s = self._told_s = self._done_s = self._waited_s = 0.0
         self._thread = threading.Thread(target=self._run, name="clip writer", daemon=True)
         self._thread.start()
 
     def add(self, frames: Frames) -> None:
         """The next frames [F, H, W, 3]."""
         self._room.acquire()
+        if self._chunks.qsize() + 1 >= CHUNKS_AHEAD:
+            self._full_s = time.perf_counter()
         self._chunks.put(frames)
 
     def is_full(self) -> bool:
@@ -85,6 +87,7 @@ class ClipWriter:
         """Says that no frames follow."""
         if not self._told:
             self._told, self._told_s = True, time.perf_counter()
+            self._has_room()
             self._chunks.put(None)
 
     def is_done(self, timeout_s: float = 0.0) -> bool:
@@ -112,8 +115,8 @@ class ClipWriter:
 
     @property
     def behind_s(self) -> float:
-        """Seconds that it encoded for after the last frame had come; once it has ended."""
-        return max(0.0, self._done_s - self._told_s)
+        """Seconds that it was waited for: while it was full, and once it has ended, behind the last frame."""
+        return self._waited_s + max(0.0, self._done_s - self._told_s)
 
     def close(self) -> None:
         """Ends the thread; what was added is lost."""
@@ -142,8 +145,14 @@ class ClipWriter:
 
     def _next(self) -> Frames | None:
         chunk = self._chunks.get()
+        self._has_room()
         self._room.release()
         return chunk
+
+    def _has_room(self) -> None:
+        since_s, self._full_s = self._full_s, 0.0
+        if since_s:
+            self._waited_s += time.perf_counter() - since_s
 
     def _taken(self) -> Iterator[Frames]:
         """The chunks, up to the last frame: what is to be done at the end begins before `finish` is called."""

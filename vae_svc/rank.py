@@ -185,6 +185,7 @@ class VaeProgram:
                 call.fail(internal_error(error, call.request_id))
                 return
         span = make_span(f"vae.{call.method.lower()}", self._config.service.name, opened.queued_ns, time.time_ns())
+        # The stage works on the request, too, while the encoder alone does.
         encoding_s = 0.0 if opened.media is None else opened.media.writer.behind_s
         usage = types_pb2.StageUsage(busy_s=result.busy_s + encoding_s, spans=[span])
         # Both response types have the usage in field 3.
