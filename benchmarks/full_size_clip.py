@@ -1,9 +1,16 @@
 """Wan 2.2 T2V A14B at full size on one GPU, as a cluster: 480p, 81 frames, guidance by two branches.
 
-`python -m benchmarks.full_size_clip` prints seconds a step, of the decode and end to end, and what of it no rank worked
-on the request. Random weights in bfloat16, compiled blocks; one expert of 14 B waits in the host's memory. The clip
-leaves as raw frames, so that no encoder is needed: `--format mp4` where PyAV is installed. A rehearsal without a GPU:
-`--source FOLDER --device cpu --width 64 --height 64 --frames 9 --steps 4`.
+`python -m benchmarks.full_size_clip` prints seconds a step, of the decode and end to end, and the time outside of the
+stages: that in which none works on the request. Random weights in bfloat16, compiled blocks; one expert of 14 B waits
+in the host's memory. A rehearsal without a GPU: `--source FOLDER --device cpu --width 64 --height 64 --frames 9`.
+
+Outside are queues, hops, Redis, the gateway, the file's way to the disk and to the client, and what passes in a
+denoiser between two steps. Not outside is the making of the file: frames are encoded in the VAE's service while later
+ones are decoded, and while the encoder alone works, which the decoder then waits for, that is the VAE's work. Raw
+frames need no encoder and are the most to carry (97 MB); mp4 is what clients mostly ask for, and needs PyAV.
+
+With fewer steps than a clip should have, `of_40_steps` says what a request of 40 would take: the median of the
+measured steps for each that is missing, and the time between two steps as often. That is extrapolated, not measured.
 """
 
 from __future__ import annotations
@@ -31,8 +38,9 @@ from services.wire import OUTPUT_FORMATS
 # FLOPs of both branches over the measured matmul and attention ceilings of one H100 (docs/performance.md).
 FLOOR_STEP_S = 4.95
 READY_TIMEOUT_S = 400.0
-# Both experts, each of them compiled on its first step.
-WARMUP_STEPS = 4
+# Both experts: the last of three steps is the second one's.
+WARMUP_STEPS = 3
+WHOLE_STEPS = 40
 
 
 def cluster_of(args: argparse.Namespace) -> ClusterConfig:
@@ -50,9 +58,13 @@ def cluster_of(args: argparse.Namespace) -> ClusterConfig:
 
 
 async def run_clips(args: argparse.Namespace) -> dict[str, Any]:
-    """One short request to warm up, then the measured ones."""
-    more = {"width": args.width, "num_frames": args.frames, "output_format": OUTPUT_FORMATS[args.format]}
-    work = Work("wan", args.height, args.steps, 4.0, 1200.0, more)
+    """One short request to warm up, then the measured ones of each format."""
+    more = {"width": args.width, "num_frames": args.frames}
+    asked = [
+        Work("wan", args.height, args.steps, 4.0, 1200.0, more | {"output_format": OUTPUT_FORMATS[name]})
+        for name in args.formats
+        for _ in range(args.runs)
+    ]
     outcomes: list[Outcome] = []
     async with Cluster(cluster_of(args), args.run_dir) as cluster:
         try:
@@ -60,27 +72,66 @@ async def run_clips(args: argparse.Namespace) -> dict[str, Any]:
             note("ready")
             async with grpc.aio.insecure_channel(cluster.grpc_address, options=CHANNEL_OPTIONS) as channel:
                 stub = gateway_pb2_grpc.GatewayStub(channel)
-                for index in range(args.runs + 1):
-                    asked = work if index else replace(work, steps=WARMUP_STEPS)
-                    outcomes.append(await timed_request(stub, asked, index, time.perf_counter()))
+                for index, work in enumerate([replace(asked[0], steps=WARMUP_STEPS), *asked]):
+                    outcomes.append(await timed_request(stub, work, index, time.perf_counter()))
                     note(str(outcomes[-1]))
                     if outcomes[-1].error:
                         raise RuntimeError(f"the cluster failed: {outcomes[-1].error}")
         except Exception:
             print_logs(cluster.run_dir / "logs")
             raise
-    measured = outcomes[1:]
-    seconds, outside_s = (statistics.median(getattr(o, name) for o in measured) for name in ("seconds", "outside_s"))
     return {
-        "work": {name: getattr(args, name) for name in ("width", "height", "frames", "steps", "format", "runs")},
+        "work": {name: getattr(args, name) for name in ("width", "height", "frames", "steps", "formats", "runs")},
         "floor_step_s": FLOOR_STEP_S,
-        "step_s": statistics.median(o.busy_s["dit"] for o in measured) / args.steps,
-        "end_to_end_s": seconds,
-        "outside_s": outside_s,
-        "outside_share": outside_s / seconds,
-        "busy_s": measured[-1].busy_s,
-        "spans": measured[-1].spans,
+        "formats": {
+            name: figures(outcomes[1 + args.runs * number :][: args.runs], args.steps)
+            for number, name in enumerate(args.formats)
+        },
     }
+
+
+def figures(measured: list[Outcome], steps: int) -> dict[str, Any]:
+    """Of the requests of one format: that with the median time outside."""
+    one = sorted(measured, key=lambda outcome: outcome.outside_s)[len(measured) // 2]
+    parts = parts_of(one)
+    step_s = statistics.median(one.step_s)
+    missing = WHOLE_STEPS - steps
+    outside_s = one.outside_s + missing * parts["between_steps"] / steps
+    whole_s = one.seconds + missing * (step_s + parts["between_steps"] / steps)
+    return {
+        "step_s": step_s,
+        "steps_s": one.step_s,
+        "end_to_end_s": one.seconds,
+        "outside_s": one.outside_s,
+        "outside_parts_s": parts,
+        "of_40_steps": {
+            "extrapolated": missing != 0,
+            "end_to_end_s": whole_s,
+            "outside_s": outside_s,
+            "outside_share": outside_s / whole_s,
+        },
+        "each_outside_s": [outcome.outside_s for outcome in measured],
+        "busy_s": one.busy_s,
+        "spans": one.spans,
+    }
+
+
+def parts_of(outcome: Outcome) -> dict[str, float]:
+    """What the time outside consists of, in seconds: by the timeline, which the gateway begins with its claim.
+
+    `between_steps` and `vae_waits` pass in a rank, for the text encoder it is nothing. `store` is the file's way to the
+    disk, `client` the rest before and behind the timeline: submit, commit, and the file's way to the client.
+    """
+    spans = {name: (start_ms / 1000, length_ms / 1000) for name, start_ms, length_ms in outcome.spans}
+    store_s = spans["gateway.store"][1]
+    # The file is hashed and written as soon as its last byte is there, beside the end of the VAE's call.
+    parts = {
+        "between_steps": spans["dit.denoise"][1] - outcome.busy_s["dit"],
+        "vae_waits": spans["vae.decode"][1] - outcome.busy_s["vae"],
+        "store": store_s,
+        "client": outcome.seconds - (spans["gateway.store"][0] + store_s),
+    }
+    return parts | {"hops": outcome.outside_s - sum(parts.values())}
 
 
 def main() -> None:
@@ -93,7 +144,7 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=81)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--runs", type=int, default=1)
-    parser.add_argument("--format", choices=("raw", "mp4", "zip"), default="raw")
+    parser.add_argument("--formats", nargs="+", choices=("raw", "mp4", "gif", "zip"), default=["raw"])
     parser.add_argument("--run-dir", type=Path, default=Path("run/full_size_clip"))
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()

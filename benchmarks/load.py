@@ -33,6 +33,7 @@ class Outcome:
     `busy_s` is what the rank processes spent on it, by stage; `seconds` runs from the planned arrival. `queued_s` is
     the time in queues, `turns_s` the time that it spent in a stage's rank while that did not work on it: when others
     had their turn, and between two steps. `spans` are name, start and length in milliseconds, from the first start on.
+    `step_s` are the seconds of the steps that were told of: five in any second at most.
     """
 
     seconds: float
@@ -41,6 +42,7 @@ class Outcome:
     queued_s: float = 0.0
     turns_s: float = 0.0
     spans: tuple[tuple[str, float, float], ...] = ()
+    step_s: tuple[float, ...] = ()
 
     @property
     def outside_s(self) -> float:
@@ -84,10 +86,13 @@ async def timed_request(stub: gateway_pb2_grpc.GatewayStub, work: Work, index: i
     params = types_pb2.GenerationParams(**(wish | dict(work.more)))
     request = gateway_pb2.GenerateRequest(params=params, inline_artifact=True)
     done: gateway_pb2.RequestStatus | None = None
+    step_s: list[float] = []
     try:
         async for event in stub.Generate(request, timeout=work.timeout_s):
             if event.WhichOneof("event") == "status" and event.status.state == gateway_pb2.REQUEST_STATE_DONE:
                 done = event.status
+            elif event.WhichOneof("event") == "step":
+                step_s.append(event.step.seconds)
     except grpc.aio.AioRpcError as failure:
         return Outcome(time.perf_counter() - planned_s, {}, f"{failure.code().name}: {failure.details()}")
     seconds = time.perf_counter() - planned_s
@@ -101,7 +106,7 @@ async def timed_request(stub: gateway_pb2_grpc.GatewayStub, work: Work, index: i
         (span.name, round((span.start_unix_ns - first_ns) / 1e6, 2), round(span.duration_ns / 1e6, 2))
         for span in sorted(trace.spans, key=lambda span: int(span.start_unix_ns))
     )
-    return Outcome(seconds, dict(done.busy_s), "", done.queued_s, turns_s, spans)
+    return Outcome(seconds, dict(done.busy_s), "", done.queued_s, turns_s, spans, tuple(step_s))
 
 
 def summary(outcomes: Sequence[Outcome], wall_s: float, slo_s: float | None = None) -> dict[str, Any]:

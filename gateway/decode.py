@@ -14,6 +14,7 @@ from typing import Any
 
 import grpc
 
+from gateway.digests import CHUNK_BYTES, Digests
 from gateway.replica import Replica
 from gateway.stage_calls import Latents, failed, refused
 from gateway.work import Progress, Work
@@ -39,6 +40,8 @@ class Decode:
         self, work: Work, vae: Replica, latents: Latents, progress: Progress, interpolator: Replica | None = None
     ) -> None:
         self.artifact = gateway_pb2.Artifact()
+        # Of media that are large; of others that is a moment's work.
+        self.digests: Digests | None = None
         self.start_unix_ns = time.time_ns()
         self._work = work
         self._progress = progress
@@ -56,7 +59,7 @@ class Decode:
         self._task = asyncio.create_task(self._run(vae, interpolator))
         self._task.add_done_callback(lambda _task: self._whole.set())
 
-    async def media(self) -> bytes:
+    async def media(self) -> bytearray:
         """The encoded media, as soon as its last byte is here.
 
         Raises:
@@ -65,7 +68,7 @@ class Decode:
         await self._whole.wait()
         if self._task.done():
             self._task.result()
-        return bytes(self._data)
+        return self._data
 
     async def ended(self) -> dict[str, types_pb2.StageUsage]:
         """What each stage spent, at the end of the calls.
@@ -82,6 +85,8 @@ class Decode:
             call.cancel()
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
+        if self.digests is not None:
+            self.digests.close()
         await self._progress.close()
 
     async def _run(self, vae: Replica, interpolator: Replica | None) -> None:
@@ -145,10 +150,13 @@ class Decode:
                 self._expected = header.nbytes
                 artifact.mime, artifact.width, artifact.height = header.mime, header.width, header.height
                 artifact.num_frames, artifact.fps = header.num_frames, header.fps
+                self.digests = Digests() if header.nbytes > CHUNK_BYTES else None
             case "chunk":
                 if len(self._data) + len(response.chunk.data) > self._expected:
                     raise CorruptTensor(f"the {replica.stage} announced {self._expected} bytes and sent more")
                 self._data += response.chunk.data
+                if self.digests is not None:
+                    self.digests.add(response.chunk.data)
                 if len(self._data) == self._expected:
                     self._whole.set()
             case "frames":

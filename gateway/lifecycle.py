@@ -332,7 +332,7 @@ class Lifecycle:
         """Media to the store, then DONE."""
         data = await decode.media()
         start_ns = time.time_ns()
-        put = self._store.put(work.artifact_name, data, decode.artifact, work.deadline_s)
+        put = self._store.put(work.artifact_name, data, decode.artifact, work.deadline_s, decode.digests)
         storing = asyncio.create_task(put)
         try:
             for stage, usage in (await decode.ended()).items():

@@ -22,7 +22,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 RETRY_AFTER_S = 10.0
 KINDS = ("artifacts", "latents", "probes")
 
-Pieces = Sequence[bytes]
+Pieces = Sequence[bytes | bytearray]
 
 
 @dataclass(frozen=True, slots=True)

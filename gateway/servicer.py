@@ -9,7 +9,7 @@ from typing import Any
 
 from gateway.access import CallerRequests, Door
 from gateway.grpc_access import value_of
-from protos import gateway_pb2, gateway_pb2_grpc, types_pb2
+from protos import gateway_pb2, gateway_pb2_grpc
 from services.errors import NotEnabled
 from services.wire import interpolation_limits_to_proto, params_from_proto
 
@@ -71,8 +71,9 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
             if inline:
                 async for data in requests.media(event.status):
                     for offset in range(0, len(data), CHUNK_BYTES):
-                        chunk = types_pb2.MediaChunk(data=data[offset : offset + CHUNK_BYTES])
-                        yield gateway_pb2.GenerateResponse(request_id=request_id, chunk=chunk)
+                        response = gateway_pb2.GenerateResponse(request_id=request_id)
+                        response.chunk.data = data[offset : offset + CHUNK_BYTES]
+                        yield response
 
     async def Abort(self, request: gateway_pb2.AbortRequest, context: Any) -> gateway_pb2.AbortResponse:  # noqa: N802
         """Cancels."""

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from gateway.config import StoreSection
+from gateway.digests import CHUNK_BYTES, Digests
 from gateway.objects import Folder, Objects, Pieces, Stored
 from gateway.objects_s3 import Bucket
 from gateway.store_writes import StoreWrites
@@ -31,8 +32,6 @@ log = logging.getLogger(__name__)
 _LENGTH = struct.Struct("<I")
 # Artifacts written lately are kept in memory too, up to so much: mostly somebody waits for them.
 RECENT_BYTES = 32 * 1024 * 1024
-# An artifact is checked and sent in such pieces: most pictures are one.
-CHUNK_BYTES = 4 * 1024 * 1024
 LISTED_AT_ONCE = 1000
 THREADS = 16
 T = TypeVar("T")
@@ -49,21 +48,35 @@ class Store:
         self._recent: OrderedDict[str, bytes] = OrderedDict()
         self._recent_bytes = 0
 
-    async def put(self, name: str, data: bytes, artifact: gateway_pb2.Artifact, until_s: float) -> None:
+    async def put(
+        self,
+        name: str,
+        data: bytes | bytearray,
+        artifact: gateway_pb2.Artifact,
+        until_s: float,
+        digests: Digests | None = None,
+    ) -> None:
         """Writes an artifact and its manifest; sets `nbytes` and `sha256`. Waits for a store that is full or away.
+
+        Args:
+            digests: of the data, where they have been made beside its coming.
 
         Raises:
             ArtifactStoreFull, ArtifactStoreDown: it was so until then.
         """
 
         def objects() -> Mapping[str, Pieces]:
-            artifact.nbytes, artifact.sha256 = len(data), hashlib.sha256(data).hexdigest()
-            return {f"artifacts/{name}": [data], f"artifacts/{name}.json": [manifest_of(name, data, artifact)]}
+            artifact.nbytes = len(data)
+            artifact.sha256, chunks = (digests or Digests.of(data)).ended()
+            return {f"artifacts/{name}": [data], f"artifacts/{name}.json": [manifest_of(name, artifact, chunks)]}
 
         await self.writes.write(objects, len(data), durable=True, until_s=until_s)
         self._remember(artifact.sha256, data)
 
-    def _remember(self, sha256: str, data: bytes) -> None:
+    def _remember(self, sha256: str, data: bytes | bytearray) -> None:
+        if len(data) > RECENT_BYTES:
+            return
+        data = bytes(data)
         self._recent_bytes += len(data) - len(self._recent.pop(sha256, b""))
         self._recent[sha256] = data
         while self._recent_bytes > RECENT_BYTES:
@@ -87,10 +100,24 @@ class Store:
             yield recent[start:stop]
             return
         chunks = await self._in_thread(self._read_manifest, name, artifact)
-        for number in range(start // CHUNK_BYTES, -(-stop // CHUNK_BYTES)):
-            begin = number * CHUNK_BYTES
-            chunk = await self._in_thread(self._read_chunk, name, artifact, begin, chunks[number])
-            yield chunk[max(0, start - begin) : stop - begin]
+        numbers = range(start // CHUNK_BYTES, -(-stop // CHUNK_BYTES))
+        ahead: asyncio.Future[bytes] | None = None
+        try:
+            for number in numbers:
+                chunk = await (ahead or self._chunk(name, artifact, number, chunks))
+                # Read and checked while this one is sent.
+                ahead = self._chunk(name, artifact, number + 1, chunks) if number + 1 in numbers else None
+                begin = number * CHUNK_BYTES
+                yield chunk[max(0, start - begin) : stop - begin]
+        finally:
+            if ahead is not None:
+                ahead.cancel()
+
+    def _chunk(
+        self, name: str, artifact: gateway_pb2.Artifact, number: int, chunks: Sequence[str]
+    ) -> asyncio.Future[bytes]:
+        begin = number * CHUNK_BYTES
+        return asyncio.ensure_future(self._in_thread(self._read_chunk, name, artifact, begin, chunks[number]))
 
     def _read_manifest(self, name: str, artifact: gateway_pb2.Artifact) -> list[str]:
         """The digests of the chunks."""
@@ -220,13 +247,8 @@ def artifact_name(request_id: str, fence: int) -> str:
     return f"{request_id}.{fence}"
 
 
-def manifest_of(name: str, data: bytes, artifact: gateway_pb2.Artifact) -> bytes:
-    """What was made, by whom, and how to tell whether it is still that."""
-    whole = len(data) <= CHUNK_BYTES
-    digests = [
-        hashlib.sha256(memoryview(data)[start : start + CHUNK_BYTES]).hexdigest()
-        for start in range(0, 0 if whole else len(data), CHUNK_BYTES)
-    ]
+def manifest_of(name: str, artifact: gateway_pb2.Artifact, chunks: Sequence[str]) -> bytes:
+    """What was made, by whom, and how to tell whether it is still that, whole and by its chunks."""
     manifest = {
         "request_id": name.rpartition(".")[0],
         "mime": artifact.mime,
@@ -237,7 +259,7 @@ def manifest_of(name: str, data: bytes, artifact: gateway_pb2.Artifact) -> bytes
         "num_frames": artifact.num_frames,
         "fps": artifact.fps,
         "chunk_bytes": CHUNK_BYTES,
-        "chunks": [artifact.sha256] * bool(data) if whole else digests,
+        "chunks": list(chunks),
     }
     return json.dumps(manifest).encode()
 

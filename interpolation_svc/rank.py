@@ -197,7 +197,7 @@ class InterpolationProgram:
             call.fail(internal_error(error, call.request_id))
             return
         span = make_span("interpolate", self._config.service.name, opened.started_ns, time.time_ns())
-        usage = types_pb2.StageUsage(busy_s=result.busy_s, spans=[span])
+        usage = types_pb2.StageUsage(busy_s=result.busy_s + opened.media.writer.behind_s, spans=[span])
         call.send(vae_pb2.DecodeResponse(usage=usage).SerializeToString())
         call.finish()
 

@@ -7,6 +7,7 @@ import itertools
 import queue
 import struct
 import threading
+import time
 import zipfile
 from collections.abc import Callable, Iterator
 from fractions import Fraction
@@ -67,12 +68,15 @@ class ClipWriter:
         self._given_up = self._told = self._ended = False
         self._made: tuple[str, bytes] | BaseException | None = None
         self._done = threading.Event()
+        self._full_s = self._told_s = self._done_s = self._waited_s = 0.0
         self._thread = threading.Thread(target=self._run, name="clip writer", daemon=True)
         self._thread.start()
 
     def add(self, frames: Frames) -> None:
         """The next frames [F, H, W, 3]."""
         self._room.acquire()
+        if self._chunks.qsize() + 1 >= CHUNKS_AHEAD:
+            self._full_s = time.perf_counter()
         self._chunks.put(frames)
 
     def is_full(self) -> bool:
@@ -82,7 +86,8 @@ class ClipWriter:
     def end(self) -> None:
         """Says that no frames follow."""
         if not self._told:
-            self._told = True
+            self._told, self._told_s = True, time.perf_counter()
+            self._has_room()
             self._chunks.put(None)
 
     def is_done(self, timeout_s: float = 0.0) -> bool:
@@ -108,6 +113,11 @@ class ClipWriter:
         """Size of what `finish` gives; 0 until the encoder has ended, and when it has failed."""
         return len(self._made[1]) if self._done.is_set() and isinstance(self._made, tuple) else 0
 
+    @property
+    def behind_s(self) -> float:
+        """Seconds that it was waited for: while it was full, and once it has ended, behind the last frame."""
+        return self._waited_s + max(0.0, self._done_s - self._told_s)
+
     def close(self) -> None:
         """Ends the thread; what was added is lost."""
         self._given_up = True
@@ -127,6 +137,7 @@ class ClipWriter:
                 raise RuntimeError(f"{self._missing} of {self._num_frames} frames never came")
         except Exception as error:  # noqa: BLE001 - it is raised by `finish`
             self._made = error
+        self._done_s = time.perf_counter()
         self._done.set()
         while not self._ended:
             # Whoever adds frames must not wait for ever.
@@ -134,8 +145,14 @@ class ClipWriter:
 
     def _next(self) -> Frames | None:
         chunk = self._chunks.get()
+        self._has_room()
         self._room.release()
         return chunk
+
+    def _has_room(self) -> None:
+        since_s, self._full_s = self._full_s, 0.0
+        if since_s:
+            self._waited_s += time.perf_counter() - since_s
 
     def _taken(self) -> Iterator[Frames]:
         """The chunks, up to the last frame: what is to be done at the end begins before `finish` is called."""

@@ -201,6 +201,12 @@ def media_messages(header: types_pb2.MediaHeader, data: bytes) -> Iterator[bytes
     """Encoded media as the last stage answers them, a VAE and an interpolator alike; `header` gets the size."""
     header.nbytes = len(data)
     yield vae_pb2.DecodeResponse(media=header).SerializeToString()
+    yield from media_chunks(data)
+
+
+def media_chunks(data: bytes) -> Iterator[bytes]:
+    """Bytes of media as messages, of which the header has gone before."""
     for offset in range(0, len(data), MEDIA_CHUNK_BYTES):
-        chunk = types_pb2.MediaChunk(data=data[offset : offset + MEDIA_CHUNK_BYTES])
-        yield vae_pb2.DecodeResponse(chunk=chunk).SerializeToString()
+        response = vae_pb2.DecodeResponse()
+        response.chunk.data = data[offset : offset + MEDIA_CHUNK_BYTES]
+        yield response.SerializeToString()

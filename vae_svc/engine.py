@@ -220,7 +220,7 @@ class VaeEngine:
 def to_pixels(frames: torch.Tensor) -> np.ndarray:
     """[B, F, 3, H, W] in [-1, 1] to uint8 [B, F, H, W, 3], rounded as the stock image processor does."""
     scaled = (frames / 2 + 0.5).clamp(0, 1).float().permute(0, 1, 3, 4, 2)
-    pixels: np.ndarray = (scaled * 255).round().to(torch.uint8).cpu().numpy()
+    pixels: np.ndarray = (scaled * 255).round().to(torch.uint8, memory_format=torch.contiguous_format).cpu().numpy()
     return pixels
 
 

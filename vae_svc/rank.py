@@ -7,7 +7,7 @@ import time
 import torch
 
 from protos import text_encoder_pb2, types_pb2, vae_pb2
-from services.clip_writer import ClipWriter
+from services.clip_writer import RAW_MIME, ClipWriter
 from services.config import StageConfig
 from services.describe import describe, open_model
 from services.errors import CorruptTensor
@@ -18,7 +18,7 @@ from services.request import ResolvedParams
 from services.telemetry import internal_error, make_span
 from services.tensor_wire import frame_of
 from services.tensors import BundleReader
-from services.wire import resolved_from_proto
+from services.wire import media_chunks, resolved_from_proto
 from vae_svc.engine import VaeChunk, VaeJob, VaeResult, open_engine
 
 SUBFOLDERS = ("vae",)
@@ -148,10 +148,12 @@ class VaeProgram:
             opened.call.watch(None)
 
     def _take_frames(self, opened: Opened, chunk: VaeChunk) -> None:
-        """Frames leave as they come, or are encoded while later ones are decoded."""
+        """Frames leave as they come, for an interpolator or raw, or are encoded while later ones are decoded."""
         params = chunk.job.params
         if opened.frames_only:
             opened.call.send_tensors({"frames": torch.from_numpy(chunk.frames)})
+        elif self._speaks and params.output_format == "raw":
+            _send_raw(opened, chunk)
         elif self._speaks:
             if opened.media is None:
                 writer = ClipWriter(params.output_format, params.quality, params.fps, params.num_frames)
@@ -183,7 +185,9 @@ class VaeProgram:
                 call.fail(internal_error(error, call.request_id))
                 return
         span = make_span(f"vae.{call.method.lower()}", self._config.service.name, opened.queued_ns, time.time_ns())
-        usage = types_pb2.StageUsage(busy_s=result.busy_s, spans=[span])
+        # The stage works on the request, too, while the encoder alone does.
+        encoding_s = 0.0 if opened.media is None else opened.media.writer.behind_s
+        usage = types_pb2.StageUsage(busy_s=result.busy_s + encoding_s, spans=[span])
         # Both response types have the usage in field 3.
         call.send(vae_pb2.DecodeResponse(usage=usage).SerializeToString())
         call.finish()
@@ -194,6 +198,23 @@ class VaeProgram:
 
     def drain(self) -> None:
         """What waits is short: it is finished."""
+
+
+def _send_raw(opened: Opened, chunk: VaeChunk) -> None:
+    """How many bytes there will be is known from the first frame on: nothing has to wait for the last one."""
+    params, (height, width) = chunk.job.params, chunk.frames.shape[1:3]
+    if not chunk.first_frame:
+        header = types_pb2.MediaHeader(
+            mime=RAW_MIME,
+            width=width,
+            height=height,
+            num_frames=params.num_frames,
+            fps=params.fps,
+            nbytes=params.num_frames * chunk.frames[0].nbytes,
+        )
+        opened.call.send(vae_pb2.DecodeResponse(media=header).SerializeToString())
+    for message in media_chunks(chunk.frames.tobytes()):
+        opened.call.send(message)
 
 
 def _header(opened: Opened, result: VaeResult) -> types_pb2.MediaHeader:

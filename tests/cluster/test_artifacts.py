@@ -17,7 +17,8 @@ import psutil
 import pytest
 import redis
 
-from gateway.store import CHUNK_BYTES, manifest_of
+from gateway.digests import CHUNK_BYTES, Digests
+from gateway.store import manifest_of
 from lightloom.cluster_config import write_toml
 from lightloom.redis_server import start_redis
 from protos import gateway_pb2
@@ -167,7 +168,7 @@ def test_a_large_artifact_that_is_damaged_behind_its_start_breaks_off(two, redis
         name = administrator.hget(key, "file").decode()
         administrator.hset(key, "artifact", artifact.SerializeToString())
     two.s3.put(f"artifacts/{name}", data)
-    two.s3.put(f"artifacts/{name}.json", manifest_of(name, data, artifact))
+    two.s3.put(f"artifacts/{name}.json", manifest_of(name, artifact, Digests.of(data).ended()[1]))
     url = status(two.second, request_id)["artifact"]["url"]
     check_content(two.second, url, data)
     two.s3.put(f"artifacts/{name}", data[:-1] + b"D")

@@ -38,6 +38,7 @@ class Decoded:
 
     def __init__(self, data: bytes) -> None:
         self.artifact = gateway_pb2.Artifact(mime="image/png")
+        self.digests = None
         self.start_unix_ns = time.time_ns()
         self._data = data
 

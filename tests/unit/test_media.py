@@ -18,6 +18,7 @@ from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTr
 from PIL import ExifTags, Image, ImageFile, ImageOps
 
 from gateway.http_inputs import media_of_bytes
+from services import clip_writer
 from services.clip_writer import ClipWriter, encode_frames
 from services.errors import InvalidRequest
 from services.media import MAX_INPUT_PIXELS, PICTURE_FORMATS, decode_image, first_picture, image_size
@@ -317,3 +318,13 @@ def test_an_encoder_that_fails_holds_up_nobody():
     with pytest.raises(Exception, match="31|47|divisible|av"):
         writer.finish()
     writer.close()
+
+
+def test_the_time_that_an_encoder_is_waited_for(monkeypatch):
+    monkeypatch.setattr(clip_writer, "_mp4", lambda chunks, *_: b"".join(time.sleep(0.1) or b"x" for _ in chunks))
+    writer = ClipWriter("mp4", 80, 12.0, 6)
+    begun_s = time.perf_counter()
+    for _ in range(6):
+        writer.add(PIXELS[None])
+    assert writer.finish()[1] == 6 * b"x"
+    assert 0.4 < writer.behind_s <= time.perf_counter() - begun_s

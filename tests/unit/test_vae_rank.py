@@ -21,7 +21,7 @@ from services.rank_process import Call
 from services.request import ResolvedParams
 from services.tensors import bundle_frames
 from services.wire import params_to_proto
-from tests.unit.test_vae_engine import PARAMS, FakeVae
+from tests.unit.test_vae_engine import CHUNK, PARAMS, FakeVae
 from vae_svc import rank
 from vae_svc.engine import VaeEngine
 
@@ -34,6 +34,7 @@ class Writer:
     """A ClipWriter that notes what happens."""
 
     made_bytes = 0
+    behind_s = 0.0
 
     def __init__(self, notes: list[str], *_options: object) -> None:
         self._notes = notes
@@ -193,3 +194,19 @@ def test_a_large_file_leaves_as_it_is_taken_and_holds_up_no_other(monkeypatch):
     assert b"".join(answer.chunk.data for answer in answers) == large
     assert [answer.media.nbytes for answer in answers if answer.HasField("media")] == [len(large)]
     assert stuck.closed
+
+
+def test_raw_frames_leave_while_later_ones_are_decoded(monkeypatch):
+    monkeypatch.setattr(rank, "open_engine", lambda *_: VaeEngine(FakeVae().part(), None, 1))
+    program, outbox = rank.VaeProgram(CONFIG), FrameQueue(1 << 24)
+    clip = replace(PARAMS, num_frames=3 * CHUNK, output_format="raw")
+    call = decode(program, 1, outbox, clip)
+    assert tick(program, call)
+    first = [vae_pb2.DecodeResponse.FromString(frame.payload) for frame in outbox.take(0)]
+    assert first[0].media.nbytes == clip.num_frames * clip.height * clip.width * 3
+    assert sum(len(answer.chunk.data) for answer in first) * 3 == first[0].media.nbytes
+    while tick(program, call):
+        """It is decoded to its end."""
+    rest = [vae_pb2.DecodeResponse.FromString(f.payload) for f in outbox.take(0) if f.kind is Kind.MESSAGE]
+    assert sum(len(answer.chunk.data) for answer in first + rest) == first[0].media.nbytes
+    assert rest[-1].HasField("usage") and call.closed
