@@ -41,7 +41,7 @@ FLOW_SHARE = 0.1
 EARLIER = 0.8
 """What a block counts, next to the one after it."""
 PYRAMID = 5
-SERVED_FLOW_SHARE = 0.05
+SERVED_FLOW_SHARE = 0.02
 """What a pixel of error in the flow counts when pictures count as they are served: it keeps blocks on their ways."""
 SEEN_MSE = 1e-4
 """Added to a picture's squared error before its logarithm: what is as good as 40 dB need not become better."""
