@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from interpolation_svc.ifnet import IFNet, warp
+from interpolation_svc.ifnet import Estimate, IFNet, warp
 
 COARSE_SCALE = 1.25
 """The two coarse blocks see a little more than in training; chosen on photographs (docs/interpolation.md)."""
@@ -34,12 +34,23 @@ def pictures_between(
 
     `scale` is that of the flow's resolution, as in `IFNet`.
     """
-    both_ways = torch.cat([first, second]), torch.cat([second, first])
-    estimate = net(*both_ways, torch.cat([time, 1 - time]), scale, COARSE_SCALE)
+    estimate = net(*both_ways(first, second, time), scale, COARSE_SCALE)
+    return pictures_of(estimate, first[:, :3], second[:, :3], time)
+
+
+def both_ways(
+    first: torch.Tensor, second: torch.Tensor, time: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What `IFNet` is asked: from first [B, C, H, W] to second at times [B], then from second to first, [2B, ...]."""
+    return torch.cat([first, second]), torch.cat([second, first]), torch.cat([time, 1 - time])
+
+
+def pictures_of(estimate: Estimate, first: torch.Tensor, second: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+    """The pictures [B, 3, H, W] that an estimate for `both_ways` makes of the pictures alone, [B, 3, H, W] each."""
     forth, back = (estimate.flow[:, 2:] - estimate.flow[:, :2]).chunk(2)
     mix, mix_back = estimate.mix.chunk(2)
     share = torch.sigmoid(torch.cat([mix, -mix_back]))
-    ends = torch.cat([planes[:, :3].repeat(2, 1, 1, 1) for planes in (first, second)])
+    ends = torch.cat([pictures.repeat(2, 1, 1, 1) for pictures in (first, second)])
     time = time.to(first).repeat(2).view(-1, 1, 1, 1)
     motion = corrected(torch.cat([forth, -back]), ends, time)
     at_first, at_second = warp(ends, _flows(motion, time), "bicubic").clamp(0, 1).chunk(2)

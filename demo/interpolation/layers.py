@@ -1,7 +1,7 @@
 """Clips for training: layers that move independently, one before another, drawn at any time with their true flow.
 
 A layer is an outline filled with a piece of a photograph or with a plain colour. It moves on a line, turns, grows and
-bends; a camera's pan moves all layers alike. Some pieces are enlarged until they look out of focus. Everything is drawn
+bends; a camera's pan moves all layers alike. Some pieces are enlarged until they have no detail. Everything is drawn
 in batches where its tensors are, by sampling; nothing is loaded.
 
 Letters of shapes: N clips, M their layers (`LAYERS` of each clip, back to front; the first fills the picture), S the
@@ -36,7 +36,7 @@ class Ranges:
 
     A layer travels `travel` at most, times a number in [0, 1) to the power of `rareness`; with the camera's pan, which
     all layers share, `pan` more (both against the picture's side). It turns by `turn` (radians) and grows by `growth`
-    (logarithm) at most. Its photograph has at least `contrast`, and is out of focus with probability `blurred`.
+    (logarithm) at most. Its photograph has at least `contrast`, and is smooth with probability `blurred`.
     """
 
     travel: float
@@ -50,7 +50,7 @@ class Ranges:
 
 NEAR = Ranges(24 / 256, 1.6, pan=0.0, turn=math.radians(8), growth=0.08, contrast=0.6, blurred=0.0)
 """24 px of 256 at most, all in focus: what networks are compared by."""
-FAR = Ranges(0.25, 3.0, pan=0.2, turn=math.radians(12), growth=0.12, contrast=0.25, blurred=0.3)
+FAR = Ranges(0.25, 3.0, pan=0.2, turn=math.radians(12), growth=0.12, contrast=0.25, blurred=0.4)
 """What training draws. Between every second frame of a film, things near the camera move as far; a network that was
 taught `NEAR` alone shows them double."""
 
@@ -219,14 +219,16 @@ def _sample_look(draw: Draw, ranges: Ranges, plain: torch.Tensor, side_px: int, 
     flat = plain | ((draw.uniform() < 0.1) & (draw.depth > 0))
     palette = torch.tensor(list(PALETTE.values()), device=device) / 255
     colour = torch.where(draw.uniform(0, 1, 1) < 0.5, palette[draw.index(len(PALETTE))], draw.uniform(0, 1, 3))
-    # Some layers have little contrast, some are out of focus: enlarged four times, and soft at the edge.
+    # Some layers have little contrast, some are smooth: enlarged up to four times. Of these, half have a soft edge
+    # too, as what is out of focus; the others are things without detail.
     contrast = draw.uniform(ranges.contrast, 1.2, 1, 1)
     tint = contrast * (torch.eye(3, device=device) + 0.12 * draw.normal(3, 3))
     blur = torch.where(draw.uniform() < ranges.blurred, draw.uniform(), 0.0)
+    soft = draw.uniform() < 0.5
     return Look(
         outline=torch.where(plain, draw.index(len(SHAPES)), draw.index(len(SHAPES) + BLOBS + BARS)),
         radius=draw.uniform(0.08 * side_px, 0.36 * side_px),
-        softness=torch.where(plain, 1.0, draw.uniform(0.8, 2.5) * 4**blur),
+        softness=torch.where(plain, 1.0, draw.uniform(0.8, 2.5) * 4 ** (blur * soft)),
         offset=torch.where(draw.depth == 0, -FAR_PX, torch.where(shown, 0.0, FAR_PX)),
         tile=draw.index(tiles),
         zoom=draw.uniform(0.5, 1.25) * 4**-blur,

@@ -21,7 +21,7 @@ from demo.clips.scenes import sample_moving_scene
 from demo.clips.train_autoencoder import even_out
 from demo.interpolation.layers import Painter, sample_clips
 from demo.interpolation.photographs import TILE_PX
-from demo.interpolation.train import loss_of, train
+from demo.interpolation.train import draw_triples, loss_of, train
 from demo.ranks import ALONE, Ranks, join, leave
 from demo.stage import Stage
 from interpolation_svc.ifnet import IFNet, IFNetSpec
@@ -39,7 +39,8 @@ def begun(ranks: Ranks = ALONE) -> tuple[Stage, IFNet, Painter]:
 
 
 def run(stage: Stage, net: IFNet, painter: Painter, seconds: float) -> None:
-    train(stage, net, argparse.Namespace(seed=SEED, batch=BATCH, side=SIDE_PX, run_minutes=seconds / 60), painter)
+    wanted = {"seed": SEED, "batch": BATCH, "side": SIDE_PX, "run_minutes": seconds / 60, "as_served": False}
+    train(stage, net, argparse.Namespace(**wanted), painter)
 
 
 def evened_out(ranks: Ranks = ALONE) -> dict[str, torch.Tensor]:
@@ -84,7 +85,8 @@ def test_two_ranks_end_together_with_the_weights_of_one_that_has_both_batches(tm
     generators = [torch.Generator().manual_seed(Ranks(rank, 2).seed(SEED)) for rank in (0, 1)]
     for _ in range(steps):
         for generator in generators:
-            loss_of(net, painter, sample_clips(BATCH, SIDE_PX, 2, generator), generator)[0].backward()
+            triples = draw_triples(painter, sample_clips(BATCH, SIDE_PX, 2, generator), generator)
+            loss_of(net, triples)[0].backward()
         for param in net.parameters():
             assert param.grad is not None
             param.grad /= 2

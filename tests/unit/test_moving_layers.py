@@ -1,12 +1,17 @@
 """The clips that the frame interpolator is trained on: what is drawn moves as the flow says it does."""
 
+from collections.abc import Callable
+
+import pytest
 import torch
 
 from demo.interpolation.evaluate import mean_psnr
 from demo.interpolation.layers import FAR, LAYERS, NEAR, Painter, sample_clips
 from demo.interpolation.photographs import TILE_PX
-from demo.interpolation.train import SPEC, loss_of
+from demo.interpolation.train import SPEC, Triples, draw_triples, loss_of, served_loss_of
+from interpolation_svc.between import pictures_between
 from interpolation_svc.ifnet import IFNet, IFNetSpec, warp
+from interpolation_svc.weights import PACKAGED, load_ifnet
 
 SIDE_PX = 96
 
@@ -60,13 +65,26 @@ def test_a_scene_of_the_demo_has_plain_colours_only() -> None:
         assert sizes.topk(min(LAYERS, len(sizes))).values.sum() > 0.9 * SIDE_PX**2, "more than flat shapes"
 
 
-def test_training_reaches_every_weight_and_the_checkpoint_stays_small() -> None:
+@pytest.mark.parametrize("loss", [loss_of, served_loss_of])
+def test_training_reaches_every_weight_and_the_checkpoint_stays_small(
+    loss: Callable[[IFNet, Triples], tuple[torch.Tensor, ...]],
+) -> None:
     artist, generator = painter(), torch.Generator().manual_seed(0)
     net = IFNet(IFNetSpec((16, 12, 8, 8), encodes=True))
-    loss, _, _ = loss_of(net, artist, sample_clips(2, SIDE_PX, 3, generator), generator)
-    loss.backward()
-    assert all(p.grad is not None and p.grad.any() for p in net.parameters())
+    triples = draw_triples(artist, sample_clips(2, SIDE_PX, 3, generator), generator)
+    loss(net, triples)[0].backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in net.parameters())
     assert 2 * sum(p.numel() for p in IFNet(SPEC).parameters()) < 5e6
+
+
+def test_what_counts_as_served_is_the_picture_that_is_served() -> None:
+    artist, generator = painter(), torch.Generator().manual_seed(0)
+    net = load_ifnet(PACKAGED)
+    triples = draw_triples(artist, sample_clips(2, SIDE_PX, 3, generator), generator)
+    ends = net.encode_pictures(triples.first), net.encode_pictures(triples.second)
+    served = pictures_between(net, *ends, triples.times)
+    _, error, _ = served_loss_of(net, triples)
+    torch.testing.assert_close(error, (served - triples.wanted).square().mean())
 
 
 def test_blending_is_judged_alike_at_every_call() -> None:
