@@ -19,7 +19,7 @@ from torch import nn
 
 def kernels_for(x: torch.Tensor) -> Any:
     """Triton's kernels on a GPU; plain torch on the CPU, and for a compiler, which fuses it itself."""
-    if not x.is_cuda or torch.compiler.is_compiling() or not _has_compiler():
+    if not x.is_cuda or torch.compiler.is_compiling() or not has_compiler():
         return sys.modules[__name__]
     # Imported where it is used: builds of torch without CUDA come without Triton.
     from services import vae_kernels_cuda
@@ -28,8 +28,8 @@ def kernels_for(x: torch.Tensor) -> Any:
 
 
 @cache
-def _has_compiler() -> bool:
-    """Triton builds what starts its kernels."""
+def has_compiler() -> bool:
+    """For Triton, which builds what starts its kernels."""
     return any(map(shutil.which, ("gcc", "clang")))
 
 
@@ -63,12 +63,13 @@ def add(shortcut: torch.Tensor, x: torch.Tensor, bias: torch.Tensor) -> torch.Te
     return shortcut + _with_bias(x, bias)
 
 
-def double(x: torch.Tensor) -> torch.Tensor:
-    """[B, C, H, W] to [B, C, 2 H, 2 W], each pixel four times, channels last."""
-    rows = x.permute(0, 2, 3, 1)
-    batch, height, width, count = rows.shape
-    wide = rows[:, :, None, :, None].expand(batch, height, 2, width, 2, count)
-    return wide.reshape(batch, 2 * height, 2 * width, count).permute(0, 3, 1, 2)
+def double(x: torch.Tensor, out: torch.Tensor) -> None:
+    """Each pixel of [B, C, H, W] four times.
+
+    Args:
+        out: [B, C, 2 H, 2 W], channels last; may be a part of something larger.
+    """
+    out.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).copy_(x[:, :, :, None, :, None])
 
 
 def side_by_side(clip: torch.Tensor, count: int) -> torch.Tensor:

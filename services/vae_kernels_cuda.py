@@ -183,12 +183,17 @@ def _add(  # type: ignore[no-untyped-def]  # noqa: ANN202, PLR0913
     tl.store(out + offsets, values, mask=inside)
 
 
-@triton.jit(do_not_specialize=("rows", "width"))  # type: ignore[untyped-decorator]
+@triton.jit(  # type: ignore[untyped-decorator]
+    do_not_specialize=("rows", "height", "width", "batch_stride", "line_stride")
+)
 def _double(  # type: ignore[no-untyped-def]  # noqa: ANN202, PLR0913
     x,  # noqa: ANN001
     out,  # noqa: ANN001
     rows,  # noqa: ANN001
+    height,  # noqa: ANN001
     width,  # noqa: ANN001
+    batch_stride,  # noqa: ANN001
+    line_stride,  # noqa: ANN001
     C: tl.constexpr,
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
@@ -197,12 +202,14 @@ def _double(  # type: ignore[no-untyped-def]  # noqa: ANN202, PLR0913
     channel = tl.arange(0, CHANNELS)[None, :]
     inside = (row < rows) & (channel < C)
     values = tl.load(x + row.to(tl.int64) * C + channel, mask=inside)
+    line = row // width
+    batch = line // height
     # Two lines of the result for one, and two rows of channels for one.
-    first = row // width * 4 * width + row % width * 2
+    first = batch.to(tl.int64) * batch_stride + (line - batch * height).to(tl.int64) * 2 * line_stride
+    first += (row - line * width) * 2 * C + channel
     for down in tl.static_range(2):
         for right in tl.static_range(2):
-            target = (first + down * 2 * width + right).to(tl.int64)
-            tl.store(out + target * C + channel, values, mask=inside)
+            tl.store(out + first + down * line_stride + right * C, values, mask=inside)
 
 
 @triton.jit(do_not_specialize=("rows", "picture", "frames"))  # type: ignore[untyped-decorator]
@@ -307,16 +314,13 @@ def add(shortcut: torch.Tensor, x: torch.Tensor, bias: torch.Tensor) -> torch.Te
     return out
 
 
-def double(x: torch.Tensor) -> torch.Tensor:
-    """See `vae_kernels.double`."""
+def double(x: torch.Tensor, out: torch.Tensor) -> None:
+    """See `vae_kernels.double`; lines of `out` may lie apart, in each the pixels lie one after the other."""
     x = _in_rows(x)
     batch, count, height, width = x.shape
-    shape = (batch, count, 2 * height, 2 * width)
-    out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     rows, tile = batch * height * width, _tile(count)
     kernel: Any = _double[(triton.cdiv(rows, tile["ROWS"]),)]
-    kernel(x, out, rows, width, count, **tile)
-    return out
+    kernel(x, out, rows, height, width, out.stride(0), out.stride(2), count, **tile)
 
 
 def side_by_side(clip: torch.Tensor, count: int) -> torch.Tensor:

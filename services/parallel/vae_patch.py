@@ -5,7 +5,8 @@ needs of the others it tells by itself:
 
     convolution     as many rows of its neighbours as its kernel reaches over the border, by its own numbers
     group norm      the moments of all pieces
-    attention       (the classes that the `VaePlan` names) the whole picture, at the latents' size
+    attention       (the classes that the `VaePlan` names) the whole picture, at the latents' size; where it asks for
+                    them, others' keys and values only
     all others      nothing: they work pixel by pixel, or resample by whole factors
 
 A layer keeps its forward, whatever that does: a convolution gets a piece with its neighbours' edges instead of padding.
@@ -15,7 +16,7 @@ convolution's input himself can leave room for the edges in it, and saves a copy
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -115,7 +116,11 @@ def convolutions(module: nn.Module) -> list[Any]:
 def _rebind_layers(module: nn.Module, plan: VaePlan, cut: Cut, axis: Axis) -> None:
     """Of a module and those in it; attention sees whole pictures, and so does all that it is made of."""
     for part in module.children():
-        if isinstance(part, plan.attention):
+        if isinstance(part, plan.attention) and hasattr(part, "keys_of_all"):
+            attention: Any = part
+            attention.keys_of_all = SharedKeys(cut, axis)
+            _rebind_layers(part, plan, cut, axis)
+        elif isinstance(part, plan.attention):
             _wrap(part, _attend, cut, axis)
         elif isinstance(part, nn.Conv2d | nn.Conv3d):
             shared: Any = part
@@ -128,12 +133,23 @@ def _rebind_layers(module: nn.Module, plan: VaePlan, cut: Cut, axis: Axis) -> No
 
 
 class SharedConvolution:
-    """What a convolution sees of the neighbours' pieces."""
+    """What a convolution sees of the neighbours' pieces.
+
+    Args:
+        conv: with a forward that takes its input without them.
+    """
 
     def __init__(self, conv: Any, cut: Cut, axis: Axis) -> None:
         self._conv, self._cut, self._axis = conv, cut, axis
+        self._forward = conv.forward
 
-    def room_for(self, shape: torch.Size) -> tuple[int, ...]:
+    def __call__(self, room: torch.Tensor) -> torch.Tensor:
+        """What the convolution gives for a room with the piece in it."""
+        self.fill(room)
+        with self.unpadded():
+            return self._forward(room)  # type: ignore[no-any-return]
+
+    def room_for(self, shape: Sequence[int]) -> tuple[int, ...]:
         """The shape of a piece with its neighbours' edges."""
         sides = list(shape)
         if self._cut.dim:
@@ -167,6 +183,23 @@ class SharedConvolution:
             self._conv.padding = padding
 
 
+class SharedKeys:
+    """What an attention sees of the other pieces, where it is made to ask for it (`vae_attention`)."""
+
+    def __init__(self, cut: Cut, axis: Axis) -> None:
+        self._cut, self._axis = cut, axis
+
+    def __call__(self, own: torch.Tensor) -> torch.Tensor:
+        """Keys, or values, of all pieces' pixels for those of one's own: [B, N, C], one piece after the other."""
+        sizes, rank = self._cut.sizes, self._axis.rank
+        if not self._cut.dim:
+            return own
+        pixels = own.shape[1] // sizes[rank]
+        padded = F.pad(own, (0, 0, 0, pixels * (max(sizes) - sizes[rank])))
+        gathered = all_gather(padded, self._axis.name, self._axis.size)
+        return torch.cat([part[:, : pixels * size] for part, size in zip(gathered, sizes, strict=True)], dim=1)
+
+
 def _wrap(layer: Any, around: Any, cut: Cut, axis: Axis) -> None:
     forward = layer.forward
 
@@ -178,7 +211,7 @@ def _wrap(layer: Any, around: Any, cut: Cut, axis: Axis) -> None:
     layer.forward = forward_piece
 
 
-def _convolve(conv: Any, forward: Any, x: torch.Tensor, cut: Cut, axis: Axis) -> torch.Tensor:
+def _convolve(conv: Any, forward: Any, x: torch.Tensor, cut: Cut, _axis: Axis) -> torch.Tensor:
     """With the neighbours' rows.
 
     A convolution with a stride gets its padding from outside, all of it behind the last row: the neighbour's rows take
@@ -188,8 +221,8 @@ def _convolve(conv: Any, forward: Any, x: torch.Tensor, cut: Cut, axis: Axis) ->
     if not (before or behind):
         return forward(x)  # type: ignore[no-any-return]
     own = x.narrow(cut.dim, 0, x.shape[cut.dim] - (0 if before else behind))
-    with conv.shared.unpadded():
-        return forward(with_halo(own, cut.dim, before, behind, axis))  # type: ignore[no-any-return]
+    room = _room_around(own, cut.dim, before, behind)
+    return conv.shared(room)  # type: ignore[no-any-return]
 
 
 def with_halo(tensor: torch.Tensor, dim: int, before: int, behind: int, axis: Axis) -> torch.Tensor:
@@ -199,18 +232,24 @@ def with_halo(tensor: torch.Tensor, dim: int, before: int, behind: int, axis: Ax
         tensor: [B, C, ..., H, W], a piece in dimension `dim`, -2 or -1.
         before, behind: rows of the piece before it, and of the one behind it.
     """
+    room = _room_around(tensor, dim, before, behind)
+    fill_halo(room, dim, before, behind, axis.name, axis.rank, axis.size)
+    return room
+
+
+def _room_around(tensor: torch.Tensor, dim: int, before: int, behind: int) -> torch.Tensor:
+    """A piece with room for its neighbours' edges."""
     rows = tensor.shape[dim]
     shape = list(tensor.shape)
     shape[dim] = before + rows + behind
     room = torch.empty(shape, dtype=tensor.dtype, device=tensor.device, memory_format=_layout(tensor))
     room.narrow(dim, before, rows).copy_(tensor)
-    fill_halo(room, dim, before, behind, axis.name, axis.rank, axis.size)
     return room
 
 
 def _layout(tensor: torch.Tensor) -> torch.memory_format:
-    """Of a picture or clip, or of a piece of one, which is not dense."""
-    if tensor.stride(1) != 1:
+    """Of a picture or clip, or of a piece of one, which is not dense; on GPUs all have one layout, on every rank."""
+    if tensor.stride(1) != 1 and not tensor.is_cuda:
         return torch.contiguous_format
     return torch.channels_last_3d if tensor.ndim == 5 else torch.channels_last
 
