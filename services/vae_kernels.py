@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import shutil
 import sys
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+# Means and variances [2, ...] of a piece to those of all pieces [n, 2, ...] and each piece's share in the whole.
+Gather = Callable[[torch.Tensor], tuple[torch.Tensor, tuple[float, ...]]]
 
 
 def kernels_for(x: torch.Tensor) -> Any:
@@ -46,16 +50,38 @@ def rms_norm_silu(x: torch.Tensor, bias: torch.Tensor | None, gamma: torch.Tenso
     out.copy_(F.silu(normed))
 
 
-def group_norm_silu(x: torch.Tensor, bias: torch.Tensor | None, norm: nn.GroupNorm) -> torch.Tensor:
-    """SiLU of a group norm of [B, C, H, W] by way of each channel's own moments, which loses no digits."""
+def group_norm_silu(
+    x: torch.Tensor, bias: torch.Tensor | None, norm: nn.GroupNorm, out: torch.Tensor, gather: Gather | None = None
+) -> None:
+    """SiLU of a group norm by way of each channel's own moments, which loses no digits.
+
+    Args:
+        x: [B, C, H, W].
+        out: of x's shape, channels last; may be a part of something larger.
+        gather: where x is a piece of what the norm is of.
+    """
     whole = _with_bias(x, bias).float()
     variance, mean = torch.var_mean(whole, dim=(2, 3), correction=0)
     variance, mean = (moments.unflatten(1, (norm.num_groups, -1)) for moments in (variance, mean))
-    spread = variance.mean(2, keepdim=True) + mean.var(2, correction=0, keepdim=True)
-    scale = (spread + norm.eps).rsqrt().expand_as(mean).flatten(1) * norm.weight
-    shift = norm.bias - mean.mean(2, keepdim=True).expand_as(mean).flatten(1) * scale
-    normed: torch.Tensor = whole * scale[:, :, None, None] + shift[:, :, None, None]
-    return F.silu(normed).to(x.dtype)
+    own = torch.stack([mean.mean(2), variance.mean(2) + mean.var(2, correction=0)])
+    mean, variance = together(*(gather(own) if gather else (own[None], (1.0,))))
+    width = x.shape[1] // norm.num_groups
+    scale = (variance + norm.eps).rsqrt().repeat_interleave(width, 1) * norm.weight
+    shift = norm.bias - mean.repeat_interleave(width, 1) * scale
+    out.copy_(F.silu(whole * scale[:, :, None, None] + shift[:, :, None, None]))
+
+
+def together(moments: torch.Tensor, shares: Sequence[float]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and variance of a whole from those of its pieces (Chan et al.).
+
+    Args:
+        moments: means and variances [n, 2, ...].
+        shares: of the pieces in the whole.
+    """
+    means, variances = moments.unbind(1)
+    share = torch.tensor(shares, device=moments.device).view(-1, *(1 for _ in means.shape[1:]))
+    mean = (share * means).sum(0)
+    return mean, (share * (variances + (means - mean) ** 2)).sum(0)
 
 
 def add(shortcut: torch.Tensor, x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import nn
 
+from services.vae_kernels import Gather
+
 # Numbers in a program's tile.
 TILE = 4096
 # Channels and rows of a tile whose moments are taken; at most so many partial moments of a channel.
@@ -93,18 +95,15 @@ def _moments(  # type: ignore[no-untyped-def]  # noqa: ANN202, PLR0913
 
 
 @triton.jit(do_not_specialize=("blocks", "rows", "block_rows"))  # type: ignore[untyped-decorator]
-def _scale_and_shift(  # type: ignore[no-untyped-def]  # noqa: ANN202, PLR0913
+def _group_moments(  # type: ignore[no-untyped-def]  # noqa: ANN202, PLR0913
     means,  # noqa: ANN001
     squares,  # noqa: ANN001
     bias,  # noqa: ANN001
-    weight,  # noqa: ANN001
-    offset,  # noqa: ANN001
-    scale,  # noqa: ANN001
-    shift,  # noqa: ANN001
+    group_means,  # noqa: ANN001
+    variances,  # noqa: ANN001
     blocks,  # noqa: ANN001
     rows,  # noqa: ANN001
     block_rows,  # noqa: ANN001
-    eps,  # noqa: ANN001
     C: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCKS: tl.constexpr,
@@ -124,7 +123,7 @@ def _scale_and_shift(  # type: ignore[no-untyped-def]  # noqa: ANN202, PLR0913
         count = tl.minimum(rows - block * block_rows, block_rows).to(tl.float32)
         values = tl.load(means + (batch * blocks + block) * C + channel, mask=inside, other=0.0) + before
         sums += tl.where(inside, values * count, 0.0)
-    mean = tl.sum(tl.sum(sums, axis=0, keep_dims=True), axis=1, keep_dims=True) / total
+    mean = tl.sum(sums) / total
     sums = tl.zeros((BLOCKS, CHANNELS), tl.float32)
     for first in range(0, blocks, BLOCKS):
         block = first + tl.arange(0, BLOCKS)[:, None]
@@ -133,33 +132,55 @@ def _scale_and_shift(  # type: ignore[no-untyped-def]  # noqa: ANN202, PLR0913
         partial = (batch * blocks + block) * C + channel
         apart = tl.load(means + partial, mask=inside, other=0.0) + before - mean
         sums += tl.where(inside, tl.load(squares + partial, mask=inside, other=0.0) + apart * apart * count, 0.0)
-    variance = tl.sum(tl.sum(sums, axis=0, keep_dims=True), axis=1, keep_dims=True) / total
-    factor = tl.load(weight + channel, mask=lane < WIDTH, other=0.0).to(tl.float32) / tl.sqrt(variance + eps)
-    start = tl.load(offset + channel, mask=lane < WIDTH, other=0.0).to(tl.float32)
-    tl.store(scale + batch * C + channel, factor, mask=lane < WIDTH)
-    tl.store(shift + batch * C + channel, start + (before - mean) * factor, mask=lane < WIDTH)
+    group = batch * tl.num_programs(0) + tl.program_id(0)
+    tl.store(group_means + group, mean)
+    tl.store(variances + group, tl.sum(sums) / total)
 
 
-@triton.jit(do_not_specialize=("rows",))  # type: ignore[untyped-decorator]
-def _scale_silu(  # type: ignore[no-untyped-def]  # noqa: ANN202, PLR0913
+@triton.jit(  # type: ignore[untyped-decorator]
+    do_not_specialize=("rows", "width", "batch_stride", "line_stride")
+)
+def _group_norm_silu(  # type: ignore[no-untyped-def]  # noqa: ANN202, PLR0913
     x,  # noqa: ANN001
-    scale,  # noqa: ANN001
-    shift,  # noqa: ANN001
+    bias,  # noqa: ANN001
+    moments,  # noqa: ANN001
+    shares,  # noqa: ANN001
+    weight,  # noqa: ANN001
+    offset,  # noqa: ANN001
     out,  # noqa: ANN001
     rows,  # noqa: ANN001
+    width,  # noqa: ANN001
+    batch_stride,  # noqa: ANN001
+    line_stride,  # noqa: ANN001
+    eps,  # noqa: ANN001
     C: tl.constexpr,
+    GROUPS: tl.constexpr,
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
     batch = tl.program_id(1).to(tl.int64)
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     channel = tl.arange(0, CHANNELS)[None, :]
     inside = (row < rows) & (channel < C)
-    factor = tl.load(scale + batch * C + channel, mask=channel < C, other=0.0)
-    start = tl.load(shift + batch * C + channel, mask=channel < C, other=0.0)
-    offsets = (batch * rows + row) * C + channel
-    normed = tl.load(x + offsets, mask=inside, other=0.0).to(tl.float32) * factor + start
-    tl.store(out + offsets, normed * tl.sigmoid(normed), mask=inside)
+    # Of pieces [n, 2, B, G]; those of a group come to each of its channels.
+    count = tl.num_programs(1) * GROUPS
+    group = moments + batch * GROUPS + channel // (C // GROUPS)
+    mean = tl.zeros((1, CHANNELS), tl.float32)
+    for piece in tl.static_range(len(shares)):
+        mean += shares[piece] * tl.load(group + 2 * piece * count, mask=channel < C, other=0.0)
+    variance = tl.zeros((1, CHANNELS), tl.float32)
+    for piece in tl.static_range(len(shares)):
+        apart = tl.load(group + 2 * piece * count, mask=channel < C, other=0.0) - mean
+        own = tl.load(group + (2 * piece + 1) * count, mask=channel < C, other=0.0)
+        variance += shares[piece] * (own + apart * apart)
+    scale = tl.load(weight + channel, mask=channel < C, other=0.0).to(tl.float32) / tl.sqrt(variance + eps)
+    if bias is not None:
+        mean -= tl.load(bias + channel, mask=channel < C, other=0.0).to(tl.float32)
+    shift = tl.load(offset + channel, mask=channel < C, other=0.0).to(tl.float32) - mean * scale
+    normed = tl.load(x + (batch * rows + row) * C + channel, mask=inside, other=0.0).to(tl.float32) * scale + shift
+    line = row // width
+    target = batch * batch_stride + line.to(tl.int64) * line_stride + (row - line * width) * C
+    tl.store(out + target + channel, normed * tl.sigmoid(normed), mask=inside)
 
 
 @triton.jit(do_not_specialize=("rows",))  # type: ignore[untyped-decorator]
@@ -274,19 +295,21 @@ def rms_norm_silu(x: torch.Tensor, bias: torch.Tensor | None, gamma: torch.Tenso
     kernel(x, bias, gamma, out, rows, height, width, *strides, count, **tile)
 
 
-def group_norm_silu(x: torch.Tensor, bias: torch.Tensor | None, norm: nn.GroupNorm) -> torch.Tensor:
-    """See `vae_kernels.group_norm_silu`."""
+def group_norm_silu(
+    x: torch.Tensor, bias: torch.Tensor | None, norm: nn.GroupNorm, out: torch.Tensor, gather: Gather | None = None
+) -> None:
+    """See `vae_kernels.group_norm_silu`; lines of `out` may lie apart, in each the pixels lie one after the other."""
     x = _in_rows(x)
-    scale, shift = _affine(x, bias, norm)
-    out = torch.empty_like(x)
-    rows, tile = x[0, 0].numel(), _tile(x.shape[1])
-    kernel: Any = _scale_silu[triton.cdiv(rows, tile["ROWS"]), len(x)]
-    kernel(x, scale, shift, out, rows, x.shape[1], **tile)
-    return out
+    own = _moments_of(x, bias, norm.num_groups)
+    moments, shares = gather(own) if gather else (own[None], (1.0,))
+    rows, count, tile = x[0, 0].numel(), x.shape[1], _tile(x.shape[1])
+    kernel: Any = _group_norm_silu[triton.cdiv(rows, tile["ROWS"]), len(x)]
+    inputs = (x, bias, moments, shares, norm.weight, norm.bias, out)
+    kernel(*inputs, rows, x.shape[3], out.stride(0), out.stride(2), norm.eps, count, norm.num_groups, **tile)
 
 
-def _affine(x: torch.Tensor, bias: torch.Tensor | None, norm: nn.GroupNorm) -> torch.Tensor:
-    """What a group norm multiplies each channel with and adds to it: [2, B, C]."""
+def _moments_of(x: torch.Tensor, bias: torch.Tensor | None, groups: int) -> torch.Tensor:
+    """Means and variances of groups of channels, [2, B, G]."""
     batch, count = x.shape[:2]
     rows = x[0, 0].numel()
     tiles = triton.cdiv(rows, MOMENT_ROWS * MAX_BLOCKS)
@@ -295,13 +318,13 @@ def _affine(x: torch.Tensor, bias: torch.Tensor | None, norm: nn.GroupNorm) -> t
     moments = torch.empty(2, batch, blocks, count, dtype=torch.float32, device=x.device)
     kernel: Any = _moments[blocks, triton.cdiv(count, side), batch]
     kernel(x, *moments, rows, tiles, count, MOMENT_ROWS, side)
-    affine = torch.empty(2, batch, count, dtype=torch.float32, device=x.device)
-    width = count // norm.num_groups
+    of_groups = torch.empty(2, batch, groups, dtype=torch.float32, device=x.device)
+    width = count // groups
     side = triton.next_power_of_2(width)
-    kernel = _scale_and_shift[norm.num_groups, batch]
-    inputs = (*moments, bias, norm.weight, norm.bias, *affine)
-    kernel(*inputs, blocks, rows, MOMENT_ROWS * tiles, norm.eps, count, width, max(TILE // side // 2, 1), side)
-    return affine
+    kernel = _group_moments[groups, batch]
+    sizes = (count, width, max(TILE // side // 2, 1), side)
+    kernel(*moments, bias, *of_groups, blocks, rows, MOMENT_ROWS * tiles, *sizes)
+    return of_groups
 
 
 def add(shortcut: torch.Tensor, x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:

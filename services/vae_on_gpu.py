@@ -22,7 +22,6 @@ import torch.nn.functional as F
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
-from services import vae_kernels
 from services.causal_stream import convolve_room, remembers, room_behind_history
 from services.vae_kernels import kernels_for
 
@@ -99,7 +98,7 @@ def fuse_last_norms(vae: nn.Module) -> int:
 class NormedConvolution:
     """A convolution of SiLU(norm(x + bias)).
 
-    Where ranks share a norm, which then has a forward that is not its class's, that one is called.
+    Everything is written to where the convolution reads it: the norm, earlier frames, over ranks neighbours' edges.
 
     Args:
         norm: a group norm, or an RMS norm over channels with its factors in `gamma`.
@@ -108,9 +107,9 @@ class NormedConvolution:
     def __init__(self, norm: Any, conv: Any) -> None:
         self._norm, self._conv = norm, conv
         self._shared: Any = getattr(conv, "shared", None)
-        self._shared_norm = norm.forward if "forward" in vars(norm) else None
+        self._shared_moments: Any = getattr(norm, "shared", None)
         self._remembers = remembers(conv)
-        self._convolve = conv.forward
+        self._convolve = conv.forward if self._shared is None else self._shared
 
     def __call__(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """What the convolution gives.
@@ -118,34 +117,28 @@ class NormedConvolution:
         Args:
             bias: of the convolution before, one number for each channel.
         """
+        shared = self._shared
         if self._remembers:
-            return self._convolve_room(x, bias)
-        out: torch.Tensor = self._convolve(self._normalise(x, bias))
-        return out
-
-    def _convolve_room(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """Everything is written to where the convolution reads it: the norm, earlier frames, neighbours' edges."""
-        shared, gamma = self._shared, self._norm.gamma.flatten()
-        sides = shared.room_for(x.shape)[3:] if shared else tuple(x.shape[3:])
-        room = room_behind_history(self._conv, x, sides)
-        new = room[:, :, -x.shape[2] :]
-        kernels_for(x).rms_norm_silu(x, bias, gamma, shared.own(new) if shared else new)
+            sides = shared.room_for(x.shape)[3:] if shared else tuple(x.shape[3:])
+            room = room_behind_history(self._conv, x, sides)
+            new = room[:, :, -x.shape[2] :]
+        else:
+            room = new = _empty_pictures(x, shared.room_for(x.shape) if shared else tuple(x.shape))
+        self._normalise(x, bias, shared.own(new) if shared else new)
+        if not self._remembers:
+            return self._convolve(room)  # type: ignore[no-any-return]
         if not shared:
             return convolve_room(self._conv, room)
         shared.fill(new)
         with shared.unpadded():
             return convolve_room(self._conv, room)
 
-    def _normalise(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        if self._shared_norm is not None:
-            whole = x if bias is None else x + vae_kernels.channels(bias, x)
-            return F.silu(self._shared_norm(whole))
+    def _normalise(self, x: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
         kernels = kernels_for(x)
         if isinstance(self._norm, nn.GroupNorm):
-            return kernels.group_norm_silu(x, bias, self._norm)  # type: ignore[no-any-return]
-        out = torch.empty_like(x, memory_format=torch.channels_last_3d)
-        kernels.rms_norm_silu(x, bias, self._norm.gamma.flatten(), out)
-        return out
+            kernels.group_norm_silu(x, bias, self._norm, out, self._shared_moments)
+        else:
+            kernels.rms_norm_silu(x, bias, self._norm.gamma.flatten(), out)
 
 
 def _run_block(block: Any, x: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
@@ -197,7 +190,9 @@ def _doubled(x: torch.Tensor) -> tuple[int, ...]:
 
 
 def _empty_pictures(like: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+    """Pictures or clips, channels last."""
+    layout = torch.channels_last_3d if like.ndim == 5 else torch.channels_last
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)
 
 
 def _upsample(upsample: Any, x: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
