@@ -21,6 +21,8 @@ TILE = 4096
 MOMENT_CHANNELS = 64
 MOMENT_ROWS = 128
 MAX_BLOCKS = 1024
+# Tiles that a program norms by what it made of the moments once.
+NORM_TILES = 4
 
 
 @triton.jit(  # type: ignore[untyped-decorator]
@@ -155,13 +157,12 @@ def _group_norm_silu(  # type: ignore[no-untyped-def]  # noqa: ANN202, PLR0913
     eps,  # noqa: ANN001
     C: tl.constexpr,
     GROUPS: tl.constexpr,
+    TILES: tl.constexpr,
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
     batch = tl.program_id(1).to(tl.int64)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     channel = tl.arange(0, CHANNELS)[None, :]
-    inside = (row < rows) & (channel < C)
     # Of pieces [n, 2, B, G]; those of a group come to each of its channels.
     count = tl.num_programs(1) * GROUPS
     group = moments + batch * GROUPS + channel // (C // GROUPS)
@@ -177,10 +178,14 @@ def _group_norm_silu(  # type: ignore[no-untyped-def]  # noqa: ANN202, PLR0913
     if bias is not None:
         mean -= tl.load(bias + channel, mask=channel < C, other=0.0).to(tl.float32)
     shift = tl.load(offset + channel, mask=channel < C, other=0.0).to(tl.float32) - mean * scale
-    normed = tl.load(x + (batch * rows + row) * C + channel, mask=inside, other=0.0).to(tl.float32) * scale + shift
-    line = row // width
-    target = batch * batch_stride + line.to(tl.int64) * line_stride + (row - line * width) * C
-    tl.store(out + target + channel, normed * tl.sigmoid(normed), mask=inside)
+    for tile in range(TILES):
+        row = (tl.program_id(0) * TILES + tile) * ROWS + tl.arange(0, ROWS)[:, None]
+        inside = (row < rows) & (channel < C)
+        values = tl.load(x + (batch * rows + row) * C + channel, mask=inside, other=0.0).to(tl.float32)
+        normed = values * scale + shift
+        line = row // width
+        target = batch * batch_stride + line.to(tl.int64) * line_stride + (row - line * width) * C
+        tl.store(out + target + channel, normed * tl.sigmoid(normed), mask=inside)
 
 
 @triton.jit(do_not_specialize=("rows",))  # type: ignore[untyped-decorator]
@@ -303,9 +308,10 @@ def group_norm_silu(
     own = _moments_of(x, bias, norm.num_groups)
     moments, shares = gather(own) if gather else (own[None], (1.0,))
     rows, count, tile = x[0, 0].numel(), x.shape[1], _tile(x.shape[1])
-    kernel: Any = _group_norm_silu[triton.cdiv(rows, tile["ROWS"]), len(x)]
+    kernel: Any = _group_norm_silu[triton.cdiv(rows, tile["ROWS"] * NORM_TILES), len(x)]
     inputs = (x, bias, moments, shares, norm.weight, norm.bias, out)
-    kernel(*inputs, rows, x.shape[3], out.stride(0), out.stride(2), norm.eps, count, norm.num_groups, **tile)
+    sizes = (rows, x.shape[3], out.stride(0), out.stride(2))
+    kernel(*inputs, *sizes, norm.eps, count, norm.num_groups, NORM_TILES, **tile)
 
 
 def _moments_of(x: torch.Tensor, bias: torch.Tensor | None, groups: int) -> torch.Tensor:

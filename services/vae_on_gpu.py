@@ -18,7 +18,6 @@ from types import MethodType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from services.parallel.edges import channels_last
 from services.parallel.peer_memory import PeerMemory, rounded
 from services.vae_kernels import has_compiler
 
@@ -186,7 +187,8 @@ def _fill_halo(room: torch.Tensor, dim: int, before: int, behind: int, group: st
     if room.is_meta:
         return
     peers = peer_memory.get(group)
-    if peers is not None and room.is_cuda and has_compiler():
+    # A compiler may have laid the room out otherwise.
+    if peers is not None and room.is_cuda and has_compiler() and channels_last(room):
         peers.edges.fill(room, dim, before, behind, size)
     else:
         _copy_halo(room, dim, (before, behind), group, rank, size)

@@ -15,6 +15,12 @@ from services.parallel.copies import word_of
 from services.parallel.peer_memory import PeerMemory, rounded
 
 
+def channels_last(room: torch.Tensor) -> bool:
+    """Whether a frame's pixels lie one after the other, each with its channels."""
+    channels, width = room.shape[1], room.shape[-1]
+    return room.stride(1) == 1 and room.stride(-1) == channels and room.stride(-2) == width * channels
+
+
 @dataclass(slots=True)
 class Edges:
     """Where edges lie in a room [B, C, (F,) H, W] with the channels last, in words.
