@@ -39,6 +39,8 @@ def attend_by_products(vae: nn.Module) -> int:
             layer.forward = MethodType(_attend_in_picture, layer)
         else:
             continue
+        # Ranks that have pieces of the picture gather them.
+        layer.keys_of_all = None
         count += 1
     return count
 
@@ -61,6 +63,7 @@ def _attend_in_clip(block: Any, x: torch.Tensor) -> torch.Tensor:
     """Of each frame of [B, C, F, H, W]."""
     frames = block.norm(x.transpose(1, 2).flatten(0, 1))
     query, key, value = block.to_qkv(frames).flatten(2).transpose(1, 2).chunk(3, dim=-1)
+    key, value = _of_all(block, key, value)
     mixed = one_head(query, key, value).transpose(1, 2).unflatten(2, x.shape[3:])
     out: torch.Tensor = x + block.proj(mixed).unflatten(0, (len(x), -1)).transpose(1, 2)
     return out
@@ -70,6 +73,14 @@ def _attend_in_picture(attention: Any, x: torch.Tensor, *_: Any, **__: Any) -> t
     """Of [B, C, H, W]."""
     pixels = attention.group_norm(x).flatten(2).transpose(1, 2)
     query, key, value = (linear(pixels) for linear in (attention.to_q, attention.to_k, attention.to_v))
+    key, value = _of_all(attention, key, value)
     mixed = attention.to_out[0](one_head(query, key, value)).transpose(1, 2).unflatten(2, x.shape[2:])
     out: torch.Tensor = (mixed + x) / attention.rescale_output_factor
     return out
+
+
+def _of_all(attention: Any, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Keys and values of the whole picture."""
+    if attention.keys_of_all is None:
+        return key, value
+    return attention.keys_of_all(torch.cat([key, value], dim=-1)).chunk(2, dim=-1)  # type: ignore[no-any-return]

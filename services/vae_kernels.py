@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -16,10 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+# Means and variances [2, ...] of a piece to those of all pieces [n, 2, ...] and each piece's share in the whole.
+Gather = Callable[[torch.Tensor], tuple[torch.Tensor, tuple[float, ...]]]
+
 
 def kernels_for(x: torch.Tensor) -> Any:
     """Triton's kernels on a GPU; plain torch on the CPU, and for a compiler, which fuses it itself."""
-    if not x.is_cuda or torch.compiler.is_compiling() or not _has_compiler():
+    if not x.is_cuda or torch.compiler.is_compiling() or not has_compiler():
         return sys.modules[__name__]
     # Imported where it is used: builds of torch without CUDA come without Triton.
     from services import vae_kernels_cuda
@@ -28,8 +32,8 @@ def kernels_for(x: torch.Tensor) -> Any:
 
 
 @cache
-def _has_compiler() -> bool:
-    """Triton builds what starts its kernels."""
+def has_compiler() -> bool:
+    """For Triton, which builds what starts its kernels."""
     return any(map(shutil.which, ("gcc", "clang")))
 
 
@@ -46,16 +50,38 @@ def rms_norm_silu(x: torch.Tensor, bias: torch.Tensor | None, gamma: torch.Tenso
     out.copy_(F.silu(normed))
 
 
-def group_norm_silu(x: torch.Tensor, bias: torch.Tensor | None, norm: nn.GroupNorm) -> torch.Tensor:
-    """SiLU of a group norm of [B, C, H, W] by way of each channel's own moments, which loses no digits."""
+def group_norm_silu(
+    x: torch.Tensor, bias: torch.Tensor | None, norm: nn.GroupNorm, out: torch.Tensor, gather: Gather | None = None
+) -> None:
+    """SiLU of a group norm by way of each channel's own moments, which loses no digits.
+
+    Args:
+        x: [B, C, H, W].
+        out: of x's shape, channels last; may be a part of something larger.
+        gather: where x is a piece of what the norm is of.
+    """
     whole = _with_bias(x, bias).float()
     variance, mean = torch.var_mean(whole, dim=(2, 3), correction=0)
     variance, mean = (moments.unflatten(1, (norm.num_groups, -1)) for moments in (variance, mean))
-    spread = variance.mean(2, keepdim=True) + mean.var(2, correction=0, keepdim=True)
-    scale = (spread + norm.eps).rsqrt().expand_as(mean).flatten(1) * norm.weight
-    shift = norm.bias - mean.mean(2, keepdim=True).expand_as(mean).flatten(1) * scale
-    normed: torch.Tensor = whole * scale[:, :, None, None] + shift[:, :, None, None]
-    return F.silu(normed).to(x.dtype)
+    own = torch.stack([mean.mean(2), variance.mean(2) + mean.var(2, correction=0)])
+    mean, variance = together(*(gather(own) if gather else (own[None], (1.0,))))
+    width = x.shape[1] // norm.num_groups
+    scale = (variance + norm.eps).rsqrt().repeat_interleave(width, 1) * norm.weight
+    shift = norm.bias - mean.repeat_interleave(width, 1) * scale
+    out.copy_(F.silu(whole * scale[:, :, None, None] + shift[:, :, None, None]))
+
+
+def together(moments: torch.Tensor, shares: Sequence[float]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and variance of a whole from those of its pieces (Chan et al.).
+
+    Args:
+        moments: means and variances [n, 2, ...].
+        shares: of the pieces in the whole.
+    """
+    means, variances = moments.unbind(1)
+    share = torch.tensor(shares, device=moments.device).view(-1, *(1 for _ in means.shape[1:]))
+    mean = (share * means).sum(0)
+    return mean, (share * (variances + (means - mean) ** 2)).sum(0)
 
 
 def add(shortcut: torch.Tensor, x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
@@ -63,12 +89,13 @@ def add(shortcut: torch.Tensor, x: torch.Tensor, bias: torch.Tensor) -> torch.Te
     return shortcut + _with_bias(x, bias)
 
 
-def double(x: torch.Tensor) -> torch.Tensor:
-    """[B, C, H, W] to [B, C, 2 H, 2 W], each pixel four times, channels last."""
-    rows = x.permute(0, 2, 3, 1)
-    batch, height, width, count = rows.shape
-    wide = rows[:, :, None, :, None].expand(batch, height, 2, width, 2, count)
-    return wide.reshape(batch, 2 * height, 2 * width, count).permute(0, 3, 1, 2)
+def double(x: torch.Tensor, out: torch.Tensor) -> None:
+    """Each pixel of [B, C, H, W] four times.
+
+    Args:
+        out: [B, C, 2 H, 2 W], channels last; may be a part of something larger.
+    """
+    out.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).copy_(x[:, :, :, None, :, None])
 
 
 def side_by_side(clip: torch.Tensor, count: int) -> torch.Tensor:

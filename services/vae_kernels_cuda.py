@@ -13,12 +13,16 @@ import triton
 import triton.language as tl
 from torch import nn
 
+from services.vae_kernels import Gather
+
 # Numbers in a program's tile.
 TILE = 4096
 # Channels and rows of a tile whose moments are taken; at most so many partial moments of a channel.
 MOMENT_CHANNELS = 64
 MOMENT_ROWS = 128
 MAX_BLOCKS = 1024
+# Tiles that a program norms by what it made of the moments once.
+NORM_TILES = 4
 
 
 @triton.jit(  # type: ignore[untyped-decorator]
@@ -93,18 +97,15 @@ def _moments(  # type: ignore[no-untyped-def]  # noqa: ANN202, PLR0913
 
 
 @triton.jit(do_not_specialize=("blocks", "rows", "block_rows"))  # type: ignore[untyped-decorator]
-def _scale_and_shift(  # type: ignore[no-untyped-def]  # noqa: ANN202, PLR0913
+def _group_moments(  # type: ignore[no-untyped-def]  # noqa: ANN202, PLR0913
     means,  # noqa: ANN001
     squares,  # noqa: ANN001
     bias,  # noqa: ANN001
-    weight,  # noqa: ANN001
-    offset,  # noqa: ANN001
-    scale,  # noqa: ANN001
-    shift,  # noqa: ANN001
+    group_means,  # noqa: ANN001
+    variances,  # noqa: ANN001
     blocks,  # noqa: ANN001
     rows,  # noqa: ANN001
     block_rows,  # noqa: ANN001
-    eps,  # noqa: ANN001
     C: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCKS: tl.constexpr,
@@ -124,7 +125,7 @@ def _scale_and_shift(  # type: ignore[no-untyped-def]  # noqa: ANN202, PLR0913
         count = tl.minimum(rows - block * block_rows, block_rows).to(tl.float32)
         values = tl.load(means + (batch * blocks + block) * C + channel, mask=inside, other=0.0) + before
         sums += tl.where(inside, values * count, 0.0)
-    mean = tl.sum(tl.sum(sums, axis=0, keep_dims=True), axis=1, keep_dims=True) / total
+    mean = tl.sum(sums) / total
     sums = tl.zeros((BLOCKS, CHANNELS), tl.float32)
     for first in range(0, blocks, BLOCKS):
         block = first + tl.arange(0, BLOCKS)[:, None]
@@ -133,33 +134,58 @@ def _scale_and_shift(  # type: ignore[no-untyped-def]  # noqa: ANN202, PLR0913
         partial = (batch * blocks + block) * C + channel
         apart = tl.load(means + partial, mask=inside, other=0.0) + before - mean
         sums += tl.where(inside, tl.load(squares + partial, mask=inside, other=0.0) + apart * apart * count, 0.0)
-    variance = tl.sum(tl.sum(sums, axis=0, keep_dims=True), axis=1, keep_dims=True) / total
-    factor = tl.load(weight + channel, mask=lane < WIDTH, other=0.0).to(tl.float32) / tl.sqrt(variance + eps)
-    start = tl.load(offset + channel, mask=lane < WIDTH, other=0.0).to(tl.float32)
-    tl.store(scale + batch * C + channel, factor, mask=lane < WIDTH)
-    tl.store(shift + batch * C + channel, start + (before - mean) * factor, mask=lane < WIDTH)
+    group = batch * tl.num_programs(0) + tl.program_id(0)
+    tl.store(group_means + group, mean)
+    tl.store(variances + group, tl.sum(sums) / total)
 
 
-@triton.jit(do_not_specialize=("rows",))  # type: ignore[untyped-decorator]
-def _scale_silu(  # type: ignore[no-untyped-def]  # noqa: ANN202, PLR0913
+@triton.jit(  # type: ignore[untyped-decorator]
+    do_not_specialize=("rows", "width", "batch_stride", "line_stride")
+)
+def _group_norm_silu(  # type: ignore[no-untyped-def]  # noqa: ANN202, PLR0913
     x,  # noqa: ANN001
-    scale,  # noqa: ANN001
-    shift,  # noqa: ANN001
+    bias,  # noqa: ANN001
+    moments,  # noqa: ANN001
+    shares,  # noqa: ANN001
+    weight,  # noqa: ANN001
+    offset,  # noqa: ANN001
     out,  # noqa: ANN001
     rows,  # noqa: ANN001
+    width,  # noqa: ANN001
+    batch_stride,  # noqa: ANN001
+    line_stride,  # noqa: ANN001
+    eps,  # noqa: ANN001
     C: tl.constexpr,
+    GROUPS: tl.constexpr,
+    TILES: tl.constexpr,
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
     batch = tl.program_id(1).to(tl.int64)
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     channel = tl.arange(0, CHANNELS)[None, :]
-    inside = (row < rows) & (channel < C)
-    factor = tl.load(scale + batch * C + channel, mask=channel < C, other=0.0)
-    start = tl.load(shift + batch * C + channel, mask=channel < C, other=0.0)
-    offsets = (batch * rows + row) * C + channel
-    normed = tl.load(x + offsets, mask=inside, other=0.0).to(tl.float32) * factor + start
-    tl.store(out + offsets, normed * tl.sigmoid(normed), mask=inside)
+    # Of pieces [n, 2, B, G]; those of a group come to each of its channels.
+    count = tl.num_programs(1) * GROUPS
+    group = moments + batch * GROUPS + channel // (C // GROUPS)
+    mean = tl.zeros((1, CHANNELS), tl.float32)
+    for piece in tl.static_range(len(shares)):
+        mean += shares[piece] * tl.load(group + 2 * piece * count, mask=channel < C, other=0.0)
+    variance = tl.zeros((1, CHANNELS), tl.float32)
+    for piece in tl.static_range(len(shares)):
+        apart = tl.load(group + 2 * piece * count, mask=channel < C, other=0.0) - mean
+        own = tl.load(group + (2 * piece + 1) * count, mask=channel < C, other=0.0)
+        variance += shares[piece] * (own + apart * apart)
+    scale = tl.load(weight + channel, mask=channel < C, other=0.0).to(tl.float32) / tl.sqrt(variance + eps)
+    if bias is not None:
+        mean -= tl.load(bias + channel, mask=channel < C, other=0.0).to(tl.float32)
+    shift = tl.load(offset + channel, mask=channel < C, other=0.0).to(tl.float32) - mean * scale
+    for tile in range(TILES):
+        row = (tl.program_id(0) * TILES + tile) * ROWS + tl.arange(0, ROWS)[:, None]
+        inside = (row < rows) & (channel < C)
+        values = tl.load(x + (batch * rows + row) * C + channel, mask=inside, other=0.0).to(tl.float32)
+        normed = values * scale + shift
+        line = row // width
+        target = batch * batch_stride + line.to(tl.int64) * line_stride + (row - line * width) * C
+        tl.store(out + target + channel, normed * tl.sigmoid(normed), mask=inside)
 
 
 @triton.jit(do_not_specialize=("rows",))  # type: ignore[untyped-decorator]
@@ -183,12 +209,17 @@ def _add(  # type: ignore[no-untyped-def]  # noqa: ANN202, PLR0913
     tl.store(out + offsets, values, mask=inside)
 
 
-@triton.jit(do_not_specialize=("rows", "width"))  # type: ignore[untyped-decorator]
+@triton.jit(  # type: ignore[untyped-decorator]
+    do_not_specialize=("rows", "height", "width", "batch_stride", "line_stride")
+)
 def _double(  # type: ignore[no-untyped-def]  # noqa: ANN202, PLR0913
     x,  # noqa: ANN001
     out,  # noqa: ANN001
     rows,  # noqa: ANN001
+    height,  # noqa: ANN001
     width,  # noqa: ANN001
+    batch_stride,  # noqa: ANN001
+    line_stride,  # noqa: ANN001
     C: tl.constexpr,
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
@@ -197,12 +228,14 @@ def _double(  # type: ignore[no-untyped-def]  # noqa: ANN202, PLR0913
     channel = tl.arange(0, CHANNELS)[None, :]
     inside = (row < rows) & (channel < C)
     values = tl.load(x + row.to(tl.int64) * C + channel, mask=inside)
+    line = row // width
+    batch = line // height
     # Two lines of the result for one, and two rows of channels for one.
-    first = row // width * 4 * width + row % width * 2
+    first = batch.to(tl.int64) * batch_stride + (line - batch * height).to(tl.int64) * 2 * line_stride
+    first += (row - line * width) * 2 * C + channel
     for down in tl.static_range(2):
         for right in tl.static_range(2):
-            target = (first + down * 2 * width + right).to(tl.int64)
-            tl.store(out + target * C + channel, values, mask=inside)
+            tl.store(out + first + down * line_stride + right * C, values, mask=inside)
 
 
 @triton.jit(do_not_specialize=("rows", "picture", "frames"))  # type: ignore[untyped-decorator]
@@ -267,19 +300,22 @@ def rms_norm_silu(x: torch.Tensor, bias: torch.Tensor | None, gamma: torch.Tenso
     kernel(x, bias, gamma, out, rows, height, width, *strides, count, **tile)
 
 
-def group_norm_silu(x: torch.Tensor, bias: torch.Tensor | None, norm: nn.GroupNorm) -> torch.Tensor:
-    """See `vae_kernels.group_norm_silu`."""
+def group_norm_silu(
+    x: torch.Tensor, bias: torch.Tensor | None, norm: nn.GroupNorm, out: torch.Tensor, gather: Gather | None = None
+) -> None:
+    """See `vae_kernels.group_norm_silu`; lines of `out` may lie apart, in each the pixels lie one after the other."""
     x = _in_rows(x)
-    scale, shift = _affine(x, bias, norm)
-    out = torch.empty_like(x)
-    rows, tile = x[0, 0].numel(), _tile(x.shape[1])
-    kernel: Any = _scale_silu[triton.cdiv(rows, tile["ROWS"]), len(x)]
-    kernel(x, scale, shift, out, rows, x.shape[1], **tile)
-    return out
+    own = _moments_of(x, bias, norm.num_groups)
+    moments, shares = gather(own) if gather else (own[None], (1.0,))
+    rows, count, tile = x[0, 0].numel(), x.shape[1], _tile(x.shape[1])
+    kernel: Any = _group_norm_silu[triton.cdiv(rows, tile["ROWS"] * NORM_TILES), len(x)]
+    inputs = (x, bias, moments, shares, norm.weight, norm.bias, out)
+    sizes = (rows, x.shape[3], out.stride(0), out.stride(2))
+    kernel(*inputs, *sizes, norm.eps, count, norm.num_groups, NORM_TILES, **tile)
 
 
-def _affine(x: torch.Tensor, bias: torch.Tensor | None, norm: nn.GroupNorm) -> torch.Tensor:
-    """What a group norm multiplies each channel with and adds to it: [2, B, C]."""
+def _moments_of(x: torch.Tensor, bias: torch.Tensor | None, groups: int) -> torch.Tensor:
+    """Means and variances of groups of channels, [2, B, G]."""
     batch, count = x.shape[:2]
     rows = x[0, 0].numel()
     tiles = triton.cdiv(rows, MOMENT_ROWS * MAX_BLOCKS)
@@ -288,13 +324,13 @@ def _affine(x: torch.Tensor, bias: torch.Tensor | None, norm: nn.GroupNorm) -> t
     moments = torch.empty(2, batch, blocks, count, dtype=torch.float32, device=x.device)
     kernel: Any = _moments[blocks, triton.cdiv(count, side), batch]
     kernel(x, *moments, rows, tiles, count, MOMENT_ROWS, side)
-    affine = torch.empty(2, batch, count, dtype=torch.float32, device=x.device)
-    width = count // norm.num_groups
+    of_groups = torch.empty(2, batch, groups, dtype=torch.float32, device=x.device)
+    width = count // groups
     side = triton.next_power_of_2(width)
-    kernel = _scale_and_shift[norm.num_groups, batch]
-    inputs = (*moments, bias, norm.weight, norm.bias, *affine)
-    kernel(*inputs, blocks, rows, MOMENT_ROWS * tiles, norm.eps, count, width, max(TILE // side // 2, 1), side)
-    return affine
+    kernel = _group_moments[groups, batch]
+    sizes = (count, width, max(TILE // side // 2, 1), side)
+    kernel(*moments, bias, *of_groups, blocks, rows, MOMENT_ROWS * tiles, *sizes)
+    return of_groups
 
 
 def add(shortcut: torch.Tensor, x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
@@ -307,16 +343,13 @@ def add(shortcut: torch.Tensor, x: torch.Tensor, bias: torch.Tensor) -> torch.Te
     return out
 
 
-def double(x: torch.Tensor) -> torch.Tensor:
-    """See `vae_kernels.double`."""
+def double(x: torch.Tensor, out: torch.Tensor) -> None:
+    """See `vae_kernels.double`; lines of `out` may lie apart, in each the pixels lie one after the other."""
     x = _in_rows(x)
     batch, count, height, width = x.shape
-    shape = (batch, count, 2 * height, 2 * width)
-    out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     rows, tile = batch * height * width, _tile(count)
     kernel: Any = _double[(triton.cdiv(rows, tile["ROWS"]),)]
-    kernel(x, out, rows, width, count, **tile)
-    return out
+    kernel(x, out, rows, height, width, out.stride(0), out.stride(2), count, **tile)
 
 
 def side_by_side(clip: torch.Tensor, count: int) -> torch.Tensor:

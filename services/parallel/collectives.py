@@ -15,7 +15,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from services.parallel.edges import channels_last
 from services.parallel.peer_memory import PeerMemory, rounded
+from services.vae_kernels import has_compiler
 
 # How many ranks at most sum by reading every peer's whole tensor: with more, rings send less.
 READ_TO_SUM_UP_TO = 2
@@ -157,11 +159,50 @@ def _(tensor: torch.Tensor, sent: Sequence[int], received: Sequence[int], rank: 
     return tensor.new_empty((sum(received), *tensor.shape[1:]))
 
 
-@torch.library.custom_op("lightloom::fill_halo", mutates_args=("room",))
 def fill_halo(room: torch.Tensor, dim: int, before: int, behind: int, group: str, rank: int, size: int) -> None:
-    """Neighbours' edges into a room's first `before` and last `behind` rows; its own piece lies between them."""
+    """Neighbours' edges into a room's first `before` and last `behind` rows; its own piece lies between them.
+
+    Args:
+        room: [B, C, ..., H, W]; on a GPU, with the channels last.
+        dim: -2 or -1.
+    """
+    # For a compiler an operator; without one, calling an operator takes longer than what it does.
+    fill = _fill_halo_operator if torch.compiler.is_compiling() else _fill_halo
+    fill(room, dim, before, behind, group, rank, size)
+
+
+@torch.library.custom_op("lightloom::fill_halo", mutates_args=("room",))
+def _fill_halo_operator(
+    room: torch.Tensor, dim: int, before: int, behind: int, group: str, rank: int, size: int
+) -> None:
+    _fill_halo(room, dim, before, behind, group, rank, size)
+
+
+@_fill_halo_operator.register_fake
+def _(room: torch.Tensor, dim: int, before: int, behind: int, group: str, rank: int, size: int) -> None:
+    return None
+
+
+def _fill_halo(room: torch.Tensor, dim: int, before: int, behind: int, group: str, rank: int, size: int) -> None:
+    if room.is_meta:
+        return
+    peers = peer_memory.get(group)
+    # A compiler may have laid the room out otherwise.
+    if peers is not None and room.is_cuda and has_compiler() and channels_last(room):
+        peers.edges.fill(room, dim, before, behind, size)
+    else:
+        _copy_halo(room, dim, (before, behind), group, rank, size)
+    # The piece behind wants our last rows, the piece before our first.
+    for rows, wanted in ((before, rank < size - 1), (behind, rank > 0)):
+        if wanted:
+            count_sent("halo", room, rows / room.shape[dim])
+
+
+def _copy_halo(room: torch.Tensor, dim: int, reach: tuple[int, int], group: str, rank: int, size: int) -> None:
+    """`fill_halo` by copies, with what carries the edges in between."""
+    before, behind = reach
     rows = room.shape[dim] - before - behind
-    # The piece behind wants our last rows, the piece before our first. Channels come last, as they mostly lie.
+    # Channels come last, as they mostly lie.
     last, first = room.narrow(dim, rows, before), room.narrow(dim, before, behind)
     own = torch.cat([last, first], dim).movedim(1, -1).contiguous()
     if (peers := peer_memory.get(group)) is not None:
@@ -170,21 +211,14 @@ def fill_halo(room: torch.Tensor, dim: int, before: int, behind: int, group: str
     else:
         above, below = _exchange(own, group_of(group), rank, size)
     edges = (
-        (above, last, room.narrow(dim, 0, before), 0, rank < size - 1),
-        (below, first, room.narrow(dim, before + rows, behind), before, rank > 0),
+        (above, room.narrow(dim, 0, before), 0),
+        (below, room.narrow(dim, before + rows, behind), before),
     )
-    for theirs, mine, place, start, wanted in edges:
+    for theirs, place, start in edges:
         if theirs is None:
             place.zero_()
         else:
-            place.copy_(theirs.narrow(dim - 1, start, mine.shape[dim]).movedim(-1, 1))
-        if wanted:
-            count_sent("halo", mine)
-
-
-@fill_halo.register_fake
-def _(room: torch.Tensor, dim: int, before: int, behind: int, group: str, rank: int, size: int) -> None:
-    return None
+            place.copy_(theirs.narrow(dim - 1, start, place.shape[dim]).movedim(-1, 1))
 
 
 def _exchange(

@@ -11,12 +11,15 @@ import logging
 import socket
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
+
+if TYPE_CHECKING:
+    from services.parallel.edges import PeerEdges
 
 # Of the kernel that runs: hosts may share a name.
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -155,6 +158,13 @@ class PeerMemory:
         """What follows comes after that work; the host does not wait."""
         if mark is not None:
             torch.cuda.current_stream().wait_event(mark)
+
+    @cached_property
+    def edges(self) -> PeerEdges:
+        """Inboxes for edges of pictures' pieces, on GPUs."""
+        from services.parallel.edges import PeerEdges  # It is built on this.
+
+        return PeerEdges(self)
 
     def _recording(self) -> bool:
         """Whether a CUDA graph is being made."""

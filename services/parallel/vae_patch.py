@@ -5,7 +5,8 @@ needs of the others it tells by itself:
 
     convolution     as many rows of its neighbours as its kernel reaches over the border, by its own numbers
     group norm      the moments of all pieces
-    attention       (the classes that the `VaePlan` names) the whole picture, at the latents' size
+    attention       (the classes that the `VaePlan` names) the whole picture, at the latents' size; where it asks for
+                    them, others' keys and values only
     all others      nothing: they work pixel by pixel, or resample by whole factors
 
 A layer keeps its forward, whatever that does: a convolution gets a piece with its neighbours' edges instead of padding.
@@ -16,8 +17,6 @@ convolution's input himself can leave room for the edges in it, and saves a copy
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,22 +24,19 @@ import torch.nn.functional as F
 from torch import nn
 
 from services.family import Codec, VaeModel, VaePlan
-from services.parallel.collectives import all_gather, fill_halo
 from services.parallel.degrees import split_sizes
 from services.parallel.mesh import Axis
-
-
-@dataclass(slots=True)
-class Cut:
-    """How the picture in work is cut; shared by all layers.
-
-    Attributes:
-        dim: -2 or -1; 0 while a picture is whole on every rank.
-        sizes: of the ranks' pieces, in latents.
-    """
-
-    dim: int = 0
-    sizes: tuple[int, ...] = ()
+from services.parallel.vae_pieces import (
+    Cut,
+    SharedConvolution,
+    SharedKeys,
+    SharedMoments,
+    own_piece,
+    reach,
+    room_around,
+    whole,
+)
+from services.vae_kernels import together
 
 
 class PatchCodec:
@@ -59,8 +55,8 @@ class PatchCodec:
         self._compression = compression
         self._axis = axis
         self._cut = Cut()
-        reaches = [_reach(conv, side) for conv in convolutions(model.module) for side in (-2, -1)]
-        self._least = max(1, *(max(reach) for reach in reaches))
+        reaches = [reach(conv, side) for conv in convolutions(model.module) for side in (-2, -1)]
+        self._least = max(1, *(max(rows) for rows in reaches))
         _rebind_layers(model.module, plan, self._cut, axis)
 
     def decode(self, latents: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -87,26 +83,6 @@ class PatchCodec:
         return Cut(dim, tuple(split_sizes(side, self._axis.size))) if fits else Cut()
 
 
-def own_piece(x: torch.Tensor, cut: Cut, rank: int) -> torch.Tensor:
-    """A rank's piece of what all ranks have whole, at any resolution."""
-    if not cut.dim:
-        return x
-    scale = x.shape[cut.dim] // sum(cut.sizes)
-    return x.narrow(cut.dim, scale * sum(cut.sizes[:rank]), scale * cut.sizes[rank])
-
-
-def whole(piece: torch.Tensor, cut: Cut, axis: Axis) -> torch.Tensor:
-    """What all ranks' pieces make together."""
-    if not cut.dim:
-        return piece
-    scale = piece.shape[cut.dim] // cut.sizes[axis.rank]
-    missing = scale * max(cut.sizes) - piece.shape[cut.dim]
-    padding = (0, missing) if cut.dim == -1 else (0, 0, 0, missing)
-    gathered = all_gather(F.pad(piece, padding), axis.name, axis.size)
-    parts = [part.narrow(cut.dim, 0, scale * size) for part, size in zip(gathered, cut.sizes, strict=True)]
-    return torch.cat(parts, dim=cut.dim)
-
-
 def convolutions(module: nn.Module) -> list[Any]:
     """All of a module's."""
     return [part for part in module.modules() if isinstance(part, nn.Conv2d | nn.Conv3d)]
@@ -115,56 +91,22 @@ def convolutions(module: nn.Module) -> list[Any]:
 def _rebind_layers(module: nn.Module, plan: VaePlan, cut: Cut, axis: Axis) -> None:
     """Of a module and those in it; attention sees whole pictures, and so does all that it is made of."""
     for part in module.children():
-        if isinstance(part, plan.attention):
+        if isinstance(part, plan.attention) and hasattr(part, "keys_of_all"):
+            attention: Any = part
+            attention.keys_of_all = SharedKeys(cut, axis)
+            _rebind_layers(part, plan, cut, axis)
+        elif isinstance(part, plan.attention):
             _wrap(part, _attend, cut, axis)
         elif isinstance(part, nn.Conv2d | nn.Conv3d):
             shared: Any = part
             shared.shared = SharedConvolution(part, cut, axis)
             _wrap(part, _convolve, cut, axis)
         elif isinstance(part, nn.GroupNorm):
+            norm: Any = part
+            norm.shared = SharedMoments(cut, axis)
             _wrap(part, _normalise, cut, axis)
         else:
             _rebind_layers(part, plan, cut, axis)
-
-
-class SharedConvolution:
-    """What a convolution sees of the neighbours' pieces."""
-
-    def __init__(self, conv: Any, cut: Cut, axis: Axis) -> None:
-        self._conv, self._cut, self._axis = conv, cut, axis
-
-    def room_for(self, shape: torch.Size) -> tuple[int, ...]:
-        """The shape of a piece with its neighbours' edges."""
-        sides = list(shape)
-        if self._cut.dim:
-            sides[self._cut.dim] += sum(_reach(self._conv, self._cut.dim))
-        return tuple(sides)
-
-    def own(self, room: torch.Tensor) -> torch.Tensor:
-        """Where the piece itself lies in a room."""
-        if not self._cut.dim:
-            return room
-        before, behind = _reach(self._conv, self._cut.dim)
-        return room.narrow(self._cut.dim, before, room.shape[self._cut.dim] - before - behind)
-
-    def fill(self, room: torch.Tensor) -> None:
-        """The neighbours' edges into a room with the piece in it."""
-        if self._cut.dim:
-            before, behind = _reach(self._conv, self._cut.dim)
-            fill_halo(room, self._cut.dim, before, behind, self._axis.name, self._axis.rank, self._axis.size)
-
-    @contextmanager
-    def unpadded(self) -> Iterator[None]:
-        """Inside, the convolution adds no padding where pieces meet."""
-        padding = self._conv.padding
-        if self._cut.dim:
-            self._conv.padding = tuple(
-                0 if side - len(padding) == self._cut.dim else number for side, number in enumerate(padding)
-            )
-        try:
-            yield
-        finally:
-            self._conv.padding = padding
 
 
 def _wrap(layer: Any, around: Any, cut: Cut, axis: Axis) -> None:
@@ -178,58 +120,25 @@ def _wrap(layer: Any, around: Any, cut: Cut, axis: Axis) -> None:
     layer.forward = forward_piece
 
 
-def _convolve(conv: Any, forward: Any, x: torch.Tensor, cut: Cut, axis: Axis) -> torch.Tensor:
+def _convolve(conv: Any, forward: Any, x: torch.Tensor, cut: Cut, _axis: Axis) -> torch.Tensor:
     """With the neighbours' rows.
 
     A convolution with a stride gets its padding from outside, all of it behind the last row: the neighbour's rows take
     its place, and behind the whole zeros do.
     """
-    before, behind = _reach(conv, cut.dim)
+    before, behind = conv.shared.reach
     if not (before or behind):
         return forward(x)  # type: ignore[no-any-return]
     own = x.narrow(cut.dim, 0, x.shape[cut.dim] - (0 if before else behind))
-    with conv.shared.unpadded():
-        return forward(with_halo(own, cut.dim, before, behind, axis))  # type: ignore[no-any-return]
+    room = room_around(own, cut.dim, before, behind)
+    return conv.shared(room)  # type: ignore[no-any-return]
 
 
-def with_halo(tensor: torch.Tensor, dim: int, before: int, behind: int, axis: Axis) -> torch.Tensor:
-    """A piece of a whole with the edges of its neighbours, zeros beyond the whole.
-
-    Args:
-        tensor: [B, C, ..., H, W], a piece in dimension `dim`, -2 or -1.
-        before, behind: rows of the piece before it, and of the one behind it.
-    """
-    rows = tensor.shape[dim]
-    shape = list(tensor.shape)
-    shape[dim] = before + rows + behind
-    room = torch.empty(shape, dtype=tensor.dtype, device=tensor.device, memory_format=_layout(tensor))
-    room.narrow(dim, before, rows).copy_(tensor)
-    fill_halo(room, dim, before, behind, axis.name, axis.rank, axis.size)
-    return room
-
-
-def _layout(tensor: torch.Tensor) -> torch.memory_format:
-    """Of a picture or clip, or of a piece of one, which is not dense."""
-    if tensor.stride(1) != 1:
-        return torch.contiguous_format
-    return torch.channels_last_3d if tensor.ndim == 5 else torch.channels_last
-
-
-def _reach(conv: Any, dim: int) -> tuple[int, int]:
-    """Rows before and behind those that a convolution goes through, stride by stride."""
-    kernel, stride, before = (numbers[dim] for numbers in (conv.kernel_size, conv.stride, conv.padding))
-    return before, kernel - stride - before
-
-
-def _normalise(norm: Any, _forward: Any, x: torch.Tensor, _cut: Cut, axis: Axis) -> torch.Tensor:
-    """By the mean and variance of all pieces, from each piece's own (Chan et al.), which loses no digits."""
+def _normalise(norm: Any, _forward: Any, x: torch.Tensor, _cut: Cut, _axis: Axis) -> torch.Tensor:
+    """By the mean and variance of all pieces."""
     groups = x.unflatten(1, (norm.num_groups, -1))
-    mean, variance = _moments(groups)
-    count = torch.full_like(mean, groups[0, 0].numel())
-    counts, means, variances = all_gather(torch.stack([count, mean, variance]), axis.name, axis.size).unbind(1)
-    share = counts / counts.sum(0)
-    mean = (share * means).sum(0)
-    variance = (share * (variances + (means - mean) ** 2)).sum(0)
+    everybodys, shares = norm.shared(torch.stack(_moments(groups)))
+    mean, variance = together(everybodys, shares)
     repeats = groups.shape[2]
     weight, bias = (norm.weight.float(), norm.bias.float()) if norm.affine else (None, None)
     rows = [

@@ -130,8 +130,21 @@ def test_a_group_norm_by_its_channels(batch, width, groups, sides, blocks, dtype
     exact = copy.deepcopy(norm).double()
     for first in (None, bias):
         whole = x.double() if first is None else x.double() + first.double()[:, None, None]
-        ours = kernels.group_norm_silu(x, first, norm)
-        assert relative(ours, F.silu(exact(whole))) < tolerance(dtype)
+        expected = F.silu(exact(whole))
+        # Inside of something larger; of the whole, and of two pieces of it, each of which knows of both.
+        room = torch.zeros_like(F.pad(x, (1, 2, 2, 1)))
+        kernels.group_norm_silu(x, first, norm, room[:, :, 2:-1, 1:-2])
+        assert relative(room, F.pad(expected, (1, 2, 2, 1))) < tolerance(dtype)
+        heights = [3, x.shape[2] - 3]
+        shares = tuple(height / x.shape[2] for height in heights)
+        pieces = [
+            (piece.contiguous(memory_format=torch.channels_last), part)
+            for piece, part in zip(x.split(heights, dim=2), expected.split(heights, dim=2), strict=True)
+        ]
+        moments = torch.stack([kernels._moments_of(piece, first, groups) for piece, _ in pieces])
+        for piece, part in pieces:
+            kernels.group_norm_silu(piece, first, norm, ours := torch.empty_like(piece), lambda _: (moments, shares))  # noqa: B023
+            assert relative(ours, part) < tolerance(dtype)
 
 
 @pytest.mark.parametrize("width", [12, 96, 512])
@@ -142,7 +155,11 @@ def test_sums_and_doubled_pictures(width, dtype, kernels) -> None:
     exact = vae_kernels.add(shortcut.double(), x.double(), bias.double())
     assert relative(kernels.add(shortcut, x, bias), exact) < tolerance(dtype)
     picture = on_gpu(2, width, 31, 17, dtype=dtype)
-    assert torch.equal(kernels.double(picture), vae_kernels.double(picture))
+    ours, theirs = (on_gpu(2, width, 65, 37, dtype=dtype) for _ in range(2))
+    for doubled, module in ((ours, kernels), (theirs, vae_kernels)):
+        doubled.zero_()
+        module.double(picture, doubled[:, :, 2:-1, 1:-2])
+    assert torch.equal(ours, theirs) and torch.equal(ours[:, :, 2:-1:2, 1:-2:2], picture)
 
 
 @pytest.mark.parametrize("batch, width, count", [(1, 96, 3), (2, 12, 3), (1, 16, 1)])

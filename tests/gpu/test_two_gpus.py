@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from services.families import load_family
-from tests.gpu.work import config_of, denoise, denoise_on
+from tests.gpu.work import config_of, denoise, denoise_on, work_pictures, work_pictures_on
+from tests.parallel.vaes import KINDS
 
 pytestmark = pytest.mark.gpu
 
@@ -48,3 +49,15 @@ def test_graphs_change_no_bit(layout, tmp_path) -> None:
     for (plain, _), (replayed, figures) in zip(*both, strict=True):
         assert figures["dit_graph_replays_total"] > 0
         assert all(torch.equal(plain[name], replayed[name]) for name in plain)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_shared_vae_makes_what_one_gpu_makes(kind, tmp_path) -> None:
+    with torch.inference_mode():
+        alone = work_pictures(kind, None)
+    ranks = work_pictures_on(2, kind, tmp_path)
+    for made in ranks:
+        for ours, expected, others in zip(made, alone, ranks[0], strict=True):
+            assert ours.shape == expected.shape
+            assert (ours - expected).abs().max() <= 2e-5 * expected.abs().max()
+            assert torch.equal(ours, others)

@@ -16,9 +16,14 @@ from dit_svc.loading import open_engine
 from services.config import EngineSection, ModelSection, ParallelSection, ServiceSection, StageConfig
 from services.describe import limits_of, open_model
 from services.families import load_family
+from services.family import VaeModel
 from services.parallel.degrees import Degrees
-from services.parallel.mesh import Mesh
+from services.parallel.mesh import Axis, Mesh
+from services.parallel.vae_patch import PatchCodec
 from services.request import GenerationParams, resolve
+from services.vae_attention import attend_by_products
+from services.vae_on_gpu import speed_up
+from tests.parallel.vaes import KINDS, latents_of, library_vae, pixels_of
 
 SIDES_PX = (64, 112, 208)
 
@@ -74,4 +79,42 @@ def denoise_on(world: int, config: StageConfig, requests: int, folder: Path) -> 
     """What every rank makes of it."""
     arguments = (world, f"file://{folder}/rendezvous", config, requests, f"{folder}/out")
     multiprocessing.spawn(run_rank, arguments, nprocs=world, join=True)
+    return [torch.load(f"{folder}/out.{rank}") for rank in range(world)]
+
+
+# Sides in latents and frames: pieces of unequal sizes, rows and columns cut, one after the other larger and smaller.
+PICTURES = [(11, 6, 1), (5, 9, 1), (41, 30, 1), (3, 2, 1), (7, 4, 3), (20, 35, 3), (5, 9, 3)]
+
+
+def work_pictures(kind: str, axis: Axis | None) -> list[torch.Tensor]:
+    """A tiny VAE's decodes and encodes in float32, of which one is left after its first chunk."""
+    vae, about = library_vae(kind).cuda(), KINDS[kind]
+    model = VaeModel(vae, about.codec(vae))
+    attend_by_products(vae)
+    codec = model.codec if axis is None else PatchCodec(model, about.plan, about.compression, axis)
+    speed_up(vae)
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    made = []
+    for height, width, frames in PICTURES:
+        if frames > 1 and not about.clips:
+            continue
+        made.append(next(codec.decode(latents_of(kind, height, width, frames, batch=2).cuda())))
+        made += codec.decode(latents_of(kind, height, width, frames).cuda())
+        made.append(codec.encode(pixels_of(kind, height, width, 4 * frames - 3).cuda()))
+    return [each.cpu() for each in made]
+
+
+def run_vae_rank(rank: int, world: int, rendezvous: str, kind: str, out: str) -> None:
+    torch.cuda.set_device(rank)
+    dist.init_process_group("cpu:gloo,cuda:nccl", rendezvous, rank=rank, world_size=world)
+    with torch.inference_mode(), patch("services.parallel.peer_memory.STEP_BYTES", 2**14):
+        made = work_pictures(kind, Mesh(Degrees(patch=world), rank, "cuda")["patch"])
+    torch.save(made, f"{out}.{rank}")
+    dist.destroy_process_group()
+
+
+def work_pictures_on(world: int, kind: str, folder: Path) -> list[Any]:
+    """What every rank makes of them."""
+    arguments = (world, f"file://{folder}/rendezvous", kind, f"{folder}/out")
+    multiprocessing.spawn(run_vae_rank, arguments, nprocs=world, join=True)
     return [torch.load(f"{folder}/out.{rank}") for rank in range(world)]

@@ -27,6 +27,7 @@ from services.parallel.vae_patch import PatchCodec
 from services.parallel.vae_tiles import TileCodec
 from services.request import ResolvedParams
 from services.tensors import Bundle
+from services.vae_attention import attend_by_products
 from services.vae_on_gpu import speed_up
 from services.weights import open_source
 from tests.parallel.vaes import KINDS, vae_model
@@ -311,6 +312,8 @@ def shared(
     """The same on a rank's axis, or on one rank without; `fused`: its layers as GPUs have them."""
     model, about = vae_model(kind), KINDS[kind]
     codec = model.codec
+    if fused:
+        attend_by_products(model.module)
     if tile_px:
         codec = TileCodec(codec, tile_px, about.compression, axis)
     elif axis is not None:

@@ -22,7 +22,7 @@ from services.parallel.mesh import Axis, PlannedMesh
 from services.parallel.peer_memory import STEP_BYTES, PeerMemory
 from services.parallel.sequence import Places, SequenceParallel, own_piece, token_orders
 from services.parallel.ulysses import Exchange
-from services.parallel.vae_patch import with_halo
+from services.parallel.vae_pieces import room_around
 
 
 class Host:
@@ -219,8 +219,10 @@ def test_a_piece_gets_the_edges_of_its_neighbours(before, behind, layout, monkey
         monkeypatch.setitem(collectives.peer_memory, f"of {rank}", peers)
         start = sum(sizes[:rank])
         pieces = [picture.narrow(dim, start, sizes[rank]) for dim in (-2, -1)]
-        axis = Axis(f"of {rank}", 3, rank, None, ())
-        return [with_halo(piece, dim, before, behind, axis) for dim, piece in zip((-2, -1), pieces, strict=True)]
+        rooms = [room_around(piece, dim, before, behind) for dim, piece in zip((-2, -1), pieces, strict=True)]
+        for dim, room in zip((-2, -1), rooms, strict=True):
+            collectives.fill_halo(room, dim, before, behind, f"of {rank}", rank, 3)
+        return rooms
 
     _, results = everywhere(3, work)
     for rank, extended in enumerate(results):
