@@ -10,9 +10,10 @@ original. Text encoder and denoiser are on the device one after the other. A reh
 from __future__ import annotations
 
 import argparse
+import gc
 import io
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -122,8 +123,11 @@ def decoded_shape(vae: VaeEngine, case: Case, latents: torch.Tensor) -> list[int
 @torch.inference_mode()
 def run(config: StageConfig, side: int, steps: int) -> dict[str, Any]:
     """All cases, one after the other."""
-    vae = open_vae(config)
-    asked = list(cases(config, vae, side, steps))
+    # The denoiser's features are none of the other stages'.
+    plain = replace(config, features={})
+    vae = open_vae(plain)
+    asked = list(cases(plain, vae, side, steps))
+    gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     note("encoded")

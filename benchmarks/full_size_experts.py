@@ -36,9 +36,9 @@ TEXT_TOKENS = 512
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """A clip over both engines."""
     configs = {name: config_of(args.source, "wan", "wan2.2-t2v-a14b", args.device, expert=name) for name in EXPERTS}
-    engines = {}
+    engines, features = {}, {}
     for name, config in configs.items():
-        engines[name], _ = open_engine(config)
+        engines[name], features[name] = open_engine(config)
         note(f"{name} is ready")
     source = open_model(configs["high_noise"].model)
     params = params_of(args, configs["high_noise"])
@@ -57,6 +57,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "low_noise": second.figures(),
         "checkpoint_bytes": nbytes,
         "hop_s": hop_s,
+        "recompiles": sum(feature.metrics().get("dit_recompiles_total", 0) for feature in features.values()),
     }
 
 

@@ -152,11 +152,12 @@ class Decode:
                 artifact.num_frames, artifact.fps = header.num_frames, header.fps
                 self.digests = Digests() if header.nbytes > CHUNK_BYTES else None
             case "chunk":
-                if len(self._data) + len(response.chunk.data) > self._expected:
+                data = response.chunk.data
+                if len(self._data) + len(data) > self._expected:
                     raise CorruptTensor(f"the {replica.stage} announced {self._expected} bytes and sent more")
-                self._data += response.chunk.data
+                self._data += data
                 if self.digests is not None:
-                    self.digests.add(response.chunk.data)
+                    self.digests.add(data)
                 if len(self._data) == self._expected:
                     self._whole.set()
             case "frames":

@@ -110,8 +110,9 @@ class Store:
                 begin = number * CHUNK_BYTES
                 yield chunk[max(0, start - begin) : stop - begin]
         finally:
-            if ahead is not None:
-                ahead.cancel()
+            if ahead is not None and not ahead.cancel() and not ahead.cancelled():
+                # Seen, even where nobody asks for that chunk any more.
+                ahead.exception()
 
     def _chunk(
         self, name: str, artifact: gateway_pb2.Artifact, number: int, chunks: Sequence[str]
