@@ -255,11 +255,20 @@ def _sample_chunk(chunk: tuple[int, int, int]) -> dict[str, object]:
 def _latents(
     run: _Run, model: WanComponents, scenes: MovingBatch, tokens: torch.Tensor, lengths: torch.Tensor
 ) -> LatentClips:
-    """Encodes this rank's clips and writes the statistics of all latents into the autoencoder's config."""
-    latents, mean, std, weights = train_autoencoder.encode_all(
-        model.vae, scenes, batch_size=run.args.encode_batch, compiled=run.compiled, ranks=run.ranks
-    )
-    model.vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
+    """This rank's encoded clips, those of an earlier run if there was one.
+
+    Writes the statistics of all latents into the autoencoder's config.
+    """
+    path = run.args.state / f"latents_{run.ranks.rank}_of_{run.ranks.size}.safetensors"
+    if path.exists():
+        encoded = load_file(path, device=str(run.device))
+    else:
+        encoded = train_autoencoder.encode_all(
+            model.vae, scenes, batch_size=run.args.encode_batch, compiled=run.compiled, ranks=run.ranks
+        )
+        save_file(encoded, path)
+    latents, weights = encoded["latents"], encoded["weights"]
+    model.vae.register_to_config(latents_mean=encoded["mean"].tolist(), latents_std=encoded["std"].tolist())
     device = latents.device
     empty_tokens, empty_lengths = tokenize(model.tokenizer, EMPTY_PROMPTS)
     return LatentClips(

@@ -166,11 +166,11 @@ def _turn_latents(vae: AutoencoderKLWan, turn: torch.Tensor, mean: torch.Tensor,
 @torch.no_grad()
 def encode_all(
     vae: AutoencoderKLWan, scenes: MovingBatch, *, batch_size: int, compiled: bool, ranks: Ranks = ALONE
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> dict[str, torch.Tensor]:
     """Latents of this rank's scenes, normalised and in bf16 on the device, and the weights of their patches in fp16.
 
-    Shapes: latents (N, 16, 9, 16, 16); mean and standard deviation of each channel over the scenes of all ranks,
-    (16,) each; weights (N, 576), 1 on average for each scene.
+    Shapes: `latents` (N, 16, 9, 16, 16); `mean` and standard deviation `std` of each channel over the scenes of all
+    ranks, (16,) each; `weights` (N, 576), 1 on average for each scene.
     """
 
     def encoded(batch: MovingBatch, tracks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -189,7 +189,7 @@ def encode_all(
             means, weights[rows] = run(scenes[rows], scenes[rows].tracks())
             latents[rows] = means.to(torch.bfloat16)
     mean, std = _normalise(latents, batch_size, ranks)
-    return latents, mean, std, weights
+    return {"latents": latents, "mean": mean, "std": std, "weights": weights}
 
 
 def _normalise(latents: torch.Tensor, batch_size: int, ranks: Ranks) -> tuple[torch.Tensor, torch.Tensor]:
