@@ -42,7 +42,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "one": {},
     "cfg": {"cfg_parallel_size": 2},
     "ulysses": {"ulysses_degree": 2},
-    "ulysses-serial": {"ulysses_degree": 2},
+    "ulysses-rows": {"ulysses_degree": 2},
     "ring": {"ring_degree": 2},
     "tensor": {"tensor_parallel_size": 2},
     "tensor-sequence": {"tensor_parallel_size": 2, "tensor_sequence_parallel": True},
@@ -51,9 +51,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "hsdp": {"hsdp_shard_size": 2},
 }
 # Those whose launches a graph can hold (`services/features/graphs.py`).
-GRAPHS = ("one", "cfg", "ulysses", "ulysses-serial", "pipeline")
-# Those whose guidance branches have a forward each.
-SERIAL = ("ulysses-serial",)
+GRAPHS = ("one", "cfg", "ulysses", "ulysses-rows", "pipeline")
+# Those whose guidance branches share a forward, however long it is.
+ROWS = ("ulysses-rows",)
 WARMUP_STEPS = 3
 TEXT_TOKENS = 24
 
@@ -121,7 +121,7 @@ def measure(setting: Setting, layout: str, rank: int) -> dict[str, Any]:
             name="m", source=setting.source, family=setting.family, preset=setting.preset, device=setting.device
         ),
         parallel=section,
-        engine=EngineSection(branches="serial" if layout in SERIAL else "auto"),
+        engine=EngineSection(branches="rows" if layout in ROWS else "auto"),
         features=features,
     )
     engine, applied = open_engine(config, mesh)

@@ -90,7 +90,7 @@ def test_a_layout_gives_what_one_process_gives(pool, prepared, name, layout):
         ), "the ranks' states have drifted apart"
 
 
-@pytest.mark.parametrize("layout", ["hsdp", "tensor-sequence-hsdp"])
+@pytest.mark.parametrize("layout", ["hsdp", "hsdp-ulysses", "tensor-sequence-hsdp"])
 @pytest.mark.parametrize("name", ["qwen_image-t2i", "wan-t2v"])
 def test_branches_that_share_no_kernels_share_a_gathering_of_weights(pool, prepared, name, layout):
     parallel = (TWO | FOUR)[layout]

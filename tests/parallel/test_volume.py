@@ -54,17 +54,6 @@ def sent_by(prepared, name: str, rank: int = 0, **degrees) -> dict[str, int]:
     return dict(dry.step(job.params, job.conditions).sent_bytes)
 
 
-@pytest.mark.parametrize(("degrees", "passes"), [({}, 2), ({"ulysses": 2}, 1), ({"ring": 2}, 1), ({"tensor": 2}, 2)])
-def test_branches_of_a_long_sequence_share_a_forward_where_ranks_share_the_tokens(
-    prepared, monkeypatch, degrees, passes
-):
-    monkeypatch.setattr("dit_svc.forward.ROWS_UP_TO_TOKENS", 0)
-    subject = prepared("wan-t2v_one_expert")
-    [job], _ = subject.jobs_of(replace(subject.row.wishes[0], steps=STEPS))
-    dry = DryRun(open_source(str(subject.folder)), Degrees(**degrees), 0, torch.float32)
-    assert dry.step(job.params, job.conditions).passes == passes
-
-
 # The tiny clip model on 64x96 pixels and 9 frames: 72 tokens, 6 heads of 16, 4 blocks, fp32, two branches as rows.
 ROWS, TOKENS, HEADS, WIDTH, BLOCKS, FP32 = 2, 72, 6, 16, 4, 4
 HIDDEN = ROWS * TOKENS * HEADS * WIDTH * FP32
