@@ -152,7 +152,7 @@ class VaeProgram:
         params = chunk.job.params
         if opened.frames_only:
             opened.call.send_tensors({"frames": torch.from_numpy(chunk.frames)})
-        elif self._speaks and params.output_format == "raw":
+        elif self._speaks and params.output_format == "raw" and params.num_frames > 1:
             _send_raw(opened, chunk)
         elif self._speaks:
             if opened.media is None:

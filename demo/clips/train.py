@@ -79,10 +79,10 @@ def train(args: argparse.Namespace) -> None:
     for module in (model.vae, model.text_encoder, model.transformer):
         module.to(run.device)
     run.say(f"{len(scenes)} scenes")
-    ready = _train_autoencoder(run, model, scenes)
+    autoencoder = _train_autoencoder(run, model, scenes)
     if args.denoiser_s > 0:
-        ready = ready and _train_text_encoder(run, model, scenes, tokens, lengths)
-        _train_denoiser(run, model, scenes, tokens, lengths, ready=ready)
+        ready = autoencoder.finished and _train_text_encoder(run, model, scenes, tokens, lengths)
+        _train_denoiser(run, model, scenes, tokens, lengths, autoencoder.step if ready else None)
     ranks.leave()
     if run.ranks.rank == 0:
         components.save(model, args.out)
@@ -130,8 +130,8 @@ class _Run:
         return path
 
 
-def _train_autoencoder(run: _Run, model: WanComponents, scenes: MovingBatch) -> bool:
-    """Whether it is done; the model then holds the average, its latents evened out where they were trained."""
+def _train_autoencoder(run: _Run, model: WanComponents, scenes: MovingBatch) -> Stage:
+    """How far it is; the model then holds the average, its latents evened out where they were trained."""
     modules = nn.ModuleDict({"vae": model.vae})
     stage = Stage(
         modules, peak_lr=run.args.autoencoder_lr, ema_decay=0.995, planned_s=run.args.autoencoder_s, ranks=run.ranks
@@ -147,13 +147,13 @@ def _train_autoencoder(run: _Run, model: WanComponents, scenes: MovingBatch) -> 
     if stage.finished and stage.step > 0:
         train_autoencoder.even_out(model.vae, scenes, batch_size=run.args.encode_batch, ranks=run.ranks)
     run.say(f"autoencoder: {stage.step} steps, {stage.seconds:.0f} s of {stage.planned_s:.0f}")
-    return stage.finished
+    return stage
 
 
 def _train_text_encoder(
     run: _Run, model: WanComponents, scenes: MovingBatch, tokens: torch.Tensor, lengths: torch.Tensor
 ) -> bool:
-    """As above."""
+    """Whether it is done; the model then holds the average."""
     num_classes = [len(SHAPES), len(PALETTE), len(PALETTE), len(PATHS), len(SIZES_PX), len(SPEEDS_PX)]
     torch.manual_seed(run.args.seed)  # Of the reader's weights: the same on all ranks.
     reader = train_text.Reader(components.TEXT_WIDTH, num_classes).to(run.device)
@@ -176,17 +176,16 @@ def _train_denoiser(
     scenes: MovingBatch,
     tokens: torch.Tensor,
     lengths: torch.Tensor,
-    *,
-    ready: bool,
+    autoencoder_step: int | None,
 ) -> None:
-    """Trains where what it needs is `ready`; the model then holds the average."""
+    """Trains where what it needs is ready, and so the autoencoder has a step; the model then holds the average."""
     modules = train_denoiser.modules_of(model.text_encoder, model.transformer)
     stage = Stage(
         modules, peak_lr=run.args.denoiser_lr, ema_decay=0.9992, planned_s=run.args.denoiser_s, ranks=run.ranks
     )
     run.resume(stage, "denoiser")
-    if ready:
-        clips = _latents(run, model, scenes, tokens, lengths)
+    if autoencoder_step is not None:
+        clips = _latents(run, model, scenes, tokens, lengths, autoencoder_step)
         run.say("clips are encoded")
         train_denoiser.train(
             stage, clips, batch_size=run.args.denoiser_batch, run_s=run.left_s(), compiled=run.compiled
@@ -253,20 +252,29 @@ def _sample_chunk(chunk: tuple[int, int, int]) -> dict[str, object]:
 
 
 def _latents(
-    run: _Run, model: WanComponents, scenes: MovingBatch, tokens: torch.Tensor, lengths: torch.Tensor
+    run: _Run,
+    model: WanComponents,
+    scenes: MovingBatch,
+    tokens: torch.Tensor,
+    lengths: torch.Tensor,
+    autoencoder_step: int,
 ) -> LatentClips:
-    """This rank's encoded clips, those of an earlier run if there was one.
+    """This rank's encoded clips, those of an earlier run where the autoencoder has had as many steps.
 
     Writes the statistics of all latents into the autoencoder's config.
     """
-    path = run.args.state / f"latents_{run.ranks.rank}_of_{run.ranks.size}.safetensors"
-    if path.exists():
+    name = f"latents_{len(scenes)}_step_{autoencoder_step}_{run.ranks.rank}_of_{run.ranks.size}.safetensors"
+    path: Path = run.args.state / name
+    there = torch.tensor(float(path.exists()), device=run.device)
+    run.ranks.average([there])
+    if there == 1.0:  # All ranks have theirs: encoding is work of all.
         encoded = load_file(path, device=str(run.device))
     else:
         encoded = train_autoencoder.encode_all(
             model.vae, scenes, batch_size=run.args.encode_batch, compiled=run.compiled, ranks=run.ranks
         )
-        save_file(encoded, path)
+        save_file(encoded, path.with_suffix(".partial"))
+        path.with_suffix(".partial").replace(path)
     latents, weights = encoded["latents"], encoded["weights"]
     model.vae.register_to_config(latents_mean=encoded["mean"].tolist(), latents_std=encoded["std"].tolist())
     device = latents.device
