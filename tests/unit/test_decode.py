@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from hashlib import sha256
 from typing import Any, cast
 
 import grpc
 import pytest
 
 from gateway.decode import Decode
+from gateway.digests import CHUNK_BYTES
 from gateway.records import Claim
 from gateway.replica import Replica
 from gateway.stage_calls import Latents
@@ -103,6 +105,30 @@ async def test_frames_pass_as_they_are_and_media_come_from_the_second_stage() ->
     start = interpolation_pb2.InterpolateRequest.FromString(seen["interpolation"][0]).start
     assert (start.exponent, start.scale, start.num_frames, start.context.fence) == (2, 0.5, 5, 7)
     assert seen["interpolation"][1:] == frames
+
+
+async def test_large_media_are_hashed_as_they_come() -> None:
+    data = bytes(range(256)) * (9 * MIB // 256)
+    header, _, usage = media(b"", len(data))
+    pieces = [types_pb2.MediaChunk(data=data[at : at + MIB]) for at in range(0, len(data), MIB)]
+
+    async def vae(requests: AsyncIterator[bytes], context: Context) -> None:
+        await drain(requests)
+        await context.write(USAGE)
+
+    async def interpolation(requests: AsyncIterator[bytes], context: Context) -> None:
+        await drain(requests)
+        chunks = [vae_pb2.DecodeResponse(chunk=piece).SerializeToString() for piece in pieces]
+        for message in (header, *chunks, usage):
+            await context.write(message)
+
+    async with hop(vae, interpolation) as (decode, _, _):
+        assert await decode.media() == data
+        await decode.ended()
+        assert decode.digests is not None
+        whole, parts = decode.digests.ended()
+    assert whole == sha256(data).hexdigest()
+    assert parts == [sha256(data[at : at + CHUNK_BYTES]).hexdigest() for at in range(0, len(data), CHUNK_BYTES)]
 
 
 async def test_frames_of_the_second_stage_are_told() -> None:
