@@ -104,6 +104,10 @@ def test_who_leaves_while_redis_is_away_aborts_all_the_same(cluster: Cluster) ->
         assert ended(running, request_id) == "cancelled"
 
 
+def requests_at(at: GatewayProcess) -> list[dict[str, Any]]:
+    return at.rest.get("/v1/requests").json()["data"]  # type: ignore[no-any-return]
+
+
 def images_call(at: GatewayProcess) -> httpx.Response:
     # A connection of its own: the gateway's client is closed when it is stopped.
     body = {"prompt": "waits", "size": "64x64", "steps": STEPS}
@@ -115,6 +119,8 @@ def test_who_waits_at_a_gateway_that_stops_gets_the_answer_and_nobody_else_comes
         pool = stack.enter_context(concurrent.futures.ThreadPoolExecutor())
         leaves = stack.enter_context(cluster.gateway("gateway", drain_s=30.0))
         waits = pool.submit(images_call, leaves)
+        # A client may take a second to begin: it must be in before the gateway stops.
+        wait_for(lambda: any(made["state"] in ("queued", "running") for made in requests_at(leaves)))
         call, _ = stack.enter_context(last_of_three(leaves))
         leaves.process.terminate()
         wait_for(lambda: leaves.health() == 0, 5, 0.05)
@@ -168,7 +174,7 @@ async def test_who_leaves_there_aborts(cluster: Cluster) -> None:
 def test_a_waiting_images_call_hears_that_its_gateway_stops(cluster: Cluster) -> None:
     with concurrent.futures.ThreadPoolExecutor() as pool, cluster.gateway("gateway") as leaves:
         calls = [pool.submit(images_call, leaves) for _ in range(2)]
-        wait_for(lambda: len(leaves.rest.get("/v1/requests").json()["data"]) == len(calls))
+        wait_for(lambda: len(requests_at(leaves)) == len(calls))
     answers = [call.result() for call in calls]
     assert [answer.status_code for answer in answers] == [503] * len(calls)
     assert {answer.json()["error"]["code"] for answer in answers} == {"not_ready"}
