@@ -30,7 +30,7 @@ from typing import Any
 import grpc
 
 from benchmarks.full_size import print_logs
-from benchmarks.full_size_setting import note
+from benchmarks.full_size_setting import clip_options, note
 from benchmarks.load import Outcome, Work, timed_request, write_result
 from lightloom.cluster_config import ClusterConfig, ExpertEntry, GatewayEntry, ModelEntry
 from lightloom.launcher import Cluster
@@ -143,18 +143,11 @@ def parts_of(outcome: Outcome) -> dict[str, float]:
 
 def main() -> None:
     """Prints the figures."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--source", default="random:0", help="weights: random:SEED or a folder")
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--width", type=int, default=832)
-    parser.add_argument("--height", type=int, default=480)
-    parser.add_argument("--frames", type=int, default=81)
-    parser.add_argument("--steps", type=int, default=40)
+    parser = clip_options(__doc__, steps=40)
     parser.add_argument("--runs", type=int, default=1)
     parser.add_argument("--experts-apart", action="store_true", help="each in a denoiser of its own, on one device")
     parser.add_argument("--formats", nargs="+", choices=("raw", "mp4", "gif", "zip"), default=["raw"])
     parser.add_argument("--run-dir", type=Path, default=Path("run/full_size_clip"))
-    parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     write_result(args.json, "full_size_clip", asyncio.run(run_clips(args)))
 

@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import argparse
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.full_size_engines import Denoised, config_of, denoise
-from benchmarks.full_size_setting import note
+from benchmarks.full_size_setting import clip_options, note
 from benchmarks.load import write_result
 from dit_svc.engine import DenoiseJob
 from dit_svc.loading import open_engine
@@ -96,14 +95,7 @@ def carried(first: Denoised) -> tuple[Bundle, float, int]:
 
 def main() -> None:
     """Prints the figures."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--source", default="random:0", help="weights: random:SEED or a folder")
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--width", type=int, default=832)
-    parser.add_argument("--height", type=int, default=480)
-    parser.add_argument("--frames", type=int, default=81)
-    parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--json", type=Path)
+    parser = clip_options(__doc__, steps=5)
     args = parser.parse_args()
     write_result(args.json, "full_size_experts", run(args))
 

@@ -1,9 +1,11 @@
-"""What both sides of the full-size benchmark make, and what they report."""
+"""What the benchmarks at full size make, and what they report."""
 
 from __future__ import annotations
 
+import argparse
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 FAMILY, PRESET = "qwen_image", "qwen-image"
 
@@ -39,6 +41,19 @@ class Timing:
     end_to_end_s: float
     step_s: float
     runs: int
+
+
+def clip_options(description: str | None, steps: int) -> argparse.ArgumentParser:
+    """What the benchmarks of a clip of Wan 2.2 are asked: 480p and 81 frames, unless told otherwise."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--source", default="random:0", help="weights: random:SEED or a folder")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--width", type=int, default=832)
+    parser.add_argument("--height", type=int, default=480)
+    parser.add_argument("--frames", type=int, default=81)
+    parser.add_argument("--steps", type=int, default=steps)
+    parser.add_argument("--json", type=Path)
+    return parser
 
 
 def note(text: str) -> None:

@@ -7,6 +7,7 @@ several runs ends as it would have in one.
 
 import math
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -17,6 +18,13 @@ from torch import nn
 from demo.ranks import ALONE, Ranks
 
 WARM_UP_STEPS = 300
+
+
+def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Writes a safetensors file, which replaces the former one at once."""
+    partial = path.with_suffix(".partial")
+    save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, partial, metadata)
+    partial.replace(path)
 
 
 class Stage:
@@ -109,10 +117,7 @@ class Stage:
         for name, param in self.params.items():
             for key, value in self.optimizer.state[param].items():
                 tensors[f"{key}/{name}"] = value
-        partial = path.with_suffix(".partial")
-        contiguous = {name: value.cpu().contiguous() for name, value in tensors.items()}
-        save_file(contiguous, partial, metadata={"step": str(self.step), "seconds": repr(self.seconds)})
-        partial.replace(path)
+        save_tensors(tensors, path, {"step": str(self.step), "seconds": repr(self.seconds)})
 
     @torch.no_grad()
     def resume(self, path: Path) -> None:

@@ -31,7 +31,7 @@ from demo.clips.scenes import PATHS, SIZES_PX, SPEEDS_PX
 from demo.clips.train_denoiser import LatentClips
 from demo.ranks import Ranks
 from demo.scenes import PALETTE, SHAPES
-from demo.stage import Stage
+from demo.stage import Stage, save_tensors
 
 MAX_TOKENS = 48
 """Above every caption's length, and what attention kernels like."""
@@ -273,8 +273,7 @@ def _latents(
         encoded = train_autoencoder.encode_all(
             model.vae, scenes, batch_size=run.args.encode_batch, compiled=run.compiled, ranks=run.ranks
         )
-        save_file(encoded, path.with_suffix(".partial"))
-        path.with_suffix(".partial").replace(path)
+        save_tensors(encoded, path)
     latents, weights = encoded["latents"], encoded["weights"]
     model.vae.register_to_config(latents_mean=encoded["mean"].tolist(), latents_std=encoded["std"].tolist())
     device = latents.device

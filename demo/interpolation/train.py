@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import nn
 
 from demo import ranks
@@ -23,7 +22,7 @@ from demo.interpolation.evaluate import evaluate
 from demo.interpolation.filmed import filmed
 from demo.interpolation.layers import Clips, Painter, sample_clips
 from demo.interpolation.photographs import HELD_OUT, TRAINING, read_tiles
-from demo.stage import Stage
+from demo.stage import Stage, save_tensors
 from interpolation_svc.between import COARSE_SCALE, both_ways, pictures_of
 from interpolation_svc.ifnet import IFNet, IFNetSpec
 from interpolation_svc.weights import load_ifnet
@@ -102,10 +101,7 @@ def finish(stage: Stage, net: IFNet, args: argparse.Namespace) -> None:
 def save_average(stage: Stage, path: Path) -> None:
     """The checkpoint of the weights' average so far, fp16; it replaces the former one at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    average = {name.removeprefix("net."): value for name, value in stage.ema.items()}
-    save_file({name: value.half().cpu().contiguous() for name, value in average.items()}, partial)
-    partial.replace(path)
+    save_tensors({name.removeprefix("net."): value.half() for name, value in stage.ema.items()}, path)
 
 
 def train(stage: Stage, net: IFNet, args: argparse.Namespace, painter: Painter) -> None:

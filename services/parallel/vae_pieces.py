@@ -37,14 +37,17 @@ def own_piece(x: torch.Tensor, cut: Cut, rank: int) -> torch.Tensor:
 
 def whole(piece: torch.Tensor, cut: Cut, axis: Axis) -> torch.Tensor:
     """What all ranks' pieces make together."""
-    if not cut.dim:
-        return piece
-    scale = piece.shape[cut.dim] // cut.sizes[axis.rank]
-    missing = scale * max(cut.sizes) - piece.shape[cut.dim]
-    padding = (0, missing) if cut.dim == -1 else (0, 0, 0, missing)
+    return joined(piece, cut.dim, cut, axis) if cut.dim else piece
+
+
+def joined(piece: torch.Tensor, dim: int, cut: Cut, axis: Axis) -> torch.Tensor:
+    """All ranks' pieces one after the other in dimension `dim`, -1 or -2, which has as much of each as it is large."""
+    scale = piece.shape[dim] // cut.sizes[axis.rank]
+    missing = scale * max(cut.sizes) - piece.shape[dim]
+    padding = (0, missing) if dim == -1 else (0, 0, 0, missing)
     gathered = all_gather(F.pad(piece, padding), axis.name, axis.size)
-    parts = [part.narrow(cut.dim, 0, scale * size) for part, size in zip(gathered, cut.sizes, strict=True)]
-    return torch.cat(parts, dim=cut.dim)
+    parts = [part.narrow(dim, 0, scale * size) for part, size in zip(gathered, cut.sizes, strict=True)]
+    return torch.cat(parts, dim=dim)
 
 
 class SharedConvolution:
@@ -125,13 +128,7 @@ class SharedKeys:
 
     def __call__(self, own: torch.Tensor) -> torch.Tensor:
         """Keys, or values, of all pieces' pixels for those of one's own: [B, N, C], one piece after the other."""
-        sizes, rank = self._cut.sizes, self._axis.rank
-        if not self._cut.dim:
-            return own
-        pixels = own.shape[1] // sizes[rank]
-        padded = F.pad(own, (0, 0, 0, pixels * (max(sizes) - sizes[rank])))
-        gathered = all_gather(padded, self._axis.name, self._axis.size)
-        return torch.cat([part[:, : pixels * size] for part, size in zip(gathered, sizes, strict=True)], dim=1)
+        return joined(own, -2, self._cut, self._axis) if self._cut.dim else own
 
 
 def room_around(tensor: torch.Tensor, dim: int, before: int, behind: int) -> torch.Tensor:
