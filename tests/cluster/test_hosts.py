@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import ExitStack
 
 import psutil
 import pytest
@@ -17,6 +18,7 @@ from services.tensors import BundleReader, bundle_frames
 from services.wire import params_to_proto
 from tests.cluster.stage_process import ROOT, StageProcess
 from tests.cluster.stage_process import stage as running_stage
+from tests.deploy.networks import ip
 from tests.oracle import ROWS
 from tests.oracle.harness import Subject, difference, make_folder
 
@@ -30,17 +32,15 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def ip(*words: str) -> None:
-    subprocess.run(["ip", *words], check=True, capture_output=True)
-
-
 @pytest.fixture
 def other_host(tmp_path):
     """A second host with an agent; gone with everything in it afterwards."""
-    ip("netns", "add", SPACE)
-    agent = None
-    try:
+    with ExitStack() as stack:
+        ip("netns", "add", SPACE)
+        stack.callback(ip, "netns", "del", SPACE)
         ip("link", "add", LINK, "type", "veth", "peer", "name", THEIR_LINK, "netns", SPACE)
+        # A namespace takes its links along in its own time, and the next test makes one of the same name.
+        stack.callback(ip, "link", "del", LINK)
         ip("addr", "add", f"{HERE}/24", "dev", LINK)
         ip("link", "set", LINK, "up")
         ip("-n", SPACE, "addr", "add", f"{THERE}/24", "dev", THEIR_LINK)
@@ -49,16 +49,13 @@ def other_host(tmp_path):
         token = tmp_path / "token"
         token.write_text(TOKEN)
         command = [sys.executable, "-m", "dit_svc.agent", "--listen", f"{THERE}:{AGENT_PORT}"]
-        with (tmp_path / "agent.log").open("wb") as log:
-            agent = subprocess.Popen(
-                ["ip", "netns", "exec", SPACE, *command, "--token-file", str(token)], cwd=ROOT, stdout=log, stderr=log
-            )
+        log = stack.enter_context((tmp_path / "agent.log").open("wb"))
+        agent = subprocess.Popen(
+            ["ip", "netns", "exec", SPACE, *command, "--token-file", str(token)], cwd=ROOT, stdout=log, stderr=log
+        )
+        stack.callback(agent.wait, 10)
+        stack.callback(agent.terminate)
         yield agent
-    finally:
-        if agent is not None:
-            agent.terminate()
-            agent.wait(10)
-        ip("netns", "del", SPACE)
 
 
 @pytest.fixture

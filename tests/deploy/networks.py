@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import shutil
@@ -18,6 +17,8 @@ from services.free_port import free_port
 from tests.deploy.chart import STAGES, Object, container
 
 BRIDGE, SUBNET = "lightloom-pods", "10.77.41"
+# The bridge has the number before it.
+FIRST_POD = 2
 # Where pods of LeaderWorkerSets find each other.
 AGENT_PORT = 50100
 
@@ -46,23 +47,22 @@ class Namespaces:
     host = f"{SUBNET}.1"
 
     def __init__(self) -> None:
-        self._numbers = itertools.count(2)
         self._pods: list[str] = []
         self._names: dict[str, list[str]] = {}
-        _ip("link", "add", "name", BRIDGE, "type", "bridge")
-        _ip("addr", "add", f"{self.host}/24", "dev", BRIDGE)
-        _ip("link", "set", BRIDGE, "up")
+        ip("link", "add", "name", BRIDGE, "type", "bridge")
+        ip("addr", "add", f"{self.host}/24", "dev", BRIDGE)
+        ip("link", "set", BRIDGE, "up")
 
     def join(self, name: str, template: Object) -> tuple[str, dict[int, int]]:
-        number = next(self._numbers)
+        number = FIRST_POD + len(self._pods)
         space, link, address = f"lightloom-{name}", f"llpod{number}", f"{SUBNET}.{number}"
-        _ip("netns", "add", space)
+        ip("netns", "add", space)
         self._pods.append(space)
-        _ip("link", "add", link, "type", "veth", "peer", "name", "eth0", "netns", space)
-        _ip("link", "set", link, "master", BRIDGE, "up")
-        _ip("-n", space, "addr", "add", f"{address}/24", "dev", "eth0")
-        _ip("-n", space, "link", "set", "eth0", "up")
-        _ip("-n", space, "link", "set", "lo", "up")
+        ip("link", "add", link, "type", "veth", "peer", "name", "eth0", "netns", space)
+        ip("link", "set", link, "master", BRIDGE, "up")
+        ip("-n", space, "addr", "add", f"{address}/24", "dev", "eth0")
+        ip("-n", space, "link", "set", "eth0", "up")
+        ip("-n", space, "link", "set", "lo", "up")
         # `ip netns exec` mounts this file over /etc/hosts.
         _hosts(space).parent.mkdir(parents=True, exist_ok=True)
         self._write(space)
@@ -82,10 +82,12 @@ class Namespaces:
         _hosts(space).write_text("\n".join(["127.0.0.1 localhost", *lines]) + "\n")
 
     def close(self) -> None:
-        for space in self._pods:
-            _ip("netns", "del", space)
+        for number, space in enumerate(self._pods, FIRST_POD):
+            # A namespace takes its links along in its own time, and the next network makes some of the same names.
+            ip("link", "del", f"llpod{number}")
+            ip("netns", "del", space)
             shutil.rmtree(_hosts(space).parent)
-        _ip("link", "del", BRIDGE)
+        ip("link", "del", BRIDGE)
 
 
 class Loopback:
@@ -147,5 +149,7 @@ def _hosts(space: str) -> Path:
     return Path("/etc/netns") / space / "hosts"
 
 
-def _ip(*words: str) -> None:
-    subprocess.run(["ip", *words], check=True, capture_output=True)
+def ip(*words: str) -> None:
+    """Runs `ip`; an error says what it said."""
+    done = subprocess.run(["ip", *words], check=False, capture_output=True, text=True)
+    assert not done.returncode, f"ip {' '.join(words)}: {done.stderr}"
