@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Any
 
 from lightloom.child import Child, first_failure
-from lightloom.cluster_config import INTERPOLATION, STAGES, ClusterConfig, ModelEntry, check_stage, write_toml
+from lightloom.cluster_config import INTERPOLATION, STAGES, ClusterConfig, check_stage, stage_table, write_toml
 from lightloom.control import ControlServer
 from lightloom.member import Member, ProcessRow
 from lightloom.ports import address_of, try_port
@@ -184,33 +184,13 @@ class Cluster:
     def _children(self) -> list[Child]:
         return [member.child for member in self._members()]
 
-    async def _start_stage(self, model: str, name: str) -> Member:
-        stage, _, expert = name.partition(".")
+    async def _start_stage(self, model: str, kind: str) -> Member:
+        stage, _, expert = kind.partition(".")
         self._started += 1
         name = "-".join(filter(None, (stage, model, expert, str(self._started))))
         port, metrics_port = free_port(), free_port()
-        entry = self.config.interpolation if stage == INTERPOLATION else self.config.models[model]
-        assert entry is not None
-        table: dict[str, Any] = {
-            "service": {"port": port, "metrics_port": metrics_port, "name": name, "max_in_flight": entry.max_in_flight},
-            "model": {
-                "name": model or stage,
-                "source": entry.source,
-                "device": entry.device,
-                "dtype": entry.dtype,
-                "threads": entry.threads,
-            },
-            "engine": asdict(entry.engine),
-            "limits": entry.limits,
-        }
-        if isinstance(entry, ModelEntry):
-            parallel = {"dit": entry.parallel, "text_encoder": entry.text_parallel, "vae": entry.vae_parallel}
-            table["model"] |= {"family": entry.family, "preset": entry.preset}
-            table["features"] = entry.features if stage == "dit" else {}
-            table["parallel"] = asdict(parallel[stage]) if stage in parallel else {}
-            if expert:
-                table["model"]["device"] = entry.experts[expert].device or entry.device
-                table["engine"]["expert"] = expert
+        table = stage_table(self.config, model, kind)
+        table["service"] |= {"port": port, "metrics_port": metrics_port, "name": name}
         child = await self._spawn(name, f"{stage}_svc", table)
         return Member(child, f"127.0.0.1:{port}", "127.0.0.1", metrics_port)
 

@@ -302,6 +302,7 @@ def test_what_up_cannot_start(tmp_path):
         taken.listen()
         port = taken.getsockname()[1]
         bogus, limit = "[models.demo.features.bogus]", "max_step = 9"
+        heads = "[models.demo.parallel]\ntensor_parallel_size = 3"
         keys = '[gateway.access]\nkeys_file = "none.jsonl"'
         cases = [
             (cluster_file(folder(tmp_path, "port"), MODEL, port), {}, f"HTTP port 127.0.0.1:{port} cannot be bound"),
@@ -313,6 +314,12 @@ def test_what_up_cannot_start(tmp_path):
                 cluster_file(folder(tmp_path, "limit"), MODEL, more=limit),
                 {},
                 "unknown config key models.demo.limits.max",
+            ),
+            (
+                cluster_file(folder(tmp_path, "heads"), MODEL, more=heads),
+                # Without GPUs, wherever this runs.
+                {"CUDA_VISIBLE_DEVICES": ""},
+                "model 'demo', dit: parallel.tensor_parallel_size 3 does not divide the 4 attention heads: use 1, 2, 4",
             ),
             (cluster_file(folder(tmp_path, "keys"), MODEL, more=keys), {}, f"{ROOT / 'none.jsonl'} does not exist"),
             (broken_file(folder(tmp_path, "key")), {}, "unknown config key modles"),
