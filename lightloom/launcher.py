@@ -20,12 +20,13 @@ from typing import Any
 from lightloom.child import Child, first_failure
 from lightloom.cluster_config import INTERPOLATION, STAGES, ClusterConfig, check_stage, stage_table, write_toml
 from lightloom.control import ControlServer
-from lightloom.member import Member, ProcessRow
+from lightloom.member import Member, ProcessRow, find_ranks
 from lightloom.ports import address_of, try_port
 from lightloom.redis_server import RedisServer, start_redis
 from services.config import TlsSection, environment_with_malloc
 from services.errors import StartupError
 from services.free_port import free_port
+from services.parallel.degrees import Degrees
 
 POLL_S = 0.1
 # After so long a gateway has asked every process that serves what it is, twice.
@@ -192,7 +193,9 @@ class Cluster:
         table = stage_table(self.config, model, kind)
         table["service"] |= {"port": port, "metrics_port": metrics_port, "name": name}
         child = await self._spawn(name, f"{stage}_svc", table)
-        return Member(child, f"127.0.0.1:{port}", "127.0.0.1", metrics_port)
+        of_model = self.config.models.get(model)
+        degrees = Degrees.of(of_model.parallel_of(kind)) if of_model else Degrees()
+        return Member(child, f"127.0.0.1:{port}", "127.0.0.1", metrics_port, degrees=degrees)
 
     async def _start_gateway(self, index: int) -> None:
         entry = self.config.gateway
@@ -272,7 +275,10 @@ class Cluster:
                     await asyncio.gather(*(self.scale(model, stage, count) for model in served))
             except StartupError as error:
                 return {"error": str(error)}
-        return {"processes": await self.look(), "ready": self.ready, "grpc": self.grpc_address}
+        rows = await self.look()
+        for row in rows:
+            row["rank_pids"] = find_ranks(row["pid"]) if row["ranks"] else []
+        return {"processes": rows, "ready": self.ready, "grpc": self.grpc_address}
 
 
 def _to_own_gateway(tls: TlsSection) -> ssl.SSLContext:

@@ -261,6 +261,8 @@ def test_up_serves_and_ctrl_c_leaves_no_process(config, tmp_path):
         made = lightloom("generate", "a cat", "-o", tmp_path / "cat.png", "--steps", 2, "--run-dir", up.run_dir)
     assert made.returncode == 0, made.stderr
     [rank] = [process for process in up.family() if "dit_svc.rank" in process.cmdline()]
+    ranks = {row["name"]: (row["ranks"], row["rank_pids"]) for row in status_of(up.run_dir)["processes"]}
+    assert ranks["dit-demo-2"] == (1, [rank.pid]) and ranks["gateway-0"] == ranks["redis"] == (0, [])
     rank.kill()
     wait_for(lambda: "dit-demo-2 lost a rank" in up.said())
     assert "redis died" in up.said() and "redis was started again (restarts: 1)" in up.said()
