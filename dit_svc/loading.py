@@ -104,8 +104,9 @@ def _load(
         raise StartupError(WITH_HSDP)
     if offloads and "graphs" in config.features:
         raise StartupError("engine.offload_experts does not go with CUDA graphs: a graph holds weights in 1 place")
-    # A GPU need not have room for what it will not hold. Random weights of one seed are a device's own.
-    through_host = offloads or (shards and source.root is not None)
+    # A GPU need not have room for what it will not hold.
+    through_host = offloads or shards
+    source = replace(source, drawn_on=device)
     model = replace(part.load(source, torch.device("cpu") if through_host else device, dtype), device=device)
     return model, IdleExperts(model, device) if offloads else None
 
