@@ -14,7 +14,8 @@ from services.errors import StartupError
 from services.families import load_family
 from services.family import DitModel, DitPart
 from services.feature_set import FeatureSet, apply_features
-from services.parallel.mesh import Mesh
+from services.parallel.degrees import Degrees
+from services.parallel.mesh import Mesh, PlannedMesh
 from services.parallel.partition import Partition
 from services.request import GenerationParams, Limits, ResolvedParams, resolve
 from services.weights import ModelSource
@@ -40,8 +41,8 @@ def open_engine(config: StageConfig, mesh: Mesh | None = None) -> tuple[DitEngin
     if config.engine.expert and config.engine.offload_experts:
         raise StartupError("engine.offload_experts does not go with engine.expert: 1 expert is held, and none is idle")
     source = with_expert(source, family.dit, config.engine.expert)
-    if mesh is not None and (mesh.degrees.tensor * mesh.degrees.pipeline > 1 or mesh.degrees.expert):
-        source = replace(source, partition=Partition(family.dit.plan, family.dit.blocks, mesh))
+    if mesh is not None:
+        source = _cut(source, family.dit, mesh)
     model, idle = _load(config, source, family.dit, mesh)
     axes = mesh.active if mesh is not None else frozenset()
     features = apply_features(model, family.dit, config.features, axes)
@@ -58,6 +59,27 @@ def open_engine(config: StageConfig, mesh: Mesh | None = None) -> tuple[DitEngin
             torch.cuda.empty_cache()
     features.seal()
     return engine, features
+
+
+def check_layout(config: StageConfig) -> None:
+    """Whether the denoiser that a config names can be spread over ranks as it says. No weights are needed.
+
+    Raises:
+        StartupError: it cannot, with numbers that would do.
+    """
+    source = open_model(config.model)
+    part = load_family(source.family).dit
+    # Shards of HSDP fit every model, and would need process groups.
+    mesh = PlannedMesh(replace(Degrees.of(config.parallel), hsdp_shard=1, hsdp_replicate=1), 0)
+    source = _cut(with_expert(source.without_weights(), part, config.engine.expert), part, mesh)
+    part.load(source, torch.device("meta"), torch.float32)
+
+
+def _cut(source: ModelSource, part: DitPart, mesh: Mesh) -> ModelSource:
+    """The source of what this rank holds."""
+    if mesh.degrees.tensor * mesh.degrees.pipeline == 1 and not mesh.degrees.expert:
+        return source
+    return replace(source, partition=Partition(part.plan, part.blocks, mesh))
 
 
 def with_expert(source: ModelSource, part: DitPart, expert: str) -> ModelSource:
@@ -82,8 +104,9 @@ def _load(
         raise StartupError(WITH_HSDP)
     if offloads and "graphs" in config.features:
         raise StartupError("engine.offload_experts does not go with CUDA graphs: a graph holds weights in 1 place")
-    # A GPU need not have room for what it will not hold. Random weights of one seed are a device's own.
-    through_host = offloads or (shards and source.root is not None)
+    # A GPU need not have room for what it will not hold.
+    through_host = offloads or shards
+    source = replace(source, drawn_on=device)
     model = replace(part.load(source, torch.device("cpu") if through_host else device, dtype), device=device)
     return model, IdleExperts(model, device) if offloads else None
 

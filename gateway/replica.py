@@ -141,4 +141,6 @@ def replica_proto(replica: Replica, facts: types_pb2.DescribeResponse) -> gatewa
         max_in_flight=facts.max_in_flight,
         healthy=replica.healthy,
         expert=facts.expert,
+        world_size=facts.world_size,
+        layout=facts.layout,
     )

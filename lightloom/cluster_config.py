@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,11 @@ class ModelEntry:
         """Replicas by stage, where `replicas` does not say otherwise; denoisers of one expert are `dit.EXPERT`."""
         denoisers = {f"dit.{name}": expert.replicas for name, expert in self.experts.items()}
         return {"text_encoder": 1, **(denoisers or {"dit": 1}), "vae": 1}
+
+    def parallel_of(self, kind: str) -> ParallelSection:
+        """How replicas of one of `stages` are spread over ranks."""
+        sections = {"dit": self.parallel, "text_encoder": self.text_parallel, "vae": self.vae_parallel}
+        return sections[kind.partition(".")[0]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,6 +170,38 @@ def _check_interpolation(source: str) -> None:
         )
     if source != "packaged" and not Path(source).is_file():
         raise StartupError(f"interpolation.source {Path(source).absolute()} does not exist")
+
+
+def stage_table(config: ClusterConfig, model: str, kind: str) -> dict[str, Any]:
+    """The config of a replica, but for its name and ports.
+
+    Args:
+        model: whose stage it is; "" for the interpolator.
+        kind: the stage, or `dit.EXPERT`.
+    """
+    stage, _, expert = kind.partition(".")
+    entry = config.interpolation if stage == INTERPOLATION else config.models[model]
+    assert entry is not None
+    table: dict[str, Any] = {
+        "service": {"max_in_flight": entry.max_in_flight},
+        "model": {
+            "name": model or stage,
+            "source": entry.source,
+            "device": entry.device,
+            "dtype": entry.dtype,
+            "threads": entry.threads,
+        },
+        "engine": asdict(entry.engine),
+        "limits": entry.limits,
+    }
+    if isinstance(entry, ModelEntry):
+        table["model"] |= {"family": entry.family, "preset": entry.preset}
+        table["features"] = entry.features if stage == "dit" else {}
+        table["parallel"] = asdict(entry.parallel_of(kind))
+        if expert:
+            table["model"]["device"] = entry.experts[expert].device or entry.device
+            table["engine"]["expert"] = expert
+    return table
 
 
 def check_files(config: ClusterConfig) -> None:

@@ -18,14 +18,15 @@ from types import TracebackType
 from typing import Any
 
 from lightloom.child import Child, first_failure
-from lightloom.cluster_config import INTERPOLATION, STAGES, ClusterConfig, ModelEntry, check_stage, write_toml
+from lightloom.cluster_config import INTERPOLATION, STAGES, ClusterConfig, check_stage, stage_table, write_toml
 from lightloom.control import ControlServer
-from lightloom.member import Member, ProcessRow
+from lightloom.member import Member, ProcessRow, find_ranks
 from lightloom.ports import address_of, try_port
 from lightloom.redis_server import RedisServer, start_redis
 from services.config import TlsSection, environment_with_malloc
 from services.errors import StartupError
 from services.free_port import free_port
+from services.parallel.degrees import Degrees
 
 POLL_S = 0.1
 # After so long a gateway has asked every process that serves what it is, twice.
@@ -184,35 +185,17 @@ class Cluster:
     def _children(self) -> list[Child]:
         return [member.child for member in self._members()]
 
-    async def _start_stage(self, model: str, name: str) -> Member:
-        stage, _, expert = name.partition(".")
+    async def _start_stage(self, model: str, kind: str) -> Member:
+        stage, _, expert = kind.partition(".")
         self._started += 1
         name = "-".join(filter(None, (stage, model, expert, str(self._started))))
         port, metrics_port = free_port(), free_port()
-        entry = self.config.interpolation if stage == INTERPOLATION else self.config.models[model]
-        assert entry is not None
-        table: dict[str, Any] = {
-            "service": {"port": port, "metrics_port": metrics_port, "name": name, "max_in_flight": entry.max_in_flight},
-            "model": {
-                "name": model or stage,
-                "source": entry.source,
-                "device": entry.device,
-                "dtype": entry.dtype,
-                "threads": entry.threads,
-            },
-            "engine": asdict(entry.engine),
-            "limits": entry.limits,
-        }
-        if isinstance(entry, ModelEntry):
-            parallel = {"dit": entry.parallel, "text_encoder": entry.text_parallel, "vae": entry.vae_parallel}
-            table["model"] |= {"family": entry.family, "preset": entry.preset}
-            table["features"] = entry.features if stage == "dit" else {}
-            table["parallel"] = asdict(parallel[stage]) if stage in parallel else {}
-            if expert:
-                table["model"]["device"] = entry.experts[expert].device or entry.device
-                table["engine"]["expert"] = expert
+        table = stage_table(self.config, model, kind)
+        table["service"] |= {"port": port, "metrics_port": metrics_port, "name": name}
         child = await self._spawn(name, f"{stage}_svc", table)
-        return Member(child, f"127.0.0.1:{port}", "127.0.0.1", metrics_port)
+        of_model = self.config.models.get(model)
+        degrees = Degrees.of(of_model.parallel_of(kind)) if of_model else Degrees()
+        return Member(child, f"127.0.0.1:{port}", "127.0.0.1", metrics_port, degrees=degrees)
 
     async def _start_gateway(self, index: int) -> None:
         entry = self.config.gateway
@@ -292,7 +275,10 @@ class Cluster:
                     await asyncio.gather(*(self.scale(model, stage, count) for model in served))
             except StartupError as error:
                 return {"error": str(error)}
-        return {"processes": await self.look(), "ready": self.ready, "grpc": self.grpc_address}
+        rows = await self.look()
+        for row in rows:
+            row["rank_pids"] = find_ranks(row["pid"]) if row["ranks"] else []
+        return {"processes": rows, "ready": self.ready, "grpc": self.grpc_address}
 
 
 def _to_own_gateway(tls: TlsSection) -> ssl.SSLContext:

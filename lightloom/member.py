@@ -9,8 +9,11 @@ import ssl
 from dataclasses import dataclass
 from typing import TypedDict
 
+import psutil
+
 from lightloom.child import Child
 from lightloom.ports import listens, reachable
+from services.parallel.degrees import Degrees
 
 LOOK_TIMEOUT_S = 2.0
 _FIGURE = re.compile(rb"^lightloom_(ready|rank_restarts_total) ([0-9.]+)$", re.MULTILINE)
@@ -20,7 +23,9 @@ class ProcessRow(TypedDict):
     """What `lightloom status` shows of a process.
 
     `state` is "starting", "serving" or "down"; `pid` is 0 while it is down. `restarts` counts the process's own,
-    `rank_restarts` those of its ranks (since it was started itself).
+    `rank_restarts` those of its ranks (since it was started itself). `ranks` is how many it has by its config, and
+    `layout` how they share the work, in words; a gateway and Redis have none. `rank_pids` are those on this machine, in
+    their order, where they are asked for (`find_ranks`).
     """
 
     name: str
@@ -29,6 +34,9 @@ class ProcessRow(TypedDict):
     state: str
     restarts: int
     rank_restarts: int
+    ranks: int
+    layout: str
+    rank_pids: list[int]
 
 
 @dataclass(slots=True)
@@ -39,6 +47,7 @@ class Member:
         address: host:port of its gRPC front.
         host, http_port: of its page: metrics of a stage, REST of a gateway.
         secure: how to speak TLS to the page; None: plain text.
+        degrees: of its ranks; None for a process that has none.
     """
 
     child: Child
@@ -47,6 +56,7 @@ class Member:
     http_port: int
     page: str = "/metrics"
     secure: ssl.SSLContext | None = None
+    degrees: Degrees | None = None
     serving: bool = False
     rank_restarts: int = 0
 
@@ -73,7 +83,22 @@ class Member:
             state="down" if not pid else "serving" if self.serving else "starting",
             restarts=self.child.restarts,
             rank_restarts=self.rank_restarts,
+            ranks=self.degrees.world if self.degrees else 0,
+            layout=self.degrees.words if self.degrees else "",
+            rank_pids=[],
         )
+
+
+def find_ranks(front: int) -> list[int]:
+    """Process ids of a front's ranks on this machine, in the order of the ranks. All processes are looked through."""
+    found = {}
+    with contextlib.suppress(psutil.Error):
+        for child in psutil.Process(front).children():
+            with contextlib.suppress(psutil.Error):
+                command = child.cmdline()
+                if "--rank" in command:
+                    found[int(command[command.index("--rank") + 1])] = child.pid
+    return [found[rank] for rank in sorted(found)]
 
 
 async def http_get(host: str, port: int, path: str, secure: ssl.SSLContext | None = None) -> tuple[int, bytes]:

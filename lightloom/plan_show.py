@@ -142,7 +142,8 @@ def show_layouts(console: Console, job: Job, rates: Rates, layouts: Sequence[Lay
         table.add_row(*_row(layout, host=job.offload_experts), layout.refusal or ("fits, fastest" if first else "fits"))
     console.print(table)
     if hidden := len(layouts) - len(shown):
-        console.print(f"{hidden} more layouts: --all shows them", style="dim", highlight=False)
+        more = "1 more layout: --all shows it" if hidden == 1 else f"{hidden} more layouts: --all shows them"
+        console.print(more, style="dim", highlight=False)
     console.print(_verdict(job, fitting), highlight=False, markup=False)
 
 
@@ -160,11 +161,17 @@ def _heading(job: Job, rates: Rates) -> str:
         f"{job.source.spec} ({job.source.family} {job.source.variant}){only}, {dtype}; one request of"
         f" {params.width}x{params.height}{frames}, guidance {params.guidance:g},"
         f" {job.text_tokens} text tokens where their number is free\n"
-        f"{job.gpus} GPUs of {job.memory_bytes / GIB:.1f} GiB, {rates.reserve_gib:g} GiB of each reserved;"
-        " bytes are those of the rank with the most\n"
+        f"{_gpus(job, rates)}\n"
         f"{offloaded}"
         "Times are estimates: arithmetic on a dry run and on rates of GPUs and links. Nothing has been run on a GPU.\n"
     )
+
+
+def _gpus(job: Job, rates: Rates) -> str:
+    memory, reserve = f"{job.memory_bytes / GIB:.1f} GiB", f"{rates.reserve_gib:g} GiB"
+    if job.gpus == 1:
+        return f"1 GPU of {memory}, {reserve} of it reserved"
+    return f"{job.gpus} GPUs of {memory}, {reserve} of each reserved; bytes are those of the rank with the most"
 
 
 def _sharded_in_vain(layout: Layout, fitting: Sequence[Layout]) -> bool:

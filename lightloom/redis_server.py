@@ -68,6 +68,9 @@ class RedisServer:
             state="serving" if pid else "down",
             restarts=self.restarts,
             rank_restarts=0,
+            ranks=0,
+            layout="",
+            rank_pids=[],
         )
 
     def stop(self) -> None:

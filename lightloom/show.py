@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -48,11 +49,23 @@ def output() -> Console:
 
 def show_processes(console: Console, processes: Sequence[ProcessRow]) -> None:
     """One row a process."""
-    table = Table("process", "state", "address", "pid", "restarts", "rank restarts", box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
+    for title in ("process", "state", "address", "pid"):
+        table.add_column(title, no_wrap=True)
+    for title in ("restarts", "rank restarts", "ranks: pids"):
+        table.add_column(title)
     for row in processes:
         counts = str(row["restarts"]), str(row["rank_restarts"])
-        table.add_row(row["name"], row["state"], row["address"], str(row["pid"] or "-"), *counts)
+        table.add_row(row["name"], row["state"], row["address"], str(row["pid"] or "-"), *counts, _ranks(row))
     console.print(table)
+
+
+def _ranks(row: ProcessRow) -> str:
+    """How many, in which layout, and their process ids."""
+    if not row["ranks"]:
+        return "-"
+    count = f"{row['ranks']} ({row['layout']})" if row["layout"] else str(row["ranks"])
+    return f"{count}: {', '.join(map(str, row['rank_pids']))}" if row["rank_pids"] else count
 
 
 def show_status(connection: Connection, limit: int, *, as_json: bool) -> None:
@@ -104,8 +117,10 @@ def _print_json(
 def _models(models: Sequence[gateway_pb2.ModelInfo]) -> Table:
     table = Table("model", "family", "ready", "replicas", "running", box=None, pad_edge=False)
     for model in models:
-        stages = [_stage(replica) for replica in model.replicas]
-        counts = ", ".join(f"{stage} {stages.count(stage)}" for stage in dict.fromkeys(stages))
+        kinds = Counter((_stage(replica), replica.layout) for replica in model.replicas)
+        counts = ", ".join(
+            f"{stage} {count} ({layout})" if layout else f"{stage} {count}" for (stage, layout), count in kinds.items()
+        )
         running = sum(replica.in_flight for replica in model.replicas)
         ready = "yes" if model.ready else ", ".join(["no", *(f"no {expert}" for expert in model.missing_experts)])
         table.add_row(model.name, model.family, ready, counts, str(running))

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from lightloom.cluster_config import ClusterConfig, check_files, load_cluster, parse_replicas
 from lightloom.launcher import Cluster
+from lightloom.layouts import check_layouts
 from lightloom.member import ProcessRow
 from lightloom.show import show_processes
 
@@ -34,6 +35,8 @@ async def serve(config_path: Path, replica_settings: list[str], run_dir: Path) -
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
+    if await _until_stopped(stop, check_layouts(config)):
+        return
     async with Cluster(config, run_dir) as cluster:
         reporter = Reporter(cluster, console)
         console.print(f"starting {', '.join(config.models)}; logs are in {run_dir / 'logs'}", soft_wrap=True)

@@ -199,7 +199,7 @@ class ModelInfo(_message.Message):
     def __init__(self, name: _Optional[str] = ..., family: _Optional[str] = ..., variants: _Optional[_Iterable[str]] = ..., limits: _Optional[_Union[_types_pb2.Limits, _Mapping]] = ..., replicas: _Optional[_Iterable[_Union[Replica, _Mapping]]] = ..., ready: _Optional[bool] = ..., missing_experts: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Replica(_message.Message):
-    __slots__ = ("address", "stage", "replica_id", "component_id", "in_flight", "max_in_flight", "healthy", "expert")
+    __slots__ = ("address", "stage", "replica_id", "component_id", "in_flight", "max_in_flight", "healthy", "expert", "world_size", "layout")
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     STAGE_FIELD_NUMBER: _ClassVar[int]
     REPLICA_ID_FIELD_NUMBER: _ClassVar[int]
@@ -208,6 +208,8 @@ class Replica(_message.Message):
     MAX_IN_FLIGHT_FIELD_NUMBER: _ClassVar[int]
     HEALTHY_FIELD_NUMBER: _ClassVar[int]
     EXPERT_FIELD_NUMBER: _ClassVar[int]
+    WORLD_SIZE_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_FIELD_NUMBER: _ClassVar[int]
     address: str
     stage: _types_pb2.Stage
     replica_id: str
@@ -216,7 +218,9 @@ class Replica(_message.Message):
     max_in_flight: int
     healthy: bool
     expert: str
-    def __init__(self, address: _Optional[str] = ..., stage: _Optional[_Union[_types_pb2.Stage, str]] = ..., replica_id: _Optional[str] = ..., component_id: _Optional[str] = ..., in_flight: _Optional[int] = ..., max_in_flight: _Optional[int] = ..., healthy: _Optional[bool] = ..., expert: _Optional[str] = ...) -> None: ...
+    world_size: int
+    layout: str
+    def __init__(self, address: _Optional[str] = ..., stage: _Optional[_Union[_types_pb2.Stage, str]] = ..., replica_id: _Optional[str] = ..., component_id: _Optional[str] = ..., in_flight: _Optional[int] = ..., max_in_flight: _Optional[int] = ..., healthy: _Optional[bool] = ..., expert: _Optional[str] = ..., world_size: _Optional[int] = ..., layout: _Optional[str] = ...) -> None: ...
 
 class ModelsResponse(_message.Message):
     __slots__ = ("models", "interpolation_limits")

@@ -333,7 +333,7 @@ class DescribeRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class DescribeResponse(_message.Message):
-    __slots__ = ("protocol_version", "build", "stage", "replica_id", "component_id", "family", "variants", "models", "limits", "features", "device", "dtype", "world_size", "max_in_flight", "in_flight", "draining", "latent_rgb_fit", "max_cost", "interpolation_limits", "expert", "experts")
+    __slots__ = ("protocol_version", "build", "stage", "replica_id", "component_id", "family", "variants", "models", "limits", "features", "device", "dtype", "world_size", "max_in_flight", "in_flight", "draining", "latent_rgb_fit", "max_cost", "interpolation_limits", "expert", "experts", "layout")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     BUILD_FIELD_NUMBER: _ClassVar[int]
     STAGE_FIELD_NUMBER: _ClassVar[int]
@@ -355,6 +355,7 @@ class DescribeResponse(_message.Message):
     INTERPOLATION_LIMITS_FIELD_NUMBER: _ClassVar[int]
     EXPERT_FIELD_NUMBER: _ClassVar[int]
     EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     build: str
     stage: Stage
@@ -376,7 +377,8 @@ class DescribeResponse(_message.Message):
     interpolation_limits: InterpolationLimits
     expert: str
     experts: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, protocol_version: _Optional[int] = ..., build: _Optional[str] = ..., stage: _Optional[_Union[Stage, str]] = ..., replica_id: _Optional[str] = ..., component_id: _Optional[str] = ..., family: _Optional[str] = ..., variants: _Optional[_Iterable[str]] = ..., models: _Optional[_Iterable[str]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., features: _Optional[_Iterable[_Union[Feature, _Mapping]]] = ..., device: _Optional[str] = ..., dtype: _Optional[str] = ..., world_size: _Optional[int] = ..., max_in_flight: _Optional[int] = ..., in_flight: _Optional[int] = ..., draining: _Optional[bool] = ..., latent_rgb_fit: _Optional[_Union[LatentRgbFit, _Mapping]] = ..., max_cost: _Optional[float] = ..., interpolation_limits: _Optional[_Union[InterpolationLimits, _Mapping]] = ..., expert: _Optional[str] = ..., experts: _Optional[_Iterable[str]] = ...) -> None: ...
+    layout: str
+    def __init__(self, protocol_version: _Optional[int] = ..., build: _Optional[str] = ..., stage: _Optional[_Union[Stage, str]] = ..., replica_id: _Optional[str] = ..., component_id: _Optional[str] = ..., family: _Optional[str] = ..., variants: _Optional[_Iterable[str]] = ..., models: _Optional[_Iterable[str]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., features: _Optional[_Iterable[_Union[Feature, _Mapping]]] = ..., device: _Optional[str] = ..., dtype: _Optional[str] = ..., world_size: _Optional[int] = ..., max_in_flight: _Optional[int] = ..., in_flight: _Optional[int] = ..., draining: _Optional[bool] = ..., latent_rgb_fit: _Optional[_Union[LatentRgbFit, _Mapping]] = ..., max_cost: _Optional[float] = ..., interpolation_limits: _Optional[_Union[InterpolationLimits, _Mapping]] = ..., expert: _Optional[str] = ..., experts: _Optional[_Iterable[str]] = ..., layout: _Optional[str] = ...) -> None: ...
 
 class ErrorDetail(_message.Message):
     __slots__ = ("reason", "message", "request_id", "retryable", "retry_after_s", "param")

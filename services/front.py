@@ -223,7 +223,8 @@ class Front:
         description.protocol_version = PROTOCOL_VERSION
         description.build = build_version()
         description.replica_id = self._replica_id
-        description.world_size = Degrees.of(self._config.parallel).world
+        degrees = Degrees.of(self._config.parallel)
+        description.world_size, description.layout = degrees.world, degrees.words
         description.max_in_flight = self._config.service.max_in_flight
         description.max_cost = self._config.service.max_cost
         description.in_flight = self.in_flight

@@ -48,6 +48,21 @@ class Lockstep:
         return inbox.take_exactly(num_frames) if self._rank else frames, calls.tolist()
 
 
+def take_gpus(config: StageConfig) -> bool:
+    """Whether the ranks of a group take a GPU each.
+
+    Raises:
+        StartupError: they do, and there are too few on this host.
+    """
+    device, degrees = config.model.device, Degrees.of(config.parallel)
+    if not (device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())):
+        return False
+    if device.startswith("cuda:"):
+        raise StartupError(f"model.device is {device!r}, but {degrees.world} ranks take a device each: use cuda")
+    check_devices(degrees, len(config.parallel.hosts) + 1, torch.cuda.device_count())
+    return True
+
+
 def join_group(config: StageConfig, rank: int, world: int, rendezvous: str) -> Mesh | None:
     """Brings the process into its group; None for a rank of its own. On CUDA rank i takes device i.
 
@@ -56,16 +71,11 @@ def join_group(config: StageConfig, rank: int, world: int, rendezvous: str) -> M
     """
     if world == 1:
         return None
-    device = config.model.device
-    cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
-    degrees = Degrees.of(config.parallel)
+    cuda = take_gpus(config)
     if cuda:
-        if device.startswith("cuda:"):
-            raise StartupError(f"model.device is {device!r}, but {world} ranks take a device each: use cuda")
-        check_devices(degrees, len(config.parallel.hosts) + 1, torch.cuda.device_count())
         torch.cuda.set_device(rank % torch.cuda.device_count())
     if rendezvous.startswith("tcp://"):
         choose_interface(urlsplit(rendezvous).hostname or "")
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     dist.init_process_group(backend, init_method=rendezvous, rank=rank, world_size=world, timeout=TIMEOUT)
-    return Mesh(degrees, rank, "cuda" if cuda else "cpu")
+    return Mesh(Degrees.of(config.parallel), rank, "cuda" if cuda else "cpu")

@@ -19,6 +19,7 @@ import torch
 from accelerate.big_modeling import init_empty_weights
 from safetensors import safe_open
 from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
@@ -51,6 +52,8 @@ class ModelSource:
         partition: set on a rank that holds a share of the denoiser's weights.
         encoders: likewise of text encoders, by subfolder.
         expert: set where one expert of the denoiser is held, and the others' weights are not read.
+        drawn_on: where random numbers are drawn, if the module is not to be there whole: those of one seed are a
+            device's own.
     """
 
     spec: str
@@ -62,6 +65,7 @@ class ModelSource:
     partition: Partition | None = None
     encoders: Mapping[str, Partition] = field(default_factory=dict)
     expert: str = ""
+    drawn_on: torch.device | None = None
 
     def config(self, subfolder: str, name: str = "config.json") -> dict[str, Any]:
         """A component's config as plain data.
@@ -117,15 +121,7 @@ class ModelSource:
         """
         kept: Sequence[str] = cls._keep_in_fp32_modules or ()
         if self.preset is not None:
-            if self.partition is not None and device.type != "meta":
-                # What does not fit is refused before anything is made.
-                with torch.device("meta"):
-                    self.partition.apply(cls.from_config(self.config(subfolder)))
-            module = self.randomise(lambda: cls.from_config(self.config(subfolder)), subfolder, device, dtype, kept)
-            if self.partition is not None:
-                # The numbers must be those of one rank, so the whole is made and cut.
-                self.partition.apply(module)
-            return module
+            return self._draw(cls, subfolder, device, dtype, kept)
         if self.partition is not None:
             return self._load_share(cls, subfolder, device, dtype, self.partition)
         folder = self.folder(subfolder)
@@ -142,6 +138,25 @@ class ModelSource:
             )
         _check_complete(folder, report)
         return _frozen(module.to(device))
+
+    def _draw(
+        self, cls: Any, subfolder: str, device: torch.device, dtype: torch.dtype, kept: Sequence[str]
+    ) -> nn.Module:
+        """Random weights. The numbers of a share are those of one rank: the whole is made, on the host, and cut."""
+
+        def build() -> Any:
+            return cls.from_config(self.config(subfolder))
+
+        drawn_on, held = self.drawn_on or device, device
+        if self.partition is not None and device.type != "meta":
+            # What does not fit is refused before anything is made.
+            with torch.device("meta"):
+                self.partition.apply(build())
+            held = torch.device("cpu")
+        module = self.randomise(build, subfolder, held, dtype, kept, drawn_on)
+        if self.partition is not None:
+            self.partition.apply(module)
+        return module.to(device)
 
     def _load_share(
         self, cls: Any, subfolder: str, device: torch.device, dtype: torch.dtype, partition: Partition
@@ -183,17 +198,25 @@ class ModelSource:
         return _frozen(module.to(device))
 
     def randomise(
-        self, build: Any, subfolder: str, device: torch.device, dtype: torch.dtype, kept: Sequence[str] = ()
+        self,
+        build: Any,
+        subfolder: str,
+        device: torch.device,
+        dtype: torch.dtype,
+        kept: Sequence[str] = (),
+        drawn_on: torch.device | None = None,
     ) -> nn.Module:
         """Builds a module on the device with the class's own initialisation, seeded by source and component.
 
         Args:
             kept: names of submodules and parameters that stay in fp32.
+            drawn_on: where the numbers are drawn, if not there: a layer at a time, each of which then moves.
         """
+        drawn_on = drawn_on or device
         seed = int.from_bytes(hashlib.sha256(f"{self.seed}/{subfolder}".encode()).digest()[:4], "big")
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        with torch.random.fork_rng(devices=[drawn_on] if drawn_on.type == "cuda" else []):
             torch.manual_seed(seed)
-            with _default_dtype(dtype), torch.device(device):
+            with _default_dtype(dtype), torch.device(drawn_on), _moving_to(device):
                 module: nn.Module = build()
         if not kept:
             return _frozen(module.to(device=device, dtype=dtype))
@@ -389,6 +412,21 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
+
+
+@contextlib.contextmanager
+def _moving_to(device: torch.device) -> Iterator[None]:
+    """Modules that are built inside go to the device as soon as they are part of another one."""
+
+    def move(_parent: nn.Module, _name: str, part: nn.Module | None) -> None:
+        if part is not None:
+            part.to(device)
+
+    hook = register_module_module_registration_hook(move)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 @contextlib.contextmanager

@@ -17,9 +17,11 @@ from services.errors import ServiceError
 from services.families import load_family
 from services.family import Tensors, TextInput, TextPart
 from services.media import decode_image
+from services.parallel.degrees import Degrees
 from services.parallel.encoder import EncoderPartition
-from services.parallel.mesh import Mesh
+from services.parallel.mesh import Mesh, PlannedMesh
 from services.request import ResolvedParams
+from services.weights import ModelSource
 
 WARMUP_SIDE_PX = 256
 
@@ -206,8 +208,7 @@ def open_engine(config: StageConfig, mesh: Mesh | None = None) -> TextEngine:
     source = open_model(config.model)
     part = load_family(source.family).text
     if mesh is not None:
-        encoders = {subfolder: EncoderPartition(plan, mesh) for subfolder, plan in part.plans.items()}
-        source = replace(source, encoders=encoders)
+        source = _cut(source, part, mesh)
     model = part.load(source, *placement(config.model))
     limits = config.engine
     engine = TextEngine(part, model, limits.max_batch, limits.cache_bytes, single=mesh is None)
@@ -216,6 +217,24 @@ def open_engine(config: StageConfig, mesh: Mesh | None = None) -> TextEngine:
         needed = ["image"] * wanted.min_inputs + list(wanted.needed_roles)
         engine.warm_up(sum(role in part.sees(model) for role in needed))
     return engine
+
+
+def check_layout(config: StageConfig) -> None:
+    """Whether the text encoder that a config names can be spread over ranks as it says. No weights are needed.
+
+    Raises:
+        StartupError: it cannot, with numbers that would do.
+    """
+    source = open_model(config.model)
+    part = load_family(source.family).text
+    mesh = PlannedMesh(Degrees.of(config.parallel), 0)
+    part.load(_cut(source.without_weights(), part, mesh), torch.device("meta"), torch.float32)
+
+
+def _cut(source: ModelSource, part: TextPart, mesh: Mesh) -> ModelSource:
+    """The source of what this rank holds."""
+    encoders = {subfolder: EncoderPartition(plan, mesh) for subfolder, plan in part.plans.items()}
+    return replace(source, encoders=encoders)
 
 
 def _key(item: TextInput) -> str:

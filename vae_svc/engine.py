@@ -25,7 +25,6 @@ from services.parallel.vae_tiles import TileCodec, check_tile
 from services.request import Limits, ResolvedParams
 from services.vae_attention import attend_by_products
 from services.vae_on_gpu import compile_decoder, seal, speed_up
-from services.weights import ModelSource
 from vae_svc.latent_rgb_fit import LatentRgbFit, fit_latent_rgb
 
 # The first has no history, the second has none where the frame rate rises, the third and all others have.
@@ -235,7 +234,7 @@ def open_engine(config: StageConfig, mesh: Mesh | None = None) -> VaeEngine:
     """
     source = open_model(config.model)
     part = load_family(source.family).vae
-    check_sharing(config, part, source)
+    check_layout(config)
     model = part.load(source, *placement(config.model))
     on_gpu = model.module.device.type == "cuda"
     if on_gpu:
@@ -262,8 +261,8 @@ def warm_up(part: VaePart, model: VaeModel, limits: Limits) -> None:
         """The frames are black."""
 
 
-def check_sharing(config: StageConfig, part: VaePart, source: ModelSource) -> None:
-    """Whether tiles and ranks fit the model, by its config alone.
+def check_layout(config: StageConfig) -> None:
+    """Whether tiles and ranks fit the VAE that a config names. No weights are needed.
 
     Raises:
         StartupError: they do not, with numbers that would.
@@ -271,6 +270,8 @@ def check_sharing(config: StageConfig, part: VaePart, source: ModelSource) -> No
     ranks, mode, tile_px = Degrees.of(config.parallel).patch, config.parallel.vae_patch_mode, config.engine.tile_px
     if ranks == 1 and not tile_px:
         return
+    source = open_model(config.model)
+    part = load_family(source.family).vae
     _, compression, _ = part.latent_geometry(part.load(source.without_weights(), torch.device("meta"), torch.float32))
     if tile_px:
         check_tile(tile_px, compression)

@@ -112,6 +112,18 @@ class Degrees:
         """Whether weights are sharded by HSDP."""
         return self.hsdp_shard * self.hsdp_replicate > 1
 
+    @property
+    def words(self) -> str:
+        """As people are told: "cfg 2 x ulysses 2, hsdp 4"; empty for one rank."""
+        # Ranks that do the same work are there for HSDP, which is named itself.
+        axes = " x ".join(f"{axis} {self.size(axis)}" for axis in AXES if self.size(axis) > 1 and axis != "replica")
+        more = {
+            f"hsdp {self.hsdp_shard}": self.hsdp,
+            "tensor sequence": self.tensor_sequence,
+            "experts": self.expert,
+        }
+        return ", ".join(filter(None, (axes, *(word for word, on in more.items() if on))))
+
     def size(self, axis: str) -> int:
         """Of one of AXES."""
         size: int = getattr(self, axis)

@@ -57,11 +57,14 @@ class EncoderPartition:
         """
         plan = self.plan
         cuts: dict[str, Cut] = {}
-        for name, part in list(module.named_modules()):
+        parts = list(module.named_modules())
+        # Heads first: what divides them divides features too, mostly, and a refusal names numbers.
+        for name, part in parts:
+            if matches(name, plan.attention):
+                cuts |= self._cut_heads(name, part)
+        for name, part in parts:
             if matches(name, plan.unused):
                 _put(module, name, nn.Identity())
-            elif matches(name, plan.attention):
-                cuts |= self._cut_heads(name, part)
             elif matches(name, plan.tables):
                 cuts |= self._cut_table(module, name, part)
         linears = ModelPlan(block_classes=(), column=plan.column, row=plan.row, segments=plan.segments)

@@ -261,6 +261,8 @@ def test_up_serves_and_ctrl_c_leaves_no_process(config, tmp_path):
         made = lightloom("generate", "a cat", "-o", tmp_path / "cat.png", "--steps", 2, "--run-dir", up.run_dir)
     assert made.returncode == 0, made.stderr
     [rank] = [process for process in up.family() if "dit_svc.rank" in process.cmdline()]
+    ranks = {row["name"]: (row["ranks"], row["rank_pids"]) for row in status_of(up.run_dir)["processes"]}
+    assert ranks["dit-demo-2"] == (1, [rank.pid]) and ranks["gateway-0"] == ranks["redis"] == (0, [])
     rank.kill()
     wait_for(lambda: "dit-demo-2 lost a rank" in up.said())
     assert "redis died" in up.said() and "redis was started again (restarts: 1)" in up.said()
@@ -302,6 +304,7 @@ def test_what_up_cannot_start(tmp_path):
         taken.listen()
         port = taken.getsockname()[1]
         bogus, limit = "[models.demo.features.bogus]", "max_step = 9"
+        heads = "[models.demo.parallel]\ntensor_parallel_size = 3"
         keys = '[gateway.access]\nkeys_file = "none.jsonl"'
         cases = [
             (cluster_file(folder(tmp_path, "port"), MODEL, port), {}, f"HTTP port 127.0.0.1:{port} cannot be bound"),
@@ -313,6 +316,12 @@ def test_what_up_cannot_start(tmp_path):
                 cluster_file(folder(tmp_path, "limit"), MODEL, more=limit),
                 {},
                 "unknown config key models.demo.limits.max",
+            ),
+            (
+                cluster_file(folder(tmp_path, "heads"), MODEL, more=heads),
+                # Without GPUs, wherever this runs.
+                {"CUDA_VISIBLE_DEVICES": ""},
+                "model 'demo', dit: parallel.tensor_parallel_size 3 does not divide the 4 attention heads: use 1, 2, 4",
             ),
             (cluster_file(folder(tmp_path, "keys"), MODEL, more=keys), {}, f"{ROOT / 'none.jsonl'} does not exist"),
             (broken_file(folder(tmp_path, "key")), {}, "unknown config key modles"),

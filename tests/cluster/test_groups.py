@@ -15,6 +15,7 @@ from PIL import Image
 from demo.parse import parse
 from demo.scorer import score
 from lightloom.client import Client
+from lightloom.control import ask
 from protos import gateway_pb2
 from tests.cluster.running import RunningCluster, wait_for
 
@@ -74,7 +75,16 @@ def test_two_ranks_draw_what_one_draws(group, client, running_cluster):
         alone = single.generate(PROMPT, model="demo", seed=7)
     difference = np.abs(picture(result.data).astype(int) - picture(alone.data).astype(int))
     assert difference.max() <= 2
-    assert len(ranks(group)) == 2
+    [name] = group.names("dit")
+    [row] = [row for row in ask(group.run_dir, {"command": "status"})["processes"] if row["name"] == name]
+    assert (row["ranks"], row["layout"]) == (2, "ulysses 2")
+    for rank, pid in enumerate(row["rank_pids"]):
+        command = psutil.Process(pid).cmdline()
+        assert "dit_svc.rank" in command and command[command.index("--rank") + 1] == str(rank)
+    assert len(ranks(group)) == len(row["rank_pids"]) == 2
+    [model] = httpx.get(f"{group.base_url}/v1/models").json()["data"]
+    shown = {replica["stage"]: (replica["world_size"], replica["layout"]) for replica in model["replicas"]}
+    assert shown == {"dit": (2, "ulysses 2"), "text_encoder": (2, "tensor 2"), "vae": (1, "")}
 
 
 def test_a_text_encoder_on_two_ranks_keeps_its_cache_and_comes_back_when_one_dies(group, client):

@@ -16,6 +16,7 @@ from services.families import load_family
 from services.linear_gelu import fuse_gelu, linear_gelu
 from services.vae_attention import attend_by_products, one_head
 from services.vae_on_gpu import speed_up
+from services.weights import open_source
 from tests.gpu.work import config_of, denoise
 from tests.parallel.vaes import KINDS, latents_of, vae_model
 
@@ -55,6 +56,29 @@ def test_compiled_blocks_never_recompile_and_give_what_eager_ones_give(family, v
     assert eager.keys() == compiled.keys()
     for name, latents in eager.items():
         assert relative(compiled[name], latents) < 1e-2, name
+
+
+@pytest.mark.parametrize(
+    "family, variant", [("qwen_image", "t2i"), ("flux", "dev"), ("hidream", "full"), ("wan", "i2v")]
+)
+def test_random_weights_that_leave_the_gpu_are_those_that_stay(family, variant, tmp_path) -> None:
+    part, gpu = load_family(family).dit, torch.device("cuda")
+    load_family(family).tiny(tmp_path, variant, 0)
+    source = open_source(str(tmp_path)).without_weights()
+    staying = part.load(source, gpu, torch.bfloat16)
+    leaving = part.load(replace(source, drawn_on=gpu), torch.device("cpu"), torch.bfloat16)
+    for name, module in staying.modules.items():
+        left = leaving.modules[name].state_dict()
+        assert all(torch.equal(kept.cpu(), left[key]) for key, kept in module.state_dict().items())
+
+
+def test_random_weights_of_a_full_size_model_leave_the_gpu_as_they_are_made() -> None:
+    source, gpu = open_source("random:0", family="wan", preset="wan2.1-t2v-1.3b"), torch.device("cuda")
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    model = load_family("wan").dit.load(replace(source, drawn_on=gpu), torch.device("cpu"), torch.bfloat16)
+    size = sum(weight.nbytes for module in model.modules.values() for weight in module.parameters())
+    assert torch.cuda.max_memory_allocated() - before < 0.05 * size
 
 
 def test_an_idle_expert_waits_in_the_hosts_memory(tmp_path) -> None:

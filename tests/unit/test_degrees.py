@@ -43,6 +43,22 @@ def refused(**section: object) -> str:
 # ---- Degrees alone --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({}, ""),
+        ({"cfg_parallel_size": 2, "ulysses_degree": 2}, "cfg 2 x ulysses 2"),
+        ({"hsdp_shard_size": 2, "hsdp_replicate_size": 2}, "hsdp 2"),
+        ({"ulysses_degree": 4, "hsdp_shard_size": 4}, "ulysses 4, hsdp 4"),
+        ({"tensor_parallel_size": 2, "tensor_sequence_parallel": True}, "tensor 2, tensor sequence"),
+        ({"ring_degree": 2, "enable_expert_parallel": True}, "ring 2, experts"),
+        ({"vae_patch_parallel_size": 2}, "patch 2"),
+    ],
+)
+def test_a_layout_in_words(keys, words):
+    assert of(**keys).words == words
+
+
 @pytest.mark.parametrize("value", [0, -1, 1025])
 @pytest.mark.parametrize(
     "key",

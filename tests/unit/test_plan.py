@@ -258,6 +258,9 @@ def test_a_full_size_model_of_two_experts_fits_where_one_does():
     assert resident.refusal.startswith("weights and reserve need 56.3 GiB")
     assert not offloading.refusal
     assert offloading.weight_bytes == resident.weight_bytes / 2
+    said = io.StringIO()
+    show_layouts(Console(file=said, width=240), wish.job(), Rates(), [offloading, resident], everything=False)
+    assert "1 GPU of 40.0 GiB, 3 GiB of it reserved\n" in said.getvalue()
 
 
 def test_one_expert_cannot_be_offloaded():

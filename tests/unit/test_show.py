@@ -9,7 +9,7 @@ from rich.console import Console
 
 from lightloom.connection import Connection
 from lightloom.member import ProcessRow
-from lightloom.show import show_status, show_trace
+from lightloom.show import show_processes, show_status, show_trace
 from lightloom.up import changes
 from protos import gateway_pb2, types_pb2
 from services.errors import InvalidRequest, UnknownRequest
@@ -94,7 +94,34 @@ def test_the_beginning_of_an_id_will_do(monkeypatch):
 
 def row(**changed) -> ProcessRow:
     plain = {"name": "dit-demo-2", "address": "127.0.0.1:5", "pid": 7, "state": "serving"}
-    return ProcessRow(**{**plain, "restarts": 0, "rank_restarts": 0, **changed})
+    more = {"restarts": 0, "rank_restarts": 0, "ranks": 1, "layout": "", "rank_pids": []}
+    return ProcessRow(**{**plain, **more, **changed})
+
+
+@pytest.mark.parametrize("columns", [80, 200])
+def test_ranks_are_shown_with_their_layout_and_process_ids(columns):
+    console = Console(file=io.StringIO(), width=columns)
+    ranks = {"ranks": 4, "layout": "cfg 2 x ulysses 2", "rank_pids": [1234567, 1234568, 1234569, 1234570]}
+    rows = [row(address="127.0.0.1:51234", pid=1234566, **ranks), row(name="vae-demo-3"), row(name="redis", ranks=0)]
+    show_processes(console, rows)
+    printed = console.file.getvalue()
+    first, *_ = (line for line in printed.splitlines() if "dit" in line)
+    assert first.split()[:4] == ["dit-demo-2", "serving", "127.0.0.1:51234", "1234566"]
+    words = printed.split()
+    assert all(word in words for word in ("(cfg", "x", "2):", "1234567,", "1234568,", "1234569,", "1234570"))
+    if columns == 200:
+        assert first.endswith(" 4 (cfg 2 x ulysses 2): 1234567, 1234568, 1234569, 1234570")
+        [*_, vae, redis] = (line.split() for line in printed.splitlines())
+        assert vae[-1] == "1" and redis[-1] == "-"
+
+
+def test_replicas_are_shown_with_their_layout(monkeypatch):
+    stage = types_pb2.STAGE_DIT
+    replicas = [gateway_pb2.Replica(stage=stage, world_size=2, layout="ulysses 2"), gateway_pb2.Replica(stage=stage)]
+    models = [gateway_pb2.ModelInfo(name="demo", family="qwen_image", ready=True, replicas=replicas)]
+    monkeypatch.setattr(Gateway, "models", lambda self: models)
+    printed = lines(monkeypatch, show_status, 1, as_json=False)
+    assert any("dit 1 (ulysses 2), dit 1" in line for line in printed), printed
 
 
 def test_what_happened_to_a_process():
