@@ -126,7 +126,7 @@ class Decode:
         with replica.in_use(self._work.batch):
             try:
                 async for message in self._calls[-1]:
-                    self._take(replica, vae_pb2.DecodeResponse.FromString(message))
+                    await self._take(replica, vae_pb2.DecodeResponse.FromString(message))
             except grpc.aio.AioRpcError as failure:
                 error = failed(replica, failure)
                 if self._relayed and failure.details() == WRITE_FAILED:
@@ -139,7 +139,7 @@ class Decode:
             cut = CorruptTensor(f"the {replica.stage} announced {self._expected} bytes and sent {len(self._data)}")
             raise refused(replica, cut)
 
-    def _take(self, replica: Replica, response: vae_pb2.DecodeResponse) -> None:
+    async def _take(self, replica: Replica, response: vae_pb2.DecodeResponse) -> None:
         match response.WhichOneof("kind"):
             case "media":
                 header, artifact = response.media, self.artifact
@@ -157,7 +157,7 @@ class Decode:
                     raise CorruptTensor(f"the {replica.stage} announced {self._expected} bytes and sent more")
                 self._data += data
                 if self.digests is not None:
-                    self.digests.add(data)
+                    await self.digests.add(data)
                 if len(self._data) == self._expected:
                     self._whole.set()
             case "frames":

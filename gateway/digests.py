@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from concurrent.futures import Future, ThreadPoolExecutor
 
 # An artifact is checked and sent in such pieces: most pictures are one.
 CHUNK_BYTES = 4 * 1024 * 1024
+# Whoever has added so much waits until it is hashed: bytes that come faster wait with their sender.
+WAITING_BYTES = 16 * 1024 * 1024
 
 
 class Digests:
@@ -18,6 +21,7 @@ class Digests:
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, "digests")
         self._last: Future[None] | None = None
+        self._waiting_bytes = 0
         self._whole = hashlib.sha256()
         self._chunks: list[str] = []
         self._chunk = hashlib.sha256()
@@ -30,9 +34,13 @@ class Digests:
         digests._take(data)
         return digests
 
-    def add(self, data: bytes) -> None:
-        """The next bytes; returns at once."""
+    async def add(self, data: bytes) -> None:
+        """The next bytes. Mostly returns at once; every `WAITING_BYTES` it waits until all are hashed."""
         self._last = self._thread.submit(self._take, data)
+        self._waiting_bytes += len(data)
+        if self._waiting_bytes >= WAITING_BYTES:
+            await asyncio.wrap_future(self._last)
+            self._waiting_bytes = 0
 
     def ended(self) -> tuple[str, list[str]]:
         """(of all bytes, of each `CHUNK_BYTES` of them), in hex; waits until all are hashed."""

@@ -117,8 +117,10 @@ class InterpolationProgram:
         self._engine.submit(
             InterpolationJob(key, wanted.width, wanted.height, start.num_frames, start.exponent, start.scale)
         )
-        writer = ClipWriter(wanted.output_format, wanted.quality, opened.fps, interpolated_frames(wanted))
-        opened.media = MediaAnswer(opened.call, writer)
+        num_frames = interpolated_frames(wanted)
+        header = types_pb2.MediaHeader(width=wanted.width, height=wanted.height, num_frames=num_frames, fps=opened.fps)
+        writer = ClipWriter(wanted.output_format, wanted.quality, opened.fps, num_frames)
+        opened.media = MediaAnswer(opened.call, header, writer)
 
     def half_closed(self, call: Call) -> None:
         """All frames must have come by now."""
@@ -159,31 +161,31 @@ class InterpolationProgram:
         opened = self._open.get(result.job.request_id)
         if opened is None:
             return
-        if result.error is None and opened.media is not None and not self._sendable(opened, opened.media, result):
+        if result.error is None and opened.media is not None and not self._sendable(opened.media):
             self._interpolated.append(result)
             return
         self._answer(opened, result)
         self._forget(result.job.request_id)
 
-    def _sendable(self, opened: Opened, media: MediaAnswer, result: InterpolationResult) -> bool:
+    def _sendable(self, media: MediaAnswer) -> bool:
         """Whether the clip is encoded, and the caller has taken so much of it that the rest can be sent at once."""
-        if not media.writer.is_done(0.0 if self._engine.busy else LOOK_EVERY_S):
+        if not media.is_done(0.0 if self._engine.busy else LOOK_EVERY_S):
             return False
-        media.send_some(_header(opened, result))
+        media.send_some()
         if media.is_full() and not self._engine.busy:
             time.sleep(ROOM_EVERY_S)
         return not media.is_full()
 
     def _encode(self, opened: Opened, chunk: InterpolationChunk) -> None:
         assert opened.media is not None
-        opened.media.writer.add(chunk.frames.numpy())
+        opened.media.add(chunk.frames.numpy())
         opened.num_frames += len(chunk.frames)
         opened.call.send(vae_pb2.DecodeResponse(frames=opened.num_frames).SerializeToString())
 
     def _forget(self, key: str) -> None:
         opened = self._open.pop(key, None)
         if opened is not None and opened.media is not None:
-            opened.media.writer.close()
+            opened.media.close()
 
     def _answer(self, opened: Opened, result: InterpolationResult) -> None:
         call = opened.call
@@ -192,12 +194,12 @@ class InterpolationProgram:
             return
         assert opened.media is not None
         try:
-            opened.media.send_rest(_header(opened, result))
+            opened.media.send_rest()
         except Exception as error:  # noqa: BLE001 - one call fails, the others go on
             call.fail(internal_error(error, call.request_id))
             return
         span = make_span("interpolate", self._config.service.name, opened.started_ns, time.time_ns())
-        usage = types_pb2.StageUsage(busy_s=result.busy_s + opened.media.writer.behind_s, spans=[span])
+        usage = types_pb2.StageUsage(busy_s=result.busy_s + opened.media.behind_s, spans=[span])
         call.send(vae_pb2.DecodeResponse(usage=usage).SerializeToString())
         call.finish()
 
@@ -207,12 +209,6 @@ class InterpolationProgram:
 
     def drain(self) -> None:
         """What runs is short: it is finished."""
-
-
-def _header(opened: Opened, result: InterpolationResult) -> types_pb2.MediaHeader:
-    return types_pb2.MediaHeader(
-        width=result.job.width, height=result.job.height, num_frames=opened.num_frames, fps=opened.fps
-    )
 
 
 if __name__ == "__main__":

@@ -63,21 +63,22 @@ class ClipWriter:
     def __init__(self, output_format: str, quality: int, fps: float, num_frames: int) -> None:
         self._options = (output_format, quality, fps)
         self._num_frames = self._missing = num_frames
-        self._chunks: queue.SimpleQueue[Frames | None] = queue.SimpleQueue()
+        # Each with the time at which it came.
+        self._chunks: queue.SimpleQueue[tuple[Frames | None, float]] = queue.SimpleQueue()
         self._room = threading.Semaphore(CHUNKS_AHEAD)
         self._given_up = self._told = self._ended = False
         self._made: tuple[str, bytes] | BaseException | None = None
         self._done = threading.Event()
-        self._full_s = self._told_s = self._done_s = self._waited_s = 0.0
+        self._told_s = 0.0
+        # Only the thread writes these.
+        self._taken_s = self._full_s = self._full_until_s = self._done_s = 0.0
         self._thread = threading.Thread(target=self._run, name="clip writer", daemon=True)
         self._thread.start()
 
     def add(self, frames: Frames) -> None:
         """The next frames [F, H, W, 3]."""
         self._room.acquire()
-        if self._chunks.qsize() + 1 >= CHUNKS_AHEAD:
-            self._full_s = time.perf_counter()
-        self._chunks.put(frames)
+        self._chunks.put((frames, time.perf_counter()))
 
     def is_full(self) -> bool:
         """Whether `add` would wait, or after the last frame `finish`."""
@@ -87,8 +88,7 @@ class ClipWriter:
         """Says that no frames follow."""
         if not self._told:
             self._told, self._told_s = True, time.perf_counter()
-            self._has_room()
-            self._chunks.put(None)
+            self._chunks.put((None, self._told_s))
 
     def is_done(self, timeout_s: float = 0.0) -> bool:
         """Whether `finish` would not wait; no frames follow. Waits for that, `timeout_s` at most."""
@@ -116,7 +116,7 @@ class ClipWriter:
     @property
     def behind_s(self) -> float:
         """Seconds that it was waited for: while it was full, and once it has ended, behind the last frame."""
-        return self._waited_s + max(0.0, self._done_s - self._told_s)
+        return self._full_s + max(0.0, self._done_s - max(self._told_s, self._full_until_s))
 
     def close(self) -> None:
         """Ends the thread; what was added is lost."""
@@ -144,15 +144,14 @@ class ClipWriter:
             self._ended = self._next() is None
 
     def _next(self) -> Frames | None:
-        chunk = self._chunks.get()
-        self._has_room()
+        chunk, came_s = self._chunks.get()
+        if chunk is not None and came_s < self._taken_s:
+            # Both waited from then on, until the one before was taken: it was full.
+            self._full_s += self._taken_s - came_s
+            self._full_until_s = self._taken_s
+        self._taken_s = time.perf_counter()
         self._room.release()
         return chunk
-
-    def _has_room(self) -> None:
-        since_s, self._full_s = self._full_s, 0.0
-        if since_s:
-            self._waited_s += time.perf_counter() - since_s
 
     def _taken(self) -> Iterator[Frames]:
         """The chunks, up to the last frame: what is to be done at the end begins before `finish` is called."""

@@ -1,62 +1,121 @@
-"""Encoded media on their way to a call's caller. For the ranks that make media."""
+"""What becomes of a call's frames, on its way to the caller. For the ranks that make media."""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
+
+import torch
 
 from protos import types_pb2
 from services.channel import CALL_ROOM_BYTES
-from services.clip_writer import ClipWriter
+from services.clip_reader import Frames
+from services.clip_writer import RAW_MIME, ClipWriter
 from services.rank_process import Call
-from services.wire import media_messages
+from services.tensor_wire import WHOLE_BYTES
+from services.tensors import bundle_frames
+from services.wire import media_chunks, media_messages
+
+# So much is sent at most that the caller has not taken. It is less than the front keeps for a call, and most chunks of
+# frames (1080p: 24 MiB) leave in it and the rest, so that they need not wait for another tick.
+SENT_AHEAD_BYTES = 2 * CALL_ROOM_BYTES
 
 
 class MediaAnswer:
-    """Sends what a writer makes, as the caller takes it: what it has no room for would hold up all other calls.
+    """Sends what is made as the caller takes it: what it has no room for would hold up all other calls, and waits here.
 
-    All but the last `CALL_ROOM_BYTES`, the rest, is for `send_some`; then it is not full any more, and `send_rest` does
-    not wait.
+    All but the last `CALL_ROOM_BYTES`, the rest, is for `add` and `send_some`; then it is not full any more, and
+    `send_rest` does not wait.
+
+    Args:
+        header: of the media, without type and size; None sends the frames as tensors, for another stage.
+        writer: sends what it has made of all frames. Without one they leave as they come: their size is known before.
     """
 
-    def __init__(self, call: Call, writer: ClipWriter) -> None:
-        self.writer = writer
+    def __init__(self, call: Call, header: types_pb2.MediaHeader | None, writer: ClipWriter | None) -> None:
         self._call = call
-        self._ended = False
-        self._messages: Iterator[bytes] | None = None
-        self._sent_bytes = 0
+        self._header = header
+        self._writer = writer
+        self._ended = self._begun = False
+        self._added_bytes = self._sent_bytes = 0
+        self._messages: deque[Iterator[bytes]] = deque()
+
+    def add(self, frames: Frames) -> None:
+        """The next frames [F, H, W, C]; they must not change any more."""
+        if self._writer is not None:
+            self._writer.add(frames)
+            return
+        self._added_bytes += frames.nbytes
+        self._messages.append(self._of_frames(frames))
+        self.send_some()
 
     def end(self) -> None:
         """Says that no frames follow."""
         self._ended = True
-        self.writer.end()
+        if self._writer is not None:
+            self._writer.end()
 
     def is_full(self) -> bool:
-        """Whether the encoder takes no more frames now, or after the last one more is to be sent than the rest."""
-        return self.writer.is_full() or self._too_large()
+        """Whether the encoder takes no more frames now, or more is to be sent than the rest."""
+        return self._too_large() or (self._writer is not None and self._writer.is_full())
 
-    def send_some(self, header: types_pb2.MediaHeader) -> None:
-        """Of large media, what the caller has room for now. `header` needs no mime type and no size."""
-        while self._too_large() and not self._call.is_behind():
-            self._send(next(self._begun(header)))
+    def is_done(self, timeout_s: float = 0.0) -> bool:
+        """Whether everything is made; no frames follow. Waits for that, `timeout_s` at most."""
+        return self._writer is None or self._writer.is_done(timeout_s)
 
-    def send_rest(self, header: types_pb2.MediaHeader) -> None:
+    def send_some(self) -> None:
+        """What the caller has room for now; of encoded media only if they are large."""
+        if self._too_large():
+            self._begin()
+        while self._messages and not self._call.is_behind(SENT_AHEAD_BYTES):
+            self._send_next()
+
+    def send_rest(self) -> None:
         """Everything else, once the encoder has ended.
 
         Raises:
             Exception: what the encoder failed with.
         """
-        for message in self._begun(header):
-            self._send(message)
+        self._begin()
+        while self._messages:
+            self._send_next()
+
+    def close(self) -> None:
+        """Ends the encoder; what it has not made is lost."""
+        if self._writer is not None:
+            self._writer.close()
+
+    @property
+    def behind_s(self) -> float:
+        """Seconds for which the encoder alone was waited for."""
+        return 0.0 if self._writer is None else self._writer.behind_s
 
     def _too_large(self) -> bool:
-        return self._ended and self.writer.made_bytes - self._sent_bytes > CALL_ROOM_BYTES
+        made_bytes = self._added_bytes
+        if self._writer is not None:
+            made_bytes = self._writer.made_bytes if self._ended else 0
+        return made_bytes - self._sent_bytes > CALL_ROOM_BYTES
 
-    def _begun(self, header: types_pb2.MediaHeader) -> Iterator[bytes]:
-        if self._messages is None:
-            header.mime, data = self.writer.finish()
-            self._messages = media_messages(header, data)
-        return self._messages
+    def _begin(self) -> None:
+        """Takes what the encoder has made."""
+        if self._writer is not None and self._header is not None and not self._begun:
+            self._header.mime, data = self._writer.finish()
+            self._messages.append(media_messages(self._header, data))
+            self._begun = True
 
-    def _send(self, message: bytes) -> None:
+    def _of_frames(self, frames: Frames) -> Iterator[bytes]:
+        if self._header is None:
+            return bundle_frames({"frames": torch.from_numpy(frames)}, whole_bytes=WHOLE_BYTES)
+        if self._begun:
+            return media_chunks(frames.tobytes())
+        self._begun = True
+        self._header.mime = RAW_MIME
+        return media_messages(self._header, frames.tobytes(), self._header.num_frames * frames[0].nbytes)
+
+    def _send_next(self) -> None:
+        message = next(self._messages[0], None)
+        if message is None:
+            self._messages.popleft()
+            return
         self._call.send(message)
         self._sent_bytes += len(message)

@@ -115,9 +115,9 @@ class Call:
             return False
         return self.is_behind() or (self._sink_is_full is not None and self._sink_is_full())
 
-    def is_behind(self) -> bool:
-        """Whether as much as a call has room for is on its way to the caller, as rank 0 sees it."""
-        return self._sent_bytes - self._taken_bytes >= CALL_ROOM_BYTES
+    def is_behind(self, room_bytes: int = CALL_ROOM_BYTES) -> bool:
+        """Whether so much is on its way to the caller, as rank 0 sees it."""
+        return self._sent_bytes - self._taken_bytes >= room_bytes
 
     def taken(self, num_bytes: int) -> None:
         """So much of what was sent has gone on to the caller."""

@@ -197,9 +197,13 @@ def _set(proto: types_pb2.GenerationParams, name: str, value: Any) -> None:
         raise InvalidRequest(f"{name} is {value!r}: {allowed}", param=name) from error
 
 
-def media_messages(header: types_pb2.MediaHeader, data: bytes) -> Iterator[bytes]:
-    """Encoded media as the last stage answers them, a VAE and an interpolator alike; `header` gets the size."""
-    header.nbytes = len(data)
+def media_messages(header: types_pb2.MediaHeader, data: bytes, nbytes: int | None = None) -> Iterator[bytes]:
+    """Media as the last stage answers them, a VAE and an interpolator alike; `header` gets the size.
+
+    Args:
+        nbytes: of all, where `data` are only the first.
+    """
+    header.nbytes = len(data) if nbytes is None else nbytes
     yield vae_pb2.DecodeResponse(media=header).SerializeToString()
     yield from media_chunks(data)
 

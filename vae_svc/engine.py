@@ -72,7 +72,9 @@ class _Decode:
     ended: set[str] = field(default_factory=set)
 
     def waits(self, full: Collection[str]) -> bool:
-        """Whether one of its jobs is among those."""
+        """Whether it has frames to come, and one of its jobs is among those."""
+        if self.first_frame >= self.jobs[0].params.num_frames:
+            return False
         return any(job.request_id in full and job.request_id not in self.ended for job in self.jobs)
 
 

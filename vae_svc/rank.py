@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import time
 
-import torch
-
 from protos import text_encoder_pb2, types_pb2, vae_pb2
-from services.clip_writer import RAW_MIME, ClipWriter
+from services.clip_writer import ClipWriter
 from services.config import StageConfig
 from services.describe import describe, open_model
 from services.errors import CorruptTensor
@@ -18,7 +16,7 @@ from services.request import ResolvedParams
 from services.telemetry import internal_error, make_span
 from services.tensor_wire import frame_of
 from services.tensors import BundleReader
-from services.wire import media_chunks, resolved_from_proto
+from services.wire import resolved_from_proto
 from vae_svc.engine import VaeChunk, VaeJob, VaeResult, open_engine
 
 SUBFOLDERS = ("vae",)
@@ -39,7 +37,6 @@ class Opened:
         self.frames_only = False
         self.queued_ns = 0
         self.num_frames = 0
-        self.size = (0, 0)
         self.media: MediaAnswer | None = None
 
 
@@ -99,23 +96,25 @@ class VaeProgram:
         """One chunk of frames. What has been decoded is encoded beside the next chunks, and answered then."""
         decoded, self._decoded = self._decoded, []
         full = {key for key, opened in self._open.items() if not opened.call.has_room}
+        for opened in self._open.values():
+            if opened.media is not None:
+                opened.media.send_some()
         events = self._engine.tick(full)
         for event in events:
-            opened = self._open.get(event.job.request_id)
-            if opened is None:
+            of_event = self._open.get(event.job.request_id)
+            if of_event is None:
                 continue
             if isinstance(event, VaeChunk):
-                self._take_frames(opened, event)
-            elif event.error is None and event.job.latents is not None and not opened.frames_only:
+                self._take_frames(of_event, event)
+            elif event.error is None and event.job.latents is not None:
                 self._decoded.append(event)
-                if opened.media is not None:
-                    opened.media.end()
+                if of_event.media is not None:
+                    of_event.media.end()
             else:
                 self._end(event)
         for result in decoded:
-            # Equal on all ranks, of which one encodes.
+            # Equal on all ranks, of which one encodes and sends.
             if result.job.request_id in full:
-                self._send_some(result)
                 self._decoded.append(result)
             else:
                 self._end(result)
@@ -129,8 +128,8 @@ class VaeProgram:
         timeout_s = ROOM_EVERY_S if self._engine.busy else LOOK_EVERY_S
         for result in self._decoded:
             opened = self._open.get(result.job.request_id)
-            if opened is not None and opened.media is not None and not opened.media.writer.is_done():
-                opened.media.writer.is_done(timeout_s)
+            if opened is not None and opened.media is not None and not opened.media.is_done():
+                opened.media.is_done(timeout_s)
                 return
         if self._engine.busy or self._speaks:
             time.sleep(ROOM_EVERY_S)
@@ -143,33 +142,18 @@ class VaeProgram:
     def _forget(self, key: str) -> None:
         opened = self._open.pop(key, None)
         if opened is not None and opened.media is not None:
-            opened.media.writer.close()
+            opened.media.close()
             # They hold each other, and a file may be large: it must not wait for the collector of garbage.
             opened.call.watch(None)
 
     def _take_frames(self, opened: Opened, chunk: VaeChunk) -> None:
         """Frames leave as they come, for an interpolator or raw, or are encoded while later ones are decoded."""
-        params = chunk.job.params
-        if opened.frames_only:
-            opened.call.send_tensors({"frames": torch.from_numpy(chunk.frames)})
-        elif self._speaks and params.output_format == "raw" and params.num_frames > 1:
-            _send_raw(opened, chunk)
-        elif self._speaks:
-            if opened.media is None:
-                writer = ClipWriter(params.output_format, params.quality, params.fps, params.num_frames)
-                opened.media = MediaAnswer(opened.call, writer)
-                opened.call.watch(opened.media.is_full)
-            opened.media.writer.add(chunk.frames)
+        if self._speaks:
+            opened.media = opened.media or _answer_of(opened, chunk)
+            opened.media.add(chunk.frames)
         opened.num_frames += len(chunk.frames)
-        opened.size = chunk.frames.shape[1:3]
-        if params.num_frames > 1 and not opened.frames_only:
+        if chunk.job.params.num_frames > 1 and not opened.frames_only:
             opened.call.send(vae_pb2.DecodeResponse(frames=opened.num_frames).SerializeToString())
-
-    def _send_some(self, result: VaeResult) -> None:
-        """Of media that are too large to be sent at once."""
-        opened = self._open.get(result.job.request_id)
-        if opened is not None and opened.media is not None:
-            opened.media.send_some(_header(opened, result))
 
     def _answer(self, opened: Opened, result: VaeResult) -> None:
         call = opened.call
@@ -180,13 +164,13 @@ class VaeProgram:
             call.send_tensors(result.tensors)
         elif opened.media is not None:
             try:
-                opened.media.send_rest(_header(opened, result))
+                opened.media.send_rest()
             except Exception as error:  # noqa: BLE001 - one call fails, the others of the batch or group go on
                 call.fail(internal_error(error, call.request_id))
                 return
         span = make_span(f"vae.{call.method.lower()}", self._config.service.name, opened.queued_ns, time.time_ns())
         # The stage works on the request, too, while the encoder alone does.
-        encoding_s = 0.0 if opened.media is None else opened.media.writer.behind_s
+        encoding_s = 0.0 if opened.media is None else opened.media.behind_s
         usage = types_pb2.StageUsage(busy_s=result.busy_s + encoding_s, spans=[span])
         # Both response types have the usage in field 3.
         call.send(vae_pb2.DecodeResponse(usage=usage).SerializeToString())
@@ -200,26 +184,16 @@ class VaeProgram:
         """What waits is short: it is finished."""
 
 
-def _send_raw(opened: Opened, chunk: VaeChunk) -> None:
-    """How many bytes there will be is known from the first frame on: nothing has to wait for the last one."""
+def _answer_of(opened: Opened, chunk: VaeChunk) -> MediaAnswer:
+    """Where the frames go of which these are the first."""
     params, (height, width) = chunk.job.params, chunk.frames.shape[1:3]
-    if not chunk.first_frame:
-        header = types_pb2.MediaHeader(
-            mime=RAW_MIME,
-            width=width,
-            height=height,
-            num_frames=params.num_frames,
-            fps=params.fps,
-            nbytes=params.num_frames * chunk.frames[0].nbytes,
-        )
-        opened.call.send(vae_pb2.DecodeResponse(media=header).SerializeToString())
-    for message in media_chunks(chunk.frames.tobytes()):
-        opened.call.send(message)
-
-
-def _header(opened: Opened, result: VaeResult) -> types_pb2.MediaHeader:
-    height, width = opened.size
-    return types_pb2.MediaHeader(width=width, height=height, num_frames=opened.num_frames, fps=result.job.params.fps)
+    header = types_pb2.MediaHeader(width=width, height=height, num_frames=params.num_frames, fps=params.fps)
+    writer = None
+    if not opened.frames_only and params.output_format != "raw":
+        writer = ClipWriter(params.output_format, params.quality, params.fps, params.num_frames)
+    media = MediaAnswer(opened.call, None if opened.frames_only else header, writer)
+    opened.call.watch(media.is_full)
+    return media
 
 
 if __name__ == "__main__":

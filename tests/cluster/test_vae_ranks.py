@@ -114,6 +114,22 @@ async def test_a_clip_whose_frames_nobody_takes_holds_up_no_other(tiny, tmp_path
         await running.until_figure("lightloom_in_flight", 0)
 
 
+async def test_a_chunk_larger_than_all_queues_holds_up_no_other(tiny, tmp_path):
+    options = {"module": "tests.cluster.fake_vae_stage", "serves": "Vae", "settings": {"model.source": str(tiny)}}
+    # 37 MiB in one chunk, more than a front keeps of a call.
+    wish = params(width=1792, height=1792, num_frames=4, output_format="raw")
+    latents = {"latents": torch.zeros(1, 3)}
+    async with stage(tmp_path, start_timeout_s=90.0, **options) as running:
+        raw = aiter(decode(running, "raw", frames_only=False, wish=wish, latents=latents))
+        frames = aiter(decode(running, "frames", wish=wish, latents=latents))
+        header, first = await anext(raw), await anext(frames)
+        async with asyncio.timeout(STALL_LIMIT_S):
+            assert sum(map(len, await chunks_of(decode(running, "other", latents=latents)))) == 13
+        rest = asyncio.create_task(chunks_of(frames, first))
+        assert header.media.nbytes == sum([len(response.chunk.data) async for response in raw])
+        assert [chunk.shape for chunk in await rest] == [(4, 1792, 1792, 3)]
+
+
 async def chunks_of(call, *read: vae_pb2.DecodeResponse) -> list[np.ndarray]:
     """Chunks of frames, after those messages that have been read."""
     reader, chunks = BundleReader(), []

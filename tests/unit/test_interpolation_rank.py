@@ -91,7 +91,7 @@ def test_a_large_file_leaves_as_it_is_taken_and_holds_up_no_other(
     sizes = {2 * SLOW_FPS: large, 32.0: b"small"}
     monkeypatch.setattr(clip_writer, "_mp4", lambda chunks, _frames, _quality, fps: list(chunks) and sizes[fps])
     # More than this would stand still for ever: nobody reads.
-    program, outbox = rank.InterpolationProgram(CONFIG), FrameQueue(3 * CALL_ROOM_BYTES)
+    program, outbox = rank.InterpolationProgram(CONFIG), FrameQueue(4 * CALL_ROOM_BYTES)
     stuck, other = (begin(program, call_id, outbox, fps) for call_id, fps in ((1, SLOW_FPS), (2, 16.0)))
     while not other.closed or not stuck.is_behind():
         assert program.tick()

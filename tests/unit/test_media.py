@@ -7,9 +7,11 @@ import random
 import struct
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 import zlib
+from collections.abc import Iterator
 
 import av
 import numpy as np
@@ -328,3 +330,86 @@ def test_the_time_that_an_encoder_is_waited_for(monkeypatch):
         writer.add(PIXELS[None])
     assert writer.finish()[1] == 6 * b"x"
     assert 0.4 < writer.behind_s <= time.perf_counter() - begun_s
+
+
+class Steps:
+    """An encoder that does as it is told, and the clock that it and its writer see."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now_s = 1.0
+        # Whether a chunk is taken while the next one is added.
+        self.meanwhile = False
+        self._taken, self._encoded = threading.Semaphore(0), threading.Semaphore(0)
+        self._adds = threading.current_thread()
+        monkeypatch.setattr(clip_writer, "_mp4", self._encode)
+        monkeypatch.setattr(clip_writer.time, "perf_counter", self._clock)
+
+    def _encode(self, chunks: Iterator[np.ndarray], *_options: object) -> bytes:
+        for _ in chunks:
+            self._taken.release()
+            assert self._encoded.acquire(timeout=20)
+        return b"clip"
+
+    def _clock(self) -> float:
+        if self.meanwhile and threading.current_thread() is self._adds:
+            self.meanwhile = False
+            self.encoded()
+            self.take()
+        return self.now_s
+
+    def take(self) -> None:
+        """Waits until the next chunk is taken."""
+        assert self._taken.acquire(timeout=20)
+
+    def encoded(self) -> None:
+        """The chunk in work is."""
+        self._encoded.release()
+
+
+def test_it_is_waited_for_while_two_chunks_wait_and_behind_the_last(monkeypatch):
+    steps = Steps(monkeypatch)
+    writer = ClipWriter("mp4", 80, 12.0, 4)
+
+    def add(now_s: float) -> None:
+        steps.now_s = now_s
+        writer.add(PIXELS[None])
+
+    def encoded(now_s: float) -> None:
+        steps.now_s = now_s
+        steps.encoded()
+
+    add(0.5)
+    steps.take()
+    add(1.0)
+    add(2.0)
+    assert writer.is_full()
+    encoded(5.0)
+    steps.take()
+    assert not writer.is_full()
+    add(6.0)
+    steps.now_s = 7.0
+    writer.end()
+    encoded(9.0)
+    steps.take()
+    encoded(10.0)
+    steps.take()
+    encoded(12.0)
+    assert writer.finish() == ("video/mp4", b"clip")
+    assert writer.behind_s == (5.0 - 2.0) + (12.0 - 6.0)
+
+
+def test_it_is_not_waited_for_when_a_chunk_is_taken_while_the_next_one_comes(monkeypatch):
+    steps = Steps(monkeypatch)
+    writer = ClipWriter("mp4", 80, 12.0, 3)
+    writer.add(PIXELS[None])
+    steps.take()
+    writer.add(PIXELS[None])
+    steps.meanwhile = True
+    writer.add(PIXELS[None])
+    assert not writer.is_full()
+    steps.now_s = 3.0
+    steps.encoded()
+    steps.take()
+    steps.encoded()
+    writer.finish()
+    assert writer.behind_s == 0.0

@@ -19,7 +19,8 @@ from services.channel import CALL_ROOM_BYTES, Frame, FrameQueue, Kind, OpenCall
 from services.config import ModelSection, ServiceSection, StageConfig
 from services.rank_process import Call
 from services.request import ResolvedParams
-from services.tensors import bundle_frames
+from services.tensor_wire import frame_of
+from services.tensors import BundleReader, bundle_frames
 from services.wire import params_to_proto
 from tests.unit.test_vae_engine import CHUNK, PARAMS, FakeVae
 from vae_svc import rank
@@ -72,10 +73,17 @@ def notes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return taken
 
 
-def decode(program: rank.VaeProgram, call_id: int, outbox: FrameQueue, params: ResolvedParams = PARAMS) -> Call:
+def decode(
+    program: rank.VaeProgram,
+    call_id: int,
+    outbox: FrameQueue,
+    params: ResolvedParams = PARAMS,
+    *,
+    frames_only: bool = False,
+) -> Call:
     call = Call(call_id, OpenCall("Decode", "request", "", 0.0), outbox)
     program.opened(call)
-    start = vae_pb2.DecodeStart(params=params_to_proto(params))
+    start = vae_pb2.DecodeStart(params=params_to_proto(params), frames_only=frames_only)
     program.message(call, vae_pb2.DecodeRequest(start=start).SerializeToString())
     for message in bundle_frames({"latents": torch.zeros(1, 3)}):
         program.message(call, message)
@@ -177,7 +185,7 @@ def test_a_large_file_leaves_as_it_is_taken_and_holds_up_no_other(monkeypatch):
     monkeypatch.setattr(clip_writer, "_mp4", lambda chunks, _frames, _quality, fps: list(chunks) and sizes[fps])
     monkeypatch.setattr(rank, "open_engine", lambda *_: VaeEngine(FakeVae().part(), None, 1))
     # More than this would stand still for ever: nobody reads.
-    program, outbox = rank.VaeProgram(CONFIG), FrameQueue(3 * CALL_ROOM_BYTES)
+    program, outbox = rank.VaeProgram(CONFIG), FrameQueue(4 * CALL_ROOM_BYTES)
     clip = replace(PARAMS, num_frames=4, output_format="mp4")
     stuck, other = (
         decode(program, call_id, outbox, replace(clip, fps=fps)) for call_id, fps in enumerate(sizes, start=1)
@@ -187,7 +195,7 @@ def test_a_large_file_leaves_as_it_is_taken_and_holds_up_no_other(monkeypatch):
     frames: list[Frame] = []
     while tick(program, stuck):
         frames += (taken := outbox.take(0))
-        assert sum(len(frame.payload) for frame in taken) < 2 * CALL_ROOM_BYTES
+        assert sum(len(frame.payload) for frame in taken) < 3 * CALL_ROOM_BYTES
         stuck.taken(sum(len(frame.payload) for frame in taken if frame.call_id == stuck.id))
     frames += outbox.take(0)
     answers = [vae_pb2.DecodeResponse.FromString(f.payload) for f in frames if f.call_id == 1 and f.payload]
@@ -210,3 +218,44 @@ def test_raw_frames_leave_while_later_ones_are_decoded(monkeypatch):
     rest = [vae_pb2.DecodeResponse.FromString(f.payload) for f in outbox.take(0) if f.kind is Kind.MESSAGE]
     assert sum(len(answer.chunk.data) for answer in first + rest) == first[0].media.nbytes
     assert rest[-1].HasField("usage") and call.closed
+
+
+def large(num_frames: int) -> ResolvedParams:
+    """A chunk of a clip has 27 MiB, a picture 48."""
+    side_px = 4096 if num_frames == 1 else 1536
+    return replace(PARAMS, width=side_px, height=side_px, num_frames=num_frames, output_format="raw")
+
+
+@pytest.mark.parametrize(
+    ("num_frames", "frames_only"), [(3 * CHUNK, False), (3 * CHUNK, True), (1, False)], ids=["raw", "frames", "picture"]
+)
+def test_large_frames_leave_as_they_are_taken_and_hold_up_no_other(monkeypatch, num_frames, frames_only):
+    engine = VaeEngine(FakeVae().part(), None, 2)
+    monkeypatch.setattr(rank, "open_engine", lambda *_: engine)
+    program, outbox, wish = rank.VaeProgram(CONFIG), FrameQueue(64 << 20), large(num_frames)
+    stuck = decode(program, 1, outbox, wish, frames_only=frames_only)
+    # Of the same batch, if it is a picture.
+    other = decode(program, 2, outbox, replace(wish, output_format="jpeg") if num_frames == 1 else PARAMS)
+    while not other.closed or not stuck.is_behind():
+        assert tick(program, stuck, other)
+    for _ in range(5):
+        assert tick(program, stuck) and not stuck.closed
+    frames = outbox.take(0)
+    assert sum(len(frame.payload) for frame in frames if frame.call_id == stuck.id) < 3 * CALL_ROOM_BYTES
+    stuck.taken(sum(len(frame.payload) for frame in frames if frame.call_id == stuck.id))
+    while tick(program, stuck):
+        frames += (taken := outbox.take(0))
+        stuck.taken(sum(len(frame.payload) for frame in taken))
+    messages = [f.payload for f in [*frames, *outbox.take(0)] if f.call_id == stuck.id and f.kind is Kind.MESSAGE]
+    assert bytes_of(messages) == wish.num_frames * wish.height * wish.width * 3
+    assert vae_pb2.DecodeResponse.FromString(messages[-1]).HasField("usage") and stuck.closed
+
+
+def bytes_of(messages: list[bytes]) -> int:
+    """Of raw media, or of frames as tensors."""
+    frames = [frame for frame in map(frame_of, messages) if frame is not None]
+    if not frames:
+        return sum(len(vae_pb2.DecodeResponse.FromString(message).chunk.data) for message in messages)
+    reader = BundleReader()
+    bundles = [bundle for bundle in map(reader.feed, frames) if bundle is not None]
+    return sum(bundle.tensors["frames"].nbytes for bundle in bundles)
