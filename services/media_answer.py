@@ -5,15 +5,11 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 
-import torch
-
 from protos import types_pb2
 from services.channel import CALL_ROOM_BYTES
 from services.clip_reader import Frames
 from services.clip_writer import RAW_MIME, ClipWriter
 from services.rank_process import Call
-from services.tensor_wire import WHOLE_BYTES
-from services.tensors import bundle_frames
 from services.wire import media_chunks, media_messages
 
 # So much is sent at most that the caller has not taken. It is less than the front keeps for a call, and most chunks of
@@ -24,15 +20,16 @@ SENT_AHEAD_BYTES = 2 * CALL_ROOM_BYTES
 class MediaAnswer:
     """Sends what is made as the caller takes it: what it has no room for would hold up all other calls, and waits here.
 
-    All but the last `CALL_ROOM_BYTES`, the rest, is for `add` and `send_some`; then it is not full any more, and
-    `send_rest` does not wait.
+    All but the last `CALL_ROOM_BYTES`, the rest, leaves by `add`, `add_messages` and `send_some`; then it is not full
+    any more, and `send_rest` does not wait.
 
     Args:
-        header: of the media, without type and size; None sends the frames as tensors, for another stage.
-        writer: sends what it has made of all frames. Without one they leave as they come: their size is known before.
+        header: of the media, without type and size.
+        writer: what it has made of all frames is sent. Without one they leave raw, as they come: how many bytes they
+            will be is known from the first on.
     """
 
-    def __init__(self, call: Call, header: types_pb2.MediaHeader | None, writer: ClipWriter | None) -> None:
+    def __init__(self, call: Call, header: types_pb2.MediaHeader, writer: ClipWriter | None) -> None:
         self._call = call
         self._header = header
         self._writer = writer
@@ -41,12 +38,21 @@ class MediaAnswer:
         self._messages: deque[Iterator[bytes]] = deque()
 
     def add(self, frames: Frames) -> None:
-        """The next frames [F, H, W, C]; they must not change any more."""
+        """The next frames [F, H, W, C]."""
         if self._writer is not None:
             self._writer.add(frames)
-            return
-        self._added_bytes += frames.nbytes
-        self._messages.append(self._of_frames(frames))
+        elif self._begun:
+            self.add_messages(media_chunks(frames.tobytes()), frames.nbytes)
+        else:
+            self._begun = True
+            self._header.mime = RAW_MIME
+            all_bytes = self._header.num_frames * frames[0].nbytes
+            self.add_messages(media_messages(self._header, frames.tobytes(), all_bytes), frames.nbytes)
+
+    def add_messages(self, messages: Iterator[bytes], num_bytes: int) -> None:
+        """Where the frames themselves go to another stage: the next ones, `num_bytes` together."""
+        self._added_bytes += num_bytes
+        self._messages.append(messages)
         self.send_some()
 
     def end(self) -> None:
@@ -98,19 +104,10 @@ class MediaAnswer:
 
     def _begin(self) -> None:
         """Takes what the encoder has made."""
-        if self._writer is not None and self._header is not None and not self._begun:
+        if self._writer is not None and not self._begun:
             self._header.mime, data = self._writer.finish()
             self._messages.append(media_messages(self._header, data))
             self._begun = True
-
-    def _of_frames(self, frames: Frames) -> Iterator[bytes]:
-        if self._header is None:
-            return bundle_frames({"frames": torch.from_numpy(frames)}, whole_bytes=WHOLE_BYTES)
-        if self._begun:
-            return media_chunks(frames.tobytes())
-        self._begun = True
-        self._header.mime = RAW_MIME
-        return media_messages(self._header, frames.tobytes(), self._header.num_frames * frames[0].nbytes)
 
     def _send_next(self) -> None:
         message = next(self._messages[0], None)

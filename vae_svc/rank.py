@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 
+import torch
+
 from protos import text_encoder_pb2, types_pb2, vae_pb2
 from services.clip_writer import ClipWriter
 from services.config import StageConfig
@@ -14,8 +16,8 @@ from services.parallel.mesh import Mesh
 from services.rank_process import Call, run
 from services.request import ResolvedParams
 from services.telemetry import internal_error, make_span
-from services.tensor_wire import frame_of
-from services.tensors import BundleReader
+from services.tensor_wire import WHOLE_BYTES, frame_of
+from services.tensors import BundleReader, bundle_frames
 from services.wire import resolved_from_proto
 from vae_svc.engine import VaeChunk, VaeJob, VaeResult, open_engine
 
@@ -150,7 +152,11 @@ class VaeProgram:
         """Frames leave as they come, for an interpolator or raw, or are encoded while later ones are decoded."""
         if self._speaks:
             opened.media = opened.media or _answer_of(opened, chunk)
-            opened.media.add(chunk.frames)
+            if opened.frames_only:
+                frames = {"frames": torch.from_numpy(chunk.frames)}
+                opened.media.add_messages(bundle_frames(frames, whole_bytes=WHOLE_BYTES), chunk.frames.nbytes)
+            else:
+                opened.media.add(chunk.frames)
         opened.num_frames += len(chunk.frames)
         if chunk.job.params.num_frames > 1 and not opened.frames_only:
             opened.call.send(vae_pb2.DecodeResponse(frames=opened.num_frames).SerializeToString())
@@ -191,7 +197,7 @@ def _answer_of(opened: Opened, chunk: VaeChunk) -> MediaAnswer:
     writer = None
     if not opened.frames_only and params.output_format != "raw":
         writer = ClipWriter(params.output_format, params.quality, params.fps, params.num_frames)
-    media = MediaAnswer(opened.call, None if opened.frames_only else header, writer)
+    media = MediaAnswer(opened.call, header, writer)
     opened.call.watch(media.is_full)
     return media
 
