@@ -119,8 +119,8 @@ def test_a_killed_rank_takes_the_group_down_and_the_request_goes_on(group, clien
     request_id = client.submit(PROMPT, model="demo", seed=3, **LONG)
     wait_for(lambda: client.get(request_id).step > 1)
     os.kill(old[victim].pid, signal.SIGKILL)
-    wait_for(lambda: not any(process.is_running() for process in old), 5)
-    wait_for(lambda: not serving(group), 5)
+    wait_for(lambda: not any(process.is_running() for process in old), 15)
+    wait_for(lambda: not serving(group), 15)
     wait_for(lambda: serving(group), 60)
     wait_for(lambda: client.get(request_id).state == gateway_pb2.REQUEST_STATE_DONE, 120)
     assert len(ranks(group)) == 2

@@ -22,8 +22,9 @@ from tests.deploy.networks import ip
 from tests.oracle import ROWS
 from tests.oracle.harness import Subject, difference, make_folder
 
-HERE, THERE = "10.77.31.1", "10.77.31.2"
-SPACE, LINK, THEIR_LINK = "lightloom-b", "lightloom-a0", "lightloom-b0"
+# By process: other runs on this machine, also killed ones, have names and addresses of their own.
+HERE, THERE = (f"10.77.{os.getpid() % 256}.{host}" for host in (1, 2))
+SPACE, LINK, THEIR_LINK = f"lightloom-{os.getpid()}", f"ll{os.getpid()}a", f"ll{os.getpid()}b"
 AGENT_PORT = 50199
 TOKEN = "a secret of the test"
 

@@ -10,15 +10,15 @@ import json
 import os
 import shutil
 import subprocess
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Protocol
 
 from services.free_port import free_port
 from tests.deploy.chart import STAGES, Object, container
 
-BRIDGE, SUBNET = "lightloom-pods", "10.77.41"
-# The bridge has the number before it.
-FIRST_POD = 2
+# By process: other runs on this machine, also killed ones, have names and addresses of their own.
+BRIDGE, SUBNET = f"ll{os.getpid()}pods", f"10.78.{os.getpid() % 256}"
 # Where pods of LeaderWorkerSets find each other.
 AGENT_PORT = 50100
 
@@ -49,27 +49,33 @@ class Namespaces:
     def __init__(self) -> None:
         self._pods: list[str] = []
         self._names: dict[str, list[str]] = {}
+        self._made = ExitStack()
         ip("link", "add", "name", BRIDGE, "type", "bridge")
+        self._made.callback(ip, "link", "del", BRIDGE)
         ip("addr", "add", f"{self.host}/24", "dev", BRIDGE)
         ip("link", "set", BRIDGE, "up")
 
     def join(self, name: str, template: Object) -> tuple[str, dict[int, int]]:
-        number = FIRST_POD + len(self._pods)
-        space, link, address = f"lightloom-{name}", f"llpod{number}", f"{SUBNET}.{number}"
+        number = len(self._pods) + 2
+        space, link, address = _space(name), f"ll{os.getpid()}p{number}", f"{SUBNET}.{number}"
         ip("netns", "add", space)
+        self._made.callback(ip, "netns", "del", space)
         self._pods.append(space)
         ip("link", "add", link, "type", "veth", "peer", "name", "eth0", "netns", space)
+        # A namespace takes its links along in its own time, and the next network makes some of the same names.
+        self._made.callback(ip, "link", "del", link)
         ip("link", "set", link, "master", BRIDGE, "up")
         ip("-n", space, "addr", "add", f"{address}/24", "dev", "eth0")
         ip("-n", space, "link", "set", "eth0", "up")
         ip("-n", space, "link", "set", "lo", "up")
         # `ip netns exec` mounts this file over /etc/hosts.
-        _hosts(space).parent.mkdir(parents=True, exist_ok=True)
+        _hosts(space).parent.mkdir(parents=True)
+        self._made.callback(shutil.rmtree, _hosts(space).parent)
         self._write(space)
         return address, {port["containerPort"]: port["containerPort"] for port in container(template)["ports"]}
 
     def words(self, name: str, words: list[str]) -> list[str]:
-        return ["ip", "netns", "exec", f"lightloom-{name}", *words]
+        return ["ip", "netns", "exec", _space(name), *words]
 
     def publish(self, name: str, addresses: list[tuple[str, int]]) -> None:
         self._names[name] = [address for address, _ in addresses]
@@ -82,12 +88,7 @@ class Namespaces:
         _hosts(space).write_text("\n".join(["127.0.0.1 localhost", *lines]) + "\n")
 
     def close(self) -> None:
-        for number, space in enumerate(self._pods, FIRST_POD):
-            # A namespace takes its links along in its own time, and the next network makes some of the same names.
-            ip("link", "del", f"llpod{number}")
-            ip("netns", "del", space)
-            shutil.rmtree(_hosts(space).parent)
-        ip("link", "del", BRIDGE)
+        self._made.close()
 
 
 class Loopback:
@@ -143,6 +144,10 @@ def choose(folder: Path) -> Network:
     if os.geteuid() == 0 and shutil.which("ip") is not None:
         return Namespaces()
     return Loopback(folder)
+
+
+def _space(name: str) -> str:
+    return f"lightloom-{os.getpid()}-{name}"
 
 
 def _hosts(space: str) -> Path:

@@ -19,6 +19,9 @@ FRAMES_S = 0.02
 class ScriptedGateway(gateway_pb2_grpc.GatewayServicer):
     """A clip of 9 frames, interpolated once; while it is decoded, 3 are made."""
 
+    def __init__(self) -> None:
+        self._asked = asyncio.Event()
+
     def _status(self, state: gateway_pb2.RequestState, frames: int = 0) -> gateway_pb2.RequestStatus:
         params = types_pb2.GenerationParams(num_frames=9, enable_frame_interpolation=True, frame_interpolation_exp=1)
         status = gateway_pb2.RequestStatus(request_id="r", state=state, params=params, step=2, total_steps=2)
@@ -28,7 +31,9 @@ class ScriptedGateway(gateway_pb2_grpc.GatewayServicer):
     async def Generate(self, request: Any, context: Any) -> AsyncIterator[gateway_pb2.GenerateResponse]:  # noqa: N802
         running = self._status(gateway_pb2.REQUEST_STATE_RUNNING)
         yield gateway_pb2.GenerateResponse(request_id="r", event_id="1-0", status=running)
-        await asyncio.sleep(20 * FRAMES_S)
+        await self._asked.wait()
+        # The answer is on its way.
+        await asyncio.sleep(10 * FRAMES_S)
         done = self._status(gateway_pb2.REQUEST_STATE_DONE)
         yield gateway_pb2.GenerateResponse(request_id="r", event_id="2-0", status=done)
         for piece in (b"a", b"b"):
@@ -36,6 +41,7 @@ class ScriptedGateway(gateway_pb2_grpc.GatewayServicer):
             yield gateway_pb2.GenerateResponse(request_id="r", chunk=types_pb2.MediaChunk(data=piece))
 
     async def Get(self, request: Any, context: Any) -> gateway_pb2.GetResponse:  # noqa: N802
+        self._asked.set()
         return gateway_pb2.GetResponse(status=self._status(gateway_pb2.REQUEST_STATE_RUNNING, frames=3))
 
 

@@ -128,7 +128,7 @@ def test_a_picture_of_many_parts_is_refused_at_once(kind, junk):
     begun_s = time.perf_counter()
     with pytest.raises(InvalidRequest, match="save it without metadata"):
         image_size(Media("image/png", data))
-    assert time.perf_counter() - begun_s < 0.1
+    assert time.perf_counter() - begun_s < 1, "each part was looked at: 4 s"
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])
@@ -329,7 +329,7 @@ def test_the_time_that_an_encoder_is_waited_for(monkeypatch):
     for _ in range(6):
         writer.add(PIXELS[None])
     assert writer.finish()[1] == 6 * b"x"
-    assert 0.4 < writer.behind_s <= time.perf_counter() - begun_s
+    assert 0 < writer.behind_s <= time.perf_counter() - begun_s
 
 
 class Steps:
