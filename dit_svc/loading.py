@@ -82,8 +82,11 @@ def _load(
         raise StartupError(WITH_HSDP)
     if offloads and "graphs" in config.features:
         raise StartupError("engine.offload_experts does not go with CUDA graphs: a graph holds weights in 1 place")
-    # A GPU need not have room for what it will not hold. Random weights of one seed are a device's own.
+    # A GPU need not have room for what it will not hold. Random weights of one seed are a device's own, and a GPU draws
+    # in seconds what takes a CPU minutes: of idle experts, one after the other.
     through_host = offloads or (shards and source.root is not None)
+    if offloads:
+        source = replace(source, drawn_on=device)
     model = replace(part.load(source, torch.device("cpu") if through_host else device, dtype), device=device)
     return model, IdleExperts(model, device) if offloads else None
 

@@ -51,6 +51,7 @@ class ModelSource:
         partition: set on a rank that holds a share of the denoiser's weights.
         encoders: likewise of text encoders, by subfolder.
         expert: set where one expert of the denoiser is held, and the others' weights are not read.
+        drawn_on: where random weights are drawn, if not on the device that they go to.
     """
 
     spec: str
@@ -62,6 +63,7 @@ class ModelSource:
     partition: Partition | None = None
     encoders: Mapping[str, Partition] = field(default_factory=dict)
     expert: str = ""
+    drawn_on: torch.device | None = None
 
     def config(self, subfolder: str, name: str = "config.json") -> dict[str, Any]:
         """A component's config as plain data.
@@ -185,15 +187,16 @@ class ModelSource:
     def randomise(
         self, build: Any, subfolder: str, device: torch.device, dtype: torch.dtype, kept: Sequence[str] = ()
     ) -> nn.Module:
-        """Builds a module on the device with the class's own initialisation, seeded by source and component.
+        """Builds a module with the class's own initialisation, seeded by source and component.
 
         Args:
             kept: names of submodules and parameters that stay in fp32.
         """
         seed = int.from_bytes(hashlib.sha256(f"{self.seed}/{subfolder}".encode()).digest()[:4], "big")
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        drawn_on = self.drawn_on or device
+        with torch.random.fork_rng(devices=[drawn_on] if drawn_on.type == "cuda" else []):
             torch.manual_seed(seed)
-            with _default_dtype(dtype), torch.device(device):
+            with _default_dtype(dtype), torch.device(drawn_on):
                 module: nn.Module = build()
         if not kept:
             return _frozen(module.to(device=device, dtype=dtype))
