@@ -10,10 +10,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from dit_svc.loading import _load
 from services import vae_attention, vae_kernels
 from services.attention import KERNELS, by_row, sdpa
 from services.families import load_family
 from services.linear_gelu import fuse_gelu, linear_gelu
+from services.parallel.edges import Edges
+from services.parallel.vae_pieces import room_around
 from services.vae_attention import attend_by_products, one_head
 from services.vae_on_gpu import speed_up
 from services.weights import open_source
@@ -91,6 +94,17 @@ def test_an_idle_expert_waits_in_the_hosts_memory(tmp_path) -> None:
     assert latents.keys() == expected.keys()
     for name, tensor in expected.items():
         assert relative(latents[name], tensor) < 1e-5, name
+
+
+def test_random_weights_of_idle_experts_are_those_of_resident_ones(tmp_path) -> None:
+    load_family("wan").tiny(tmp_path, "t2v", 0)
+    source = open_source(str(tmp_path)).without_weights()
+    resident = config_of(tmp_path, "float32", {}, {})
+    offloaded = replace(resident, engine=replace(resident.engine, offload_experts=True))
+    (ours, _), (expected, _) = (_load(config, source, load_family("wan").dit, None) for config in (offloaded, resident))
+    for name, module in expected.modules.items():
+        waiting = dict(ours.modules[name].named_parameters())
+        assert all(torch.equal(waiting[key], parameter.cpu()) for key, parameter in module.named_parameters())
 
 
 def test_gelu_is_fused_where_it_can_be(tmp_path) -> None:
@@ -226,6 +240,48 @@ def test_frames_of_a_vae_are_those_of_the_cpu(kind, monkeypatch) -> None:
         latents = latents_of(kind, *size, frames=frames)
         for ours, theirs in zip(fast.codec.decode(latents.cuda()), plain.codec.decode(latents), strict=True):
             assert relative(ours.cpu(), theirs) < 1e-4
+
+
+@pytest.mark.parametrize("before, behind", [(1, 1), (0, 1), (2, 1)])
+@pytest.mark.parametrize("dim", [-2, -1])
+@torch.inference_mode()
+def test_a_piece_between_two_others_gets_the_edges_of_both(dim, before, behind, dtype) -> None:
+    from services.parallel.edges_cuda import FLAG_BYTES, exchange
+
+    # On one GPU three streams are the ranks.
+    sizes, streams = (11, 9, 10), [torch.cuda.Stream() for _ in range(3)]
+    pictures = [on_gpu(2, 96, 3, 30, 30, dtype=dtype) for _ in range(3)]
+
+    def rooms_of(picture: torch.Tensor) -> list[torch.Tensor]:
+        return [room_around(piece, dim, before, behind) for piece in picture.split(sizes, dim)]
+
+    edges = [Edges.of(room, dim, before, behind) for room in rooms_of(pictures[0])]
+    inbox_bytes = (edges[0].count_before + edges[0].count_behind) * edges[0].word.itemsize
+    memory = torch.zeros(3, FLAG_BYTES + 2 * inbox_bytes, dtype=torch.uint8).cuda()
+
+    def meet(rooms: list[torch.Tensor], number: int) -> None:
+        for rank, stream in enumerate(streams):
+            seen = [memory[other] if 0 <= other < 3 else None for other in (rank, rank - 1, rank + 1)]
+            with torch.cuda.stream(stream):
+                exchange(rooms[rank], seen, number, FLAG_BYTES + number % 2 * inbox_bytes, edges[rank])
+
+    spare = rooms_of(pictures[0])
+    torch.cuda.synchronize()
+    # Kernels are loaded while none runs: all flags are at its number, so nobody waits in this exchange.
+    meet(spare, 0)
+    # Behind the largest number comes the smallest one.
+    for last in (0, 2**31 - 2):
+        torch.cuda.synchronize()
+        memory[:, :FLAG_BYTES].view(torch.int32).fill_(last)
+        all_rooms = [rooms_of(picture) for picture in pictures]
+        torch.cuda.synchronize()
+        for index, rooms in enumerate(all_rooms, 1):
+            meet(rooms, (last + index + 2**31) % 2**32 - 2**31)
+        torch.cuda.synchronize()
+        for picture, rooms in zip(pictures, all_rooms, strict=True):
+            whole = F.pad(picture, (0, 0, before, behind) if dim == -2 else (before, behind))
+            for rank, room in enumerate(rooms):
+                assert torch.equal(room, whole.narrow(dim, sum(sizes[:rank]), sizes[rank] + before + behind))
 
 
 @pytest.mark.parametrize("branches", ["serial", "rows"])

@@ -1,4 +1,4 @@
-"""One model over two GPUs gives what one GPU gives."""
+"""One model over two GPUs, or a VAE over four, gives what one GPU gives."""
 
 from __future__ import annotations
 
@@ -51,11 +51,14 @@ def test_graphs_change_no_bit(layout, tmp_path) -> None:
         assert all(torch.equal(plain[name], replayed[name]) for name in plain)
 
 
+@pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_shared_vae_makes_what_one_gpu_makes(kind, tmp_path) -> None:
+def test_a_shared_vae_makes_what_one_gpu_makes(kind, world, tmp_path) -> None:
+    if torch.cuda.device_count() < world:
+        pytest.skip(f"needs {world} GPUs")
     with torch.inference_mode():
         alone = work_pictures(kind, None)
-    ranks = work_pictures_on(2, kind, tmp_path)
+    ranks = work_pictures_on(world, kind, tmp_path)
     for made in ranks:
         for ours, expected, others in zip(made, alone, ranks[0], strict=True):
             assert ours.shape == expected.shape

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -26,6 +28,8 @@ from services.vae_on_gpu import speed_up
 from tests.parallel.vaes import KINDS, latents_of, library_vae, pixels_of
 
 SIDES_PX = (64, 112, 208)
+# One that waits for another for good takes a GPU from all tests behind it.
+RANKS_S = 100.0
 
 
 def config_of(folder: Path, dtype: str, parallel: dict[str, Any], features: dict[str, Any]) -> StageConfig:
@@ -77,8 +81,20 @@ def run_rank(rank: int, world: int, rendezvous: str, config: StageConfig, reques
 
 def denoise_on(world: int, config: StageConfig, requests: int, folder: Path) -> list[Any]:
     """What every rank makes of it."""
-    arguments = (world, f"file://{folder}/rendezvous", config, requests, f"{folder}/out")
-    multiprocessing.spawn(run_rank, arguments, nprocs=world, join=True)
+    return run_ranks(run_rank, world, folder, config, requests)
+
+
+def run_ranks(work: Callable[..., None], world: int, folder: Path, *arguments: Any) -> list[Any]:
+    """Runs `work(rank, world, rendezvous, *arguments, out)` on each; none of them is left, whatever happens."""
+    whole = (world, f"file://{folder}/rendezvous", *arguments, f"{folder}/out")
+    ranks = multiprocessing.spawn(work, whole, nprocs=world, join=False)
+    end_s = time.monotonic() + RANKS_S
+    try:
+        while not ranks.join(1.0):
+            assert time.monotonic() < end_s, f"the ranks have not ended within {RANKS_S:.0f} s"
+    finally:
+        for process in ranks.processes:
+            process.kill()
     return [torch.load(f"{folder}/out.{rank}") for rank in range(world)]
 
 
@@ -115,6 +131,4 @@ def run_vae_rank(rank: int, world: int, rendezvous: str, kind: str, out: str) ->
 
 def work_pictures_on(world: int, kind: str, folder: Path) -> list[Any]:
     """What every rank makes of them."""
-    arguments = (world, f"file://{folder}/rendezvous", kind, f"{folder}/out")
-    multiprocessing.spawn(run_vae_rank, arguments, nprocs=world, join=True)
-    return [torch.load(f"{folder}/out.{rank}") for rank in range(world)]
+    return run_ranks(run_vae_rank, world, folder, kind)
