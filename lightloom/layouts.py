@@ -11,6 +11,7 @@ import gc
 import importlib
 import json
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from lightloom.child import STARTUP_ERROR_CODE
@@ -24,20 +25,26 @@ from services.parallel.degrees import Degrees
 CHECKS = {"dit": "dit_svc.loading", "text_encoder": "text_encoder_svc.engine", "vae": "vae_svc.engine"}
 
 
-async def check_layouts(config: ClusterConfig) -> None:
-    """Asks for every stage whose replicas have several ranks.
+# A model, a stage or `dit.EXPERT` of it, and the config of its replicas.
+Stage = tuple[str, str, dict[str, Any]]
 
-    Raises:
-        StartupError: heads, blocks or GPUs that the degrees do not fit, with numbers that would do.
-    """
-    spread = [
+
+def spread_stages(config: ClusterConfig) -> list[Stage]:
+    """Those whose replicas have several ranks."""
+    return [
         (model, kind, stage_table(config, model, kind))
         for model, entry in config.models.items()
         for kind in entry.stages
         if Degrees.of(entry.parallel_of(kind)).world > 1
     ]
-    if not spread:
-        return
+
+
+async def check_layouts(stages: Sequence[Stage]) -> None:
+    """Asks whether they fit.
+
+    Raises:
+        StartupError: heads, blocks or GPUs that the degrees do not fit, with numbers that would do.
+    """
     process = await asyncio.create_subprocess_exec(
         *with_parent((sys.executable, "-m", "lightloom.layouts")),
         stdin=asyncio.subprocess.PIPE,
@@ -47,7 +54,7 @@ async def check_layouts(config: ClusterConfig) -> None:
         start_new_session=True,
     )
     try:
-        _, said = await process.communicate(json.dumps(spread).encode())
+        _, said = await process.communicate(json.dumps(stages).encode())
     finally:
         if process.returncode is None:
             process.kill()

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from lightloom.cluster_config import ClusterConfig, check_files, load_cluster, parse_replicas
 from lightloom.launcher import Cluster
-from lightloom.layouts import check_layouts
+from lightloom.layouts import check_layouts, spread_stages
 from lightloom.member import ProcessRow
 from lightloom.show import show_processes
 
@@ -35,8 +35,10 @@ async def serve(config_path: Path, replica_settings: list[str], run_dir: Path) -
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
-    if await _until_stopped(stop, check_layouts(config)):
-        return
+    if spread := spread_stages(config):
+        console.print(f"checking the layout of {', '.join(f'{model} {kind}' for model, kind, _ in spread)}")
+        if await _until_stopped(stop, check_layouts(spread)):
+            return
     async with Cluster(config, run_dir) as cluster:
         reporter = Reporter(cluster, console)
         console.print(f"starting {', '.join(config.models)}; logs are in {run_dir / 'logs'}", soft_wrap=True)

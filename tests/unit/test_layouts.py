@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from pathlib import Path
 
 import pytest
 
 from lightloom.cluster_config import ClusterConfig, ModelEntry, stage_table
-from lightloom.layouts import check_layouts, refusal
+from lightloom.layouts import refusal, spread_stages
 from services.config import ParallelSection, parse
 from services.families import load_family
 
@@ -59,10 +58,8 @@ def test_a_layout_that_fits_is_let_through(bare, kind, section, degrees):
     assert refused(bare, kind, **{section: degrees}) == ""
 
 
-def test_no_process_is_started_for_replicas_of_one_rank(monkeypatch):
-    monkeypatch.setattr(asyncio, "create_subprocess_exec", None)
-    alone = ModelEntry(source="nowhere")
-    asyncio.run(check_layouts(ClusterConfig(models={"demo": alone})))
+def test_only_replicas_of_several_ranks_are_asked_about():
     spread = ModelEntry(source="nowhere", text_parallel=ParallelSection(tensor_parallel_size=2))
-    with pytest.raises(TypeError):
-        asyncio.run(check_layouts(ClusterConfig(models={"demo": spread})))
+    models = {"alone": ModelEntry(source="nowhere"), "spread": spread}
+    stages = [(model, kind) for model, kind, _ in spread_stages(ClusterConfig(models=models))]
+    assert stages == [("spread", "text_encoder")]
