@@ -212,7 +212,7 @@ async def test_other_frames_than_announced_are_refused(served: StageProcess) -> 
         "6 frames came, 5 were announced": (start(5), whole(frames=scene(6))),
         "they must be uint8": (start(5), whole(frames=frames[:, 2:])),
         "they must be uint8, ": (start(5), whole(frames=frames.float())),
-        "has 2 tensors": (start(5), whole(frames=frames, others=frames)),
+        "has the tensors frames, others": (start(5), whole(frames=frames, others=frames)),
     }
     for says, parts in cases.items():
         error = await refusal(served, *parts)
