@@ -224,14 +224,22 @@ def payloads(outbox: FrameQueue) -> list[bytes]:
 
 
 def decoded(
-    monkeypatch: pytest.MonkeyPatch, params: ResolvedParams, mesh: object = None, *, frames_only: bool = False
+    monkeypatch: pytest.MonkeyPatch,
+    limits: Limits,
+    mesh: object = None,
+    *,
+    frames_only: bool = False,
+    **wishes: object,
 ) -> list[bytes]:
-    """What the VAE's rank answers."""
+    """What the rank of a VAE of such models answers."""
+    monkeypatch.setattr(rank, "open_model", lambda _: None)
+    monkeypatch.setattr(rank, "limits_of", lambda *_: limits, raising=False)
     monkeypatch.setattr(rank, "open_engine", lambda *_: VaeEngine(SoundingVae().part(), None, 1))
     program, outbox = rank.VaeProgram(CONFIG, mesh), FrameQueue(1 << 26)
     call = Call(1, OpenCall("Decode", "request", "", 0.0), outbox)
     program.opened(call)
-    start = vae_pb2.DecodeStart(params=params_to_proto(params), frames_only=frames_only)
+    params = params_to_proto(params_of(limits, **wishes))
+    start = vae_pb2.DecodeStart(params=params, frames_only=frames_only)
     program.message(call, vae_pb2.DecodeRequest(start=start).SerializeToString())
     for message in bundle_frames({"latents": torch.zeros(1, 3)}):
         program.message(call, message)
@@ -249,7 +257,7 @@ def media_of(messages: list[bytes]) -> tuple[vae_pb2.types__pb2.MediaHeader, byt
 
 @pytest.mark.parametrize("mesh", [None, SimpleNamespace(rank=0)], ids=["alone", "first of several"])
 def test_a_vaes_sound_comes_with_its_clip(monkeypatch: pytest.MonkeyPatch, mesh: object) -> None:
-    header, data = media_of(decoded(monkeypatch, params_of(CLIP), mesh))
+    header, data = media_of(decoded(monkeypatch, CLIP, mesh))
     assert (header.mime, header.num_frames, header.fps) == ("video/mp4", 17, 16.0)
     expected, played = tune(17 / 16, RATE, 2).samples, heard(data).samples
     assert len(times_s(data)) == 17
@@ -258,13 +266,13 @@ def test_a_vaes_sound_comes_with_its_clip(monkeypatch: pytest.MonkeyPatch, mesh:
 
 
 def test_of_several_ranks_one_writes_the_sound(monkeypatch: pytest.MonkeyPatch) -> None:
-    messages = decoded(monkeypatch, params_of(CLIP), SimpleNamespace(rank=1))
+    messages = decoded(monkeypatch, CLIP, SimpleNamespace(rank=1))
     assert not any(vae_pb2.DecodeResponse.FromString(message).chunk.data for message in messages)
 
 
 @pytest.mark.parametrize("output_format", ["wav", "flac", "raw"])
 def test_a_model_of_sound_alone(monkeypatch: pytest.MonkeyPatch, output_format: str) -> None:
-    header, data = media_of(decoded(monkeypatch, params_of(SOUND, output_format=output_format)))
+    header, data = media_of(decoded(monkeypatch, SOUND, output_format=output_format))
     assert (header.width, header.height, header.num_frames, header.nbytes) == (0, 0, 0, len(data))
     assert data == alone(output_format, tune(2.0, RATE, 2))[1]
 
@@ -279,7 +287,7 @@ def test_sound_goes_past_the_interpolator(monkeypatch: pytest.MonkeyPatch) -> No
     program.opened(call)
     start = interpolation_pb2.InterpolateStart(params=params_to_proto(params), exponent=1, scale=1.0, num_frames=9)
     program.message(call, interpolation_pb2.InterpolateRequest(start=start).SerializeToString())
-    for message in decoded(monkeypatch, params, frames_only=True):
+    for message in decoded(monkeypatch, CLIP, frames_only=True, num_frames=9):
         if message[0] == 0x12:  # a tensor frame
             program.message(call, message)
             program.tick()
