@@ -16,6 +16,7 @@ from interpolation_svc.engine import (
     weights_of,
 )
 from protos import interpolation_pb2, types_pb2, vae_pb2
+from services.clip_bundles import piece_of
 from services.clip_writer import ClipWriter
 from services.config import StageConfig, parse
 from services.describe import placement
@@ -23,6 +24,7 @@ from services.errors import CorruptTensor, InvalidRequest
 from services.media_answer import MediaAnswer
 from services.rank_process import Call, run
 from services.request import InterpolationLimits, ResolvedParams, check_interpolation, interpolated_frames
+from services.sound import Sound
 from services.telemetry import internal_error, make_span
 from services.tensor_wire import frame_of
 from services.tensors import BundleReader
@@ -47,6 +49,8 @@ class Opened:
         self.params: ResolvedParams | None = None
         self.fps = 0.0
         self.num_frames = 0
+        # What has come and is not yet encoded.
+        self.sound: Sound | None = None
         self.media: MediaAnswer | None = None
 
     def is_full(self) -> bool:
@@ -92,10 +96,11 @@ class InterpolationProgram:
         elif opened.params is None:
             raise CorruptTensor("frames came before the parameters")
         elif (bundle := opened.reader.feed(frame)) is not None:
-            if len(bundle.tensors) != 1:
-                raise CorruptTensor(f"a bundle has {len(bundle.tensors)} tensors: it must have one, the frames")
             opened.started_ns = opened.started_ns or time.time_ns()
-            self._engine.add(str(call.id), *bundle.tensors.values())
+            frames, sound = piece_of(bundle)
+            if sound is not None:
+                opened.sound = sound if opened.sound is None else opened.sound.then(sound)
+            self._engine.add(str(call.id), frames)
             while self._engine.waiting_bytes > MAX_WAITING_BYTES:
                 self.tick()
 
@@ -178,7 +183,8 @@ class InterpolationProgram:
 
     def _encode(self, opened: Opened, chunk: InterpolationChunk) -> None:
         assert opened.media is not None
-        opened.media.add(chunk.frames.numpy())
+        opened.media.add(chunk.frames.numpy(), opened.sound)
+        opened.sound = None
         opened.num_frames += len(chunk.frames)
         opened.call.send(vae_pb2.DecodeResponse(frames=opened.num_frames).SerializeToString())
 

@@ -76,7 +76,8 @@ class Result:
             InvalidRequest: the name says another format.
         """
         target = Path(path)
-        named = mimetypes.guess_type(target.name)[0]
+        # Of WAV, it knows the type by an older name.
+        named = (mimetypes.guess_type(target.name)[0] or "").replace("audio/x-", "audio/")
         if named and self.mime and named != self.mime:
             raise InvalidRequest(f"the result is {self.mime}, and {target.name!r} says {named}", param="output_format")
         target.write_bytes(self.data)

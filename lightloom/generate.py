@@ -15,7 +15,8 @@ from lightloom.connection import Connection
 from services.errors import StartupError
 from services.request import VIDEO_FORMATS, Media, check_total
 
-FORMATS = {".jpg": "jpeg"} | {f".{name}": name for name in ("png", "jpeg", "webp", "gif", "mp4", "raw", "zip")}
+FILES = ("png", "jpeg", "webp", "gif", "mp4", "wav", "flac", "raw", "zip")
+FORMATS = {".jpg": "jpeg"} | {f".{name}": name for name in FILES}
 
 
 @dataclass(frozen=True, slots=True)

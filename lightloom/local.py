@@ -175,9 +175,9 @@ class Local:
                     name, params = event.job.request_id, event.job.params
                     if isinstance(event, VaeChunk):
                         if name not in writers:
-                            options = (params.output_format, params.quality, params.fps, params.num_frames)
+                            options = (params.output_format, params.quality, params.fps, event.num_frames)
                             writers[name] = ClipWriter(*options)
-                        writers[name].add(event.frames)
+                        writers[name].add(event.frames, event.sound)
                     elif event.error is not None:
                         raise event.error
                     else:

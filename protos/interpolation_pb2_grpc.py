@@ -60,8 +60,8 @@ class InterpolationServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Interpolate(self, request_iterator, context):
-        """Bundles of uint8 frames [F, H, W, 3], each starting where the one before ended. Out: how many frames there are
-        so far, then encoded media.
+        """Bundles of uint8 "frames" [F, H, W, 3], each starting where the one before ended, with sound beside them as a VAE
+        sends it. Out: how many frames there are so far, then encoded media.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -67,7 +67,8 @@ class VaeServicer:
     def Decode(self, request_iterator, context):
         """One bundle of latents in. Out: of a clip, how many frames there are so far, again and again; then a media header and
         its chunks. Or, with frames_only, bundles of uint8 frames [F, H, W, 3], each starting where the one before ended and
-        leaving as soon as it is decoded. Then usage.
+        leaving as soon as it is decoded. Where a model makes sound, float32 "sound" [C, N] comes beside them, and the
+        attribute "sampling_rate". Then usage.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

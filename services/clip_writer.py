@@ -1,4 +1,7 @@
-"""Frames to encoded media: PNG, JPEG, WebP, GIF, MP4, a zip of PNGs, raw bytes. For the stages that make media."""
+"""Frames and sound to encoded media: PNG, JPEG, WebP, GIF, MP4, a zip of PNGs, raw bytes; sound alone.
+
+For the stages that make media.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,10 @@ from PIL import Image
 from PIL.GifImagePlugin import getdata
 
 from services.clip_reader import Frames
+from services.sound import SOUND_MIMES, ClipSound, Sound, encode_sound, num_aac_frames
+
+# Frames, and the sound that comes with them.
+Chunk = tuple[Frames, Sound | None]
 
 MIMES = {
     "png": "image/png",
@@ -54,17 +61,19 @@ class ClipWriter:
     grow with a clip that is decoded faster than it is encoded. Nothing else waits but `finish`. Give it up with `close`
     when no `finish` will come.
 
+    Of a clip's formats, MP4 alone has sound: the others are made of the frames.
+
     Args:
         output_format: mp4, gif, zip, raw, or one that is encoded at the end: png and jpeg (the first frame), webp.
         quality, fps: as `encode_frames`.
-        num_frames: of the whole clip.
+        num_frames: of the whole clip; 0 of sound alone, as wav, flac or raw, which ends with `end`.
     """
 
     def __init__(self, output_format: str, quality: int, fps: float, num_frames: int) -> None:
         self._options = (output_format, quality, fps)
         self._num_frames = self._missing = num_frames
         # Each with the time at which it came.
-        self._chunks: queue.SimpleQueue[tuple[Frames | None, float]] = queue.SimpleQueue()
+        self._chunks: queue.SimpleQueue[tuple[Chunk | None, float]] = queue.SimpleQueue()
         self._room = threading.Semaphore(CHUNKS_AHEAD)
         self._given_up = self._told = self._ended = False
         self._made: tuple[str, bytes] | BaseException | None = None
@@ -75,10 +84,14 @@ class ClipWriter:
         self._thread = threading.Thread(target=self._run, name="clip writer", daemon=True)
         self._thread.start()
 
-    def add(self, frames: Frames) -> None:
-        """The next frames [F, H, W, 3]."""
+    def add(self, frames: Frames, sound: Sound | None = None) -> None:
+        """The next frames [F, H, W, 3], and the next sound.
+
+        A clip's sound begins with its first frames and ends with its last; in between it may come sooner or later than
+        the frames that it is heard with.
+        """
         self._room.acquire()
-        self._chunks.put((frames, time.perf_counter()))
+        self._chunks.put(((frames, sound), time.perf_counter()))
 
     def is_full(self) -> bool:
         """Whether `add` would wait, or after the last frame `finish`."""
@@ -126,12 +139,15 @@ class ClipWriter:
     def _run(self) -> None:
         output_format, quality, fps = self._options
         try:
-            if output_format == "mp4":
+            if not self._num_frames:
+                sounds = (sound for _, sound in self._taken() if sound is not None)
+                self._made = SOUND_MIMES[output_format], encode_sound(sounds, output_format)
+            elif output_format == "mp4":
                 self._made = MIMES["mp4"], _mp4(self._taken(), self._num_frames, quality, fps)
             elif output_format == "raw":
-                self._made = RAW_MIME, b"".join(chunk.tobytes() for chunk in self._taken())
+                self._made = RAW_MIME, b"".join(frames.tobytes() for frames, _ in self._taken())
             else:
-                pictures = (Image.fromarray(frame) for chunk in self._taken() for frame in chunk)
+                pictures = (Image.fromarray(frame) for frames, _ in self._taken() for frame in frames)
                 self._made = MIMES[output_format], _encoded(pictures, output_format, quality, fps)
             if self._missing > 0:
                 raise RuntimeError(f"{self._missing} of {self._num_frames} frames never came")
@@ -143,7 +159,7 @@ class ClipWriter:
             # Whoever adds frames must not wait for ever.
             self._ended = self._next() is None
 
-    def _next(self) -> Frames | None:
+    def _next(self) -> Chunk | None:
         chunk, came_s = self._chunks.get()
         if chunk is not None and came_s < self._taken_s:
             # Both waited from then on, until the one before was taken: it was full.
@@ -153,13 +169,13 @@ class ClipWriter:
         self._room.release()
         return chunk
 
-    def _taken(self) -> Iterator[Frames]:
+    def _taken(self) -> Iterator[Chunk]:
         """The chunks, up to the last frame: what is to be done at the end begins before `finish` is called."""
-        while self._missing > 0 and not self._ended:
+        while (self._missing > 0 or not self._num_frames) and not self._ended:
             chunk = self._next()
             self._ended = chunk is None
             if chunk is not None and not self._given_up:
-                self._missing -= len(chunk)
+                self._missing -= len(chunk[0])
                 yield chunk
 
 
@@ -214,24 +230,36 @@ def _write_whole(file: BinaryIO, pictures: Iterator[Image.Image], output_format:
     first.save(file, output_format.upper(), **options[output_format])
 
 
-def _mp4(chunks: Iterator[Frames], num_frames: int, quality: int, fps: float) -> bytes:
+def _mp4(chunks: Iterator[Chunk], num_frames: int, quality: int, fps: float) -> bytes:
     import av
 
     file = io.BytesIO()
     open_container: Callable[..., Any] = av.open
-    # The index comes first, so that a player can begin before the end has come; an entry takes less than 64 bytes.
-    index_bytes = 4096 + 64 * num_frames
-    with open_container(file, "w", format="mp4", options={"moov_size": str(index_bytes)}) as container:
-        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000))
-        stream.pix_fmt = "yuv420p"
+    rate = Fraction(fps).limit_denominator(1000)
+    first = next(chunks, None)
+    if first is None:
+        raise RuntimeError(f"none of {num_frames} frames came")
+    (_, height, width, _), begin = first[0].shape, first[1]
+    entries = num_frames if begin is None else num_frames + num_aac_frames(begin, num_frames / rate)
+    # The index comes first, so that a player can begin before the end has come; an entry takes less than 64 bytes. What
+    # is heard at a time stands beside what is seen, however much sooner or later it came.
+    options = {"moov_size": str(4096 + 64 * entries), "max_interleave_delta": "0"}
+    with open_container(file, "w", format="mp4", options=options) as container:
+        stream = container.add_stream("libx264", rate=rate)
+        stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
         _mark_colours(stream.codec_context)
         stream.options = {"crf": str(round(40 - 0.3 * quality)), "preset": "veryfast"}
-        for index, frames in enumerate(chunks):
-            if not index:
-                stream.height, stream.width = frames.shape[1], frames.shape[2]
+        track = None if begin is None else ClipSound(container, begin, num_frames / rate)
+        for frames, sound in itertools.chain((first,), chunks):
             for pixels in frames:
                 container.mux(stream.encode(_bt709(av.VideoFrame.from_ndarray(pixels, format="rgb24"))))
+            if sound is not None:
+                if track is None:
+                    raise RuntimeError("a clip has sound that did not begin with its first frames")
+                track.add(sound)
         container.mux(stream.encode())
+        if track is not None:
+            track.end()
     return file.getvalue()
 
 

@@ -351,6 +351,22 @@ class VaePlan:
     attention: tuple[type[nn.Module], ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class ChunkWithSound:
+    """A chunk of a decode that makes sound.
+
+    Attributes:
+        frames: as those of a chunk without; [B, 0, 3, 0, 0] where a model makes sound alone.
+        samples: [B, C, N] in [-1, 1], of one channel or two: what follows on the chunk before. A clip's sound begins in
+            its first chunk; in between it need not keep step with the frames.
+        sampling_rate: samples a second, the same in all chunks.
+    """
+
+    frames: torch.Tensor
+    samples: torch.Tensor
+    sampling_rate: int
+
+
 def opaque(_model: VaeModel) -> bool:
     """No picture has transparency."""
     return False
@@ -364,8 +380,8 @@ class VaePart:
         load: reads the VAE and nothing else.
         plan: data for ranks that share pictures, the same for every model of the family.
         decode: rows of `DitPart.finish` tensors of equal shape to float frames, [B, F, 3, H, W] in [-1, 1], in chunks
-            of consecutive frames. Raises InvalidRequest at once when the tensors have not the shape that the parameters
-            ask for.
+            of consecutive frames, or of frames and sound. Raises InvalidRequest at once when the tensors have not the
+            shape that the parameters ask for.
         encode: pictures and clips of one request to the tensors `DitPart.prepare` expects.
         latent_geometry: (channels, spatial compression, temporal compression).
         picture_latents: pixels of single pictures [B, 3, H, W] in [-1, 1] on the CPU, sides multiples of the spatial
@@ -376,7 +392,7 @@ class VaePart:
 
     load: Callable[[ModelSource, torch.device, torch.dtype], VaeModel]
     plan: VaePlan
-    decode: Callable[[VaeModel, Sequence[Tensors], ResolvedParams], Iterator[torch.Tensor]]
+    decode: Callable[[VaeModel, Sequence[Tensors], ResolvedParams], Iterator[torch.Tensor | ChunkWithSound]]
     encode: Callable[[VaeModel, Inputs, ResolvedParams], Tensors]
     latent_geometry: Callable[[VaeModel], tuple[int, int, int]]
     picture_latents: Callable[[VaeModel, torch.Tensor], torch.Tensor] | None = None

@@ -10,6 +10,7 @@ from services.channel import CALL_ROOM_BYTES
 from services.clip_reader import Frames
 from services.clip_writer import RAW_MIME, ClipWriter
 from services.rank_process import Call
+from services.sound import Sound
 from services.wire import media_chunks, media_messages
 
 # So much is sent at most that the caller has not taken. It is less than the front keeps for a call, and most chunks of
@@ -37,10 +38,10 @@ class MediaAnswer:
         self._added_bytes = self._sent_bytes = 0
         self._messages: deque[Iterator[bytes]] = deque()
 
-    def add(self, frames: Frames) -> None:
-        """The next frames [F, H, W, C]."""
+    def add(self, frames: Frames, sound: Sound | None = None) -> None:
+        """The next frames [F, H, W, C], and the next sound, as `ClipWriter.add`."""
         if self._writer is not None:
-            self._writer.add(frames)
+            self._writer.add(frames, sound)
         elif self._begun:
             self.add_messages(media_chunks(frames.tobytes()), frames.nbytes)
         else:

@@ -16,13 +16,14 @@ from services.describe import limits_of, open_model, placement
 from services.device_memory import failure_of
 from services.errors import InvalidRequest, NonFinite, OutOfMemory, ServiceError
 from services.families import load_family
-from services.family import Frames, Tensors, VaeModel, VaePart
+from services.family import ChunkWithSound, Frames, Tensors, VaeModel, VaePart
 from services.media import decode_inputs
 from services.parallel.degrees import Degrees, check_patches
 from services.parallel.mesh import Mesh
 from services.parallel.vae_patch import PatchCodec
 from services.parallel.vae_tiles import TileCodec, check_tile
 from services.request import Limits, ResolvedParams
+from services.sound import Sound
 from services.vae_attention import attend_by_products
 from services.vae_on_gpu import compile_decoder, seal, speed_up
 from vae_svc.latent_rgb_fit import LatentRgbFit, fit_latent_rgb
@@ -44,11 +45,17 @@ class VaeJob:
 
 @dataclass(frozen=True, slots=True)
 class VaeChunk:
-    """The next frames of a job's clip, [F, H, W, 3]; a picture is one chunk of one frame."""
+    """The next frames of a job's clip, [F, H, W, 3]; a picture is one chunk of one frame, sound alone has none."""
 
     job: VaeJob
     first_frame: int
     frames: Frames
+    sound: Sound | None = None
+
+    @property
+    def num_frames(self) -> int:
+        """Of the whole clip; 0 of sound alone."""
+        return self.job.params.num_frames if len(self.frames) else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,11 +70,12 @@ class VaeResult:
 
 @dataclass(slots=True, eq=False)
 class _Decode:
-    """What is in work: jobs of one shape, what they will still give, and the ids of those that have ended."""
+    """What is in work: jobs of one shape, what they have given and will give, and the ids of those that have ended."""
 
     jobs: list[VaeJob]
-    chunks: Iterator[torch.Tensor] | None = None
+    chunks: Iterator[torch.Tensor | ChunkWithSound] | None = None
     first_frame: int = 0
+    given: bool = False
     busy_s: float = 0.0
     ended: set[str] = field(default_factory=set)
 
@@ -173,38 +181,38 @@ class VaeEngine:
             if running.chunks is None:
                 rows = [job.latents for job in running.jobs if job.latents is not None]
                 running.chunks = self._part.decode(self._model, rows, running.jobs[0].params)
-            floats = next(running.chunks, None)
-            if floats is not None:
-                finite = torch.isfinite(floats).flatten(1).all(1).tolist()
-                pixels = to_pixels(floats)
+            chunk = next(running.chunks, None)
+            made = [] if chunk is None else _on_host(chunk)
         except (ServiceError, torch.OutOfMemoryError) as error:
             failure = self._failure(error)
         running.busy_s += time.perf_counter() - start_s
         # Outside of the handler, where the exception holds none of the memory that was too little.
         if failure is not None:
             return self._give_up(running, failure)
-        if floats is None:
+        if chunk is None:
             self._begun.remove(running)
             return [VaeResult(job, running.busy_s) for job in running.jobs if job.request_id not in running.ended]
         events: list[VaeChunk | VaeResult] = []
-        for job, good, frames in zip(running.jobs, finite, pixels, strict=True):
+        for job, (good, frames, sound) in zip(running.jobs, made, strict=True):
             if job.request_id in running.ended:
                 continue
             if good:
-                events.append(VaeChunk(job, running.first_frame, frames))
+                events.append(VaeChunk(job, running.first_frame, frames, sound))
                 continue
-            black = NonFinite("the decoded picture has values that are not finite", request_id=job.request_id)
+            black = NonFinite("the decoded picture or sound has values that are not finite", request_id=job.request_id)
             events.append(VaeResult(job, running.busy_s, error=black))
             self.abort(job.request_id)
-        running.first_frame += pixels.shape[1]
+        running.first_frame += len(made[0][1])
+        running.given = True
         return events
 
     def _give_up(self, running: _Decode, failure: ServiceError) -> list[VaeChunk | VaeResult]:
         self._begun.remove(running)
-        too_much = bool(self._begun) and not running.first_frame and isinstance(failure, OutOfMemory)
-        if len(running.jobs) == 1 and not too_much:
-            return [VaeResult(running.jobs[0], running.busy_s, error=failure)]
-        self._retried.extend(job for job in running.jobs if job.request_id not in running.ended)
+        left = [job for job in running.jobs if job.request_id not in running.ended]
+        too_much = bool(self._begun) and isinstance(failure, OutOfMemory)
+        if running.given or (len(running.jobs) == 1 and not too_much):
+            return [VaeResult(job, running.busy_s, error=failure) for job in left]
+        self._retried.extend(left)
         return []
 
     def _failure(self, error: ServiceError | torch.OutOfMemoryError) -> ServiceError:
@@ -216,6 +224,20 @@ class VaeEngine:
     def metrics(self) -> dict[str, float]:
         """Jobs that wait."""
         return {"vae_waiting": len(self._waiting)}
+
+
+def _on_host(chunk: torch.Tensor | ChunkWithSound) -> list[tuple[bool, Frames, Sound | None]]:
+    """For each job: whether all values are finite, its frames and its sound."""
+    if not isinstance(chunk, ChunkWithSound):
+        return [(good, frames, None) for good, frames in zip(_finite(chunk), to_pixels(chunk), strict=True)]
+    finite = [a and b for a, b in zip(_finite(chunk.frames), _finite(chunk.samples), strict=True)]
+    sounds = (Sound(samples, chunk.sampling_rate) for samples in chunk.samples.float().cpu().numpy())
+    return list(zip(finite, to_pixels(chunk.frames), sounds, strict=True))
+
+
+def _finite(values: torch.Tensor) -> list[bool]:
+    good: list[bool] = torch.isfinite(values).flatten(1).all(1).tolist()
+    return good
 
 
 def to_pixels(frames: torch.Tensor) -> np.ndarray:

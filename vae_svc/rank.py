@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import time
 
-import torch
-
 from protos import text_encoder_pb2, types_pb2, vae_pb2
+from services.clip_bundles import messages_of
 from services.clip_writer import ClipWriter
 from services.config import StageConfig
 from services.describe import describe, open_model
@@ -16,8 +15,8 @@ from services.parallel.mesh import Mesh
 from services.rank_process import Call, run
 from services.request import ResolvedParams
 from services.telemetry import internal_error, make_span
-from services.tensor_wire import WHOLE_BYTES, frame_of
-from services.tensors import BundleReader, bundle_frames
+from services.tensor_wire import frame_of
+from services.tensors import BundleReader
 from services.wire import resolved_from_proto
 from vae_svc.engine import VaeChunk, VaeJob, VaeResult, open_engine
 
@@ -153,10 +152,9 @@ class VaeProgram:
         if self._speaks:
             opened.media = opened.media or _answer_of(opened, chunk)
             if opened.frames_only:
-                frames = {"frames": torch.from_numpy(chunk.frames)}
-                opened.media.add_messages(bundle_frames(frames, whole_bytes=WHOLE_BYTES), chunk.frames.nbytes)
+                opened.media.add_messages(messages_of(chunk.frames, chunk.sound), chunk.frames.nbytes)
             else:
-                opened.media.add(chunk.frames)
+                opened.media.add(chunk.frames, chunk.sound)
         opened.num_frames += len(chunk.frames)
         if chunk.job.params.num_frames > 1 and not opened.frames_only:
             opened.call.send(vae_pb2.DecodeResponse(frames=opened.num_frames).SerializeToString())
@@ -193,10 +191,11 @@ class VaeProgram:
 def _answer_of(opened: Opened, chunk: VaeChunk) -> MediaAnswer:
     """Where the frames go of which these are the first."""
     params, (height, width) = chunk.job.params, chunk.frames.shape[1:3]
-    header = types_pb2.MediaHeader(width=width, height=height, num_frames=params.num_frames, fps=params.fps)
+    header = types_pb2.MediaHeader(width=width, height=height, num_frames=chunk.num_frames, fps=params.fps)
     writer = None
-    if not opened.frames_only and params.output_format != "raw":
-        writer = ClipWriter(params.output_format, params.quality, params.fps, params.num_frames)
+    # Of raw frames it is known how many bytes they will be, of raw sound it is not.
+    if not opened.frames_only and (params.output_format != "raw" or not chunk.num_frames):
+        writer = ClipWriter(params.output_format, params.quality, params.fps, chunk.num_frames)
     media = MediaAnswer(opened.call, header, writer)
     opened.call.watch(media.is_full)
     return media

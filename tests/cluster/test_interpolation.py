@@ -24,8 +24,10 @@ from interpolation_svc.ifnet import IFNet, IFNetSpec
 from interpolation_svc.weights import load_ifnet
 from protos import interpolation_pb2, interpolation_pb2_grpc, types_pb2, vae_pb2
 from services.client import error_from_rpc
+from services.clip_bundles import messages_of
 from services.errors import CorruptTensor, DeviceLost, InvalidRequest, ServiceError, StaleFence
 from services.request import ResolvedParams
+from services.sound import Sound
 from services.tensor_wire import WHOLE_BYTES
 from services.tensors import bundle_frames
 from services.wire import params_to_proto
@@ -169,13 +171,19 @@ async def test_a_gif_and_a_zip_have_every_frame_at_the_new_rate(served: StagePro
     assert (error.param, "fps of a GIF is 96.0: it must be between 1.0 and 50.0" in error.message) == ("fps", True)
 
 
-async def test_an_mp4_has_every_frame_at_the_new_rate(served: StageProcess) -> None:
-    responses = await answer(served, start(9, exponent=2, output_format="mp4"), sent(scene(9), 1, 4, 4))
+async def test_an_mp4_has_every_frame_at_the_new_rate_and_the_sound(served: StageProcess) -> None:
+    sound = Sound(np.zeros((2, 24000), np.float32), 48000)
+    pieces = [message for some in scene(9).split([1, 8]) for message in messages_of(some.numpy(), sound)]
+    messages = map(interpolation_pb2.InterpolateRequest.FromString, pieces)
+    responses = await answer(served, start(9, exponent=2, output_format="mp4"), messages)
     assert responses[0].media.mime == "video/mp4"
     with av.open(io.BytesIO(media_of(responses))) as container:
         stream = container.streams.video[0]
         assert sum(1 for _ in container.decode(stream)) == 33
         assert (float(stream.average_rate), stream.width, stream.height) == (48.0, WIDTH, HEIGHT)
+        [heard] = container.streams.audio
+        assert (heard.rate, heard.layout.nb_channels) == (48000, 2)
+        assert float(heard.duration * heard.time_base) == pytest.approx(33 / 48, abs=0.002)
 
 
 @pytest.mark.parametrize(
@@ -212,7 +220,7 @@ async def test_other_frames_than_announced_are_refused(served: StageProcess) -> 
         "6 frames came, 5 were announced": (start(5), whole(frames=scene(6))),
         "they must be uint8": (start(5), whole(frames=frames[:, 2:])),
         "they must be uint8, ": (start(5), whole(frames=frames.float())),
-        "has 2 tensors": (start(5), whole(frames=frames, others=frames)),
+        "has the tensors frames, others": (start(5), whole(frames=frames, others=frames)),
     }
     for says, parts in cases.items():
         error = await refusal(served, *parts)

@@ -6,7 +6,6 @@ import threading
 import time
 from collections.abc import Iterator
 
-import numpy as np
 import pytest
 import torch
 
@@ -54,9 +53,9 @@ def go_on(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     """The encoder of slow clips stands still until then; an encoded clip says how many frames it has."""
     event = threading.Event()
 
-    def encode(chunks: Iterator[np.ndarray], _num_frames: int, _quality: int, fps: float) -> bytes:
+    def encode(chunks: Iterator[clip_writer.Chunk], _num_frames: int, _quality: int, fps: float) -> bytes:
         assert fps != 2 * SLOW_FPS or event.wait(20)
-        return str(sum(map(len, chunks))).encode()
+        return str(sum(len(frames) for frames, _ in chunks)).encode()
 
     torch.manual_seed(0)
     net = IFNet(IFNetSpec((16, 12, 8, 8), encodes=True)).eval().requires_grad_(False)

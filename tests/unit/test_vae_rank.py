@@ -9,7 +9,6 @@ import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 
@@ -54,7 +53,7 @@ class Writer:
         """Whoever waits for it looks again."""
         return False
 
-    def add(self, frames: object) -> None:
+    def add(self, frames: object, sound: object) -> None:
         self._notes.append("decoded")
 
     def finish(self) -> tuple[str, bytes]:
@@ -151,9 +150,9 @@ def test_a_clip_that_is_encoded_slowly_holds_up_no_other(monkeypatch):
     """The encoder of the first clip stands still; the second is answered meanwhile, and the first when it goes on."""
     go_on = threading.Event()
 
-    def encode(chunks: Iterator[np.ndarray], num_frames: int, _quality: int, fps: float) -> bytes:
+    def encode(chunks: Iterator[clip_writer.Chunk], num_frames: int, _quality: int, fps: float) -> bytes:
         assert fps != SLOW_FPS or go_on.wait(20)
-        return str(sum(map(len, chunks))).encode()
+        return str(sum(len(frames) for frames, _ in chunks)).encode()
 
     monkeypatch.setattr(clip_writer, "_mp4", encode)
     monkeypatch.setattr(rank, "open_engine", lambda *_: VaeEngine(FakeVae().part(), None, 1))
