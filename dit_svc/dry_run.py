@@ -315,11 +315,11 @@ def _attention(
 
 
 def _ring_flops(
-    query: list[int], _key: Any, _value: Any, masks: list[int], *_others: Any, out_shape: Any = None
+    query: list[int], _key: Any, _value: Any, orders: list[int], *_others: Any, out_shape: Any = None
 ) -> int:
-    """Each rank's queries [B, L, H, D] see the L keys of all ranks, of masks [n, B, L], in two products."""
+    """Each rank's queries [B, L, H, D] see the L keys of all ranks, of orders [n, B, L], in two products."""
     rows, tokens, heads, width = query
-    return 4 * rows * heads * width * tokens * tokens * masks[0]
+    return 4 * rows * heads * width * tokens * tokens * orders[0]
 
 
 RING_FLOPS = {torch.ops.lightloom.ring_attention: _ring_flops}
