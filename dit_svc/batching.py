@@ -2,6 +2,7 @@
 
 Every key (shape, expert, ...) has a virtual time that grows by what its batches cost for each request in them; the key
 that is furthest behind goes next. So resolutions interleave by cost, and nothing waits behind the head of a queue.
+Behind a pipeline, requests whose step is under way count too: their key does not forget what it has used.
 """
 
 from __future__ import annotations
@@ -20,23 +21,36 @@ class StrideScheduler:
         self._now = 0.0
 
     def choose(
-        self, requests: Sequence[T], key_of: Callable[[T], Hashable], cost_of: Callable[[T], float], most: int
+        self,
+        requests: Sequence[T],
+        key_of: Callable[[T], Hashable],
+        cost_of: Callable[[T], float],
+        most: int,
+        *,
+        under_way: Callable[[T], bool],
+        depth: int,
     ) -> list[T]:
         """At most `most` requests of one key; those that come first in `requests` are preferred.
 
         Args:
+            requests: all there are.
             cost_of: of one step of a request, in any unit > 0.
+            under_way: whether a request makes a step already, and so cannot be chosen.
+            depth: batches that are to be under way at once.
         """
-        if not requests:
-            return []
         groups: dict[Hashable, list[T]] = {}
         for request in requests:
             groups.setdefault(key_of(request), []).append(request)
-        # A key that is new starts at the present: it neither waits nor catches up on time when it did not exist.
-        self._passed = {key: max(self._passed.get(key, self._now), self._now - 1e12) for key in groups}
-        key = min(self._passed, key=lambda candidate: self._passed[candidate])
+        # A key that is new, or for a time had no request to choose, starts at the present: it does not catch up.
+        self._passed = {key: max(self._passed.get(key, self._now), self._now) for key in groups}
+        idle = {key: [request for request in group if not under_way(request)] for key, group in groups.items()}
+        choices = [key for key in groups if idle[key]]
+        if not choices:
+            return []
+        key = min(choices, key=lambda choice: self._passed[choice])
         self._now = self._passed[key]
-        batch = groups[key][:most]
+        # No more than leave enough for the batches behind: a costly key is not to go only because no other is left.
+        batch = idle[key][: max(1, min(most, len(groups[key]) // depth))]
         # Large groups earn as many turns as their requests deserve.
         self._passed[key] += cost_of(batch[0]) * len(batch) / len(groups[key])
         return batch

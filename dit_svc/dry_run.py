@@ -24,7 +24,7 @@ from dit_svc.forward import Forward
 from dit_svc.idle_experts import ONE_EXPERT, pinned_bytes
 from services.errors import StartupError
 from services.families import load_family
-from services.family import Block, DenoiseState, DitPart, Tensors
+from services.family import Block, DenoiseState, DitModel, DitPart, Tensors
 from services.parallel.collectives import sent_bytes, sent_calls, window_bytes
 from services.parallel.degrees import Degrees
 from services.parallel.hsdp import PLACES, Shards, outside, plan_shards
@@ -84,22 +84,30 @@ class DryRun:
         degrees: HSDP's are left out here, and asked for by methods.
         dtype: of the weights.
         branches: as in the engine's config.
+        model: what the rank holds, without weights and for this dry run only: it remembers what it has run. Made where
+            it is left out.
 
     Raises:
         StartupError: the model does not fit the degrees.
     """
 
     def __init__(
-        self, source: ModelSource, degrees: Degrees, rank: int, dtype: torch.dtype, branches: str = "auto"
+        self,
+        source: ModelSource,
+        degrees: Degrees,
+        rank: int,
+        dtype: torch.dtype,
+        branches: str = "auto",
+        model: DitModel | None = None,
     ) -> None:
         self.part = load_family(source.family).dit
         self._branches = branches
         # HSDP needs process groups; what it holds and sends is arithmetic.
         self._mesh = PlannedMesh(replace(degrees, hsdp_shard=1, hsdp_replicate=1), rank)
         partition = Partition(self.part.plan, self.part.blocks, self._mesh)
-        self.model = self.part.load(replace(source.without_weights(), partition=partition), META, dtype)
+        self.model = model or self.part.load(replace(source.without_weights(), partition=partition), META, dtype)
         for attend in self.model.attention.values():
-            attend.kernel = _attention
+            attend.kernel, attend.across = _attention, None
         self._tally = Tally()
         self._forward = Forward(self.model, self._planned(), branches, self._mesh)
         pipeline = self._mesh["pipeline"]
@@ -315,11 +323,11 @@ def _attention(
 
 
 def _ring_flops(
-    query: list[int], _key: Any, _value: Any, masks: list[int], *_others: Any, out_shape: Any = None
+    query: list[int], _key: Any, _value: Any, orders: list[int], *_others: Any, out_shape: Any = None
 ) -> int:
-    """Each rank's queries [B, L, H, D] see the L keys of all ranks, of masks [n, B, L], in two products."""
+    """Each rank's queries [B, L, H, D] see the L keys of all ranks, of orders [n, B, L], in two products."""
     rows, tokens, heads, width = query
-    return 4 * rows * heads * width * tokens * tokens * masks[0]
+    return 4 * rows * heads * width * tokens * tokens * orders[0]
 
 
 RING_FLOPS = {torch.ops.lightloom.ring_attention: _ring_flops}

@@ -249,10 +249,15 @@ class DitEngine:
 
     def _launch(self) -> None:
         started_s = time.perf_counter()
-        idle = [running for running in self._requests.values() if not running.under_way]
-        # Behind a pipeline, several batches must be under way for all ranks to work.
-        most = min(self._config.max_batch, -(-len(self._requests) // self._forward.depth))
-        batch = self._scheduler.choose(idle, self._key, self._cost, max(1, most))
+        batch = self._scheduler.choose(
+            list(self._requests.values()),
+            self._key,
+            self._cost,
+            self._config.max_batch,
+            under_way=lambda running: running.under_way,
+            # Behind a pipeline, several batches must be under way for all ranks to work.
+            depth=self._forward.depth,
+        )
         for running in batch:
             # Behind the others: more of one key than fit into a batch take turns. The device is full either way, and
             # one that holds a slot makes steps: its first preview, and a short request, need not wait for long ones.

@@ -118,6 +118,12 @@ class CallerRequests:
         self._need("read")
         return await self._service.newest(limit, None if self._sees_all else self._key.tenant)
 
+    def walk(self, *, after: str, oldest_first: bool) -> AsyncIterator[gateway_pb2.RequestStatus]:
+        """As RequestService.walk, of the requests that `newest` tells of."""
+        self._need("read")
+        tenant = None if self._sees_all else self._key.tenant
+        return self._service.walk(tenant, after=after, oldest_first=oldest_first)
+
     async def abort(self, request_id: str) -> gateway_pb2.RequestState:
         """As RequestService.abort."""
         if request_id in self._submitted:

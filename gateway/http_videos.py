@@ -14,7 +14,7 @@ from gateway.http_form import Form, form_description, read_body
 from gateway.http_sse import REQUEST_ID
 from gateway.http_video_schema import VideoRequest, is_video, video_json
 from gateway.http_wait import leave_all, wait_all
-from gateway.requests import MAX_LIST
+from gateway.requests import MAX_LIST, MAX_LIST_BYTES
 from protos import gateway_pb2
 from services.errors import InvalidRequest, UnknownRequest
 
@@ -52,18 +52,12 @@ def add_videos(app: FastAPI) -> None:
         order: Literal["asc", "desc"] = "desc",
         after: str = "",
     ) -> dict[str, Any]:
-        """The clips among the newest requests, `limit` of them; `after` is the last id of the page before."""
-        found = [status for status in await requests.newest(MAX_LIST) if is_video(status)]
-        found.sort(key=lambda status: status.created_unix_s, reverse=order == "desc")
-        ids = [status.request_id for status in found]
-        if after and after not in ids:
-            raise UnknownRequest(f"after: there is no video {after[:100]!r} among the newest", param="after")
-        first = ids.index(after) + 1 if after else 0
-        data = [video_json(status) for status in found[first : first + limit]]
+        """Clips, `limit` of them or as many as an answer takes; `after` is the last id of the page before."""
+        data, more = await _page(requests, limit, after, oldest_first=order == "asc")
         return {
             "object": "list",
             "data": data,
-            "has_more": len(found) > first + limit,
+            "has_more": more,
             "first_id": data[0]["id"] if data else None,
             "last_id": data[-1]["id"] if data else None,
         }
@@ -109,3 +103,24 @@ async def _video(requests: CallerRequests, video_id: str) -> gateway_pb2.Request
     if not is_video(status):
         raise UnknownRequest(f"request {video_id[:100]} makes no video", request_id=video_id)
     return status
+
+
+async def _page(
+    requests: CallerRequests, limit: int, after: str, *, oldest_first: bool
+) -> tuple[list[dict[str, Any]], bool]:
+    """Clips of a list, and whether there are more. Raises UnknownRequest: there is no clip `after` which it begins."""
+    if after:
+        try:
+            await _video(requests, after)
+        except UnknownRequest:
+            raise UnknownRequest(f"after: there is no video {after[:100]!r}", param="after") from None
+    found: list[dict[str, Any]] = []
+    left_bytes = MAX_LIST_BYTES
+    async for status in requests.walk(after=after, oldest_first=oldest_first):
+        if not is_video(status):
+            continue
+        left_bytes -= status.ByteSize()
+        if len(found) == limit or (found and left_bytes < 0):
+            return found, True
+        found.append(video_json(status))
+    return found, False

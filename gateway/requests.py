@@ -274,6 +274,16 @@ class RequestService:
                 statuses.append(status)
         return statuses
 
+    async def walk(
+        self, tenant: str | None, *, after: str, oldest_first: bool
+    ) -> AsyncIterator[gateway_pb2.RequestStatus]:
+        """All requests of one tenant, or of all, or those after one. Records are read as they are taken."""
+        while ids := await self._state.following(after, LISTED_AT_ONCE, tenant, oldest_first=oldest_first):
+            for request_id, record in zip(ids, await self._state.records(ids), strict=True):
+                if record:
+                    yield await self._status(request_id, record)
+            after = ids[-1]
+
     async def abort(self, request_id: str, tenant: str = "") -> gateway_pb2.RequestState:
         """Cancels a request of a tenant, or of any (""); one that has ended stays as it is. Returns the state.
 

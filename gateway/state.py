@@ -292,6 +292,24 @@ class State:
         ids = await self._scripts.call(lambda: cast(Awaitable[Any], self._scripts.redis.zrevrange(key, 0, limit - 1)))
         return [request_id.decode() for request_id in ids]
 
+    async def following(self, request_id: str, count: int, tenant: str | None, *, oldest_first: bool) -> list[str]:
+        """The next `count` ids after that one, newest or oldest first; "" begins, and an unknown one ends, the list."""
+        key, redis = IDS if tenant is None else ids_key(tenant), self._scripts.redis
+
+        async def ask() -> list[bytes]:
+            rank = -1
+            if request_id:
+                found = await cast(Awaitable[Any], (redis.zrank if oldest_first else redis.zrevrank)(key, request_id))
+                if found is None:
+                    return []
+                rank = int(found)
+            ids = redis.zrange(key, rank + 1, rank + count, desc=not oldest_first)
+            return cast(list[bytes], await cast(Awaitable[Any], ids))
+
+        ids = [one.decode() for one in await self._scripts.call(ask)]
+        # A request that came between the two questions has moved the others on.
+        return ids[ids.index(request_id) + 1 :] if request_id in ids else ids
+
     async def holdings(self, request_ids: Sequence[str]) -> list[Holding | None]:
         """Of each request; None for an unknown one."""
 

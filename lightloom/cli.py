@@ -171,10 +171,17 @@ def plan(
     everything: Annotated[bool, typer.Option("--all", help="Show every layout.")] = False,
 ) -> None:
     """Show which layouts of a denoiser fit on so many GPUs, and which is expected to be fastest. Runs nothing."""
-    from lightloom.plan_show import Wish, show_plan
+    from lightloom.plan_rates import read_rates
+    from lightloom.plan_wish import Wish
 
     wish = Wish(model, family, preset, gpus, memory, size, frames, guidance, text_tokens, offload_experts, expert)
-    show_plan(wish, rates, everything=everything)
+    # What imports torch takes seconds: a wrong option need not wait for it.
+    wish.check()
+    read = read_rates(rates)
+
+    from lightloom.plan_show import show_plan
+
+    show_plan(wish, read, everything=everything)
 
 
 @app.command()

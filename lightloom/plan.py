@@ -6,6 +6,7 @@ rates (`plan_rates.py`). Nothing is run on a GPU.
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
@@ -15,16 +16,15 @@ import torch
 from dit_svc.dry_run import DryRun, Step
 from dit_svc.idle_experts import WITH_HSDP
 from lightloom.plan_rates import Rates
+from lightloom.plan_wish import GIB
 from services.config import ParallelSection
 from services.errors import StartupError
-from services.family import Tensors
+from services.family import DitModel, Tensors
 from services.parallel.degrees import Degrees
 from services.request import ResolvedParams
 from services.weights import ModelSource
 
-GIB = 2**30
 DTYPE = torch.bfloat16
-MAX_GPUS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +93,8 @@ class Planner:
             alone.offloaded_weights()
         # The dry runs of the last layout: those that differ in HSDP alone share them.
         self._known: tuple[Degrees, list[RankRun]] = (Degrees(), [RankRun(alone)])
+        # What ranks hold, by tensor and pipeline degree and place: a copy is sooner made than another.
+        self._models: dict[tuple[int, int, int], DitModel] = {}
 
     def layouts(self, progress: Callable[[int, int], None] = lambda done, total: None) -> list[Layout]:
         """All layouts: those that fit first, the fastest at the top; of those about as fast, who sends least.
@@ -152,9 +154,18 @@ class Planner:
             base = replace(base, replica=1)
         if self._known[0] != base:
             firsts = [rank for rank in range(base.world) if not _elsewhere(base.coordinates(rank))]
-            runs = [RankRun(DryRun(self._job.source, base, rank, DTYPE)) for rank in firsts]
+            runs = [RankRun(self._dry_run(base, rank)) for rank in firsts]
             self._known = base, runs
         return self._known[1]
+
+    def _dry_run(self, degrees: Degrees, rank: int) -> DryRun:
+        if degrees.expert:
+            return DryRun(self._job.source, degrees, rank, DTYPE)
+        # Ranks that share out tokens or branches hold the same.
+        held = (degrees.tensor, degrees.pipeline, degrees.coordinates(rank)["pipeline"])
+        if held not in self._models:
+            self._models[held] = DryRun(self._job.source, degrees, rank, DTYPE).model
+        return DryRun(self._job.source, degrees, rank, DTYPE, model=copy.deepcopy(self._models[held]))
 
     def _rank_s(self, step: Step, gathered_bytes: int, gatherings: int) -> float:
         """Computing and sending; keys and values travel while others are attended to, blocks while others run."""

@@ -1,12 +1,11 @@
-"""`lightloom plan` as a command: what was typed to a job, and the layouts as a table."""
+"""`lightloom plan` as a command: a wish to a job, and the layouts as a table."""
 
 from __future__ import annotations
 
 import json
-import re
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 
 import torch
 from diffusers.utils import logging
@@ -15,9 +14,9 @@ from rich.progress import Progress
 from rich.table import Table
 
 from dit_svc.loading import with_expert
-from lightloom.plan import DTYPE, GIB, MAX_GPUS, Job, Layout, Planner
-from lightloom.plan_rates import Rates, read_rates
-from services.errors import StartupError
+from lightloom.plan import DTYPE, Job, Layout, Planner
+from lightloom.plan_rates import Rates
+from lightloom.plan_wish import GIB, Wish, parse_memory
 from services.families import load_family
 from services.request import GenerationParams, resolve
 from services.weights import open_source
@@ -26,77 +25,47 @@ SHOWN = 12
 NOTABLY = 0.97
 # A pipe has no width of its own; the longest row needs about this many characters.
 WIDE_CHARS = 240
-UNITS = {"GIB": GIB, "GB": 10**9}
 DEFAULT_MEMORY_BYTES = 80 * GIB
+# Where no bar can be drawn, a line says how far it is.
+TOLD_EVERY_S = 10.0
 
 
-@dataclass(frozen=True, slots=True)
-class Wish:
-    """What the command line asks for."""
-
-    model: str
-    family: str
-    preset: str
-    gpus: int
-    memory: str
-    size: str
-    frames: int | None
-    guidance: float | None
-    text_tokens: int
-    offload_experts: bool = False
-    expert: str = ""
-
-    def job(self) -> Job:
-        """Opened and checked.
-
-        Raises:
-            StartupError: a value that cannot be read, or a model that is not there.
-            InvalidRequest: a size, number of frames or guidance that the model does not allow.
-        """
-        if not 1 <= self.gpus <= MAX_GPUS:
-            raise StartupError(f"--gpus is {self.gpus}: it must be between 1 and {MAX_GPUS}")
-        if not 1 <= self.text_tokens <= 4096:
-            raise StartupError(f"--text-tokens is {self.text_tokens}: it must be between 1 and 4096")
-        memory = parse_memory(self.memory)
-        width, _, height = self.size.partition("x")
-        if self.size and not (width.isdigit() and height.isdigit()):
-            raise StartupError(f"--size is {self.size!r}: write WIDTHxHEIGHT, for example 1024x1024")
-        if self.model.startswith("random:") and not (self.family and self.preset):
-            raise StartupError(f"{self.model} has no shape of its own: give --family and --preset")
-        source = open_source(self.model, family=self.family, preset=self.preset)
-        family = load_family(source.family)
-        source = with_expert(source, family.dit, self.expert)
-        wish = GenerationParams(
-            model="plan",
-            prompt="plan",
-            width=int(width) if self.size else None,
-            height=int(height) if self.size else None,
-            num_frames=self.frames,
-            guidance=self.guidance,
-        )
-        limits = family.variants[source.variant].limits
-        # Input pictures come as latents; the dry run makes some.
-        params = resolve(wish, limits.without_inputs(), seed=0)
-        return Job(source, params, self.gpus, memory, self.text_tokens, self.offload_experts)
-
-
-def parse_memory(text: str) -> int:
-    """Bytes of "80GiB" or "80GB"; of this machine's first GPU, or 80 GiB, when empty.
+def job_of(wish: Wish) -> Job:
+    """Opened and checked.
 
     Raises:
-        StartupError: says how to write it.
+        StartupError: a value that cannot be read, or a model that is not there.
+        InvalidRequest: a size, number of frames or guidance that the model does not allow.
     """
-    if not text:
-        cuda = torch.cuda.is_available()
-        return torch.cuda.get_device_properties(0).total_memory if cuda else DEFAULT_MEMORY_BYTES
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(GiB|GB)", text, re.IGNORECASE)
-    if not match or not float(match[1]):
-        raise StartupError(f"--memory is {text!r}: write it as 80GiB or 80GB")
-    return round(float(match[1]) * UNITS[match[2].upper()])
+    wish.check()
+    source = open_source(wish.model, family=wish.family, preset=wish.preset)
+    family = load_family(source.family)
+    source = with_expert(source, family.dit, wish.expert)
+    width, _, height = wish.size.partition("x")
+    generation = GenerationParams(
+        model="plan",
+        prompt="plan",
+        width=int(width) if wish.size else None,
+        height=int(height) if wish.size else None,
+        num_frames=wish.frames,
+        guidance=wish.guidance,
+    )
+    limits = family.variants[source.variant].limits
+    # Input pictures come as latents; the dry run makes some.
+    params = resolve(generation, limits.without_inputs(), seed=0)
+    memory_bytes = parse_memory(wish.memory) if wish.memory else _own_memory()
+    return Job(source, params, wish.gpus, memory_bytes, wish.text_tokens, wish.offload_experts)
 
 
-def show_plan(wish: Wish, rates_file: Path | None, *, everything: bool) -> None:
-    """Plans and prints.
+def _own_memory() -> int:
+    """Bytes of this machine's first GPU, or 80 GiB."""
+    if not torch.cuda.is_available():
+        return DEFAULT_MEMORY_BYTES
+    return torch.cuda.get_device_properties(0).total_memory
+
+
+def show_plan(wish: Wish, rates: Rates, *, everything: bool) -> None:
+    """Plans and prints; how far it is goes to stderr.
 
     Args:
         everything: all layouts, not only the first of those that fit and of those that do not.
@@ -105,11 +74,19 @@ def show_plan(wish: Wish, rates_file: Path | None, *, everything: bool) -> None:
         StartupError, InvalidRequest: what was asked for cannot be planned.
     """
     logging.set_verbosity_error()
-    job, rates = wish.job(), read_rates(rates_file)
-    progress_console = Console(stderr=True)
-    with Progress(console=progress_console, transient=True, disable=not progress_console.is_terminal) as bar:
+    job, errors = job_of(wish), Console(stderr=True)
+    with Progress(console=errors, transient=True, disable=not errors.is_terminal) as bar:
         task = bar.add_task("layouts", total=None)
-        layouts = Planner(job, rates).layouts(lambda done, total: bar.update(task, completed=done, total=total))
+        told_s = time.monotonic()
+
+        def tell(done: int, total: int) -> None:
+            nonlocal told_s
+            bar.update(task, completed=done, total=total)
+            if not errors.is_terminal and time.monotonic() - told_s > TOLD_EVERY_S:
+                errors.print(f"{done} of {total} layouts", highlight=False)
+                told_s = time.monotonic()
+
+        layouts = Planner(job, rates).layouts(tell)
     console = Console()
     if not console.is_terminal:
         console.width = max(console.width, WIDE_CHARS)

@@ -2,12 +2,13 @@
 
 While a piece is attended to, the next one is on its way: read from its owner where the GPUs see each other's memory,
 passed on round the ring elsewhere. It is one operator, so a compiled graph carries it without a
-break. Shapes: B rows, L tokens of a piece, n ranks, H heads, D width of a head.
+break. Keys that are filling are left out and never masked: kernels with a mask are far slower on GPUs, and the fastest
+have none. Shapes: B rows, L tokens of a piece, n ranks, H heads, D width of a head.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -15,8 +16,6 @@ import torch.distributed as dist
 from services.parallel.collectives import count_sent, group_of, peer_memory, plan_shown
 from services.parallel.peer_memory import PeerMemory
 
-# Numbers, of any dtype, in the largest load.
-ALIGNED = 16
 Partial = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -25,26 +24,25 @@ def ring_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    masks: torch.Tensor,
-    every: torch.Tensor,
+    orders: torch.Tensor,
+    counts: torch.Tensor,
     group: str,
     kernel: str,
 ) -> torch.Tensor:
     """[B, L, H, D] of this rank's queries over the keys of all ranks.
 
     Args:
-        masks: [n, B, L], which keys of each rank's piece count.
-        every: one bool on the CPU, whether all do. A value, so that a compiled graph serves both.
+        orders: [n, B, L], places of each rank's piece, those of keys that count first.
+        counts: [n, B] on the CPU, how many do. Values, so that a compiled graph serves all.
         kernel: name of a kernel of `services/attention.py`; where it has no partial form PyTorch's own is taken.
     """
-    piece, peers = torch.stack((key, value)), peer_memory.get(group)
-    count_sent("ring", piece, masks.shape[0] - 1)
-    all_count = bool(every)
+    piece, peers, size = torch.stack((key, value)), peer_memory.get(group), orders.shape[0]
+    count_sent("ring", piece, size - 1)
+    counted = counts.tolist()
     merged: Partial | None = None
-    pieces = _passed_on(piece, group_of(group)) if peers is None else _read(piece, peers, masks.shape[0])
+    pieces = _passed_on(piece, group_of(group)) if peers is None else _read(piece, peers, size)
     for owner, keys_values in pieces:
-        mask = None if all_count else masks[owner]
-        merged = _merge(merged, partial_attention(query, keys_values[0], keys_values[1], mask, kernel))
+        merged = _merge(merged, _over_piece(query, keys_values, orders[owner], counted[owner], kernel))
     assert merged is not None
     return merged[0].to(query.dtype).transpose(1, 2).contiguous()
 
@@ -54,53 +52,56 @@ def _(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    masks: torch.Tensor,
-    every: torch.Tensor,
+    orders: torch.Tensor,
+    counts: torch.Tensor,
     group: str,
     kernel: str,
 ) -> torch.Tensor:
     if query.device.type == "meta":  # a dry run
         piece = torch.stack((key, value))
-        count_sent("ring", piece, masks.shape[0] - 1)
+        count_sent("ring", piece, orders.shape[0] - 1)
         plan_shown(group, piece)
     return torch.empty_like(query, memory_format=torch.contiguous_format)
 
 
-def partial_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, kernel: str
+def _over_piece(
+    query: torch.Tensor, keys_values: torch.Tensor, order: torch.Tensor, counts: Sequence[int], kernel: str
 ) -> Partial:
-    """Attention over some of the keys: result [B, H, L, D] in fp32 and log-sum-exp [B, H, L].
+    """Attention over those of a piece [2, B, L, H, D] that count; rows with different ones go one by one."""
+    if len(set(counts)) == 1:
+        return partial_attention(query, _first(keys_values, order[0], counts[0]), kernel)
+    rows = [
+        partial_attention(query[row, None], _first(keys_values[:, row, None], order[row], count), kernel)
+        for row, count in enumerate(counts)
+    ]
+    mixed, lse = zip(*rows, strict=True)
+    return torch.cat(mixed), torch.cat(lse)
 
-    A row none of whose keys counts has a log-sum-exp of minus infinity and a result of zeros.
+
+def _first(keys_values: torch.Tensor, order: torch.Tensor, count: int) -> torch.Tensor:
+    """The first `count` of [2, B, L, H, D] in that order."""
+    return keys_values if count == keys_values.shape[2] else keys_values.index_select(2, order[:count])
+
+
+def partial_attention(query: torch.Tensor, keys_values: torch.Tensor, kernel: str) -> Partial:
+    """Attention over some of the keys, [2, B, K, H, D]: result [B, H, L, D] in fp32 and log-sum-exp [B, H, L].
+
+    Over none of them the log-sum-exp is minus infinity, and the result zeros.
     """
-    heads_first = [tensor.transpose(1, 2) for tensor in (query, key, value)]
-    bias = None
-    if mask is not None:
-        bias = _bias(mask, query.dtype).expand(-1, query.shape[2], query.shape[1], -1)
-    mixed, lse = _kernel_with_lse(heads_first, bias, kernel)
-    lse = lse.reshape(*mixed.shape[:2], -1)[:, :, : query.shape[1]].float()
-    if mask is not None:
-        # Kernels differ in what they give for a row without keys.
-        empty = ~mask.any(dim=1)[:, None, None]
-        lse = lse.masked_fill(empty, float("-inf"))
-        mixed = mixed.masked_fill(empty[..., None], 0)
-    return mixed.float(), lse
+    query, key, value = (tensor.transpose(1, 2) for tensor in (query, *keys_values))
+    if not key.shape[2]:
+        return torch.zeros_like(query, dtype=torch.float32), query.new_full(query.shape[:3], -torch.inf).float()
+    mixed, lse = _kernel_with_lse(query, key, value, kernel)
+    # Kernels give one more dimension, or more queries than there are.
+    return mixed.float(), lse.reshape(*mixed.shape[:2], -1)[:, :, : query.shape[2]].float()
 
 
-def _bias(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """What is added to the scores, [B, 1, 1, K]; rows begin at addresses that kernels on GPUs can load from."""
-    rows, keys = mask.shape
-    bias = torch.zeros(rows, 1, 1, -(-keys // ALIGNED) * ALIGNED, dtype=dtype, device=mask.device)[..., :keys]
-    return bias.masked_fill_(~mask[:, None, None], float("-inf"))
-
-
-def _kernel_with_lse(heads_first: list[torch.Tensor], bias: torch.Tensor | None, kernel: str) -> Partial:
+def _kernel_with_lse(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kernel: str) -> Partial:
     aten = torch.ops.aten
-    query, key, value = heads_first
     if query.device.type == "cpu":
-        mixed, lse = aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, attn_mask=bias)
-    elif bias is not None or query.dtype == torch.float32:
-        mixed, lse, *_ = aten._scaled_dot_product_efficient_attention(query, key, value, bias, True)
+        mixed, lse = aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)
+    elif query.dtype == torch.float32:
+        mixed, lse, *_ = aten._scaled_dot_product_efficient_attention(query, key, value, None, True)
     elif kernel == "cudnn":
         mixed, lse, *_ = aten._scaled_dot_product_cudnn_attention(query, key, value, None, True)
     else:

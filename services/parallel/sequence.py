@@ -36,15 +36,15 @@ class Places:
         tokens: [K] positions of real tokens among all joined pieces, in the sequence's own order.
         back: [n L] for each joined place its index into `tokens`; filling takes any.
         lengths: [F] tokens of each joint field, on the CPU.
-        masks: for ring attention, which keys of each rank's piece count, [n, B, L].
-        every: whether all do, on the CPU.
+        ring_orders: for ring attention, places of each ring rank's piece, those of keys that count first, [n, B, L].
+        ring_counts: how many do, [n, B] on the CPU.
     """
 
     tokens: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     back: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     lengths: torch.Tensor = field(default_factory=lambda: torch.empty(0))
-    masks: torch.Tensor = field(default_factory=lambda: torch.empty(0))
-    every: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    ring_orders: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    ring_counts: torch.Tensor = field(default_factory=lambda: torch.empty(0))
 
 
 class SequenceParallel:
@@ -117,8 +117,8 @@ class SequenceParallel:
             plan_window(axis.name, use, size * width * query.element_size())
 
     def _across_ring(self, kernel: Kernel, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        ring, places = self._ring, self.places
-        mixed: torch.Tensor = ring_attention(query, key, value, places.masks, places.every, ring.name, kernel.__name__)
+        orders, counts = self.places.ring_orders, self.places.ring_counts
+        mixed: torch.Tensor = ring_attention(query, key, value, orders, counts, self._ring.name, kernel.__name__)
         return mixed
 
     def _find_places(self, streams: Any) -> Places:
@@ -130,9 +130,9 @@ class SequenceParallel:
         if self._ring.size == 1:
             tokens, back = token_orders(lengths, self._whole.size, streams.hidden.device)
             return Places(tokens, back, lengths=torch.tensor(lengths))
-        order = joined_order(lengths, self._whole.size)
-        every = filling is None and bool((order >= 0).all())
-        return Places(masks=_ring_masks(order, filling, streams.hidden, self._ring.size), every=torch.tensor(every))
+        first = torch.zeros(streams.hidden.shape[0], dtype=torch.int64) if filling is None else filling
+        orders, counts = ring_keys(joined_order(lengths, self._whole.size), first, self._ring.size)
+        return Places(ring_orders=orders.to(streams.hidden.device), ring_counts=counts)
 
 
 def own_piece(tensor: torch.Tensor, dim: int, axis: Axis) -> torch.Tensor:
@@ -175,11 +175,12 @@ def token_orders(lengths: tuple[int, ...], ranks: int, device: torch.device) -> 
     return tokens.to(device), back.to(device)
 
 
-def _ring_masks(order: torch.Tensor, filling: torch.Tensor | None, hidden: torch.Tensor, ring: int) -> torch.Tensor:
-    first = order.new_zeros(hidden.shape[0], 1) if filling is None else filling[:, None]
-    by_rank: torch.Tensor = (order.to(first.device) >= first).unflatten(1, (ring, -1))
+def ring_keys(order: torch.Tensor, filling: torch.Tensor, ring: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`Places.ring_orders` and `Places.ring_counts` of a joined order; `filling` [B] is in front of each row."""
+    real = (order.to(filling.device) >= filling[:, None]).unflatten(1, (ring, -1)).transpose(0, 1)
     # A copy even of one row: compiled code tells strides apart that stand for nothing.
-    return by_rank.transpose(0, 1).clone(memory_format=torch.contiguous_format).to(hidden.device)
+    orders = (~real).to(torch.uint8).argsort(dim=2, stable=True).clone(memory_format=torch.contiguous_format)
+    return orders, real.sum(dim=2).clone(memory_format=torch.contiguous_format)
 
 
 def _scatter_heads(

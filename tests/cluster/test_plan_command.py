@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 
 import pytest
@@ -45,14 +46,19 @@ def test_a_full_size_model_that_one_gpu_cannot_hold(here):
     assert table["cfg_parallel_size 2"][-6:] == ["weights", "and", "reserve", "need", "41.1", "GiB"]
     assert table["tensor_parallel_size 2"][-1] == "fits"
     assert recommended(done.stdout) == ParallelSection(cfg_parallel_size=2, hsdp_shard_size=2)
-    assert not done.stderr
+    assert not re.sub(r"\d+ of 9 layouts\n", "", done.stderr)
 
 
-def test_heads_that_do_not_divide_are_in_the_table(tmp_path, here):
+def test_heads_that_do_not_divide_are_in_the_table(tmp_path, here, monkeypatch):
+    monkeypatch.setattr("lightloom.plan_show.TOLD_EVERY_S", 0.0)
     load_family("wan").tiny(tmp_path / "m", "t2v", 0)
     done = here("plan", "--model", tmp_path / "m", "--gpus", 4, "--size", "64x96", "--frames", 9, "--all")
     cells = rows(done.stdout)["tensor_parallel_size 4"]
     assert " ".join(cells).endswith("does not divide the 6 attention heads: use 1, 2, 3, 6")
+    # No terminal, no bar: lines say how far it is.
+    told = re.findall(r"^(\d+) of (\d+) layouts$", done.stderr, re.MULTILINE)
+    assert [(int(count), int(total)) for count, total in told] == [(count, len(told)) for count in range(len(told))]
+    assert len(told) > 20
 
 
 @pytest.mark.parametrize(

@@ -224,6 +224,9 @@ def test_the_official_client_makes_polls_fetches_and_lists_a_clip(theirs, rest):
     assert [one.id for one in listed.data] == [video.id]
     older = theirs.videos.list(after=video.id).data
     assert all(one.created_at <= video.created_at and one.id != video.id for one in older)
+    # Page by page, in both orders: the client goes on while there is more.
+    assert [one.id for one in theirs.videos.list(limit=1)] == [video.id, *(one.id for one in older)]
+    assert [one.id for one in theirs.videos.list(limit=1, order="asc")] == [*(one.id for one in older[::-1]), video.id]
     # What is done stays.
     assert theirs.videos.delete(video.id).deleted is False
     assert theirs.videos.retrieve(video.id).status == "completed"

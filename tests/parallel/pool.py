@@ -20,13 +20,17 @@ class RankPool:
         # Here and not above: ranks import this file before they have turned off the collector.
         from torch.distributed import TCPStore
 
-        context = multiprocessing.get_context("spawn")
-        self._ends: list[Connection] = []
-        self._processes = []
+        self._size = size
         # Where the ranks of a call meet: quicker than a file, which they would ask again and again.
         self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self._calls = 0
-        for rank in range(size):
+        self._start()
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._ends: list[Connection] = []
+        self._processes = []
+        for rank in range(self._size):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(rank, self._store.port, theirs), daemon=True)
             process.start()
@@ -39,25 +43,32 @@ class RankPool:
         self._calls += 1
         for end in self._ends[:world]:
             end.send((self._calls, name, world, arguments))
-        answers = [self._answer(name, end) for end in self._ends[:world]]
-        failures = [f"rank {rank}:\n{result}" for rank, (good, result) in enumerate(answers) if not good]
-        assert not failures, "\n".join(failures)
-        return [result for _, result in answers]
-
-    def _answer(self, name: str, end: Connection) -> tuple[bool, Any]:
         end_s = time.monotonic() + TIMEOUT_S
-        while end.poll(max(0.0, end_s - time.monotonic())):
-            call, good, result = end.recv()
-            # An earlier one is the late answer to a call that was given up.
-            if call == self._calls:
-                return good, result
-        return False, f"no answer to {name} within {TIMEOUT_S:.0f} s"
+        answers = [_answer(end, end_s) for end in self._ends[:world]]
+        if None in answers:
+            # A rank that stays in a collective would keep every later call waiting too.
+            self.close()
+            self._start()
+        lost = (False, f"it died, or did not answer {name} within {TIMEOUT_S:g} s")
+        told = [answer or lost for answer in answers]
+        failures = [f"rank {rank}:\n{result}" for rank, (good, result) in enumerate(told) if not good]
+        assert not failures, "\n".join(failures)
+        return [result for _, result in told]
 
     def close(self) -> None:
         """Ends the processes."""
-        for process in self._processes:
+        for process, end in zip(self._processes, self._ends, strict=True):
             process.kill()
             process.join()
+            end.close()
+
+
+def _answer(end: Connection, end_s: float) -> tuple[bool, Any] | None:
+    """Whether it went well, and what came of it; None of a rank that does not answer any more."""
+    try:
+        return end.recv() if end.poll(max(0.0, end_s - time.monotonic())) else None
+    except EOFError:
+        return None
 
 
 def _serve(rank: int, port: int, end: Connection) -> None:
@@ -80,8 +91,8 @@ def _serve(rank: int, port: int, end: Connection) -> None:
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
         try:
             with torch.inference_mode():
-                end.send((call, True, getattr(jobs, name)(rank, world, *arguments)))
+                end.send((True, getattr(jobs, name)(rank, world, *arguments)))
         except Exception:  # noqa: BLE001 - the test that asked shows it
-            end.send((call, False, traceback.format_exc()))
+            end.send((False, traceback.format_exc()))
         finally:
             dist.destroy_process_group()

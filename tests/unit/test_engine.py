@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dit_svc.engine import DenoiseJob, Failed, Finished, Stepped
+from dit_svc.forward import Forward, Pass, Predicted
 from services.errors import InvalidRequest, NonFinite, OutOfMemory
 from services.request import ResolvedParams
 from tests.oracle.harness import Subject, difference, make_folder, run
@@ -214,6 +215,40 @@ def test_resolutions_interleave(tiny):
     last_small = max(i for i, e in enumerate(events) if e.request_id.startswith("small") and isinstance(e, Stepped))
     assert first_wide < last_small
     assert len(finished) == 4
+
+
+class Later:
+    """A forward as behind a pipeline of two ranks: predictions of a pass come with the next beat."""
+
+    depth = 2
+
+    def __init__(self, forward: Forward) -> None:
+        self._forward = forward
+        self._leaving: list[Predicted] = []
+        self.passes = forward.passes
+
+    @property
+    def empty(self) -> bool:
+        return not self._leaving
+
+    def beat(self, entering: Pass | None) -> list[Predicted]:
+        made = self._forward.beat(entering) if entering else []
+        leaving, self._leaving = self._leaving, made
+        return leaving
+
+
+def test_behind_a_pipeline_a_large_request_gets_its_share_and_no_more(tiny, monkeypatch):
+    engine = tiny.engine(max_batch=4)
+    monkeypatch.setattr(engine, "_forward", Later(engine._forward))
+    # Nobody sees how long either takes here; a step of the large one costs as 16 of a small one.
+    monkeypatch.setattr(engine, "_cost", lambda running: 16.0 if running.state.request_id == "large" else 1.0)
+    engine.admit(tiny.job("large", asked(tiny, "a dog", 9, steps=40, width=128)))
+    for index in range(4):
+        engine.admit(tiny.job(f"small-{index}", asked(tiny, "a cat", index, steps=40)))
+    steps: dict[str, int] = {}
+    while steps.get("small-0", 0) < 32:
+        steps |= {event.request_id: event.step for event in engine.tick() if isinstance(event, Stepped)}
+    assert steps["large"] in (2, 3), steps
 
 
 def test_with_a_device_of_its_own_a_step_is_told_of_while_the_next_one_runs(tiny):

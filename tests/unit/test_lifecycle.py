@@ -294,6 +294,37 @@ async def test_a_list_is_the_newest_that_one_message_takes_read_in_few_calls(two
     assert 7_900_000 < sum(one.ByteSize() for one in found) <= 8 * 1024 * 1024
 
 
+async def test_a_walk_goes_through_all_requests_and_reads_what_is_taken(two, monkeypatch) -> None:
+    own, _ = two
+    for number in range(250):
+        await own.state.submit(f"r{number}", QUEUE, Ticket(), {"params": b""})
+    oldest = [f"r{number}" for number in range(250)]
+
+    async def walked(**options) -> list[str]:
+        return [status.request_id async for status in own.service.walk(None, **options)]
+
+    assert await walked(after="", oldest_first=False) == oldest[::-1]
+    assert await walked(after="", oldest_first=True) == oldest
+    assert await walked(after="r30", oldest_first=False) == oldest[29::-1]
+    assert await walked(after="r120", oldest_first=True) == oldest[121:]
+    assert await walked(after="nobody", oldest_first=False) == []
+    read, records = [], own.state.records
+
+    async def noted(ids):
+        read.extend(ids)
+        return await records(ids)
+
+    monkeypatch.setattr(own.state, "records", noted)
+    async for status in own.service.walk(None, after="", oldest_first=False):
+        if status.request_id == "r248":
+            # What comes meanwhile neither hides a request nor shows one twice.
+            await own.state.submit("new", QUEUE, Ticket(), {"params": b""})
+        if status.request_id == "r160":
+            break
+    assert read == oldest[:149:-1]
+    assert await own.state.following("r150", 100, None, oldest_first=False) == oldest[149:49:-1]
+
+
 async def test_the_deadline_is_what_was_left_by_the_clock_of_redis(two) -> None:
     own, _ = two
     await own.submit("r")

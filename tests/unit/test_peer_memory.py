@@ -153,8 +153,8 @@ COLLECTIVES = {
     ),
     "ring": lambda tensor, group: ring.ring_attention(
         *[tensor[..., None].expand(-1, -1, -1, 8)] * 3,
-        torch.ones(2, *tensor.shape[:2], dtype=torch.bool, device=tensor.device),
-        torch.tensor(True),
+        torch.arange(tensor.shape[1], device=tensor.device).expand(2, tensor.shape[0], -1),
+        torch.full((2, tensor.shape[0]), tensor.shape[1]),
         group,
         "sdpa",
     ),

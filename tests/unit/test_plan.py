@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 import tomllib
+from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from rich.console import Console
 
-from lightloom.plan import GIB, Job, Planner, sections_of
+from lightloom.plan import Job, Planner, sections_of
 from lightloom.plan_rates import Rates, read_rates
-from lightloom.plan_show import Wish, parse_memory, show_layouts
+from lightloom.plan_show import job_of, show_layouts
+from lightloom.plan_wish import GIB, Wish, parse_memory
 from services.config import ParallelSection
 from services.errors import InvalidRequest, StartupError
 from services.families import load_family
 from services.parallel.degrees import Degrees
+from services.weights import ModelSource
 
 FULL = Wish("random:0", "qwen_image", "qwen-image", 2, "80GiB", "", None, None, 512)
 
@@ -24,7 +30,7 @@ FULL = Wish("random:0", "qwen_image", "qwen-image", 2, "80GiB", "", None, None, 
 def tiny(tmp_path_factory) -> Job:
     folder = tmp_path_factory.mktemp("tiny")
     load_family("wan").tiny(folder, "t2v", 0)
-    return Wish(str(folder), "", "", 4, "80GiB", "64x96", 9, None, 512).job()
+    return job_of(Wish(str(folder), "", "", 4, "80GiB", "64x96", 9, None, 512))
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +106,32 @@ def test_memory_that_cannot_be_read_is_refused(text):
 )
 def test_a_wish_that_cannot_be_meant_is_refused(changes, error, words):
     with pytest.raises(error, match=words):
-        replace(FULL, **changes).job()
+        job_of(replace(FULL, **changes))
+
+
+@pytest.mark.parametrize("wrong", [("--gpus", "0"), ("--gpus", "2", "--memory", "0"), ("--gpus", "2", "--size", "1")])
+def test_a_wrong_option_is_answered_before_torch_is_imported(wrong):
+    typed = ["lightloom", "plan", "--model", "random:0", "--family", "wan", "--preset", "x", *wrong]
+    script = f"import sys\nsys.argv = {typed}\nfrom lightloom.cli import main\ntry:\n    main()\nfinally:\n"
+    script += "    print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (2, "False\n"), done
+    assert done.stderr.startswith(f"error: {wrong[-2]} is ")
+
+
+def test_layouts_whose_ranks_hold_the_same_build_one_model(tiny, monkeypatch):
+    built: Counter[tuple[int, int, int]] = Counter()
+    load = ModelSource.load
+
+    def noted(source: ModelSource, *arguments: Any) -> Any:
+        mesh = source.partition.mesh
+        built[mesh.degrees.tensor, mesh.degrees.pipeline, mesh["pipeline"].rank] += 1
+        return load(source, *arguments)
+
+    monkeypatch.setattr(ModelSource, "load", noted)
+    Planner(tiny, Rates()).layouts()
+    # The model has two experts. What one rank alone holds is made once more, for what the planner asks of the request.
+    assert {held: count for held, count in built.items() if count > 2} == {(1, 1, 0): 4}
 
 
 # ---- Layouts --------------------------------------------------------------------------------------------------------
@@ -145,13 +176,13 @@ def test_a_tiny_model_fits_everywhere_but_where_its_heads_do_not_divide(layouts)
 @pytest.fixture(scope="module")
 def full() -> dict[str, dict]:
     """Layouts of Qwen-Image on two GPUs, by their keys."""
-    return {str(layout.keys): layout for layout in Planner(FULL.job(), Rates()).layouts()}
+    return {str(layout.keys): layout for layout in Planner(job_of(FULL), Rates()).layouts()}
 
 
 def test_bytes_sent_are_those_that_two_gpus_counted():
     """A run of `benchmarks/layouts.py` on two H100: one request, prompts of 24 and 12 tokens."""
     counted = {"ulysses_degree": 3037593600 + 25165824, "tensor_parallel_size": 6075187200 + 30285824}
-    found = {str(layout.keys): layout for layout in Planner(replace(FULL, text_tokens=24).job(), Rates()).layouts()}
+    found = {str(layout.keys): layout for layout in Planner(job_of(replace(FULL, text_tokens=24)), Rates()).layouts()}
     assert {key: found[str({key: 2})].sent_bytes for key in counted} == counted
 
 
@@ -204,7 +235,7 @@ def test_a_denoiser_of_one_expert_holds_half_and_takes_its_own_steps(tiny):
 
 def test_slower_links_cost_time_where_they_are_used(full):
     slow = {
-        str(layout.keys): layout for layout in Planner(FULL.job(), replace(Rates(), all_reduce_gb_s=27.4)).layouts()
+        str(layout.keys): layout for layout in Planner(job_of(FULL), replace(Rates(), all_reduce_gb_s=27.4)).layouts()
     }
     for key, layout in full.items():
         if "tensor" in key:
@@ -215,7 +246,7 @@ def test_slower_links_cost_time_where_they_are_used(full):
 
 
 def test_what_does_not_fit_says_what_it_needs():
-    layouts = {str(layout.keys): layout for layout in Planner(replace(FULL, memory="40GiB").job(), Rates()).layouts()}
+    layouts = {str(layout.keys): layout for layout in Planner(job_of(replace(FULL, memory="40GiB")), Rates()).layouts()}
     whole, cut = layouts["{'ulysses_degree': 2}"], layouts["{'tensor_parallel_size': 2}"]
     assert whole.refusal == f"weights and reserve need {whole.weight_bytes / GIB + 3:.1f} GiB"
     assert not cut.refusal
@@ -253,19 +284,19 @@ def test_an_expert_that_is_idle_is_on_the_host(tiny, layouts):
 def test_a_full_size_model_of_two_experts_fits_where_one_does():
     wish = Wish("random:0", "wan", "wan2.2-t2v-a14b", 1, "40GiB", "", 5, None, 512)
     [resident], [offloading] = (
-        Planner(replace(wish, offload_experts=offload).job(), Rates()).layouts() for offload in (False, True)
+        Planner(job_of(replace(wish, offload_experts=offload)), Rates()).layouts() for offload in (False, True)
     )
     assert resident.refusal.startswith("weights and reserve need 56.3 GiB")
     assert not offloading.refusal
     assert offloading.weight_bytes == resident.weight_bytes / 2
     said = io.StringIO()
-    show_layouts(Console(file=said, width=240), wish.job(), Rates(), [offloading, resident], everything=False)
+    show_layouts(Console(file=said, width=240), job_of(wish), Rates(), [offloading, resident], everything=False)
     assert "1 GPU of 40.0 GiB, 3 GiB of it reserved\n" in said.getvalue()
 
 
 def test_one_expert_cannot_be_offloaded():
     with pytest.raises(StartupError, match="needs a model of several experts: this one has 1"):
-        Planner(replace(FULL, offload_experts=True).job(), Rates())
+        Planner(job_of(replace(FULL, offload_experts=True)), Rates())
 
 
 # ---- What is said ---------------------------------------------------------------------------------------------------
