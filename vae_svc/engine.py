@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,14 +17,15 @@ from services.device_memory import failure_of
 from services.errors import InvalidRequest, NonFinite, OutOfMemory, ServiceError
 from services.families import load_family
 from services.family import Frames, Tensors, VaeModel, VaePart
-from services.media import decode_inputs
+from services.media import clips_of, decode_inputs
 from services.parallel.degrees import Degrees, check_patches
-from services.parallel.mesh import Mesh
+from services.parallel.mesh import Axis, Mesh
 from services.parallel.vae_patch import PatchCodec
 from services.parallel.vae_tiles import TileCodec, check_tile
 from services.request import Limits, ResolvedParams
 from services.vae_attention import attend_by_products
 from services.vae_on_gpu import compile_decoder, seal, speed_up
+from vae_svc.input_clips import SharedClips
 from vae_svc.latent_rgb_fit import LatentRgbFit, fit_latent_rgb
 
 # The first has no history, the second has none where the frame rate rises, the third and all others have.
@@ -87,7 +88,7 @@ class VaeEngine:
 
     Args:
         rgb_fit: for previews, None where the VAE makes none possible.
-        single: it is not one rank of several.
+        axis: of the ranks that work together, None for a rank of its own.
     """
 
     def __init__(
@@ -97,21 +98,22 @@ class VaeEngine:
         max_batch: int,
         rgb_fit: LatentRgbFit | None = None,
         *,
-        single: bool = True,
+        axis: Axis | None = None,
     ) -> None:
         self.rgb_fit = rgb_fit
         self._part = part
         self._model = model
         self._max_batch = max_batch
-        self._single = single
+        self._axis = axis
         self._waiting: deque[VaeJob] = deque()
         self._retried: deque[VaeJob] = deque()
         self._begun: list[_Decode] = []
+        self._reading: tuple[VaeJob, SharedClips] | None = None
 
     @property
     def busy(self) -> bool:
         """Whether there is work."""
-        return bool(self._waiting or self._retried or self._begun)
+        return bool(self._waiting or self._retried or self._begun or self._reading)
 
     def submit(self, job: VaeJob) -> None:
         """Queues a job."""
@@ -119,6 +121,9 @@ class VaeEngine:
 
     def abort(self, request_id: str) -> None:
         """Forgets a job. One that is in work gives no more chunks."""
+        if self._reading is not None and self._reading[0].request_id == request_id:
+            self._reading[1].close()
+            self._reading = None
         self._waiting = deque(job for job in self._waiting if job.request_id != request_id)
         self._retried = deque(job for job in self._retried if job.request_id != request_id)
         for decode in self._begun:
@@ -134,21 +139,44 @@ class VaeEngine:
         Args:
             full: request ids of which nobody takes frames now. They get none.
         """
+        if self._reading is not None and (read := self._encode_clips(*self._reading)) is not None:
+            return [read]
         ready = next((decode for decode in self._begun if not decode.waits(full)), None)
         if ready is None and len(self._begun) < MAX_BEGUN:
             if not self._retried and self._waiting and self._waiting[0].latents is None:
-                return [self._encode(self._waiting.popleft())]
+                return self._begin_encode()
             if (ready := self._next_decode()) is not None:
                 self._begun.append(ready)
         return [] if ready is None else self._step(ready)
 
-    def _encode(self, job: VaeJob) -> VaeResult:
+    def _begin_encode(self) -> list[VaeChunk | VaeResult]:
+        """Clips are read first, one job's at a time, and others go on meanwhile."""
+        clips = clips_of(self._waiting[0].params.inputs)
+        if not clips:
+            return [self._encode(self._waiting.popleft())]
+        if self._reading is None:
+            job = self._waiting.popleft()
+            self._reading = job, SharedClips(clips, job.params.num_frames, self._axis)
+        return []
+
+    def _encode_clips(self, job: VaeJob, shared: SharedClips) -> VaeResult | None:
+        try:
+            clips = shared.look()
+        except ServiceError as error:
+            self._reading = None
+            return VaeResult(job, 0.0, error=error)
+        if clips is None:
+            return None
+        self._reading = None
+        return self._encode(job, clips)
+
+    def _encode(self, job: VaeJob, clips: Sequence[Frames] = ()) -> VaeResult:
         start_s = time.perf_counter()
         try:
             if not job.params.inputs:
                 raise InvalidRequest("there is no input picture to encode", param="inputs")
             alpha = self._part.alpha(self._model)
-            inputs = decode_inputs(job.params.inputs, job.params.num_frames, alpha=alpha)
+            inputs = decode_inputs(job.params.inputs, job.params.num_frames, alpha=alpha, clips=clips)
             tensors = self._part.encode(self._model, inputs, job.params)
         except (ServiceError, torch.OutOfMemoryError) as error:
             return VaeResult(job, time.perf_counter() - start_s, error=self._failure(error))
@@ -209,7 +237,7 @@ class VaeEngine:
 
     def _failure(self, error: ServiceError | torch.OutOfMemoryError) -> ServiceError:
         # On one rank of several, the others are past this point: the group ends and starts anew.
-        if not (self._single or isinstance(error, ServiceError)):
+        if not (self._axis is None or isinstance(error, ServiceError)):
             raise error
         return failure_of(error)
 
@@ -250,7 +278,8 @@ def open_engine(config: StageConfig, mesh: Mesh | None = None) -> VaeEngine:
         warm_up(part, model, limits_of(config, source))
     if config.engine.vae_compile:
         seal()
-    return VaeEngine(part, model, config.engine.max_batch, fit_latent_rgb(part, model), single=mesh is None)
+    axis = None if mesh is None else mesh["patch"]
+    return VaeEngine(part, model, config.engine.max_batch, fit_latent_rgb(part, model), axis=axis)
 
 
 def warm_up(part: VaePart, model: VaeModel, limits: Limits) -> None:

@@ -11,9 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
-from services.errors import InvalidRequest, NonFinite, OutOfMemory, ServiceError
+from services.errors import DeviceLost, InvalidRequest, NonFinite, OutOfMemory, ServiceError
 from services.family import Inputs, Tensors, VaePart, VaePlan
 from services.request import GenerationParams, Limits, Media, ResolvedParams, resolve
+from vae_svc import input_clips
 from vae_svc.engine import MAX_BEGUN, VaeChunk, VaeEngine, VaeJob, VaeResult, to_pixels
 from vae_svc.latent_rgb_fit import fit_latent_rgb, synthetic_pictures
 
@@ -188,6 +189,63 @@ def test_pictures_are_encoded_or_refused(fake):
     for name in ("cut", "none"):
         assert isinstance(results[name].error, InvalidRequest)
         assert results[name].error.param == "inputs"
+
+
+class Reading:
+    """Of clips, which goes on until it is told how it ended."""
+
+    def __init__(self, *_: object) -> None:
+        self.outcome: list[np.ndarray] | ServiceError | None = None
+        self.closed = False
+
+    def is_done(self) -> bool:
+        return self.outcome is not None
+
+    def frames(self) -> list[np.ndarray]:
+        if isinstance(self.outcome, ServiceError):
+            raise self.outcome
+        return self.outcome
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@pytest.fixture
+def readings(monkeypatch: pytest.MonkeyPatch) -> list[Reading]:
+    begun: list[Reading] = []
+
+    def begin(*_: object) -> Reading:
+        begun.append(Reading())
+        return begun[-1]
+
+    monkeypatch.setattr(input_clips, "ClipReading", begin)
+    return begun
+
+
+def test_others_go_on_while_an_input_clip_is_read(fake, readings):
+    part = fake.part(encode=lambda _model, inputs, _params: {"seen": torch.tensor(inputs["video"][0])})
+    engine = VaeEngine(part, None, 1)
+    clip = replace(PARAMS, inputs=(Media("video/mp4", b"", "video"),))
+    for name in ("killed", "read", "left"):
+        engine.submit(VaeJob(name, clip))
+    engine.submit(job("picture", 1.0, 1.0, 1.0))
+    engine.tick()
+    assert [event.job.request_id for _ in range(3) for event in engine.tick()] == []
+    [killed] = readings
+    killed.outcome = DeviceLost("killed")
+    [failed] = engine.tick()
+    assert (failed.job.request_id, type(failed.error)) == ("killed", DeviceLost)
+    assert engine.tick() == [] and len(readings) == 2, "one is read at a time"
+    engine.abort("left")
+    assert [event.job.request_id for _ in range(3) for event in engine.tick()] == ["picture", "picture"]
+    readings[1].outcome = [np.full((1, 2, 2, 3), 7, np.uint8)]
+    [read] = engine.tick()
+    assert (read.job.request_id, read.tensors["seen"].unique().tolist()) == ("read", [7])
+    assert not engine.busy
+    engine.submit(VaeJob("aborted", clip))
+    engine.tick()
+    engine.abort("aborted")
+    assert readings[2].closed and not engine.busy
 
 
 def test_pixels_are_rounded_and_clipped():
