@@ -19,7 +19,7 @@ from dit_svc.loading import open_engine
 from dit_svc.preview import PreviewFit
 from protos import dit_pb2, types_pb2
 from services.config import StageConfig
-from services.describe import describe, open_model
+from services.describe import describe, limits_of, open_model
 from services.errors import CorruptTensor, InvalidRequest, NotReady
 from services.families import load_family
 from services.parallel.mesh import Mesh
@@ -28,7 +28,7 @@ from services.request import ResolvedParams
 from services.telemetry import make_span
 from services.tensor_wire import frame_of
 from services.tensors import Bundle, BundleReader
-from services.wire import media_to_proto, resolved_from_proto
+from services.wire import checked_from_proto, media_to_proto
 
 SUBFOLDERS = ("transformer", "transformer_2", "scheduler")
 # Step events of a request are at least this far apart: nobody watches closer, and each one wakes three processes.
@@ -61,6 +61,7 @@ class DitProgram:
 
     def __init__(self, config: StageConfig, mesh: Mesh | None = None) -> None:
         self._config = config
+        self._limits = limits_of(config, open_model(config.model)).of_any_model()
         self._engine, self._features = open_engine(config, mesh)
         self._open: dict[str, Opened] = {}
         self._leaving = False
@@ -97,7 +98,7 @@ class DitProgram:
         request = dit_pb2.DenoiseRequest.FromString(data)
         if request.WhichOneof("kind") == "start":
             opened.start = request.start
-            opened.params = resolved_from_proto(request.start.params)
+            opened.params = checked_from_proto(request.start.params, self._limits)
             self._admit_when_whole(opened)
         elif request.WhichOneof("kind") == "checkpoint":
             self._engine.request_checkpoint(str(call.id), stop=request.checkpoint.stop)

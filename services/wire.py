@@ -12,7 +12,7 @@ from typing import Any
 
 from protos import types_pb2, vae_pb2
 from services.errors import ErrorRecord, InvalidRequest, ServiceError
-from services.request import GenerationParams, InterpolationLimits, Limits, Media, ResolvedParams
+from services.request import GenerationParams, InterpolationLimits, Limits, Media, ResolvedParams, check
 
 PROTOCOL_VERSION = 1
 MEDIA_CHUNK_BYTES = 1024 * 1024
@@ -105,6 +105,17 @@ def resolved_from_proto(proto: types_pb2.GenerationParams) -> ResolvedParams:
             param=missing[0],
         )
     return ResolvedParams(**values)
+
+
+def checked_from_proto(proto: types_pb2.GenerationParams, limits: Limits) -> ResolvedParams:
+    """The message as complete parameters that keep within a stage's limits.
+
+    Raises:
+        InvalidRequest: as resolved_from_proto, or a value is outside the limits.
+    """
+    params = resolved_from_proto(proto)
+    check(params, limits)
+    return params
 
 
 def limits_to_proto(limits: Limits) -> types_pb2.Limits:

@@ -13,8 +13,8 @@ import torch
 
 from services.config import StageConfig
 from services.describe import limits_of, open_model, placement
-from services.device_memory import failure_of
 from services.errors import InvalidRequest, NonFinite, OutOfMemory, ServiceError
+from services.failures import failure_of
 from services.families import load_family
 from services.family import Frames, Tensors, VaeModel, VaePart
 from services.media import clips_of, decode_inputs
@@ -178,7 +178,7 @@ class VaeEngine:
             alpha = self._part.alpha(self._model)
             inputs = decode_inputs(job.params.inputs, job.params.num_frames, alpha=alpha, clips=clips)
             tensors = self._part.encode(self._model, inputs, job.params)
-        except (ServiceError, torch.OutOfMemoryError) as error:
+        except Exception as error:  # noqa: BLE001 - one job fails, the others go on
             return VaeResult(job, time.perf_counter() - start_s, error=self._failure(error))
         return VaeResult(job, time.perf_counter() - start_s, tensors=tensors)
 
@@ -205,7 +205,7 @@ class VaeEngine:
             if floats is not None:
                 finite = torch.isfinite(floats).flatten(1).all(1).tolist()
                 pixels = to_pixels(floats)
-        except (ServiceError, torch.OutOfMemoryError) as error:
+        except Exception as error:  # noqa: BLE001 - as of an encode
             failure = self._failure(error)
         running.busy_s += time.perf_counter() - start_s
         # Outside of the handler, where the exception holds none of the memory that was too little.
@@ -235,7 +235,7 @@ class VaeEngine:
         self._retried.extend(job for job in running.jobs if job.request_id not in running.ended)
         return []
 
-    def _failure(self, error: ServiceError | torch.OutOfMemoryError) -> ServiceError:
+    def _failure(self, error: Exception) -> ServiceError:
         # On one rank of several, the others are past this point: the group ends and starts anew.
         if not (self._axis is None or isinstance(error, ServiceError)):
             raise error

@@ -7,7 +7,7 @@ import time
 from protos import text_encoder_pb2, types_pb2, vae_pb2
 from services.clip_writer import ClipWriter
 from services.config import StageConfig
-from services.describe import describe, open_model
+from services.describe import describe, limits_of, open_model
 from services.errors import CorruptTensor
 from services.media_answer import MediaAnswer
 from services.parallel.mesh import Mesh
@@ -16,7 +16,7 @@ from services.request import ResolvedParams
 from services.telemetry import internal_error, make_span
 from services.tensor_wire import frame_of
 from services.tensors import BundleReader
-from services.wire import resolved_from_proto
+from services.wire import checked_from_proto
 from vae_svc.engine import VaeChunk, VaeJob, VaeResult, open_engine
 
 SUBFOLDERS = ("vae",)
@@ -45,6 +45,7 @@ class VaeProgram:
 
     def __init__(self, config: StageConfig, mesh: Mesh | None = None) -> None:
         self._config = config
+        self._limits = limits_of(config, open_model(config.model)).of_any_model()
         self._engine = open_engine(config, mesh)
         # Rank 0 answers for the group, so it alone encodes media.
         self._speaks = mesh is None or not mesh.rank
@@ -67,13 +68,13 @@ class VaeProgram:
         """Parameters, or a frame of the latents."""
         opened = self._open[str(call.id)]
         if call.method == "Encode":
-            params = resolved_from_proto(text_encoder_pb2.EncodeRequest.FromString(data).params)
+            params = checked_from_proto(text_encoder_pb2.EncodeRequest.FromString(data).params, self._limits)
             self._queue(opened, VaeJob(str(call.id), params))
             return
         frame = frame_of(data)
         if frame is None:
             start = vae_pb2.DecodeRequest.FromString(data).start
-            opened.params = resolved_from_proto(start.params)
+            opened.params = checked_from_proto(start.params, self._limits)
             opened.frames_only = start.frames_only
         elif (bundle := opened.reader.feed(frame)) is not None and opened.params is not None:
             self._queue(opened, VaeJob(str(call.id), opened.params, bundle.tensors))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
@@ -117,6 +118,8 @@ async def test_a_clip_whose_frames_nobody_takes_holds_up_no_other(tiny, tmp_path
 
 async def test_a_chunk_larger_than_all_queues_holds_up_no_other(tiny, tmp_path):
     options = {"module": "tests.cluster.fake_vae_stage", "serves": "Vae", "settings": {"model.source": str(tiny)}}
+    # Its chunks of frames are no Wan VAE's.
+    options["settings"] |= {"limits.frame_multiple": 1}
     # 37 MiB in one chunk, more than a front keeps of a call.
     wish = params(width=1792, height=1792, num_frames=4, output_format="raw")
     latents = {"latents": torch.zeros(1, 3)}
@@ -138,6 +141,23 @@ async def chunks_of(call, *read: vae_pb2.DecodeResponse) -> list[np.ndarray]:
         if (frame := frame_of(response.SerializeToString())) is not None and (bundle := reader.feed(frame)) is not None:
             chunks.append(bundle.tensors["frames"].numpy())
     return chunks
+
+
+async def what_makes_no_sense_is_refused(running: StageProcess) -> None:
+    """On all ranks alike: no group ends of it."""
+    wishes = {"num_frames": 0, "fps": math.nan, "quality": 1000, "output_format": "wav", "width": 0}
+    for name, value in wishes.items():
+        assert await refusal(decode(running, name, wish=params(**{name: value}))) is grpc.StatusCode.INVALID_ARGUMENT
+    gif = params(fps=0.001, output_format="gif")
+    assert await refusal(decode(running, "gif", wish=gif)) is grpc.StatusCode.INVALID_ARGUMENT
+    assert await running.figure("lightloom_rank_restarts_total") == 0
+
+
+async def refusal(call) -> grpc.StatusCode:
+    with pytest.raises(grpc.RpcError) as caught:
+        async for _ in call:
+            """It may have begun."""
+    return caught.value.code()
 
 
 async def a_reader_that_is_killed_fails_its_encode_on_all_ranks(running: StageProcess) -> None:
@@ -181,6 +201,7 @@ async def test_two_ranks_give_the_frames_of_one_chunk_by_chunk(group, tiny):
     header, data = media[4].media, b"".join(response.chunk.data for response in media)
     assert (header.mime, header.num_frames, header.nbytes) == ("video/mp4", 13, len(data))
 
+    await what_makes_no_sense_is_refused(running)
     await a_reader_that_is_killed_fails_its_encode_on_all_ranks(running)
 
     # A client that leaves in the middle of its clip leaves nothing behind.

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from services.errors import DeviceLost, InvalidRequest, NonFinite, OutOfMemory, ServiceError
+from services.errors import DeviceLost, Internal, InvalidRequest, NonFinite, OutOfMemory, ServiceError
 from services.family import Inputs, Tensors, VaePart, VaePlan
 from services.request import GenerationParams, Limits, Media, ResolvedParams, resolve
 from vae_svc import input_clips
@@ -39,6 +39,10 @@ class FakeVae:
             raise torch.OutOfMemoryError("too large")
         if bool((colours == 9).any()):
             raise InvalidRequest("9 cannot be decoded")
+        if bool((colours == 11).any()):
+            raise KeyError("a bug")
+        if bool((colours == 13).any()):
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
         return colours[:, None, :, None, None].expand(-1, frames, 3, params.height, params.width)
 
     def encode(self, _model: object, inputs: Inputs, _params: ResolvedParams) -> Tensors:
@@ -62,6 +66,12 @@ def fake() -> FakeVae:
 
 def job(name: str, *colour: float, **changes: int) -> VaeJob:
     return VaeJob(name, replace(PARAMS, **changes), {"latents": torch.tensor([colour])})
+
+
+def picture_of(*colour: int) -> Media:
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8), colour).save(file, "PNG")
+    return Media("image/png", file.getvalue())
 
 
 def run(engine: VaeEngine) -> dict[str, ServiceError | tuple[int, ...]]:
@@ -90,6 +100,7 @@ def test_jobs_of_one_shape_share_a_batch(fake):
 def test_one_bad_job_fails_alone(fake):
     engine = VaeEngine(fake.part(), None, 8)
     colours = {"good": (1.0,) * 3, "large": (7.0,) * 3, "wrong": (9.0,) * 3, "black": (float("nan"),) * 3}
+    colours["bug"] = (11.0,) * 3
     for name, colour in colours.items():
         engine.submit(job(name, *colour))
     seen = run(engine)
@@ -97,6 +108,19 @@ def test_one_bad_job_fails_alone(fake):
     assert isinstance(seen["large"], OutOfMemory)
     assert isinstance(seen["wrong"], InvalidRequest)
     assert isinstance(seen["black"], NonFinite)
+    assert isinstance(seen["bug"], Internal)
+
+
+def test_a_bug_in_an_encode_fails_it_alone_and_a_lost_device_ends_the_process(fake):
+    engine = VaeEngine(fake.part(encode=lambda *_: {}["a bug"]), None, 8)
+    engine.submit(VaeJob("bug", replace(PARAMS, inputs=(picture_of(10, 20, 30),))))
+    engine.submit(job("good", 1.0, 1.0, 1.0))
+    [failed] = engine.tick()
+    assert isinstance(failed.error, Internal)
+    assert run(engine) == {"good": (255, 255, 255)}
+    engine.submit(job("lost", 13.0, 13.0, 13.0))
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        engine.tick()
 
 
 def test_jobs_that_wait_can_be_aborted(fake):
@@ -178,10 +202,9 @@ def test_one_of_a_batch_can_be_aborted_while_it_is_in_work(fake):
 
 
 def test_pictures_are_encoded_or_refused(fake):
-    file = io.BytesIO()
-    Image.new("RGB", (8, 8), (10, 20, 30)).save(file, "PNG")
     engine = VaeEngine(fake.part(), None, 8)
-    whole, cut = Media("image/png", file.getvalue()), Media("image/png", file.getvalue()[:45])
+    whole = picture_of(10, 20, 30)
+    cut = Media("image/png", whole.data[:45])
     for name, inputs in (("whole", (whole,)), ("cut", (cut,)), ("none", ())):
         engine.submit(VaeJob(name, replace(PARAMS, inputs=inputs)))
     results = {result.job.request_id: result for _ in range(3) for result in engine.tick()}
