@@ -28,7 +28,7 @@ from services.request import ResolvedParams
 from services.telemetry import make_span
 from services.tensor_wire import frame_of
 from services.tensors import Bundle, BundleReader
-from services.wire import checked_from_proto, media_to_proto
+from services.wire import checked_from_proto, media_to_proto, parsing
 
 SUBFOLDERS = ("transformer", "transformer_2", "scheduler")
 # Step events of a request are at least this far apart: nobody watches closer, and each one wakes three processes.
@@ -86,6 +86,15 @@ class DitProgram:
     def message(self, call: Call, data: bytes) -> None:
         """Start, a frame of conditions or checkpoint, or the wish for a checkpoint."""
         opened = self._open[str(call.id)]
+        with parsing():
+            request = self._read(opened, data)
+        if request.WhichOneof("kind") == "checkpoint":
+            self._engine.request_checkpoint(str(call.id), stop=request.checkpoint.stop)
+        else:
+            self._admit_when_whole(opened)
+
+    def _read(self, opened: Opened, data: bytes) -> dit_pb2.DenoiseRequest:
+        """The message, but for a frame, which goes into its bundle."""
         frame = frame_of(data)
         if frame is not None:
             bundle = opened.reader.feed(frame)
@@ -93,15 +102,12 @@ class DitProgram:
                 if opened.admitted_ns or opened.missing <= 0:
                     raise InvalidRequest("more tensor bundles came than the start message announced")
                 opened.bundles.append(bundle)
-                self._admit_when_whole(opened)
-            return
+            return dit_pb2.DenoiseRequest()
         request = dit_pb2.DenoiseRequest.FromString(data)
         if request.WhichOneof("kind") == "start":
             opened.start = request.start
             opened.params = checked_from_proto(request.start.params, self._limits)
-            self._admit_when_whole(opened)
-        elif request.WhichOneof("kind") == "checkpoint":
-            self._engine.request_checkpoint(str(call.id), stop=request.checkpoint.stop)
+        return request
 
     def _admit_when_whole(self, opened: Opened) -> None:
         if opened.start is None or opened.params is None or opened.missing or opened.admitted_ns:

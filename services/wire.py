@@ -6,9 +6,12 @@ values are checked against a model's limits in `services/request.py`.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import asdict, fields, replace
 from typing import Any
+
+from google.protobuf.message import DecodeError
 
 from protos import types_pb2, vae_pb2
 from services.errors import ErrorRecord, InvalidRequest, ServiceError
@@ -46,6 +49,19 @@ _OPTIONAL = (
 _INTERPOLATION = ("enable_frame_interpolation", "frame_interpolation_exp", "frame_interpolation_scale")
 # An error travels in trailing metadata, of which a peer accepts 8 KiB.
 MAX_ERROR_CHARS = 2000
+
+
+@contextlib.contextmanager
+def parsing() -> Iterator[None]:
+    """Around the reading of a peer's message: bytes that make no sense are the peer's fault.
+
+    Raises:
+        InvalidRequest: the message cannot be parsed, or has values that cannot be read.
+    """
+    try:
+        yield
+    except (DecodeError, KeyError, ValueError, TypeError) as error:
+        raise InvalidRequest(f"a message cannot be read: {type(error).__name__}") from error
 
 
 def params_to_proto(params: GenerationParams | ResolvedParams) -> types_pb2.GenerationParams:

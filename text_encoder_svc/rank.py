@@ -10,7 +10,7 @@ from services.describe import describe, limits_of, open_model
 from services.parallel.mesh import Mesh
 from services.rank_process import Call, run
 from services.telemetry import make_span
-from services.wire import checked_from_proto
+from services.wire import checked_from_proto, parsing
 from text_encoder_svc.engine import Encoded, TextEngine, open_engine
 
 NUMBERS = ("", "_2", "_3", "_4")
@@ -42,9 +42,10 @@ class TextEncoderProgram:
 
     def message(self, call: Call, data: bytes) -> None:
         """Queues the request."""
-        request = text_encoder_pb2.EncodeRequest.FromString(data)
         key = str(call.id)
-        self._engine.submit(key, checked_from_proto(request.params, self._limits))
+        with parsing():
+            params = checked_from_proto(text_encoder_pb2.EncodeRequest.FromString(data).params, self._limits)
+        self._engine.submit(key, params)
         self._calls[key] = call
 
     def half_closed(self, call: Call) -> None:

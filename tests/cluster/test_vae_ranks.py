@@ -119,7 +119,7 @@ async def test_a_clip_whose_frames_nobody_takes_holds_up_no_other(tiny, tmp_path
 async def test_a_chunk_larger_than_all_queues_holds_up_no_other(tiny, tmp_path):
     options = {"module": "tests.cluster.fake_vae_stage", "serves": "Vae", "settings": {"model.source": str(tiny)}}
     # Its chunks of frames are no Wan VAE's.
-    options["settings"] |= {"limits.frame_multiple": 1}
+    options["settings"] |= {"limits.frame_multiple": 1, "limits.size_multiple_px": 8}
     # 37 MiB in one chunk, more than a front keeps of a call.
     wish = params(width=1792, height=1792, num_frames=4, output_format="raw")
     latents = {"latents": torch.zeros(1, 3)}
@@ -148,6 +148,11 @@ async def what_makes_no_sense_is_refused(running: StageProcess) -> None:
     wishes = {"num_frames": 0, "fps": math.nan, "quality": 1000, "output_format": "wav", "width": 0}
     for name, value in wishes.items():
         assert await refusal(decode(running, name, wish=params(**{name: value}))) is grpc.StatusCode.INVALID_ARGUMENT
+    context = types_pb2.RequestContext(request_id="bytes", fence=1)
+    first = vae_pb2.DecodeRequest(start=vae_pb2.DecodeStart(context=context, params=params_to_proto(params())))
+    raw = running.channel.stream_stream("/lightloom.v1.Vae/Decode")
+    garbage = raw(iter([first.SerializeToString(), b"\xff\xff\xff garbage"]), timeout=60)
+    assert await refusal(garbage) is grpc.StatusCode.INVALID_ARGUMENT
     gif = params(fps=0.001, output_format="gif")
     assert await refusal(decode(running, "gif", wish=gif)) is grpc.StatusCode.INVALID_ARGUMENT
     assert await running.figure("lightloom_rank_restarts_total") == 0

@@ -80,9 +80,15 @@ def test_a_rank_refuses_what_no_model_with_its_weights_could_do(kind, whole):
 
     def begin(**changes: object) -> None:
         method, message = first_message(kind, **changes)
+        send(method, message)
+
+    def send(method: str, message: bytes) -> None:
         call = Call(1, OpenCall(method, "r", "", 0.0), FrameQueue(1 << 20))
         served.opened(call)
         served.message(call, message)
+
+    with pytest.raises(InvalidRequest, match="cannot be read: DecodeError"):
+        send(first_message(kind)[0], b"\xff\xff\xff garbage")
 
     # Another model with these weights may allow that.
     begin(steps=500, guidance=100.0, width=8192)
