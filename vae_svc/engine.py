@@ -72,9 +72,19 @@ class _Decode:
     busy_s: float = 0.0
     ended: set[str] = field(default_factory=set)
 
+    @property
+    def is_clip(self) -> bool:
+        """Whether it is no picture."""
+        return self.jobs[0].params.num_frames > 1
+
+    @property
+    def whole(self) -> bool:
+        """Whether all frames have been given, so that only its end is missing."""
+        return self.first_frame >= self.jobs[0].params.num_frames
+
     def waits(self, full: Collection[str]) -> bool:
         """Whether it has frames to come, and one of its jobs is among those."""
-        if self.first_frame >= self.jobs[0].params.num_frames:
+        if self.whole:
             return False
         return any(job.request_id in full and job.request_id not in self.ended for job in self.jobs)
 
@@ -83,7 +93,8 @@ class VaeEngine:
     """Jobs wait in order; a tick encodes one, or decodes the next chunk of frames of the jobs in work.
 
     Pictures of one shape are decoded together. Clips come alone: together they gain nothing and take each its memory.
-    But while nobody takes the frames of one, others go on, the one that began first before all.
+    But while nobody takes the frames of one, others go on, the one that began first before all. Between two chunks of
+    a clip comes an encode or a picture, if one waits.
     On several ranks, each of which gets the same calls, all chunks and results are equal on all of them.
 
     Args:
@@ -109,6 +120,7 @@ class VaeEngine:
         self._retried: deque[VaeJob] = deque()
         self._begun: list[_Decode] = []
         self._reading: tuple[VaeJob, SharedClips] | None = None
+        self._clip_is_next = False
 
     @property
     def busy(self) -> bool:
@@ -139,38 +151,72 @@ class VaeEngine:
         Args:
             full: request ids of which nobody takes frames now. They get none.
         """
-        if self._reading is not None and (read := self._encode_clips(*self._reading)) is not None:
-            return [read]
-        ready = next((decode for decode in self._begun if not decode.waits(full)), None)
-        if ready is None and len(self._begun) < MAX_BEGUN:
-            if not self._retried and self._waiting and self._waiting[0].latents is None:
-                return self._begin_encode()
-            if (ready := self._next_decode()) is not None:
-                self._begun.append(ready)
-        return [] if ready is None else self._step(ready)
+        ready = [decode for decode in self._begun if not decode.waits(full)]
+        if (whole := next((decode for decode in ready if decode.whole), None)) is not None:
+            return self._step(whole)
+        clip = next((decode for decode in ready if decode.is_clip), None)
+        events = None
+        if clip is None or not self._clip_is_next:
+            events = self._begin(beside_clip=clip is not None)
+        self._clip_is_next = clip is not None and events is not None
+        if events is not None:
+            return events
+        return [] if clip is None else self._step(clip)
 
-    def _begin_encode(self) -> list[VaeChunk | VaeResult]:
-        """Clips are read first, one job's at a time, and others go on meanwhile."""
-        clips = clips_of(self._waiting[0].params.inputs)
-        if not clips:
-            return [self._encode(self._waiting.popleft())]
-        if self._reading is None:
-            job = self._waiting.popleft()
+    def _begin(self, *, beside_clip: bool) -> list[VaeChunk | VaeResult] | None:
+        """The next job that is not in work, beside a clip only an encode or a picture; None where there is none."""
+        if self._reading is not None and (events := self._encode_clips(*self._reading)) is not None:
+            return events
+        jobs = self._next_jobs(beside_clip=beside_clip)
+        if not jobs:
+            return None
+        if jobs[0].latents is None:
+            return self._begin_encode(jobs[0])
+        self._begun.append(_Decode(jobs))
+        return self._step(self._begun[-1])
+
+    def _next_jobs(self, *, beside_clip: bool) -> list[VaeJob]:
+        """Taken from those that wait: the first that may begin, or the pictures that are decoded with it."""
+        # Alone, each of those that failed together fails for its own reasons only.
+        if self._retried:
+            return [] if self._begun else [self._retried.popleft()]
+        if len(self._begun) >= MAX_BEGUN:
+            return []
+        may_begin = (job for job in self._waiting if self._may_begin(job, beside_clip=beside_clip))
+        if (first := next(may_begin, None)) is None:
+            return []
+        jobs = [first]
+        if first.latents is not None and first.params.num_frames == 1:
+            jobs = [job for job in self._waiting if _shape(job) == _shape(first)][: self._max_batch]
+        self._waiting = deque(job for job in self._waiting if job not in jobs)
+        return jobs
+
+    def _may_begin(self, job: VaeJob, *, beside_clip: bool) -> bool:
+        if job.latents is None:
+            # Clips of one job at a time are read.
+            return self._reading is None or not clips_of(job.params.inputs)
+        return job.params.num_frames == 1 or not beside_clip
+
+    def _begin_encode(self, job: VaeJob) -> list[VaeChunk | VaeResult]:
+        """Clips are read first, and others go on meanwhile."""
+        if clips := clips_of(job.params.inputs):
             self._reading = job, SharedClips(clips, job.params.num_frames, self._axis)
-        return []
+            return []
+        return self._encode(job)
 
-    def _encode_clips(self, job: VaeJob, shared: SharedClips) -> VaeResult | None:
+    def _encode_clips(self, job: VaeJob, shared: SharedClips) -> list[VaeChunk | VaeResult] | None:
+        """None while they are being read."""
         try:
             clips = shared.look()
         except ServiceError as error:
             self._reading = None
-            return VaeResult(job, 0.0, error=error)
+            return [VaeResult(job, 0.0, error=error)]
         if clips is None:
             return None
         self._reading = None
         return self._encode(job, clips)
 
-    def _encode(self, job: VaeJob, clips: Sequence[Frames] = ()) -> VaeResult:
+    def _encode(self, job: VaeJob, clips: Sequence[Frames] = ()) -> list[VaeChunk | VaeResult]:
         start_s = time.perf_counter()
         try:
             if not job.params.inputs:
@@ -179,20 +225,12 @@ class VaeEngine:
             inputs = decode_inputs(job.params.inputs, job.params.num_frames, alpha=alpha, clips=clips)
             tensors = self._part.encode(self._model, inputs, job.params)
         except Exception as error:  # noqa: BLE001 - one job fails, the others go on
-            return VaeResult(job, time.perf_counter() - start_s, error=self._failure(error))
-        return VaeResult(job, time.perf_counter() - start_s, tensors=tensors)
-
-    def _next_decode(self) -> _Decode | None:
-        # Alone, each of those that failed together fails for its own reasons only.
-        if self._retried:
-            return None if self._begun else _Decode([self._retried.popleft()])
-        if not self._waiting:
-            return None
-        first = self._waiting[0]
-        at_once = self._max_batch if first.params.num_frames == 1 else 1
-        jobs = [job for job in self._waiting if _shape(job) == _shape(first)][:at_once]
-        self._waiting = deque(job for job in self._waiting if job not in jobs)
-        return _Decode(jobs)
+            failure = self._failure(error)
+            if self._begun and isinstance(failure, OutOfMemory):
+                self._retried.append(job)
+                return []
+            return [VaeResult(job, time.perf_counter() - start_s, error=failure)]
+        return [VaeResult(job, time.perf_counter() - start_s, tensors=tensors)]
 
     def _step(self, running: _Decode) -> list[VaeChunk | VaeResult]:
         start_s = time.perf_counter()

@@ -162,9 +162,46 @@ def test_while_nobody_takes_a_clips_frames_others_go_on(fake):
     assert isinstance(others[-1], VaeResult)
     assert engine.tick({"stuck"}) == [] and engine.busy
     engine.submit(job("later", 0.0, 0.0, 0.0))
-    rest = [event for _ in range(3) for event in engine.tick()]
-    assert [getattr(event, "first_frame", "end") for event in rest] == [4, 8, "end"]
-    assert {event.job.request_id for event in rest} == {"stuck"}, "what began first goes on first"
+    rest = [event for _ in range(5) for event in engine.tick()]
+    assert order_of(rest) == ["later 0", "later end", "stuck 4", "stuck 8", "stuck end"]
+
+
+def order_of(events: list[VaeChunk | VaeResult]) -> list[str]:
+    return [f"{event.job.request_id} {getattr(event, 'first_frame', 'end')}" for event in events]
+
+
+def test_an_encode_or_a_picture_comes_between_two_chunks_of_a_clip(fake):
+    engine = VaeEngine(fake.part(), None, 2)
+    for name in ("clip", "next clip"):
+        engine.submit(job(name, 0.0, 0.0, 0.0, num_frames=9))
+    seen = engine.tick()
+    for name in ("a", "b", "c"):
+        engine.submit(job(name, 0.0, 0.0, 0.0))
+    engine.submit(VaeJob("encode", replace(PARAMS, inputs=(picture_of(1, 2, 3),))))
+    while engine.busy:
+        seen += engine.tick()
+    assert order_of(seen) == [
+        *("clip 0", "a 0", "b 0", "a end", "b end", "clip 4", "c 0", "c end", "clip 8", "clip end"),
+        *("next clip 0", "encode end", "next clip 4", "next clip 8", "next clip end"),
+    ]
+
+
+def test_an_encode_without_memory_beside_a_clip_is_tried_again_alone(fake):
+    tries: list[bool] = []
+
+    def encode(*_: object) -> Tensors:
+        tries.append(bool(engine._begun))
+        if engine._begun:
+            raise torch.OutOfMemoryError("too large")
+        return {"image/0": torch.zeros(3)}
+
+    engine = VaeEngine(fake.part(encode=encode), None, 1)
+    engine.submit(job("clip", 0.0, 0.0, 0.0, num_frames=9))
+    engine.tick()
+    engine.submit(VaeJob("encode", replace(PARAMS, inputs=(picture_of(1, 2, 3),))))
+    seen = [event for _ in range(6) for event in engine.tick()]
+    assert order_of(seen) == ["clip 4", "clip 8", "clip end", "encode end"]
+    assert (tries, seen[-1].error) == ([True, False], None)
 
 
 def test_no_more_clips_than_there_is_memory_for_wait_half_decoded(fake):
@@ -253,14 +290,13 @@ def test_others_go_on_while_an_input_clip_is_read(fake, readings):
         engine.submit(VaeJob(name, clip))
     engine.submit(job("picture", 1.0, 1.0, 1.0))
     engine.tick()
-    assert [event.job.request_id for _ in range(3) for event in engine.tick()] == []
+    assert [event.job.request_id for _ in range(3) for event in engine.tick()] == ["picture", "picture"]
     [killed] = readings
     killed.outcome = DeviceLost("killed")
     [failed] = engine.tick()
     assert (failed.job.request_id, type(failed.error)) == ("killed", DeviceLost)
     assert engine.tick() == [] and len(readings) == 2, "one is read at a time"
     engine.abort("left")
-    assert [event.job.request_id for _ in range(3) for event in engine.tick()] == ["picture", "picture"]
     readings[1].outcome = [np.full((1, 2, 2, 3), 7, np.uint8)]
     [read] = engine.tick()
     assert (read.job.request_id, read.tensors["seen"].unique().tolist()) == ("read", [7])
