@@ -125,7 +125,7 @@ def _too_much() -> InvalidRequest:
 
 
 def read_frames(data: bytes, max_frames: int) -> list[Frames]:
-    """What `decode_clip` gives, [H, W, 3] each, read in this process.
+    """The first frames of a clip, [H, W, 3] each, read in this process.
 
     Raises:
         InvalidRequest: not an MP4 file, with another coding than CLIP_CODECS, damaged, without frames, with more pixels

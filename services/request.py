@@ -124,6 +124,7 @@ class Limits:
         """The same without a model's own bounds, which a stage does not know: several models may share its weights."""
         return replace(
             self.without_inputs(),
+            pictures_need_mask=False,
             min_side_px=1,
             max_side_px=16384,
             max_pixels=64 * 1024 * 1024,

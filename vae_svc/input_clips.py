@@ -45,9 +45,7 @@ class SharedClips:
         self._share(size)
         if not size.item():
             return None
-        text = (
-            torch.frombuffer(bytearray(head), dtype=torch.uint8) if head else torch.empty(int(size), dtype=torch.uint8)
-        )
+        text = torch.frombuffer(bytearray(head or int(size)), dtype=torch.uint8)
         answer = json.loads(self._share(text).numpy().tobytes())
         if error_fields := answer.get("error"):
             raise ErrorRecord(**error_fields).error()
