@@ -125,7 +125,7 @@ class Limits:
         return replace(
             self.without_inputs(),
             pictures_need_mask=False,
-            min_side_px=1,
+            min_side_px=self.size_multiple_px,
             max_side_px=16384,
             max_pixels=64 * 1024 * 1024,
             max_frames=4096 if self.max_frames > 1 else 1,
