@@ -73,11 +73,6 @@ class _Decode:
     ended: set[str] = field(default_factory=set)
 
     @property
-    def is_clip(self) -> bool:
-        """Whether it is no picture."""
-        return self.jobs[0].params.num_frames > 1
-
-    @property
     def whole(self) -> bool:
         """Whether all frames have been given, so that only its end is missing."""
         return self.first_frame >= self.jobs[0].params.num_frames
@@ -154,7 +149,8 @@ class VaeEngine:
         ready = [decode for decode in self._begun if not decode.waits(full)]
         if (whole := next((decode for decode in ready if decode.whole), None)) is not None:
             return self._step(whole)
-        clip = next((decode for decode in ready if decode.is_clip), None)
+        # A picture is whole after its one chunk.
+        clip = next(iter(ready), None)
         events = None
         if clip is None or not self._clip_is_next:
             events = self._begin(beside_clip=clip is not None)
