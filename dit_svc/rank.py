@@ -19,7 +19,7 @@ from dit_svc.loading import open_engine
 from dit_svc.preview import PreviewFit
 from protos import dit_pb2, types_pb2
 from services.config import StageConfig
-from services.describe import describe, open_model
+from services.describe import describe, limits_of, open_model
 from services.errors import CorruptTensor, InvalidRequest, NotReady
 from services.families import load_family
 from services.parallel.mesh import Mesh
@@ -28,7 +28,7 @@ from services.request import ResolvedParams
 from services.telemetry import make_span
 from services.tensor_wire import frame_of
 from services.tensors import Bundle, BundleReader
-from services.wire import media_to_proto, resolved_from_proto
+from services.wire import checked_from_proto, media_to_proto, parsing
 
 SUBFOLDERS = ("transformer", "transformer_2", "scheduler")
 # Step events of a request are at least this far apart: nobody watches closer, and each one wakes three processes.
@@ -61,6 +61,7 @@ class DitProgram:
 
     def __init__(self, config: StageConfig, mesh: Mesh | None = None) -> None:
         self._config = config
+        self._limits = limits_of(config, open_model(config.model)).of_any_model()
         self._engine, self._features = open_engine(config, mesh)
         self._open: dict[str, Opened] = {}
         self._leaving = False
@@ -85,6 +86,15 @@ class DitProgram:
     def message(self, call: Call, data: bytes) -> None:
         """Start, a frame of conditions or checkpoint, or the wish for a checkpoint."""
         opened = self._open[str(call.id)]
+        with parsing():
+            request = self._read(opened, data)
+        if request.WhichOneof("kind") == "checkpoint":
+            self._engine.request_checkpoint(str(call.id), stop=request.checkpoint.stop)
+        else:
+            self._admit_when_whole(opened)
+
+    def _read(self, opened: Opened, data: bytes) -> dit_pb2.DenoiseRequest:
+        """The message, but for a frame, which goes into its bundle."""
         frame = frame_of(data)
         if frame is not None:
             bundle = opened.reader.feed(frame)
@@ -92,15 +102,12 @@ class DitProgram:
                 if opened.admitted_ns or opened.missing <= 0:
                     raise InvalidRequest("more tensor bundles came than the start message announced")
                 opened.bundles.append(bundle)
-                self._admit_when_whole(opened)
-            return
+            return dit_pb2.DenoiseRequest()
         request = dit_pb2.DenoiseRequest.FromString(data)
         if request.WhichOneof("kind") == "start":
             opened.start = request.start
-            opened.params = resolved_from_proto(request.start.params)
-            self._admit_when_whole(opened)
-        elif request.WhichOneof("kind") == "checkpoint":
-            self._engine.request_checkpoint(str(call.id), stop=request.checkpoint.stop)
+            opened.params = checked_from_proto(request.start.params, self._limits)
+        return request
 
     def _admit_when_whole(self, opened: Opened) -> None:
         if opened.start is None or opened.params is None or opened.missing or opened.admitted_ns:

@@ -18,8 +18,8 @@ from interpolation_svc.ifnet import IFNet
 from interpolation_svc.weights import PACKAGED, load_ifnet
 from services.config import StageConfig
 from services.describe import placement
-from services.device_memory import failure_of
 from services.errors import CorruptTensor, ServiceError, StartupError
+from services.failures import failure_of
 
 PACKAGED_NAME = "packaged"
 WARMUP_PX = 64

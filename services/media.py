@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from services.clip_reader import Frames, decode_clip
+from services.clip_reader import ClipReading, Frames
 from services.errors import InvalidRequest
 from services.picture_parts import check_parts
 from services.request import Limits, Media
@@ -65,7 +65,7 @@ def first_picture(inputs: Sequence[Media]) -> tuple[int, int] | None:
     Raises:
         InvalidRequest: as image_size.
     """
-    clips = [media for media in inputs if media.role == "video" or (media.role == "mask" and _is_clip(media))]
+    clips = clips_of(inputs)
     for media in clips:
         if not _is_clip(media):
             raise InvalidRequest("an input of the role video is no MP4 file: send one", param="inputs")
@@ -128,18 +128,31 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)) if image.mode == "I;16" else image
 
 
-def decode_inputs(inputs: Sequence[Media], max_frames: int = 1, *, alpha: bool = False) -> dict[str, list[Frames]]:
+def clips_of(inputs: Sequence[Media]) -> list[Media]:
+    """Those of the inputs that are read as clips."""
+    return [media for media in inputs if media.role == "video" or (media.role == "mask" and _is_clip(media))]
+
+
+def decode_inputs(
+    inputs: Sequence[Media], max_frames: int = 1, *, alpha: bool = False, clips: Sequence[Frames] | None = None
+) -> dict[str, list[Frames]]:
     """The pixels of all inputs by role, each [F, H, W, 3]; of clips the first `max_frames`.
 
     Pictures have a fourth channel with `alpha`, and as masks.
 
+    Args:
+        clips: those of `clips_of(inputs)`, where they have been read already.
+
     Raises:
-        InvalidRequest: as decode_image and decode_clip.
+        ServiceError: as decode_image and ClipReading.
     """
+    films = clips_of(inputs)
+    if clips is None:
+        clips = ClipReading(films, max_frames).frames() if films else ()
+    read = iter(clips)
     decoded: dict[str, list[Frames]] = {}
     for media in inputs:
-        clip = media.role == "video" or (media.role == "mask" and _is_clip(media))
-        frames = decode_clip(media, max_frames) if clip else decode_image(media, alpha=alpha or media.role == "mask")
+        frames = next(read) if media in films else decode_image(media, alpha=alpha or media.role == "mask")
         decoded.setdefault(media.role, []).append(frames)
     return decoded
 

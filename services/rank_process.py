@@ -40,10 +40,10 @@ from services.channel import (
     error_to_bytes,
 )
 from services.config import StageConfig, parse
-from services.device_memory import failure_of
 from services.errors import ServiceError, StartupError
+from services.failures import failure_of
 from services.lockstep import Lockstep, join_group
-from services.telemetry import internal_error, request_context, setup
+from services.telemetry import request_context, setup
 from services.tensor_wire import WHOLE_BYTES
 from services.tensors import bundle_frames
 
@@ -55,17 +55,6 @@ STATUS_MIN_S = 0.25
 MAX_TICK_FAILURES = 3
 PR_SET_PDEATHSIG = 1
 STARTUP_ERROR_CODE = 2
-
-# What a device says when it, or its driver context, is lost for the whole process.
-_DEVICE_LOST = (
-    "cuda error",
-    "cudnn_status_execution_failed",
-    "cublas_status_execution_failed",
-    "nccl error",
-    "device-side assert",
-    "illegal memory access",
-    "unspecified launch failure",
-)
 
 _log = logging.getLogger(__name__)
 
@@ -327,7 +316,7 @@ class Rank:
         if self._world > 1 and not isinstance(error, ServiceError):
             # The others go on or wait in a collective: only a new group is in step again.
             raise error
-        return as_service_error(error, request_id)
+        return failure_of(error, request_id)
 
     def _report(self, program: RankProgram) -> None:
         now_s = time.monotonic()
@@ -377,16 +366,3 @@ class Rank:
                 self._channel.send(frames)
         except OSError:
             os._exit(1)
-
-
-def as_service_error(error: Exception, request_id: str) -> ServiceError:
-    """What the caller of a call may know of an exception.
-
-    Raises:
-        Exception: the same one, when the device is lost: the process must end.
-    """
-    if isinstance(error, ServiceError | torch.OutOfMemoryError):
-        return failure_of(error)
-    if isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in _DEVICE_LOST):
-        raise error
-    return internal_error(error, request_id)

@@ -1,7 +1,7 @@
 """What a user asks for, and what a model allows: plain data without torch or gRPC.
 
-The gateway resolves a request against a model's limits before it is stored; rank processes check it once
-more before they allocate anything. `services/wire.py` converts to and from the protos.
+The gateway resolves a request against a model's limits before it is stored; rank processes check what follows from
+their weights once more before they allocate anything. `services/wire.py` converts to and from the protos.
 """
 
 from __future__ import annotations
@@ -119,6 +119,21 @@ class Limits:
     def without_inputs(self) -> Limits:
         """The same of a request that brings none: where they come as latents."""
         return replace(self, min_inputs=0, needed_roles=())
+
+    def of_any_model(self) -> Limits:
+        """The same without a model's own bounds, which a stage does not know: several models may share its weights."""
+        return replace(
+            self.without_inputs(),
+            pictures_need_mask=False,
+            min_side_px=self.size_multiple_px,
+            max_side_px=16384,
+            max_pixels=64 * 1024 * 1024,
+            max_frames=4096 if self.max_frames > 1 else 1,
+            min_steps=1,
+            max_steps=1000,
+            max_guidance=1000.0,
+            max_prompt_chars=1024 * 1024,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

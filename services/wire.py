@@ -6,13 +6,16 @@ values are checked against a model's limits in `services/request.py`.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import asdict, fields, replace
 from typing import Any
 
+from google.protobuf.message import DecodeError
+
 from protos import types_pb2, vae_pb2
 from services.errors import ErrorRecord, InvalidRequest, ServiceError
-from services.request import GenerationParams, InterpolationLimits, Limits, Media, ResolvedParams
+from services.request import GenerationParams, InterpolationLimits, Limits, Media, ResolvedParams, check
 
 PROTOCOL_VERSION = 1
 MEDIA_CHUNK_BYTES = 1024 * 1024
@@ -46,6 +49,19 @@ _OPTIONAL = (
 _INTERPOLATION = ("enable_frame_interpolation", "frame_interpolation_exp", "frame_interpolation_scale")
 # An error travels in trailing metadata, of which a peer accepts 8 KiB.
 MAX_ERROR_CHARS = 2000
+
+
+@contextlib.contextmanager
+def parsing() -> Iterator[None]:
+    """Around the reading of a peer's message: bytes that make no sense are the peer's fault.
+
+    Raises:
+        InvalidRequest: the message cannot be parsed, or has values that cannot be read.
+    """
+    try:
+        yield
+    except (DecodeError, KeyError, ValueError, TypeError) as error:
+        raise InvalidRequest(f"a message cannot be read: {type(error).__name__}") from error
 
 
 def params_to_proto(params: GenerationParams | ResolvedParams) -> types_pb2.GenerationParams:
@@ -105,6 +121,17 @@ def resolved_from_proto(proto: types_pb2.GenerationParams) -> ResolvedParams:
             param=missing[0],
         )
     return ResolvedParams(**values)
+
+
+def checked_from_proto(proto: types_pb2.GenerationParams, limits: Limits) -> ResolvedParams:
+    """The message as complete parameters that keep within a stage's limits.
+
+    Raises:
+        InvalidRequest: as resolved_from_proto, or a value is outside the limits.
+    """
+    params = resolved_from_proto(proto)
+    check(params, limits)
+    return params
 
 
 def limits_to_proto(limits: Limits) -> types_pb2.Limits:

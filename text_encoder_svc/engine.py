@@ -12,8 +12,8 @@ import torch
 
 from services.config import StageConfig
 from services.describe import limits_of, open_model, placement
-from services.device_memory import failure_of
 from services.errors import ServiceError
+from services.failures import failure_of
 from services.families import load_family
 from services.family import Tensors, TextInput, TextPart
 from services.media import decode_image

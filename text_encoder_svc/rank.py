@@ -6,11 +6,11 @@ import time
 
 from protos import text_encoder_pb2, types_pb2
 from services.config import StageConfig
-from services.describe import describe, open_model
+from services.describe import describe, limits_of, open_model
 from services.parallel.mesh import Mesh
 from services.rank_process import Call, run
 from services.telemetry import make_span
-from services.wire import resolved_from_proto
+from services.wire import checked_from_proto, parsing
 from text_encoder_svc.engine import Encoded, TextEngine, open_engine
 
 NUMBERS = ("", "_2", "_3", "_4")
@@ -27,6 +27,7 @@ class TextEncoderProgram:
 
     def __init__(self, config: StageConfig, mesh: Mesh | None = None) -> None:
         self._config = config
+        self._limits = limits_of(config, open_model(config.model)).of_any_model()
         self._engine: TextEngine = open_engine(config, mesh)
         self._calls: dict[str, Call] = {}
 
@@ -41,9 +42,10 @@ class TextEncoderProgram:
 
     def message(self, call: Call, data: bytes) -> None:
         """Queues the request."""
-        request = text_encoder_pb2.EncodeRequest.FromString(data)
         key = str(call.id)
-        self._engine.submit(key, resolved_from_proto(request.params))
+        with parsing():
+            params = checked_from_proto(text_encoder_pb2.EncodeRequest.FromString(data).params, self._limits)
+        self._engine.submit(key, params)
         self._calls[key] = call
 
     def half_closed(self, call: Call) -> None:

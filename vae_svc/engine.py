@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,19 +13,20 @@ import torch
 
 from services.config import StageConfig
 from services.describe import limits_of, open_model, placement
-from services.device_memory import failure_of
 from services.errors import InvalidRequest, NonFinite, OutOfMemory, ServiceError
+from services.failures import failure_of
 from services.families import load_family
 from services.family import ChunkWithSound, Frames, Tensors, VaeModel, VaePart
-from services.media import decode_inputs
+from services.media import clips_of, decode_inputs
 from services.parallel.degrees import Degrees, check_patches
-from services.parallel.mesh import Mesh
+from services.parallel.mesh import Axis, Mesh
 from services.parallel.vae_patch import PatchCodec
 from services.parallel.vae_tiles import TileCodec, check_tile
 from services.request import Limits, ResolvedParams
 from services.sound import Sound
 from services.vae_attention import attend_by_products
 from services.vae_on_gpu import compile_decoder, seal, speed_up
+from vae_svc.input_clips import SharedClips
 from vae_svc.latent_rgb_fit import LatentRgbFit, fit_latent_rgb
 
 # The first has no history, the second has none where the frame rate rises, the third and all others have.
@@ -79,9 +80,14 @@ class _Decode:
     busy_s: float = 0.0
     ended: set[str] = field(default_factory=set)
 
+    @property
+    def whole(self) -> bool:
+        """Whether all frames have been given, so that only its end is missing."""
+        return self.first_frame >= self.jobs[0].params.num_frames
+
     def waits(self, full: Collection[str]) -> bool:
         """Whether it has frames to come, and one of its jobs is among those."""
-        if self.first_frame >= self.jobs[0].params.num_frames:
+        if self.whole:
             return False
         return any(job.request_id in full and job.request_id not in self.ended for job in self.jobs)
 
@@ -90,12 +96,13 @@ class VaeEngine:
     """Jobs wait in order; a tick encodes one, or decodes the next chunk of frames of the jobs in work.
 
     Pictures of one shape are decoded together. Clips come alone: together they gain nothing and take each its memory.
-    But while nobody takes the frames of one, others go on, the one that began first before all.
+    But while nobody takes the frames of one, others go on, the one that began first before all. Between two chunks of
+    a clip comes an encode or a picture, if one waits.
     On several ranks, each of which gets the same calls, all chunks and results are equal on all of them.
 
     Args:
         rgb_fit: for previews, None where the VAE makes none possible.
-        single: it is not one rank of several.
+        axis: of the ranks that work together, None for a rank of its own.
     """
 
     def __init__(
@@ -105,21 +112,23 @@ class VaeEngine:
         max_batch: int,
         rgb_fit: LatentRgbFit | None = None,
         *,
-        single: bool = True,
+        axis: Axis | None = None,
     ) -> None:
         self.rgb_fit = rgb_fit
         self._part = part
         self._model = model
         self._max_batch = max_batch
-        self._single = single
+        self._axis = axis
         self._waiting: deque[VaeJob] = deque()
         self._retried: deque[VaeJob] = deque()
         self._begun: list[_Decode] = []
+        self._reading: tuple[VaeJob, SharedClips] | None = None
+        self._clip_is_next = False
 
     @property
     def busy(self) -> bool:
         """Whether there is work."""
-        return bool(self._waiting or self._retried or self._begun)
+        return bool(self._waiting or self._retried or self._begun or self._reading)
 
     def submit(self, job: VaeJob) -> None:
         """Queues a job."""
@@ -127,6 +136,9 @@ class VaeEngine:
 
     def abort(self, request_id: str) -> None:
         """Forgets a job. One that is in work gives no more chunks."""
+        if self._reading is not None and self._reading[0].request_id == request_id:
+            self._reading[1].close()
+            self._reading = None
         self._waiting = deque(job for job in self._waiting if job.request_id != request_id)
         self._retried = deque(job for job in self._retried if job.request_id != request_id)
         for decode in self._begun:
@@ -142,37 +154,87 @@ class VaeEngine:
         Args:
             full: request ids of which nobody takes frames now. They get none.
         """
-        ready = next((decode for decode in self._begun if not decode.waits(full)), None)
-        if ready is None and len(self._begun) < MAX_BEGUN:
-            if not self._retried and self._waiting and self._waiting[0].latents is None:
-                return [self._encode(self._waiting.popleft())]
-            if (ready := self._next_decode()) is not None:
-                self._begun.append(ready)
-        return [] if ready is None else self._step(ready)
+        ready = [decode for decode in self._begun if not decode.waits(full)]
+        if (whole := next((decode for decode in ready if decode.whole), None)) is not None:
+            return self._step(whole)
+        # A picture is whole after its one chunk.
+        clip = next(iter(ready), None)
+        events = None
+        if clip is None or not self._clip_is_next:
+            events = self._begin(beside_clip=clip is not None)
+        self._clip_is_next = clip is not None and events is not None
+        if events is not None:
+            return events
+        return [] if clip is None else self._step(clip)
 
-    def _encode(self, job: VaeJob) -> VaeResult:
+    def _begin(self, *, beside_clip: bool) -> list[VaeChunk | VaeResult] | None:
+        """The next job that is not in work, beside a clip only an encode or a picture; None where there is none."""
+        if self._reading is not None and (events := self._encode_clips(*self._reading)) is not None:
+            return events
+        jobs = self._next_jobs(beside_clip=beside_clip)
+        if not jobs:
+            return None
+        if jobs[0].latents is None:
+            return self._begin_encode(jobs[0])
+        self._begun.append(_Decode(jobs))
+        return self._step(self._begun[-1])
+
+    def _next_jobs(self, *, beside_clip: bool) -> list[VaeJob]:
+        """Taken from those that wait: the first that may begin, or the pictures that are decoded with it."""
+        # Alone, each of those that failed together fails for its own reasons only.
+        if self._retried:
+            return [] if self._begun else [self._retried.popleft()]
+        if len(self._begun) >= MAX_BEGUN:
+            return []
+        may_begin = (job for job in self._waiting if self._may_begin(job, beside_clip=beside_clip))
+        if (first := next(may_begin, None)) is None:
+            return []
+        jobs = [first]
+        if first.latents is not None and first.params.num_frames == 1:
+            jobs = [job for job in self._waiting if _shape(job) == _shape(first)][: self._max_batch]
+        self._waiting = deque(job for job in self._waiting if job not in jobs)
+        return jobs
+
+    def _may_begin(self, job: VaeJob, *, beside_clip: bool) -> bool:
+        if job.latents is None:
+            # Clips of one job at a time are read.
+            return self._reading is None or not clips_of(job.params.inputs)
+        return job.params.num_frames == 1 or not beside_clip
+
+    def _begin_encode(self, job: VaeJob) -> list[VaeChunk | VaeResult]:
+        """Clips are read first, and others go on meanwhile."""
+        if clips := clips_of(job.params.inputs):
+            self._reading = job, SharedClips(clips, job.params.num_frames, self._axis)
+            return []
+        return self._encode(job)
+
+    def _encode_clips(self, job: VaeJob, shared: SharedClips) -> list[VaeChunk | VaeResult] | None:
+        """None while they are being read."""
+        try:
+            clips = shared.look()
+        except ServiceError as error:
+            self._reading = None
+            return [VaeResult(job, 0.0, error=error)]
+        if clips is None:
+            return None
+        self._reading = None
+        return self._encode(job, clips)
+
+    def _encode(self, job: VaeJob, clips: Sequence[Frames] = ()) -> list[VaeChunk | VaeResult]:
         start_s = time.perf_counter()
         try:
             if not job.params.inputs:
                 raise InvalidRequest("there is no input picture to encode", param="inputs")
             alpha = self._part.alpha(self._model)
-            inputs = decode_inputs(job.params.inputs, job.params.num_frames, alpha=alpha)
+            inputs = decode_inputs(job.params.inputs, job.params.num_frames, alpha=alpha, clips=clips)
             tensors = self._part.encode(self._model, inputs, job.params)
-        except (ServiceError, torch.OutOfMemoryError) as error:
-            return VaeResult(job, time.perf_counter() - start_s, error=self._failure(error))
-        return VaeResult(job, time.perf_counter() - start_s, tensors=tensors)
-
-    def _next_decode(self) -> _Decode | None:
-        # Alone, each of those that failed together fails for its own reasons only.
-        if self._retried:
-            return None if self._begun else _Decode([self._retried.popleft()])
-        if not self._waiting:
-            return None
-        first = self._waiting[0]
-        at_once = self._max_batch if first.params.num_frames == 1 else 1
-        jobs = [job for job in self._waiting if _shape(job) == _shape(first)][:at_once]
-        self._waiting = deque(job for job in self._waiting if job not in jobs)
-        return _Decode(jobs)
+        except Exception as error:  # noqa: BLE001 - one job fails, the others go on
+            failure = self._failure(error)
+            if self._begun and isinstance(failure, OutOfMemory):
+                self._retried.append(job)
+                return []
+            return [VaeResult(job, time.perf_counter() - start_s, error=failure)]
+        return [VaeResult(job, time.perf_counter() - start_s, tensors=tensors)]
 
     def _step(self, running: _Decode) -> list[VaeChunk | VaeResult]:
         start_s = time.perf_counter()
@@ -183,7 +245,7 @@ class VaeEngine:
                 running.chunks = self._part.decode(self._model, rows, running.jobs[0].params)
             chunk = next(running.chunks, None)
             made = [] if chunk is None else _on_host(chunk)
-        except (ServiceError, torch.OutOfMemoryError) as error:
+        except Exception as error:  # noqa: BLE001 - as of an encode
             failure = self._failure(error)
         running.busy_s += time.perf_counter() - start_s
         # Outside of the handler, where the exception holds none of the memory that was too little.
@@ -215,9 +277,9 @@ class VaeEngine:
         self._retried.extend(left)
         return []
 
-    def _failure(self, error: ServiceError | torch.OutOfMemoryError) -> ServiceError:
+    def _failure(self, error: Exception) -> ServiceError:
         # On one rank of several, the others are past this point: the group ends and starts anew.
-        if not (self._single or isinstance(error, ServiceError)):
+        if not (self._axis is None or isinstance(error, ServiceError)):
             raise error
         return failure_of(error)
 
@@ -272,7 +334,8 @@ def open_engine(config: StageConfig, mesh: Mesh | None = None) -> VaeEngine:
         warm_up(part, model, limits_of(config, source))
     if config.engine.vae_compile:
         seal()
-    return VaeEngine(part, model, config.engine.max_batch, fit_latent_rgb(part, model), single=mesh is None)
+    axis = None if mesh is None else mesh["patch"]
+    return VaeEngine(part, model, config.engine.max_batch, fit_latent_rgb(part, model), axis=axis)
 
 
 def warm_up(part: VaePart, model: VaeModel, limits: Limits) -> None:

@@ -8,7 +8,7 @@ from protos import text_encoder_pb2, types_pb2, vae_pb2
 from services.clip_bundles import messages_of
 from services.clip_writer import ClipWriter
 from services.config import StageConfig
-from services.describe import describe, open_model
+from services.describe import describe, limits_of, open_model
 from services.errors import CorruptTensor
 from services.media_answer import MediaAnswer
 from services.parallel.mesh import Mesh
@@ -17,7 +17,7 @@ from services.request import ResolvedParams
 from services.telemetry import internal_error, make_span
 from services.tensor_wire import frame_of
 from services.tensors import BundleReader
-from services.wire import resolved_from_proto
+from services.wire import checked_from_proto, parsing
 from vae_svc.engine import VaeChunk, VaeJob, VaeResult, open_engine
 
 SUBFOLDERS = ("vae",)
@@ -46,6 +46,7 @@ class VaeProgram:
 
     def __init__(self, config: StageConfig, mesh: Mesh | None = None) -> None:
         self._config = config
+        self._limits = limits_of(config, open_model(config.model)).of_any_model()
         self._engine = open_engine(config, mesh)
         # Rank 0 answers for the group, so it alone encodes media.
         self._speaks = mesh is None or not mesh.rank
@@ -67,21 +68,26 @@ class VaeProgram:
     def message(self, call: Call, data: bytes) -> None:
         """Parameters, or a frame of the latents."""
         opened = self._open[str(call.id)]
-        if call.method == "Encode":
-            params = resolved_from_proto(text_encoder_pb2.EncodeRequest.FromString(data).params)
-            self._queue(opened, VaeJob(str(call.id), params))
-            return
+        with parsing():
+            job = self._job_of(opened, data)
+        if job is not None:
+            opened.queued_ns = time.time_ns()
+            self._engine.submit(job)
+
+    def _job_of(self, opened: Opened, data: bytes) -> VaeJob | None:
+        """The call's, once its last message has come."""
+        key = str(opened.call.id)
+        if opened.call.method == "Encode":
+            asked = text_encoder_pb2.EncodeRequest.FromString(data)
+            return VaeJob(key, checked_from_proto(asked.params, self._limits))
         frame = frame_of(data)
         if frame is None:
             start = vae_pb2.DecodeRequest.FromString(data).start
-            opened.params = resolved_from_proto(start.params)
+            opened.params = checked_from_proto(start.params, self._limits)
             opened.frames_only = start.frames_only
         elif (bundle := opened.reader.feed(frame)) is not None and opened.params is not None:
-            self._queue(opened, VaeJob(str(call.id), opened.params, bundle.tensors))
-
-    def _queue(self, opened: Opened, job: VaeJob) -> None:
-        opened.queued_ns = time.time_ns()
-        self._engine.submit(job)
+            return VaeJob(key, opened.params, bundle.tensors)
+        return None
 
     def half_closed(self, call: Call) -> None:
         """A decode must have its latents by now."""

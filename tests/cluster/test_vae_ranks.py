@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,10 +14,11 @@ import psutil
 import pytest
 import torch
 
-from protos import types_pb2, vae_pb2, vae_pb2_grpc
+from protos import text_encoder_pb2, types_pb2, vae_pb2, vae_pb2_grpc
+from services.clip_writer import encode_frames
 from services.families import load_family
 from services.rank_group import STALL_LIMIT_S
-from services.request import GenerationParams, ResolvedParams, resolve
+from services.request import GenerationParams, Media, ResolvedParams, resolve
 from services.tensor_wire import frame_of
 from services.tensors import BundleReader, bundle_frames
 from services.weights import open_source
@@ -33,13 +35,13 @@ LATENTS = {"latents": torch.randn(1, 16, 4, 11, 8, generator=torch.Generator().m
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
-    FAMILY.tiny(folder, "t2v", 0)
+    FAMILY.tiny(folder, "vace", 0)
     return folder
 
 
 def params(**changes: object) -> ResolvedParams:
     wish = GenerationParams(model="fake", prompt="a", width=64, height=96, num_frames=13, steps=2)
-    return replace(resolve(wish, FAMILY.variants["t2v"].limits, seed=0), **{"height": 88, **changes})
+    return replace(resolve(wish, FAMILY.variants["vace"].limits, seed=0), **{"height": 88, **changes})
 
 
 def frames_alone(folder: Path) -> np.ndarray:
@@ -116,6 +118,8 @@ async def test_a_clip_whose_frames_nobody_takes_holds_up_no_other(tiny, tmp_path
 
 async def test_a_chunk_larger_than_all_queues_holds_up_no_other(tiny, tmp_path):
     options = {"module": "tests.cluster.fake_vae_stage", "serves": "Vae", "settings": {"model.source": str(tiny)}}
+    # Its chunks of frames are no Wan VAE's.
+    options["settings"] |= {"limits.frame_multiple": 1, "limits.size_multiple_px": 8}
     # 37 MiB in one chunk, more than a front keeps of a call.
     wish = params(width=1792, height=1792, num_frames=4, output_format="raw")
     latents = {"latents": torch.zeros(1, 3)}
@@ -139,6 +143,55 @@ async def chunks_of(call, *read: vae_pb2.DecodeResponse) -> list[np.ndarray]:
     return chunks
 
 
+async def what_makes_no_sense_is_refused(running: StageProcess) -> None:
+    """On all ranks alike: no group ends of it."""
+    wishes = {"num_frames": 0, "fps": math.nan, "quality": 1000, "output_format": "wav", "width": 0}
+    for name, value in wishes.items():
+        await refused(running, params(**{name: value}))
+    await refused(running, params(fps=0.001, output_format="gif"))
+    await refused(running, params(), b"\xff\xff\xff garbage")
+    assert await running.figure("lightloom_rank_restarts_total") == 0
+
+
+async def refused(running: StageProcess, wish: ResolvedParams, *behind: bytes) -> None:
+    context = types_pb2.RequestContext(request_id="refused", fence=1)
+    start = vae_pb2.DecodeRequest(start=vae_pb2.DecodeStart(context=context, params=params_to_proto(wish)))
+    call = running.channel.stream_stream("/lightloom.v1.Vae/Decode")(
+        iter([start.SerializeToString(), *behind]), timeout=60
+    )
+    with pytest.raises(grpc.RpcError) as caught:
+        async for _ in call:
+            """It may have begun."""
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT, caught.value.details()
+
+
+async def a_reader_that_is_killed_fails_its_encode_on_all_ranks(running: StageProcess) -> None:
+    """Rank 0 alone reads clips, and others hear from it what became of them."""
+    encoding = asyncio.create_task(encode(running, "killed"))
+    first, second = ranks_of(running)
+    async with asyncio.timeout(20):
+        while not (readers := first.children()):
+            assert not encoding.done()
+            await asyncio.sleep(0.005)
+    assert second.children() == []
+    for reader in readers:
+        reader.kill()
+    with pytest.raises(grpc.RpcError, match="the process that read an input clip was killed") as caught:
+        async with asyncio.timeout(10):
+            await encoding
+    assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+    assert len(await chunks_of(decode(running, "next"))) == 4
+    assert await encode(running, "read")
+
+
+async def encode(running: StageProcess, name: str) -> list[text_encoder_pb2.EncodeResponse]:
+    """Of a clip that steers another one."""
+    clip = Media(*encode_frames(np.zeros((13, 88, 64, 3), np.uint8), "mp4", 90, 16.0), "video")
+    context = types_pb2.RequestContext(request_id=name, fence=1)
+    request = text_encoder_pb2.EncodeRequest(context=context, params=params_to_proto(params(inputs=(clip,))))
+    return [response async for response in vae_pb2_grpc.VaeStub(running.channel).Encode(request, timeout=60)]
+
+
 async def test_two_ranks_give_the_frames_of_one_chunk_by_chunk(group, tiny):
     mode, running = group
     assert len(ranks_of(running)) == 2
@@ -152,6 +205,9 @@ async def test_two_ranks_give_the_frames_of_one_chunk_by_chunk(group, tiny):
     assert [response.frames for response in media[:4]] == [1, 5, 9, 13]
     header, data = media[4].media, b"".join(response.chunk.data for response in media)
     assert (header.mime, header.num_frames, header.nbytes) == ("video/mp4", 13, len(data))
+
+    await what_makes_no_sense_is_refused(running)
+    await a_reader_that_is_killed_fails_its_encode_on_all_ranks(running)
 
     # A client that leaves in the middle of its clip leaves nothing behind.
     left = decode(running, "left")

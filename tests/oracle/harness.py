@@ -6,6 +6,7 @@ for every model: conditions come from the services' own text and VAE engines, la
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -90,7 +91,10 @@ class Subject:
         errors = [encoded.error]
         if params.inputs:
             self.vae.submit(VaeJob(name, params))
-            [pictures] = self.vae.tick()
+            # Input clips are read beside its ticks.
+            while not (results := self.vae.tick()):
+                time.sleep(0.005)
+            [pictures] = results
             conditions |= pictures.tensors
             errors.append(pictures.error)
         for error in filter(None, errors):

@@ -5,20 +5,31 @@ from __future__ import annotations
 import io
 import random
 import resource
+import signal
+import struct
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import av
 import numpy as np
+import psutil
 import pytest
 
 from services import clip_reader
-from services.clip_reader import decode_clip, read_frames
+from services.clip_reader import ClipReading, Frames, read_frames
 from services.clip_writer import encode_frames
-from services.errors import InvalidRequest
+from services.errors import DeviceLost, InvalidRequest
 from services.media import decode_inputs, first_picture
 from services.request import Media
 from tests.oracle.wan import clip, picture
 from tests.unit.mp4_boxes import clip_of_claims
+
+
+def decode_clip(media: Media, max_frames: int) -> Frames:
+    [frames] = ClipReading([media], max_frames).frames()
+    return frames
 
 
 def coded(codec: str, container: str = "mp4", sizes: tuple[tuple[int, int], ...] = ((64, 48),) * 5) -> bytes:
@@ -27,8 +38,9 @@ def coded(codec: str, container: str = "mp4", sizes: tuple[tuple[int, int], ...]
     with av.open(file, "w", format=container) as out:
         stream = out.add_stream(codec, rate=8)
         stream.width, stream.height = sizes[0]
+        stream.options = {"g": str(len(sizes)), "sc_threshold": "0"}
         for index, (width, height) in enumerate(sizes):
-            pixels = np.full((height, width, 3), 40 * index, np.uint8)
+            pixels = np.full((height, width, 3), 40 * index % 256, np.uint8)
             out.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
         out.mux(stream.encode())
     return file.getvalue()
@@ -113,10 +125,77 @@ def test_a_clip_of_claims_takes_no_memory_of_this_process(samples, edits):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before_kib < 64 * 1024
 
 
-def test_a_reader_that_dies_refuses_the_clip(monkeypatch):
-    monkeypatch.setattr(clip_reader.sys, "executable", "/bin/false")
-    with pytest.raises(InvalidRequest, match="within 2048 MiB of memory and 60 s"):
+def with_unseen(frames: int) -> bytes:
+    """A clip whose edit list begins with the last but one of so many frames, and only the first is a key frame."""
+    grey = coded("libx264", sizes=((64, 48),) * frames)
+    clip_bytes = bytearray(grey)
+    edit, media = clip_bytes.index(b"elst") + 12, clip_bytes.index(b"mdhd") + 16
+    length = struct.unpack_from(">I", clip_bytes, media + 4)[0]
+    struct.pack_into(">III", clip_bytes, edit, 200, length // frames * (frames - 2), 0x10000)
+    return bytes(clip_bytes)
+
+
+def test_frames_that_are_decoded_and_not_shown_are_counted():
+    """An edit list may begin behind any number of them, each a few bytes and some milliseconds."""
+    assert len(decode_clip(Media("", with_unseen(300), "video"), 5)) == 2
+    with pytest.raises(InvalidRequest, match="more than 500 frames that are not shown"):
+        decode_clip(Media("", with_unseen(520), "video"), 5)
+
+
+@pytest.mark.parametrize(
+    ("end", "error", "says"),
+    [
+        ("exit 1", InvalidRequest, "within 2048 MiB of memory and 10 s"),
+        ("kill -XCPU $$", InvalidRequest, "within 2048 MiB of memory and 10 s"),
+        ("kill -KILL $$", DeviceLost, "was killed"),
+        ("exec sleep 30", DeviceLost, "was killed"),
+    ],
+)
+def test_only_a_reader_that_is_killed_is_not_the_clips_fault(monkeypatch, tmp_path, end, error, says):
+    reader = tmp_path / "reader"
+    reader.write_text(f"#!/bin/sh\nexec 0<&-\n{end}\n")
+    reader.chmod(0o700)
+    monkeypatch.setattr(clip_reader.sys, "executable", str(reader))
+    monkeypatch.setattr(clip_reader, "MAX_WALL_S", 2.0)
+    with pytest.raises(error, match=says):
         decode_clip(clip(64, 48, 5, 1), 5)
+
+
+def test_two_clips_are_read_one_after_the_other_and_the_second_may_be_refused():
+    one, two = clip(64, 48, 5, 1), clip(32, 16, 3, 2)
+    assert [frames.shape for frames in ClipReading([one, two], 4).frames()] == [(4, 48, 64, 3), (3, 16, 32, 3)]
+    with pytest.raises(InvalidRequest, match="coded as mpeg2video"):
+        ClipReading([one, Media("", coded("mpeg2video"), "mask")], 4).frames()
+
+
+STARTS_A_READER = """
+import signal, subprocess, sys
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+print(subprocess.Popen([sys.executable, "-m", "services.clip_reader", "5", "1000"]).pid, flush=True)
+signal.pause()
+"""
+
+
+def test_a_reader_ends_with_its_rank_and_heeds_signals():
+    """It waits for bytes that never come, from a pipe that is held here."""
+    rank = subprocess.Popen(
+        [sys.executable, "-c", STARTS_A_READER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    with rank:
+        reader = psutil.Process(int(rank.stdout.readline()))
+        begun_s = time.monotonic()
+        while ignores_sigterm(reader.pid):
+            assert time.monotonic() - begun_s < 30
+            time.sleep(0.02)
+        rank.kill()
+        gone, _ = psutil.wait_procs([reader], 5)
+        assert gone
+
+
+def ignores_sigterm(pid: int) -> bool:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    ignored = next(int(line.split()[1], 16) for line in lines if line.startswith("SigIgn"))
+    return bool(ignored >> (signal.SIGTERM - 1) & 1)
 
 
 def test_damage_is_refused_or_harmless():

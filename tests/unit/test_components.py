@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from dit_svc.rank import DitProgram
+from protos import dit_pb2, text_encoder_pb2, vae_pb2
+from services.channel import FrameQueue, OpenCall
 from services.config import EngineSection, ModelSection, ServiceSection, StageConfig
-from services.errors import StartupError
+from services.errors import InvalidRequest, StartupError
 from services.families import load_family
+from services.rank_process import Call
+from services.request import GenerationParams, Media, resolve
+from services.wire import params_to_proto
 from text_encoder_svc.rank import TextEncoderProgram
 from vae_svc.rank import VaeProgram
 
@@ -49,6 +56,47 @@ def test_a_service_needs_no_folder_but_its_own(kind, whole, tmp_path):
         (tmp_path / "vae").mkdir()
         shutil.copy(whole / "vae/config.json", tmp_path / "vae")
     assert program(kind, tmp_path).describe() == program(kind, whole).describe()
+
+
+def first_message(kind, **changes: object) -> tuple[str, bytes]:
+    """A method and the start of a call of it."""
+    clip = Media("image/png", b"", "image")
+    wish = GenerationParams(model="m", prompt="a", width=64, height=64, steps=4, inputs=(clip,))
+    params = replace(resolve(wish, load_family("qwen_image").variants["edit"].limits, seed=0), **changes)
+    asked = params_to_proto(replace(params, inputs=()))
+    if kind is TextEncoderProgram:
+        return "Encode", text_encoder_pb2.EncodeRequest(params=asked).SerializeToString()
+    if kind is DitProgram:
+        return "Denoise", dit_pb2.DenoiseRequest(
+            start=dit_pb2.DenoiseStart(params=asked, num_bundles=1)
+        ).SerializeToString()
+    return "Decode", vae_pb2.DecodeRequest(start=vae_pb2.DecodeStart(params=asked)).SerializeToString()
+
+
+@pytest.mark.parametrize("kind", PROGRAMS, ids=lambda kind: kind.__name__)
+def test_a_rank_refuses_what_no_model_with_its_weights_could_do(kind, whole):
+    """Whoever called it: a gateway has checked what it sends."""
+    served = program(kind, whole)
+
+    def begin(**changes: object) -> None:
+        method, message = first_message(kind, **changes)
+        send(method, message)
+
+    def send(method: str, message: bytes) -> None:
+        call = Call(1, OpenCall(method, "r", "", 0.0), FrameQueue(1 << 20))
+        served.opened(call)
+        served.message(call, message)
+
+    with pytest.raises(InvalidRequest, match="cannot be read: DecodeError"):
+        send(first_message(kind)[0], b"\xff\xff\xff garbage")
+
+    # Another model with these weights may allow that.
+    begin(steps=500, guidance=100.0, width=8192)
+    wrong = {"num_frames": 5, "width": 0, "height": 72, "fps": math.nan, "guidance": math.inf, "output_format": "wav"}
+    for name, value in [*wrong.items(), ("num_frames", 0), ("quality", 1000)]:
+        with pytest.raises(InvalidRequest, match=name) as caught:
+            begin(**{name: value})
+        assert caught.value.param == name
 
 
 @pytest.mark.parametrize("kind", PROGRAMS, ids=lambda kind: kind.__name__)

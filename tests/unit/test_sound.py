@@ -233,7 +233,7 @@ def decoded(
 ) -> list[bytes]:
     """What the rank of a VAE of such models answers."""
     monkeypatch.setattr(rank, "open_model", lambda _: None)
-    monkeypatch.setattr(rank, "limits_of", lambda *_: limits, raising=False)
+    monkeypatch.setattr(rank, "limits_of", lambda *_: limits)
     monkeypatch.setattr(rank, "open_engine", lambda *_: VaeEngine(SoundingVae().part(), None, 1))
     program, outbox = rank.VaeProgram(CONFIG, mesh), FrameQueue(1 << 26)
     call = Call(1, OpenCall("Decode", "request", "", 0.0), outbox)

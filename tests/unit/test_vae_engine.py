@@ -11,9 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
-from services.errors import InvalidRequest, NonFinite, OutOfMemory, ServiceError
+from services.errors import DeviceLost, Internal, InvalidRequest, NonFinite, OutOfMemory, ServiceError
 from services.family import Inputs, Tensors, VaePart, VaePlan
 from services.request import GenerationParams, Limits, Media, ResolvedParams, resolve
+from vae_svc import input_clips
 from vae_svc.engine import MAX_BEGUN, VaeChunk, VaeEngine, VaeJob, VaeResult, to_pixels
 from vae_svc.latent_rgb_fit import fit_latent_rgb, synthetic_pictures
 
@@ -38,6 +39,10 @@ class FakeVae:
             raise torch.OutOfMemoryError("too large")
         if bool((colours == 9).any()):
             raise InvalidRequest("9 cannot be decoded")
+        if bool((colours == 11).any()):
+            raise KeyError("a bug")
+        if bool((colours == 13).any()):
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
         return colours[:, None, :, None, None].expand(-1, frames, 3, params.height, params.width)
 
     def encode(self, _model: object, inputs: Inputs, _params: ResolvedParams) -> Tensors:
@@ -61,6 +66,12 @@ def fake() -> FakeVae:
 
 def job(name: str, *colour: float, **changes: int) -> VaeJob:
     return VaeJob(name, replace(PARAMS, **changes), {"latents": torch.tensor([colour])})
+
+
+def picture_of(*colour: int) -> Media:
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8), colour).save(file, "PNG")
+    return Media("image/png", file.getvalue())
 
 
 def run(engine: VaeEngine) -> dict[str, ServiceError | tuple[int, ...]]:
@@ -89,6 +100,7 @@ def test_jobs_of_one_shape_share_a_batch(fake):
 def test_one_bad_job_fails_alone(fake):
     engine = VaeEngine(fake.part(), None, 8)
     colours = {"good": (1.0,) * 3, "large": (7.0,) * 3, "wrong": (9.0,) * 3, "black": (float("nan"),) * 3}
+    colours["bug"] = (11.0,) * 3
     for name, colour in colours.items():
         engine.submit(job(name, *colour))
     seen = run(engine)
@@ -96,6 +108,19 @@ def test_one_bad_job_fails_alone(fake):
     assert isinstance(seen["large"], OutOfMemory)
     assert isinstance(seen["wrong"], InvalidRequest)
     assert isinstance(seen["black"], NonFinite)
+    assert isinstance(seen["bug"], Internal)
+
+
+def test_a_bug_in_an_encode_fails_it_alone_and_a_lost_device_ends_the_process(fake):
+    engine = VaeEngine(fake.part(encode=lambda *_: {}["a bug"]), None, 8)
+    engine.submit(VaeJob("bug", replace(PARAMS, inputs=(picture_of(10, 20, 30),))))
+    engine.submit(job("good", 1.0, 1.0, 1.0))
+    [failed] = engine.tick()
+    assert isinstance(failed.error, Internal)
+    assert run(engine) == {"good": (255, 255, 255)}
+    engine.submit(job("lost", 13.0, 13.0, 13.0))
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        engine.tick()
 
 
 def test_jobs_that_wait_can_be_aborted(fake):
@@ -137,9 +162,46 @@ def test_while_nobody_takes_a_clips_frames_others_go_on(fake):
     assert isinstance(others[-1], VaeResult)
     assert engine.tick({"stuck"}) == [] and engine.busy
     engine.submit(job("later", 0.0, 0.0, 0.0))
-    rest = [event for _ in range(3) for event in engine.tick()]
-    assert [getattr(event, "first_frame", "end") for event in rest] == [4, 8, "end"]
-    assert {event.job.request_id for event in rest} == {"stuck"}, "what began first goes on first"
+    rest = [event for _ in range(5) for event in engine.tick()]
+    assert order_of(rest) == ["later 0", "later end", "stuck 4", "stuck 8", "stuck end"]
+
+
+def order_of(events: list[VaeChunk | VaeResult]) -> list[str]:
+    return [f"{event.job.request_id} {getattr(event, 'first_frame', 'end')}" for event in events]
+
+
+def test_an_encode_or_a_picture_comes_between_two_chunks_of_a_clip(fake):
+    engine = VaeEngine(fake.part(), None, 2)
+    for name in ("clip", "next clip"):
+        engine.submit(job(name, 0.0, 0.0, 0.0, num_frames=9))
+    seen = engine.tick()
+    for name in ("a", "b", "c"):
+        engine.submit(job(name, 0.0, 0.0, 0.0))
+    engine.submit(VaeJob("encode", replace(PARAMS, inputs=(picture_of(1, 2, 3),))))
+    while engine.busy:
+        seen += engine.tick()
+    assert order_of(seen) == [
+        *("clip 0", "a 0", "b 0", "a end", "b end", "clip 4", "c 0", "c end", "clip 8", "clip end"),
+        *("next clip 0", "encode end", "next clip 4", "next clip 8", "next clip end"),
+    ]
+
+
+def test_an_encode_without_memory_beside_a_clip_is_tried_again_alone(fake):
+    tries: list[bool] = []
+
+    def encode(*_: object) -> Tensors:
+        tries.append(bool(engine._begun))
+        if engine._begun:
+            raise torch.OutOfMemoryError("too large")
+        return {"image/0": torch.zeros(3)}
+
+    engine = VaeEngine(fake.part(encode=encode), None, 1)
+    engine.submit(job("clip", 0.0, 0.0, 0.0, num_frames=9))
+    engine.tick()
+    engine.submit(VaeJob("encode", replace(PARAMS, inputs=(picture_of(1, 2, 3),))))
+    seen = [event for _ in range(6) for event in engine.tick()]
+    assert order_of(seen) == ["clip 4", "clip 8", "clip end", "encode end"]
+    assert (tries, seen[-1].error) == ([True, False], None)
 
 
 def test_no_more_clips_than_there_is_memory_for_wait_half_decoded(fake):
@@ -177,10 +239,9 @@ def test_one_of_a_batch_can_be_aborted_while_it_is_in_work(fake):
 
 
 def test_pictures_are_encoded_or_refused(fake):
-    file = io.BytesIO()
-    Image.new("RGB", (8, 8), (10, 20, 30)).save(file, "PNG")
     engine = VaeEngine(fake.part(), None, 8)
-    whole, cut = Media("image/png", file.getvalue()), Media("image/png", file.getvalue()[:45])
+    whole = picture_of(10, 20, 30)
+    cut = Media("image/png", whole.data[:45])
     for name, inputs in (("whole", (whole,)), ("cut", (cut,)), ("none", ())):
         engine.submit(VaeJob(name, replace(PARAMS, inputs=inputs)))
     results = {result.job.request_id: result for _ in range(3) for result in engine.tick()}
@@ -188,6 +249,62 @@ def test_pictures_are_encoded_or_refused(fake):
     for name in ("cut", "none"):
         assert isinstance(results[name].error, InvalidRequest)
         assert results[name].error.param == "inputs"
+
+
+class Reading:
+    """Of clips, which goes on until it is told how it ended."""
+
+    def __init__(self, *_: object) -> None:
+        self.outcome: list[np.ndarray] | ServiceError | None = None
+        self.closed = False
+
+    def is_done(self) -> bool:
+        return self.outcome is not None
+
+    def frames(self) -> list[np.ndarray]:
+        if isinstance(self.outcome, ServiceError):
+            raise self.outcome
+        return self.outcome
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@pytest.fixture
+def readings(monkeypatch: pytest.MonkeyPatch) -> list[Reading]:
+    begun: list[Reading] = []
+
+    def begin(*_: object) -> Reading:
+        begun.append(Reading())
+        return begun[-1]
+
+    monkeypatch.setattr(input_clips, "ClipReading", begin)
+    return begun
+
+
+def test_others_go_on_while_an_input_clip_is_read(fake, readings):
+    part = fake.part(encode=lambda _model, inputs, _params: {"seen": torch.tensor(inputs["video"][0])})
+    engine = VaeEngine(part, None, 1)
+    clip = replace(PARAMS, inputs=(Media("video/mp4", b"", "video"),))
+    for name in ("killed", "read", "left"):
+        engine.submit(VaeJob(name, clip))
+    engine.submit(job("picture", 1.0, 1.0, 1.0))
+    engine.tick()
+    assert [event.job.request_id for _ in range(3) for event in engine.tick()] == ["picture", "picture"]
+    [killed] = readings
+    killed.outcome = DeviceLost("killed")
+    [failed] = engine.tick()
+    assert (failed.job.request_id, type(failed.error)) == ("killed", DeviceLost)
+    assert engine.tick() == [] and len(readings) == 2, "one is read at a time"
+    engine.abort("left")
+    readings[1].outcome = [np.full((1, 2, 2, 3), 7, np.uint8)]
+    [read] = engine.tick()
+    assert (read.job.request_id, read.tensors["seen"].unique().tolist()) == ("read", [7])
+    assert not engine.busy
+    engine.submit(VaeJob("aborted", clip))
+    engine.tick()
+    engine.abort("aborted")
+    assert readings[2].closed and not engine.busy
 
 
 def test_pixels_are_rounded_and_clipped():

@@ -17,10 +17,10 @@ from services import clip_writer
 from services.channel import CALL_ROOM_BYTES, Frame, FrameQueue, Kind, OpenCall
 from services.config import ModelSection, ServiceSection, StageConfig
 from services.rank_process import Call
-from services.request import ResolvedParams
+from services.request import Limits, ResolvedParams
 from services.tensor_wire import frame_of
 from services.tensors import BundleReader, bundle_frames
-from services.wire import params_to_proto
+from services.wire import params_to_proto, resolved_from_proto
 from tests.unit.test_vae_engine import CHUNK, PARAMS, FakeVae
 from vae_svc import rank
 from vae_svc.engine import VaeEngine
@@ -62,6 +62,14 @@ class Writer:
 
     def close(self) -> None:
         """Nothing runs here."""
+
+
+@pytest.fixture(autouse=True)
+def any_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no folder of weights, and pictures and clips come of one VAE."""
+    monkeypatch.setattr(rank, "open_model", lambda _: None)
+    monkeypatch.setattr(rank, "limits_of", lambda *_: Limits())
+    monkeypatch.setattr(rank, "checked_from_proto", lambda proto, _: resolved_from_proto(proto))
 
 
 @pytest.fixture
