@@ -33,7 +33,7 @@ from services.family import Tensors
 from services.request import GenerationParams, Media, ResolvedParams, resolve
 from text_encoder_svc.engine import open_engine as open_text
 from vae_svc.engine import VaeChunk, VaeEngine, VaeJob, VaeResult
-from vae_svc.engine import open_engine as open_vae
+from vae_svc.loading import open_engine as open_vae
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,7 @@ from services.describe import limits_of, open_model
 from services.request import GenerationParams, ResolvedParams, resolve
 from text_encoder_svc.engine import open_engine as open_text
 from vae_svc.engine import VaeChunk, VaeJob
-from vae_svc.engine import open_engine as open_vae
+from vae_svc.loading import open_engine as open_vae
 
 
 class Engines:

@@ -22,7 +22,7 @@ from services.errors import StartupError
 from services.parallel.degrees import Degrees
 
 # Where `check_layout` of a stage is.
-CHECKS = {"dit": "dit_svc.loading", "text_encoder": "text_encoder_svc.engine", "vae": "vae_svc.engine"}
+CHECKS = {"dit": "dit_svc.loading", "text_encoder": "text_encoder_svc.engine", "vae": "vae_svc.loading"}
 
 
 # A model, a stage or `dit.EXPERT` of it, and the config of its replicas.

@@ -28,7 +28,7 @@ from services.media import check_mask, first_picture
 from services.request import MAX_SEED, ResolvedParams, open_params, resolve
 from text_encoder_svc.engine import open_engine as open_text
 from vae_svc.engine import VaeChunk, VaeJob, VaeResult
-from vae_svc.engine import open_engine as open_vae
+from vae_svc.loading import open_engine as open_vae
 
 
 class Local:

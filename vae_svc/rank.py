@@ -18,7 +18,8 @@ from services.telemetry import internal_error, make_span
 from services.tensor_wire import frame_of
 from services.tensors import BundleReader
 from services.wire import checked_from_proto, parsing
-from vae_svc.engine import VaeChunk, VaeJob, VaeResult, open_engine
+from vae_svc.engine import VaeChunk, VaeJob, VaeResult
+from vae_svc.loading import open_engine
 
 SUBFOLDERS = ("vae",)
 MAX_LATENT_BYTES = 1024**3

@@ -16,7 +16,7 @@ from services.parallel.vae_tiles import TileCodec, check_tile
 from services.weights import open_source
 from tests.parallel.jobs import VaeReport, config_of, shared
 from tests.parallel.vaes import KINDS, latents_of, library_vae, pixels_of, vae_model
-from vae_svc.engine import open_engine
+from vae_svc.loading import open_engine
 
 META = torch.device("meta")
 # Height and width in latents: rows that 2 and 4 do not divide, columns longer than rows, fewer latents than 4 ranks.
