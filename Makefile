@@ -14,12 +14,12 @@ CLIP ?= a large green star moves quickly to the right and then turns down on a w
 demo: .venv/runtime
 	@$(BIN)/python -m demo "$(PROMPT)" "$(CLIP)"
 
-# Unit tests keep to their own process and run on all cores; clusters have the machine to themselves.
+# Unit tests keep to their own process and run two at a time; clusters have the machine to themselves.
 test: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" -n auto --dist loadfile tests/unit
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" -n 2 --dist loadfile tests/unit
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" --ignore tests/unit tests
 
 lint: .venv/dev

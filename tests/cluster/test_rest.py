@@ -44,8 +44,8 @@ def test_answers_on_one_connection_do_not_wait_for_the_clients_acknowledgements(
         started_s = time.monotonic()
         assert running.rest.get("/v1/models").status_code == 200
         seconds.append(time.monotonic() - started_s)
-    # Linux puts an acknowledgement off for 40 ms, once a connection has seen some answers.
-    assert statistics.median(seconds[10:]) < 0.038
+    # Linux puts an acknowledgement off for 40 ms, once a connection has seen some answers: then every answer is late.
+    assert statistics.quantiles(seconds[10:])[0] < 0.03
 
 
 def test_the_page_of_the_api_has_every_call_with_its_fields_and_needs_nothing_from_elsewhere(running):

@@ -35,8 +35,8 @@ def two(monkeypatch):
 def test_a_rank_that_is_lost_costs_one_call_and_all_start_anew(two, name, monkeypatch) -> None:
     before = two.run("work", 2)
     with monkeypatch.context() as patch:
-        patch.setattr(pool_module, "TIMEOUT_S", 1.0)
-        with pytest.raises(AssertionError, match=f"rank 1:\nit died, or did not answer {name} within 1 s") as failed:
+        patch.setattr(pool_module, "TIMEOUT_S", 4.0)
+        with pytest.raises(AssertionError, match=f"rank 1:\nit died, or did not answer {name} within 4 s") as failed:
             two.run(name, 2)
     assert "rank 0" not in str(failed.value)
     after = two.run("work", 2)
