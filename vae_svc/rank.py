@@ -159,7 +159,8 @@ class VaeProgram:
         if self._speaks:
             opened.media = opened.media or _answer_of(opened, chunk)
             if opened.frames_only:
-                opened.media.add_messages(messages_of(chunk.frames, chunk.sound), chunk.frames.nbytes)
+                num_bytes = chunk.frames.nbytes + (0 if chunk.sound is None else chunk.sound.samples.nbytes)
+                opened.media.add_messages(messages_of(chunk.frames, chunk.sound), num_bytes)
             else:
                 opened.media.add(chunk.frames, chunk.sound)
         opened.num_frames += len(chunk.frames)
