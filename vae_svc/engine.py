@@ -43,11 +43,6 @@ class VaeChunk:
     frames: Frames
     sound: Sound | None = None
 
-    @property
-    def num_frames(self) -> int:
-        """Of the whole clip; 0 of sound alone."""
-        return self.job.params.num_frames if len(self.frames) else 0
-
 
 @dataclass(frozen=True, slots=True)
 class VaeResult:
@@ -66,6 +61,7 @@ class _Decode:
     jobs: list[VaeJob]
     chunks: Iterator[torch.Tensor | ChunkWithSound] | None = None
     first_frame: int = 0
+    first_sound: Sound | None = None
     given: bool = False
     busy_s: float = 0.0
     ended: set[str] = field(default_factory=set)
@@ -235,6 +231,10 @@ class VaeEngine:
                 running.chunks = self._part.decode(self._model, rows, running.jobs[0].params)
             chunk = next(running.chunks, None)
             made = [] if chunk is None else _on_host(chunk)
+            for _, _, sound in made[:1]:
+                running.first_sound = running.first_sound or sound
+                if running.first_sound is not None and sound is not None:
+                    running.first_sound.check_next(sound)
         except Exception as error:  # noqa: BLE001 - as of an encode
             failure = self._failure(error)
         running.busy_s += time.perf_counter() - start_s
