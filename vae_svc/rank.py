@@ -15,7 +15,6 @@ from services.media_answer import MediaAnswer
 from services.parallel.mesh import Mesh
 from services.rank_process import Call, run
 from services.request import ResolvedParams
-from services.sound import Sound
 from services.telemetry import make_span
 from services.tensor_wire import frame_of
 from services.tensors import BundleReader
@@ -41,8 +40,6 @@ class Opened:
         self.frames_only = False
         self.queued_ns = 0
         self.num_frames = 0
-        # What has come and is not yet sent.
-        self.sound: Sound | None = None
         self.media: MediaAnswer | None = None
 
 
@@ -162,23 +159,15 @@ class VaeProgram:
     def _take_frames(self, opened: Opened, chunk: VaeChunk) -> None:
         """Frames leave as they come, for an interpolator or raw, or are encoded while later ones are decoded."""
         if self._speaks:
-            if chunk.sound is not None:
-                opened.sound = chunk.sound if opened.sound is None else opened.sound.then(chunk.sound)
-            # A clip's sound may come sooner than its frames: it goes with them.
-            if self._sound_alone or len(chunk.frames):
-                self._send(opened, chunk)
+            opened.media = opened.media or _answer_of(opened, chunk, sound_alone=self._sound_alone)
+            if opened.frames_only:
+                num_bytes = chunk.frames.nbytes + (0 if chunk.sound is None else chunk.sound.samples.nbytes)
+                opened.media.add_messages(messages_of(chunk.frames, chunk.sound), num_bytes)
+            else:
+                opened.media.add(chunk.frames, chunk.sound)
         opened.num_frames += len(chunk.frames)
         if chunk.job.params.num_frames > 1 and not opened.frames_only:
             opened.call.send(vae_pb2.DecodeResponse(frames=opened.num_frames).SerializeToString())
-
-    def _send(self, opened: Opened, chunk: VaeChunk) -> None:
-        sound, opened.sound = opened.sound, None
-        opened.media = opened.media or _answer_of(opened, chunk, sound_alone=self._sound_alone)
-        if opened.frames_only:
-            num_bytes = chunk.frames.nbytes + (0 if sound is None else sound.samples.nbytes)
-            opened.media.add_messages(messages_of(chunk.frames, sound), num_bytes)
-        else:
-            opened.media.add(chunk.frames, sound)
 
     def _answer(self, opened: Opened, result: VaeResult) -> None:
         call = opened.call
