@@ -7,6 +7,7 @@ Behind a pipeline, requests whose step is under way count too: their key does no
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import TypeVar
 
@@ -27,7 +28,7 @@ class StrideScheduler:
         cost_of: Callable[[T], float],
         most: int,
         *,
-        under_way: Callable[[T], bool],
+        under_way: Callable[[T], object | None],
         depth: int,
     ) -> list[T]:
         """At most `most` requests of one key; those that come first in `requests` are preferred.
@@ -35,7 +36,7 @@ class StrideScheduler:
         Args:
             requests: all there are.
             cost_of: of one step of a request, in any unit > 0.
-            under_way: whether a request makes a step already, and so cannot be chosen.
+            under_way: the batch with which a request makes a step already, so that it cannot be chosen; or None.
             depth: batches that are to be under way at once.
         """
         groups: dict[Hashable, list[T]] = {}
@@ -43,14 +44,16 @@ class StrideScheduler:
             groups.setdefault(key_of(request), []).append(request)
         # A key that is new, or for a time had no request to choose, starts at the present: it does not catch up.
         self._passed = {key: max(self._passed.get(key, self._now), self._now) for key in groups}
-        idle = {key: [request for request in group if not under_way(request)] for key, group in groups.items()}
+        idle = {key: [request for request in group if under_way(request) is None] for key, group in groups.items()}
         choices = [key for key in groups if idle[key]]
         if not choices:
             return []
         key = min(choices, key=lambda choice: self._passed[choice])
         self._now = self._passed[key]
-        # No more than leave enough for the batches behind: a costly key is not to go only because no other is left.
-        batch = idle[key][: max(1, min(most, len(groups[key]) // depth))]
+        # Equal shares for this batch and those behind: none is left idle, and a costly key does not go only because no
+        # other is left.
+        batches = {id(batch) for request in groups[key] if (batch := under_way(request)) is not None}
+        batch = idle[key][: min(most, math.ceil(len(idle[key]) / max(1, depth - len(batches))))]
         # Large groups earn as many turns as their requests deserve.
         self._passed[key] += cost_of(batch[0]) * len(batch) / len(groups[key])
         return batch

@@ -107,7 +107,6 @@ class Running:
     busy_s: float = 0.0
     checkpoint_wanted: bool = False
     stop_wanted: bool = False
-    under_way: bool = False
 
 
 @dataclass(slots=True)
@@ -254,7 +253,7 @@ class DitEngine:
             self._key,
             self._cost,
             self._config.max_batch,
-            under_way=lambda running: running.under_way,
+            under_way=lambda running: self._flights.get(running.state.request_id),
             # Behind a pipeline, several batches must be under way for all ranks to work.
             depth=self._forward.depth,
         )
@@ -281,7 +280,6 @@ class DitEngine:
         branches = self._part.branches(self._model, states[0])
         flight = Flight(batch, len(batch) * len(branches), started_s)
         for running in batch:
-            running.under_way = True
             self._flights[running.state.request_id] = flight
         try:
             for entering in self._forward.passes(states):
@@ -289,7 +287,6 @@ class DitEngine:
         except BaseException as error:
             for running in batch:
                 self._flights.pop(running.state.request_id, None)
-                running.under_way = False
             # On one rank of several, the others are past this point: the group ends and starts anew.
             if not (self._single and isinstance(error, torch.OutOfMemoryError)):
                 raise
@@ -308,7 +305,6 @@ class DitEngine:
         """The batch's predictions are complete: the scheduler's step, for requests that are still here."""
         for running in flight.batch:
             del self._flights[running.state.request_id]
-            running.under_way = False
         here = [running for running in flight.batch if self._holds(running)]
         if not here:
             return

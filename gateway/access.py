@@ -118,7 +118,7 @@ class CallerRequests:
         self._need("read")
         return await self._service.newest(limit, None if self._sees_all else self._key.tenant)
 
-    def walk(self, *, after: str, oldest_first: bool) -> AsyncIterator[gateway_pb2.RequestStatus]:
+    def walk(self, *, after: str, oldest_first: bool) -> AsyncIterator[tuple[str, gateway_pb2.RequestStatus | None]]:
         """As RequestService.walk, of the requests that `newest` tells of."""
         self._need("read")
         tenant = None if self._sees_all else self._key.tenant

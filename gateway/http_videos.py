@@ -20,6 +20,8 @@ from services.errors import InvalidRequest, UnknownRequest
 
 VIDEO = Form(VideoRequest, "input_reference", "The pictures to begin with.", required=False)
 DEFAULT_LIST = 20
+# Requests that are looked at for one page: pictures may be many, and clips few.
+MAX_READ = 2000
 
 
 def add_videos(app: FastAPI) -> None:
@@ -52,14 +54,17 @@ def add_videos(app: FastAPI) -> None:
         order: Literal["asc", "desc"] = "desc",
         after: str = "",
     ) -> dict[str, Any]:
-        """Clips, `limit` of them or as many as an answer takes; `after` is the last id of the page before."""
-        data, more = await _page(requests, limit, after, oldest_first=order == "asc")
+        """Clips, `limit` of them or as many as an answer takes; `after` is the `last_id` of the page before.
+
+        While it `has_more` a page may have fewer clips, or none: other requests lay between them.
+        """
+        data, more, last_id = await _page(requests, limit, after, oldest_first=order == "asc")
         return {
             "object": "list",
             "data": data,
             "has_more": more,
             "first_id": data[0]["id"] if data else None,
-            "last_id": data[-1]["id"] if data else None,
+            "last_id": last_id,
         }
 
     @app.get("/v1/videos/{video_id}")
@@ -107,20 +112,24 @@ async def _video(requests: CallerRequests, video_id: str) -> gateway_pb2.Request
 
 async def _page(
     requests: CallerRequests, limit: int, after: str, *, oldest_first: bool
-) -> tuple[list[dict[str, Any]], bool]:
-    """Clips of a list, and whether there are more. Raises UnknownRequest: there is no clip `after` which it begins."""
-    if after:
-        try:
-            await _video(requests, after)
-        except UnknownRequest:
-            raise UnknownRequest(f"after: there is no video {after[:100]!r}", param="after") from None
+) -> tuple[list[dict[str, Any]], bool, str | None]:
+    """Clips of a list, whether there may be more, and after which id these begin.
+
+    Raises:
+        UnknownRequest: the caller has no request `after`, or no longer.
+    """
     found: list[dict[str, Any]] = []
-    left_bytes = MAX_LIST_BYTES
-    async for status in requests.walk(after=after, oldest_first=oldest_first):
-        if not is_video(status):
-            continue
-        left_bytes -= status.ByteSize()
-        if len(found) == limit or (found and left_bytes < 0):
-            return found, True
-        found.append(video_json(status))
-    return found, False
+    read, left_bytes = 0, MAX_LIST_BYTES
+    try:
+        async for request_id, status in requests.walk(after=after, oldest_first=oldest_first):
+            if status is not None and is_video(status):
+                left_bytes -= status.ByteSize()
+                if len(found) == limit or (found and left_bytes < 0):
+                    return found, True, found[-1]["id"]
+                found.append(video_json(status))
+            read += 1
+            if read == MAX_READ:
+                return found, True, request_id
+    except UnknownRequest:
+        raise UnknownRequest(f"after: there is no request {after[:100]!r}", param="after") from None
+    return found, False, found[-1]["id"] if found else None

@@ -276,13 +276,25 @@ class RequestService:
 
     async def walk(
         self, tenant: str | None, *, after: str, oldest_first: bool
-    ) -> AsyncIterator[gateway_pb2.RequestStatus]:
-        """All requests of one tenant, or of all, or those after one. Records are read as they are taken."""
-        while ids := await self._state.following(after, LISTED_AT_ONCE, tenant, oldest_first=oldest_first):
+    ) -> AsyncIterator[tuple[str, gateway_pb2.RequestStatus | None]]:
+        """All requests of one tenant, or of all, or those after one. Records are read as they are taken.
+
+        Ids may be known for longer than their requests, which are None then.
+
+        Raises:
+            UnknownRequest: there is no such id as `after`, or no longer.
+        """
+        ids = await self._state.following(after, LISTED_AT_ONCE, tenant, oldest_first=oldest_first)
+        while ids:
             for request_id, record in zip(ids, await self._state.records(ids), strict=True):
-                if record:
-                    yield await self._status(request_id, record)
-            after = ids[-1]
+                yield request_id, await self._status(request_id, record) if record else None
+            try:
+                ids = await self._state.following(ids[-1], LISTED_AT_ONCE, tenant, oldest_first=oldest_first)
+            except UnknownRequest:
+                # The oldest ids go first: those that are left are all newer.
+                ids = []
+                if oldest_first:
+                    ids = await self._state.following("", LISTED_AT_ONCE, tenant, oldest_first=True)
 
     async def abort(self, request_id: str, tenant: str = "") -> gateway_pb2.RequestState:
         """Cancels a request of a tenant, or of any (""); one that has ended stays as it is. Returns the state.

@@ -293,7 +293,11 @@ class State:
         return [request_id.decode() for request_id in ids]
 
     async def following(self, request_id: str, count: int, tenant: str | None, *, oldest_first: bool) -> list[str]:
-        """The next `count` ids after that one, newest or oldest first; "" begins, and an unknown one ends, the list."""
+        """The next `count` ids after that one, newest or oldest first; "" begins the list.
+
+        Raises:
+            UnknownRequest: the list does not have that one, or no longer.
+        """
         key, redis = IDS if tenant is None else ids_key(tenant), self._scripts.redis
 
         async def ask() -> list[bytes]:
@@ -301,7 +305,7 @@ class State:
             if request_id:
                 found = await cast(Awaitable[Any], (redis.zrank if oldest_first else redis.zrevrank)(key, request_id))
                 if found is None:
-                    return []
+                    raise UnknownRequest(f"there is no request {request_id!r}", param="request_id")
                 rank = int(found)
             ids = redis.zrange(key, rank + 1, rank + count, desc=not oldest_first)
             return cast(list[bytes], await cast(Awaitable[Any], ids))

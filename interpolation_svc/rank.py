@@ -21,11 +21,12 @@ from services.clip_writer import ClipWriter
 from services.config import StageConfig, parse
 from services.describe import placement
 from services.errors import CorruptTensor, InvalidRequest
+from services.failures import failure_of
 from services.media_answer import MediaAnswer
 from services.rank_process import Call, run
 from services.request import InterpolationLimits, ResolvedParams, check_interpolation, interpolated_frames
 from services.sound import Sound
-from services.telemetry import internal_error, make_span
+from services.telemetry import make_span
 from services.tensor_wire import frame_of
 from services.tensors import BundleReader
 from services.wire import interpolation_limits_to_proto, resolved_from_proto
@@ -202,7 +203,7 @@ class InterpolationProgram:
         try:
             opened.media.send_rest()
         except Exception as error:  # noqa: BLE001 - one call fails, the others go on
-            call.fail(internal_error(error, call.request_id))
+            call.fail(failure_of(error, call.request_id))
             return
         span = make_span("interpolate", self._config.service.name, opened.started_ns, time.time_ns())
         usage = types_pb2.StageUsage(busy_s=result.busy_s + opened.media.behind_s, spans=[span])

@@ -175,7 +175,8 @@ class Local:
                     name, params = event.job.request_id, event.job.params
                     if isinstance(event, VaeChunk):
                         if name not in writers:
-                            options = (params.output_format, params.quality, params.fps, event.num_frames)
+                            num_frames = 0 if self._limits.output == "audio" else params.num_frames
+                            options = (params.output_format, params.quality, params.fps, num_frames)
                             writers[name] = ClipWriter(*options)
                         writers[name].add(event.frames, event.sound)
                     elif event.error is not None:

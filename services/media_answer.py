@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from protos import types_pb2
 from services.channel import CALL_ROOM_BYTES
@@ -16,6 +17,14 @@ from services.wire import media_chunks, media_messages
 # So much is sent at most that the caller has not taken. It is less than the front keeps for a call, and most chunks of
 # frames (1080p: 24 MiB) leave in it and the rest, so that they need not wait for another tick.
 SENT_AHEAD_BYTES = 2 * CALL_ROOM_BYTES
+
+
+@dataclass(slots=True)
+class _Queued:
+    """Messages that belong together, and how many bytes of what they carry are to be sent."""
+
+    messages: Iterator[bytes]
+    left_bytes: int
 
 
 class MediaAnswer:
@@ -35,8 +44,7 @@ class MediaAnswer:
         self._header = header
         self._writer = writer
         self._ended = self._begun = False
-        self._added_bytes = self._sent_bytes = 0
-        self._messages: deque[Iterator[bytes]] = deque()
+        self._queued: deque[_Queued] = deque()
 
     def add(self, frames: Frames, sound: Sound | None = None) -> None:
         """The next frames [F, H, W, C], and the next sound, as `ClipWriter.add`."""
@@ -51,9 +59,8 @@ class MediaAnswer:
             self.add_messages(media_messages(self._header, frames.tobytes(), all_bytes), frames.nbytes)
 
     def add_messages(self, messages: Iterator[bytes], num_bytes: int) -> None:
-        """Where the frames themselves go to another stage: the next ones, `num_bytes` together."""
-        self._added_bytes += num_bytes
-        self._messages.append(messages)
+        """Where the frames themselves go to another stage: the next ones, with their sound `num_bytes` together."""
+        self._queued.append(_Queued(messages, num_bytes))
         self.send_some()
 
     def end(self) -> None:
@@ -74,7 +81,7 @@ class MediaAnswer:
         """What the caller has room for now; of encoded media only if they are large."""
         if self._too_large():
             self._begin()
-        while self._messages and not self._call.is_behind(SENT_AHEAD_BYTES):
+        while self._queued and not self._call.is_behind(SENT_AHEAD_BYTES):
             self._send_next()
 
     def send_rest(self) -> None:
@@ -84,7 +91,7 @@ class MediaAnswer:
             Exception: what the encoder failed with.
         """
         self._begin()
-        while self._messages:
+        while self._queued:
             self._send_next()
 
     def close(self) -> None:
@@ -98,22 +105,24 @@ class MediaAnswer:
         return 0.0 if self._writer is None else self._writer.behind_s
 
     def _too_large(self) -> bool:
-        made_bytes = self._added_bytes
-        if self._writer is not None:
-            made_bytes = self._writer.made_bytes if self._ended else 0
-        return made_bytes - self._sent_bytes > CALL_ROOM_BYTES
+        left_bytes = sum(queued.left_bytes for queued in self._queued)
+        if self._writer is not None and self._ended and not self._begun:
+            left_bytes = self._writer.made_bytes
+        return left_bytes > CALL_ROOM_BYTES
 
     def _begin(self) -> None:
         """Takes what the encoder has made."""
         if self._writer is not None and not self._begun:
             self._header.mime, data = self._writer.finish()
-            self._messages.append(media_messages(self._header, data))
+            self._queued.append(_Queued(media_messages(self._header, data), len(data)))
             self._begun = True
 
     def _send_next(self) -> None:
-        message = next(self._messages[0], None)
+        queued = self._queued[0]
+        message = next(queued.messages, None)
         if message is None:
-            self._messages.popleft()
+            self._queued.popleft()
             return
         self._call.send(message)
-        self._sent_bytes += len(message)
+        # A message is larger than what it carries: one must not pay for the next.
+        queued.left_bytes = max(0, queued.left_bytes - len(message))

@@ -13,12 +13,15 @@ from typing import Any
 
 import numpy as np
 
+from services.errors import InvalidRequest, StageMismatch
+
 Samples = np.ndarray[Any, np.dtype[np.float32]]  # [C, N] in [-1, 1]
 Pcm = np.ndarray[Any, np.dtype[np.int16]]  # [C, N]
 
 SOUND_MIMES = {"wav": "audio/wav", "flac": "audio/flac", "raw": "application/octet-stream"}
 LAYOUTS = {1: "mono", 2: "stereo"}
 MAX_SAMPLING_RATE = 192_000
+AAC_SAMPLING_RATES = (7350, 8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000, 64000, 88200, 96000)
 PCM_BYTES, PCM_PEAK = 2, 2**15 - 1
 AAC_FRAME_SAMPLES = 1024
 AAC_BITS_PER_S = 96_000  # of each channel
@@ -30,14 +33,32 @@ class Sound:
 
     Attributes:
         samples: float32 [C, N] in [-1, 1]; one channel, or left and right.
-        sampling_rate: samples a second; of a clip's sound one that AAC knows (16000, 24000, 32000, 44100, 48000, ...).
+        sampling_rate: samples a second, at most MAX_SAMPLING_RATE; in an MP4 one of AAC_SAMPLING_RATES.
+
+    Raises:
+        StageMismatch: it has other channels, or another rate.
     """
 
     samples: Samples
     sampling_rate: int
 
+    def __post_init__(self) -> None:
+        if len(self.samples) not in LAYOUTS:
+            raise StageMismatch(f"the sound has {len(self.samples)} channels: it must have one or two")
+        if not 0 < self.sampling_rate <= MAX_SAMPLING_RATE:
+            raise StageMismatch(
+                f"the sound has {self.sampling_rate} samples a second: it must have between 1 and {MAX_SAMPLING_RATE}"
+            )
+
+    def check_next(self, following: Sound) -> None:
+        """Raises StageMismatch: what follows has other channels, or another rate."""
+        kind, other = (f"{len(sound.samples)} channels of {sound.sampling_rate} Hz" for sound in (self, following))
+        if kind != other:
+            raise StageMismatch(f"the sound goes on with {other}: it began with {kind}, and must keep them")
+
     def then(self, following: Sound) -> Sound:
-        """This and what follows it."""
+        """This and what follows it. Raises StageMismatch: as `check_next`."""
+        self.check_next(following)
         return Sound(np.concatenate((self.samples, following.samples), axis=1), self.sampling_rate)
 
 
@@ -49,11 +70,12 @@ def encode_sound(pieces: Iterator[Sound], output_format: str) -> bytes:
 
     Raises:
         RuntimeError: there is none.
+        StageMismatch: they are not all of one rate, or not of as many channels.
     """
     first = next(pieces, None)
     if first is None:
         raise RuntimeError("no sound came")
-    pcm = (_pcm(piece) for piece in itertools.chain((first,), pieces))
+    pcm = (_pcm(first, piece) for piece in itertools.chain((first,), pieces))
     if output_format == "raw":
         return b"".join(samples.T.tobytes() for samples in pcm)
     file = io.BytesIO()
@@ -61,7 +83,8 @@ def encode_sound(pieces: Iterator[Sound], output_format: str) -> bytes:
     return file.getvalue()
 
 
-def _pcm(sound: Sound) -> Pcm:
+def _pcm(first: Sound, sound: Sound) -> Pcm:
+    first.check_next(sound)
     pcm: Pcm = np.rint(sound.samples.clip(-1, 1) * PCM_PEAK).astype("<i2")
     return pcm
 
@@ -121,15 +144,26 @@ class ClipSound:
         container: PyAV's, open for writing.
         first: what comes first; nothing of it is written yet.
         seconds: of the clip.
+
+    Raises:
+        InvalidRequest: AAC does not know the rate.
     """
 
     def __init__(self, container: Any, first: Sound, seconds: Fraction) -> None:
+        if first.sampling_rate not in AAC_SAMPLING_RATES:
+            raise InvalidRequest(
+                f"the model's sound has {first.sampling_rate} Hz, which an MP4 cannot have: AAC knows "
+                f"{', '.join(map(str, AAC_SAMPLING_RATES))} Hz; gif, webp, zip and raw come without sound",
+                param="output_format",
+            )
+        self._first = first
         self._channels = len(first.samples)
         self._num_samples = round(seconds * first.sampling_rate)
         self._track = _Track(container, "aac", first, "fltp", bit_rate=AAC_BITS_PER_S * self._channels)
 
     def add(self, sound: Sound) -> None:
-        """What follows."""
+        """What follows. Raises StageMismatch: as `Sound.check_next`."""
+        self._first.check_next(sound)
         self._track.add(sound.samples[:, : self._num_samples - self._track.num_samples].clip(-1, 1))
 
     def end(self) -> None:

@@ -36,17 +36,12 @@ class VaeJob:
 
 @dataclass(frozen=True, slots=True)
 class VaeChunk:
-    """The next frames of a job's clip, [F, H, W, 3]; a picture is one chunk of one frame, sound alone has none."""
+    """The next frames of a job's clip, [F, H, W, 3]; a picture is one chunk of one frame, only sound alone has none."""
 
     job: VaeJob
     first_frame: int
     frames: Frames
     sound: Sound | None = None
-
-    @property
-    def num_frames(self) -> int:
-        """Of the whole clip; 0 of sound alone."""
-        return self.job.params.num_frames if len(self.frames) else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +61,9 @@ class _Decode:
     jobs: list[VaeJob]
     chunks: Iterator[torch.Tensor | ChunkWithSound] | None = None
     first_frame: int = 0
+    first_sound: Sound | None = None
+    # By job: of a clip, what came before the frames that it goes with.
+    early_sounds: dict[str, Sound] = field(default_factory=dict)
     given: bool = False
     busy_s: float = 0.0
     ended: set[str] = field(default_factory=set)
@@ -235,6 +233,10 @@ class VaeEngine:
                 running.chunks = self._part.decode(self._model, rows, running.jobs[0].params)
             chunk = next(running.chunks, None)
             made = [] if chunk is None else _on_host(chunk)
+            for _, _, sound in made[:1]:
+                running.first_sound = running.first_sound or sound
+                if running.first_sound is not None and sound is not None:
+                    running.first_sound.check_next(sound)
         except Exception as error:  # noqa: BLE001 - as of an encode
             failure = self._failure(error)
         running.busy_s += time.perf_counter() - start_s
@@ -249,7 +251,7 @@ class VaeEngine:
             if job.request_id in running.ended:
                 continue
             if good:
-                events.append(VaeChunk(job, running.first_frame, frames, sound))
+                events.extend(_chunk_of(running, job, frames, sound))
                 continue
             black = NonFinite("the decoded picture or sound has values that are not finite", request_id=job.request_id)
             events.append(VaeResult(job, running.busy_s, error=black))
@@ -276,6 +278,19 @@ class VaeEngine:
     def metrics(self) -> dict[str, float]:
         """Jobs that wait."""
         return {"vae_waiting": len(self._waiting)}
+
+
+def _chunk_of(running: _Decode, job: VaeJob, frames: Frames, sound: Sound | None) -> list[VaeChunk]:
+    """None of a clip's sound that comes before frames: it goes with them."""
+    early = running.early_sounds.pop(job.request_id, None)
+    if early is not None:
+        sound = early if sound is None else early.then(sound)
+    # Of all that is made, clips alone have a rate.
+    if len(frames) or not job.params.fps:
+        return [VaeChunk(job, running.first_frame, frames, sound)]
+    if sound is not None:
+        running.early_sounds[job.request_id] = sound
+    return []
 
 
 def _on_host(chunk: torch.Tensor | ChunkWithSound) -> list[tuple[bool, Frames, Sound | None]]:

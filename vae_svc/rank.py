@@ -10,11 +10,12 @@ from services.clip_writer import ClipWriter
 from services.config import StageConfig
 from services.describe import describe, limits_of, open_model
 from services.errors import CorruptTensor
+from services.failures import failure_of
 from services.media_answer import MediaAnswer
 from services.parallel.mesh import Mesh
 from services.rank_process import Call, run
 from services.request import ResolvedParams
-from services.telemetry import internal_error, make_span
+from services.telemetry import make_span
 from services.tensor_wire import frame_of
 from services.tensors import BundleReader
 from services.wire import checked_from_proto, parsing
@@ -48,6 +49,7 @@ class VaeProgram:
     def __init__(self, config: StageConfig, mesh: Mesh | None = None) -> None:
         self._config = config
         self._limits = limits_of(config, open_model(config.model)).of_any_model()
+        self._sound_alone = self._limits.output == "audio"
         self._engine = open_engine(config, mesh)
         # Rank 0 answers for the group, so it alone encodes media.
         self._speaks = mesh is None or not mesh.rank
@@ -157,9 +159,10 @@ class VaeProgram:
     def _take_frames(self, opened: Opened, chunk: VaeChunk) -> None:
         """Frames leave as they come, for an interpolator or raw, or are encoded while later ones are decoded."""
         if self._speaks:
-            opened.media = opened.media or _answer_of(opened, chunk)
+            opened.media = opened.media or _answer_of(opened, chunk, sound_alone=self._sound_alone)
             if opened.frames_only:
-                opened.media.add_messages(messages_of(chunk.frames, chunk.sound), chunk.frames.nbytes)
+                num_bytes = chunk.frames.nbytes + (0 if chunk.sound is None else chunk.sound.samples.nbytes)
+                opened.media.add_messages(messages_of(chunk.frames, chunk.sound), num_bytes)
             else:
                 opened.media.add(chunk.frames, chunk.sound)
         opened.num_frames += len(chunk.frames)
@@ -177,7 +180,7 @@ class VaeProgram:
             try:
                 opened.media.send_rest()
             except Exception as error:  # noqa: BLE001 - one call fails, the others of the batch or group go on
-                call.fail(internal_error(error, call.request_id))
+                call.fail(failure_of(error, call.request_id))
                 return
         span = make_span(f"vae.{call.method.lower()}", self._config.service.name, opened.queued_ns, time.time_ns())
         # The stage works on the request, too, while the encoder alone does.
@@ -195,14 +198,15 @@ class VaeProgram:
         """What waits is short: it is finished."""
 
 
-def _answer_of(opened: Opened, chunk: VaeChunk) -> MediaAnswer:
+def _answer_of(opened: Opened, chunk: VaeChunk, *, sound_alone: bool) -> MediaAnswer:
     """Where the frames go of which these are the first."""
     params, (height, width) = chunk.job.params, chunk.frames.shape[1:3]
-    header = types_pb2.MediaHeader(width=width, height=height, num_frames=chunk.num_frames, fps=params.fps)
+    num_frames = 0 if sound_alone else params.num_frames
+    header = types_pb2.MediaHeader(width=width, height=height, num_frames=num_frames, fps=params.fps)
     writer = None
     # Of raw frames it is known how many bytes they will be, of raw sound it is not.
-    if not opened.frames_only and (params.output_format != "raw" or not chunk.num_frames):
-        writer = ClipWriter(params.output_format, params.quality, params.fps, chunk.num_frames)
+    if not opened.frames_only and (params.output_format != "raw" or sound_alone):
+        writer = ClipWriter(params.output_format, params.quality, params.fps, num_frames)
     media = MediaAnswer(opened.call, header, writer)
     opened.call.watch(media.is_full)
     return media

@@ -15,7 +15,7 @@ from dit_svc.batching import StrideScheduler
 class Request:
     key: str
     cost: float
-    under_way: bool = False
+    batch: list[Request] | None = None
 
 
 def choose(scheduler: StrideScheduler, requests: Sequence[Request], depth: int = 1) -> list[Request]:
@@ -24,7 +24,7 @@ def choose(scheduler: StrideScheduler, requests: Sequence[Request], depth: int =
         lambda request: request.key,
         lambda request: request.cost,
         4,
-        under_way=lambda request: request.under_way,
+        under_way=lambda request: request.batch,
         depth=depth,
     )
 
@@ -35,11 +35,11 @@ def beats(scheduler: StrideScheduler, requests: Sequence[Request], depth: int) -
     while True:
         batch = choose(scheduler, requests, depth)
         for request in batch:
-            request.under_way = True
+            request.batch = batch
         yield batch
         pipeline.append(batch)
         for request in pipeline.popleft():
-            request.under_way = False
+            request.batch = None
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3, 4])
@@ -50,6 +50,15 @@ def test_a_costly_request_gets_its_share_of_the_cost_and_no_more_behind_a_pipeli
         steps.update(request.key for request in batch)
     # One of five requests, so a fifth of the cost: one step of the clip to a hundred of each picture.
     assert steps["clip"] == pytest.approx(steps["picture"] / 400, abs=1), steps
+
+
+@pytest.mark.parametrize(
+    ("requests", "depth", "expected"),
+    [(3, 2, [2, 1]), (5, 2, [3, 2]), (7, 4, [2, 2, 2, 1]), (5, 4, [2, 1, 1, 1]), (4, 4, [1] * 4), (9, 2, [4, 4])],
+)
+def test_no_request_is_left_idle_behind_a_pipeline(requests: int, depth: int, expected: list[int]) -> None:
+    running = beats(StrideScheduler(), [Request("picture", 1.0) for _ in range(requests)], depth)
+    assert [len(next(running)) for _ in range(3 * depth)] == expected * 3
 
 
 def test_a_key_that_filled_the_gaps_of_others_is_not_made_to_wait_for_it():

@@ -7,17 +7,21 @@ import threading
 import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
+from gateway import http_videos
+from gateway.access import CallerRequests
 from gateway.config import GatewaySection, RedisSection, StagesSection
 from gateway.dispatch import Dispatcher
 from gateway.lifecycle import Lifecycle
 from gateway.links import Links
 from gateway.objects import Folder
-from gateway.records import queue_key
+from gateway.records import IDS, ids_key, queue_key, request_key
 from gateway.replica import Place, Replica
 from gateway.replicas import Replicas
 from gateway.requests import RequestService
@@ -26,7 +30,7 @@ from gateway.store import Store
 from gateway.ticket import Ticket
 from gateway.work import Work
 from protos import gateway_pb2, types_pb2
-from services.errors import ArtifactStoreFull, DeviceLost
+from services.errors import ArtifactStoreFull, DeviceLost, UnknownRequest
 
 LATER = float("inf")
 QUEUE = queue_key("dit", "d")
@@ -301,13 +305,15 @@ async def test_a_walk_goes_through_all_requests_and_reads_what_is_taken(two, mon
     oldest = [f"r{number}" for number in range(250)]
 
     async def walked(**options) -> list[str]:
-        return [status.request_id async for status in own.service.walk(None, **options)]
+        return [request_id async for request_id, _ in own.service.walk(None, **options)]
 
     assert await walked(after="", oldest_first=False) == oldest[::-1]
     assert await walked(after="", oldest_first=True) == oldest
     assert await walked(after="r30", oldest_first=False) == oldest[29::-1]
     assert await walked(after="r120", oldest_first=True) == oldest[121:]
-    assert await walked(after="nobody", oldest_first=False) == []
+    for oldest_first in (False, True):
+        with pytest.raises(UnknownRequest, match="nobody"):
+            await walked(after="nobody", oldest_first=oldest_first)
     read, records = [], own.state.records
 
     async def noted(ids):
@@ -315,14 +321,57 @@ async def test_a_walk_goes_through_all_requests_and_reads_what_is_taken(two, mon
         return await records(ids)
 
     monkeypatch.setattr(own.state, "records", noted)
-    async for status in own.service.walk(None, after="", oldest_first=False):
-        if status.request_id == "r248":
+    async for request_id, _ in own.service.walk(None, after="", oldest_first=False):
+        if request_id == "r248":
             # What comes meanwhile neither hides a request nor shows one twice.
             await own.state.submit("new", QUEUE, Ticket(), {"params": b""})
-        if status.request_id == "r160":
+        if request_id == "r160":
             break
     assert read == oldest[:149:-1]
     assert await own.state.following("r150", 100, None, oldest_first=False) == oldest[149:49:-1]
+
+
+@pytest.mark.parametrize("oldest_first", [False, True])
+async def test_a_walk_goes_on_where_ids_are_forgotten_meanwhile(two, oldest_first) -> None:
+    own, _ = two
+    for number in range(250):
+        await own.state.submit(f"r{number}", QUEUE, Ticket(), {"params": b""})
+    walked: list[str] = []
+    async for request_id, _ in own.service.walk(None, after="", oldest_first=oldest_first):
+        walked.append(request_id)
+        if len(walked) == 100:
+            # The oldest ones, up to the last that was read, or from the next one on.
+            await own.state._scripts.redis.zremrangebyrank(IDS, 0, 99 if oldest_first else 150)
+    oldest = [f"r{number}" for number in range(250)]
+    assert walked == (oldest if oldest_first else oldest[:149:-1])
+
+
+async def test_a_page_of_clips_reads_no_more_than_its_part_of_the_list(two, monkeypatch) -> None:
+    own, _ = two
+    clip = types_pb2.GenerationParams(num_frames=9, fps=16.0).SerializeToString()
+    for number in range(450):
+        params = clip if number in (5, 6, 290, 440) else b""
+        await own.state.submit(f"r{number}", QUEUE, Ticket(tenant="t"), {"params": params})
+    await own.state.submit("other", QUEUE, Ticket(tenant="o"), {"params": clip})
+    requests = cast(CallerRequests, SimpleNamespace(walk=partial(own.service.walk, "t")))
+    monkeypatch.setattr(http_videos, "MAX_READ", 200)
+
+    async def page(after: str, limit: int = 20) -> tuple[list[str], bool, str | None]:
+        data, more, last_id = await http_videos._page(requests, limit, after, oldest_first=False)
+        return [one["id"] for one in data], more, last_id
+
+    assert await page("") == (["r440", "r290"], True, "r250")
+    assert await page("r250") == ([], True, "r50")
+    assert await page("r50") == (["r6", "r5"], False, "r5")
+    assert await page("r50", limit=1) == (["r6"], True, "r6")
+    # Its record may be gone while its id is known, but not both.
+    await own.state._scripts.redis.delete(request_key("r250"))
+    assert await page("r250") == ([], True, "r50")
+    await own.state._scripts.redis.zrem(ids_key("t"), "r250")
+    for unknown in ("r250", "other", "nothing"):
+        with pytest.raises(UnknownRequest, match=f"after: there is no request '{unknown}'") as refused:
+            await page(unknown)
+        assert refused.value.param == "after"
 
 
 async def test_the_deadline_is_what_was_left_by_the_clock_of_redis(two) -> None:

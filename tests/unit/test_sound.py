@@ -18,15 +18,15 @@ from interpolation_svc.engine import InterpolationEngine
 from interpolation_svc.ifnet import IFNet, IFNetSpec
 from lightloom.client import Result
 from protos import interpolation_pb2, vae_pb2
-from services.channel import FrameQueue, Kind, OpenCall
+from services.channel import FrameQueue, Kind, OpenCall, error_from_bytes
 from services.clip_bundles import piece_of
 from services.clip_writer import ClipWriter, encode_frames
 from services.config import ModelSection, ServiceSection, StageConfig
-from services.errors import CorruptTensor, InvalidRequest, NonFinite, OutOfMemory
+from services.errors import CorruptTensor, InvalidRequest, NonFinite, OutOfMemory, StageMismatch
 from services.family import ChunkWithSound, Tensors
 from services.rank_process import Call
 from services.request import GenerationParams, Limits, ResolvedParams, resolve
-from services.sound import AAC_FRAME_SAMPLES, Sound
+from services.sound import AAC_FRAME_SAMPLES, AAC_SAMPLING_RATES, Sound
 from services.tensors import Bundle, bundle_frames
 from services.wire import params_to_proto
 from tests.unit.test_vae_engine import FakeVae
@@ -116,6 +116,22 @@ def test_a_wav_is_saved_under_its_name(tmp_path: Path) -> None:
             result.save(tmp_path / "a.mp3")
 
 
+def test_sound_keeps_its_channels_and_its_rate() -> None:
+    first = tune(0.1, 16000, 1)
+    for other, named in ((tune(0.1, 24000, 1), "1 channels of 24000 Hz"), (tune(0.1, 16000, 2), "2 channels of 16000")):
+        with pytest.raises(StageMismatch, match=f"goes on with {named}"):
+            first.then(other)
+        for output_format in ("wav", "flac", "raw"):
+            with pytest.raises(StageMismatch, match=f"goes on with {named}"):
+                alone(output_format, first, other)
+        with pytest.raises(StageMismatch, match=f"goes on with {named}"):
+            clip(FRAMES, [first, other, None, None], 16.0)
+    with pytest.raises(StageMismatch, match="3 channels: it must have one or two"):
+        Sound(np.zeros((3, 8), np.float32), 16000)
+    with pytest.raises(StageMismatch, match="between 1 and 192000"):
+        Sound(np.zeros((1, 8), np.float32), 0)
+
+
 # ---- Beside frames ---------------------------------------------------------------------------------------------------
 
 FRAMES = np.random.default_rng(0).integers(0, 256, (17, 32, 48, 3), dtype=np.uint8)
@@ -177,6 +193,14 @@ def test_formats_without_sound_are_made_of_the_frames(output_format: str) -> Non
     assert clip(frames, sounds, 16.0, output_format) == encode_frames(frames, output_format, 90, 16.0)[1]
 
 
+def test_an_mp4_says_which_rates_it_can_have() -> None:
+    assert set(av.Codec("aac", "w").audio_rates) == set(AAC_SAMPLING_RATES)
+    with pytest.raises(InvalidRequest, match="20000 Hz, .* 44100, 48000, .* gif, webp, zip and raw") as refused:
+        clip(FRAMES, [tune(1.0, 20000, 1), None, None, None], 16.0)
+    assert refused.value.param == "output_format"
+    assert clip(FRAMES, [tune(1.0, 20000, 1), None, None, None], 16.0, "gif")
+
+
 def test_sound_that_does_not_begin_with_the_clip_is_not_lost_in_silence() -> None:
     with pytest.raises(RuntimeError, match="did not begin with its first frames"):
         clip(FRAMES, [None, *split(tune(1.0, 16000, 1), (0.3, 0.6))], 16.0)
@@ -215,6 +239,21 @@ class SoundingVae(FakeVae):
             yield ChunkWithSound(chunk, torch.from_numpy(piece.samples) * scale / scale.nan_to_num(), RATE)
 
 
+class EarlyVae(SoundingVae):
+    """Plays all before its first frame; at another rate from then on, if it is told so."""
+
+    def __init__(self, *rates: int) -> None:
+        super().__init__()
+        self._rates = rates
+
+    def decode(self, model: object, rows: Sequence[Tensors], params: ResolvedParams) -> Iterator[ChunkWithSound]:
+        chunks = list(super().decode(model, rows, params))
+        samples = torch.cat([chunk.samples for chunk in chunks], -1)
+        yield ChunkWithSound(torch.empty(len(rows), 0, 3, 0, 0), samples, self._rates[0])
+        for chunk in chunks:
+            yield ChunkWithSound(chunk.frames, samples[..., :0], self._rates[-1])
+
+
 def params_of(limits: Limits, **wishes: object) -> ResolvedParams:
     return resolve(GenerationParams(model="m", prompt="p", **wishes), limits, seed=0)
 
@@ -228,13 +267,14 @@ def decoded(
     limits: Limits,
     mesh: object = None,
     *,
+    vae: FakeVae | None = None,
     frames_only: bool = False,
     **wishes: object,
 ) -> list[bytes]:
-    """What the rank of a VAE of such models answers."""
+    """What the rank of a VAE of such models answers. Raises ServiceError: what it fails with."""
     monkeypatch.setattr(rank, "open_model", lambda _: None)
     monkeypatch.setattr(rank, "limits_of", lambda *_: limits)
-    monkeypatch.setattr(rank, "open_engine", lambda *_: VaeEngine(SoundingVae().part(), None, 1))
+    monkeypatch.setattr(rank, "open_engine", lambda *_: VaeEngine((vae or SoundingVae()).part(), None, 1))
     program, outbox = rank.VaeProgram(CONFIG, mesh), FrameQueue(1 << 26)
     call = Call(1, OpenCall("Decode", "request", "", 0.0), outbox)
     program.opened(call)
@@ -246,7 +286,11 @@ def decoded(
     while program.tick():
         """It is decoded to its end."""
     assert call.closed
-    return payloads(outbox)
+    frames = outbox.take(0) or []
+    for frame in frames:
+        if frame.kind is Kind.ERROR:
+            raise error_from_bytes(frame.payload)
+    return [frame.payload for frame in frames if frame.kind is Kind.MESSAGE]
 
 
 def media_of(messages: list[bytes]) -> tuple[vae_pb2.types__pb2.MediaHeader, bytes]:
@@ -275,6 +319,19 @@ def test_a_model_of_sound_alone(monkeypatch: pytest.MonkeyPatch, output_format: 
     header, data = media_of(decoded(monkeypatch, SOUND, output_format=output_format))
     assert (header.width, header.height, header.num_frames, header.nbytes) == (0, 0, 0, len(data))
     assert data == alone(output_format, tune(2.0, RATE, 2))[1]
+
+
+@pytest.mark.parametrize("output_format", ["mp4", "raw", "zip"])
+def test_sound_may_come_before_the_first_frame(monkeypatch: pytest.MonkeyPatch, output_format: str) -> None:
+    expected = decoded(monkeypatch, CLIP, output_format=output_format)
+    assert media_of(decoded(monkeypatch, CLIP, vae=EarlyVae(RATE), output_format=output_format)) == media_of(expected)
+
+
+def test_a_call_says_what_is_wrong_with_its_sound(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InvalidRequest, match="20000 Hz, which an MP4 cannot have: AAC knows"):
+        decoded(monkeypatch, CLIP, vae=EarlyVae(20000))
+    with pytest.raises(StageMismatch, match="goes on with 2 channels of 24000 Hz: it began with 2 channels of 48000"):
+        decoded(monkeypatch, CLIP, vae=EarlyVae(RATE, 24000), output_format="gif")
 
 
 def test_sound_goes_past_the_interpolator(monkeypatch: pytest.MonkeyPatch) -> None:

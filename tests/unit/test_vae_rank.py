@@ -16,6 +16,7 @@ from protos import vae_pb2
 from services import clip_writer
 from services.channel import CALL_ROOM_BYTES, Frame, FrameQueue, Kind, OpenCall
 from services.config import ModelSection, ServiceSection, StageConfig
+from services.family import ChunkWithSound
 from services.rank_process import Call
 from services.request import Limits, ResolvedParams
 from services.tensor_wire import frame_of
@@ -258,11 +259,33 @@ def test_large_frames_leave_as_they_are_taken_and_hold_up_no_other(monkeypatch, 
     assert vae_pb2.DecodeResponse.FromString(messages[-1]).HasField("usage") and stuck.closed
 
 
+def test_sound_counts_as_frames_do(monkeypatch):
+    """Of sound beside one small picture, eight times what a call has room for, so much is sent as is taken."""
+
+    class LoudVae(FakeVae):
+        def decode(self, model, rows, params):
+            for frames in super().decode(model, rows, params):
+                yield ChunkWithSound(frames, torch.zeros(len(rows), 2, CALL_ROOM_BYTES), 48000)
+
+    monkeypatch.setattr(rank, "open_engine", lambda *_: VaeEngine(LoudVae().part(), None, 1))
+    program, outbox = rank.VaeProgram(CONFIG), FrameQueue(8 * CALL_ROOM_BYTES)
+    call = decode(program, 1, outbox, frames_only=True)
+    frames: list[Frame] = []
+    busy = True
+    while busy:
+        busy = tick(program, call)
+        frames += (taken := outbox.take(0))
+        assert sum(len(frame.payload) for frame in taken) < 3 * CALL_ROOM_BYTES
+        call.taken(sum(len(frame.payload) for frame in taken))
+    messages = [frame.payload for frame in frames if frame.kind is Kind.MESSAGE]
+    assert bytes_of(messages) == 8 * CALL_ROOM_BYTES + PARAMS.height * PARAMS.width * 3 and call.closed
+
+
 def bytes_of(messages: list[bytes]) -> int:
-    """Of raw media, or of frames as tensors."""
+    """Of raw media, or of tensors."""
     frames = [frame for frame in map(frame_of, messages) if frame is not None]
     if not frames:
         return sum(len(vae_pb2.DecodeResponse.FromString(message).chunk.data) for message in messages)
     reader = BundleReader()
     bundles = [bundle for bundle in map(reader.feed, frames) if bundle is not None]
-    return sum(bundle.tensors["frames"].nbytes for bundle in bundles)
+    return sum(tensor.nbytes for bundle in bundles for tensor in bundle.tensors.values())
