@@ -21,6 +21,8 @@ from services.sound import Sound
 from vae_svc.input_clips import SharedClips
 from vae_svc.latent_rgb_fit import LatentRgbFit
 
+# How often it is seen whether clips have been read, where nothing else is to be done.
+READ_EVERY_S = 0.005
 # One is worked on; others wait for whoever takes their frames, each with its clip's history (Wan at 480p: 1.8 GiB).
 MAX_BEGUN = 4
 
@@ -276,6 +278,22 @@ class VaeEngine:
     def metrics(self) -> dict[str, float]:
         """Jobs that wait."""
         return {"vae_waiting": len(self._waiting)}
+
+
+def encode_alone(engine: VaeEngine, job: VaeJob) -> Tensors:
+    """What an encode gives, of an engine that has nothing else to do.
+
+    Raises:
+        ServiceError: what it failed with.
+    """
+    engine.submit(job)
+    while not (events := engine.tick()):
+        time.sleep(READ_EVERY_S)
+    [result] = events
+    assert isinstance(result, VaeResult)
+    if result.error is not None:
+        raise result.error
+    return result.tensors
 
 
 def _on_host(chunk: torch.Tensor | ChunkWithSound) -> list[tuple[bool, Frames, Sound | None]]:
