@@ -32,7 +32,7 @@ from services.families.qwen_image.latents import pack
 from services.family import Tensors
 from services.request import GenerationParams, Media, ResolvedParams, resolve
 from text_encoder_svc.engine import open_engine as open_text
-from vae_svc.engine import VaeChunk, VaeEngine, VaeJob, VaeResult
+from vae_svc.engine import VaeChunk, VaeEngine, VaeJob, encode_alone
 from vae_svc.loading import open_engine as open_vae
 
 
@@ -80,12 +80,7 @@ def cases(config: StageConfig, vae: VaeEngine, side: int, steps: int) -> Iterato
             raise encoded.error
         conditions = dict(encoded.tensors)
         if inputs:
-            vae.submit(VaeJob(name, params))
-            [pictures] = vae.tick()
-            assert isinstance(pictures, VaeResult)
-            if pictures.error is not None:
-                raise pictures.error
-            conditions |= pictures.tensors
+            conditions |= encode_alone(vae, VaeJob(name, params))
         yield Case(name, params, conditions)
 
 

@@ -86,8 +86,7 @@ class DitProgram:
     def message(self, call: Call, data: bytes) -> None:
         """Start, a frame of conditions or checkpoint, or the wish for a checkpoint."""
         opened = self._open[str(call.id)]
-        with parsing():
-            request = self._read(opened, data)
+        request = self._read(opened, data)
         if request.WhichOneof("kind") == "checkpoint":
             self._engine.request_checkpoint(str(call.id), stop=request.checkpoint.stop)
         else:
@@ -103,10 +102,11 @@ class DitProgram:
                     raise InvalidRequest("more tensor bundles came than the start message announced")
                 opened.bundles.append(bundle)
             return dit_pb2.DenoiseRequest()
-        request = dit_pb2.DenoiseRequest.FromString(data)
-        if request.WhichOneof("kind") == "start":
-            opened.start = request.start
-            opened.params = checked_from_proto(request.start.params, self._limits)
+        with parsing():
+            request = dit_pb2.DenoiseRequest.FromString(data)
+            if request.WhichOneof("kind") == "start":
+                opened.start = request.start
+                opened.params = checked_from_proto(request.start.params, self._limits)
         return request
 
     def _admit_when_whole(self, opened: Opened) -> None:

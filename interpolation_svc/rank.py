@@ -29,7 +29,7 @@ from services.sound import Sound
 from services.telemetry import make_span
 from services.tensor_wire import frame_of
 from services.tensors import BundleReader
-from services.wire import interpolation_limits_to_proto, resolved_from_proto
+from services.wire import interpolation_limits_to_proto, parsing, resolved_from_proto
 
 MAX_BUNDLE_BYTES = 512 * 1024 * 1024
 # Frames that may wait here; then who sends more waits.
@@ -93,7 +93,9 @@ class InterpolationProgram:
         opened = self._open[str(call.id)]
         frame = frame_of(data)
         if frame is None:
-            self._start(opened, interpolation_pb2.InterpolateRequest.FromString(data).start)
+            with parsing():
+                start = interpolation_pb2.InterpolateRequest.FromString(data).start
+            self._start(opened, start)
         elif opened.params is None:
             raise CorruptTensor("frames came before the parameters")
         elif (bundle := opened.reader.feed(frame)) is not None:

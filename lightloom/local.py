@@ -27,7 +27,7 @@ from services.family import Tensors
 from services.media import check_mask, first_picture
 from services.request import MAX_SEED, ResolvedParams, open_params, resolve
 from text_encoder_svc.engine import open_engine as open_text
-from vae_svc.engine import VaeChunk, VaeJob, VaeResult
+from vae_svc.engine import VaeChunk, VaeJob, encode_alone
 from vae_svc.loading import open_engine as open_vae
 
 
@@ -143,12 +143,7 @@ class Local:
                 busy[encoded.request_id]["text_encoder"] = encoded.busy_s
         for name, params in jobs.items():
             if params.inputs:
-                self._vae.submit(VaeJob(name, params))
-                [encoded_image] = self._vae.tick()
-                assert isinstance(encoded_image, VaeResult)
-                if encoded_image.error is not None:
-                    raise encoded_image.error
-                conditions[name] |= encoded_image.tensors
+                conditions[name] |= encode_alone(self._vae, VaeJob(name, params))
         return conditions
 
     def _denoise(self, busy: dict[str, dict[str, float]]) -> dict[str, Tensors]:

@@ -12,6 +12,7 @@ import ctypes
 import io
 import itertools
 import json
+import os
 import resource
 import signal
 import subprocess
@@ -31,13 +32,15 @@ MAX_CLIP_PIXELS = 192 * 1024 * 1024
 CLIP_CODECS = ("h264", "hevc", "vp9", "av1", "libdav1d", "mpeg4")
 # All frames of MAX_CLIP_PIXELS take 0.6 GB, those that a decoder keeps for reference as much again.
 MAX_BYTES = 2 * 1024**3
-# For all clips of a request. 81 frames of 1920x1080 of noise take 1.2 s as H.264, 3.8 s as H.265.
+# For each clip of a request, of all together. 81 frames of 1920x1080 of noise take 1.2 s as H.264, 3.8 s as H.265.
 MAX_CPU_S = 10
-# Of the clock, on a machine that has much else to do.
+# Of the clock, for as many clips, on a machine that has much else to do.
 MAX_WALL_S = 40.0
 # Frames that are decoded and not seen: where a clip was cut without coding it anew, those since the last key frame,
 # 250 at most with the usual encoders.
 MAX_UNSEEN = 500
+# Of what the process that reads says on stderr, the last.
+MAX_SAID_BYTES = 4096
 PR_SET_PDEATHSIG = 1
 
 
@@ -49,17 +52,22 @@ class ClipReading:
     """
 
     def __init__(self, clips: Sequence[Media], max_frames: int) -> None:
+        self._clips = clips
+        self._outcome: list[Frames] | ServiceError = _lost("did not end as it should")
+        self._process: subprocess.Popen[bytes] | None = None
+        self._thread = threading.Thread(target=self._read, name="clip reader", daemon=True)
         sizes = [str(len(clip.data)) for clip in clips]
         command = [sys.executable, "-m", "services.clip_reader", str(max_frames), *sizes]
-        # Started here: it ends with the thread that starts it.
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-        )
-        self._clips = clips
-        self._frames: list[Frames] = []
-        self._error: ServiceError | None = _too_much()
-        self._thread = threading.Thread(target=self._read, name="clip reader", daemon=True)
-        self._thread.start()
+        try:
+            # Started here: it ends with the thread that starts it.
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            )
+            self._thread.start()
+        except (OSError, RuntimeError) as error:
+            # No memory, process, thread or file is to be had: it hits this request, and no other.
+            self._outcome = _lost(f"could not be started ({error})")
+            self.close()
 
     def is_done(self) -> bool:
         """Whether `frames` waits for nothing."""
@@ -70,34 +78,67 @@ class ClipReading:
 
         Raises:
             InvalidRequest: as `read_frames`, or reading them takes more than MAX_BYTES or MAX_CPU_S.
-            DeviceLost: the process that read them was killed, or had no time within MAX_WALL_S.
+            DeviceLost: the process that read them could not be started, was killed, or had no time within MAX_WALL_S.
+            Internal: it ended in another way; the log has what it said.
         """
-        self._thread.join()
-        if self._error is not None:
-            raise self._error
-        return self._frames
+        if self._thread.ident is not None:
+            self._thread.join()
+        if isinstance(self._outcome, ServiceError):
+            raise self._outcome
+        return self._outcome
 
     def close(self) -> None:
         """Ends it; nobody wants the frames."""
-        self._process.kill()
+        if self._process is not None:
+            self._process.kill()
 
     def _read(self) -> None:
-        timer = threading.Timer(MAX_WALL_S, self._process.kill)
+        assert self._process is not None
+        answer: list[Frames] | InvalidRequest | None = None
+        said = bytearray()
+        timer = threading.Timer(MAX_WALL_S * len(self._clips), self._process.kill)
         timer.daemon = True
-        timer.start()
         # Where it has ended early, its exit code says why.
         with contextlib.suppress(OSError, ValueError), self._process as process:
-            assert process.stdin is not None and process.stdout is not None
-            process.stdin.write(b"".join(clip.data for clip in self._clips))
-            process.stdin.close()
+            assert process.stdin is not None and process.stdout is not None and process.stderr is not None
+            timer.start()
+            listener = threading.Thread(target=_keep_end, args=(process.stderr, said), daemon=True)
+            listener.start()
             try:
-                self._frames = [_answered(process.stdout) for _ in self._clips]
-                self._error = None
+                process.stdin.write(b"".join(clip.data for clip in self._clips))
+                process.stdin.close()
+                answer = [_answered(process.stdout) for _ in self._clips]
             except InvalidRequest as refused:
-                self._error = refused
+                answer = refused
+                process.kill()
+            finally:
+                process.stdout.close()
+                listener.join()
         timer.cancel()
-        if self._process.returncode == -signal.SIGKILL:
-            self._error = DeviceLost("the process that read an input clip was killed; it can run again")
+        self._outcome = _failure(self._process.returncode, said) if answer is None else answer
+
+
+def _keep_end(stream: IO[bytes], end: bytearray) -> None:
+    """Reads all of it, so that its writer never waits, and keeps the last of it."""
+    while piece := os.read(stream.fileno(), MAX_SAID_BYTES):
+        end += piece
+        del end[:-MAX_SAID_BYTES]
+
+
+def _failure(exit_code: int, said: bytearray) -> ServiceError:
+    """Why it has not answered."""
+    if exit_code == -signal.SIGXCPU:
+        return _too_much()
+    if exit_code == -signal.SIGKILL:
+        return _lost("was killed")
+    # Not for the process that reads: it takes as long to import as all else.
+    from services.telemetry import internal_error
+
+    return internal_error(RuntimeError(f"the clip reader ended with {exit_code}: {said.decode(errors='replace')}"))
+
+
+def _lost(what: str) -> DeviceLost:
+    return DeviceLost(f"the process that reads an input clip {what}; the request can run again")
 
 
 def _answered(answer: IO[bytes]) -> Frames:
@@ -192,7 +233,8 @@ def main(max_frames: int, sizes: Sequence[int]) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_DATA, (MAX_BYTES, MAX_BYTES))
     # At the second of the two it would be killed as by any other.
-    resource.setrlimit(resource.RLIMIT_CPU, (MAX_CPU_S, MAX_CPU_S + 1))
+    cpu_s = MAX_CPU_S * len(sizes)
+    resource.setrlimit(resource.RLIMIT_CPU, (cpu_s, cpu_s + 1))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     clips = [sys.stdin.buffer.read(size) for size in sizes]
     for clip in clips:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import traceback
+
 import torch
 
 from services.errors import OutOfMemory, ServiceError
@@ -28,6 +30,8 @@ def failure_of(error: Exception, request_id: str = "") -> ServiceError:
     if isinstance(error, ServiceError):
         return error
     if isinstance(error, torch.OutOfMemoryError):
+        # Calls that have ended hold their tensors as long as the exception lives.
+        traceback.clear_frames(error.__traceback__)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         return OutOfMemory("the device ran out of memory: ask for a smaller size or fewer frames")

@@ -124,6 +124,7 @@ class Limits:
         """The same without a model's own bounds, which a stage does not know: several models may share its weights."""
         return replace(
             self.without_inputs(),
+            optional_roles=self.other_roles,
             pictures_need_mask=False,
             min_side_px=self.size_multiple_px,
             max_side_px=16384,

@@ -7,6 +7,7 @@ values are checked against a model's limits in `services/request.py`.
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from dataclasses import asdict, fields, replace
 from typing import Any
@@ -16,6 +17,8 @@ from google.protobuf.message import DecodeError
 from protos import types_pb2, vae_pb2
 from services.errors import ErrorRecord, InvalidRequest, ServiceError
 from services.request import GenerationParams, InterpolationLimits, Limits, Media, ResolvedParams, check
+
+_log = logging.getLogger(__name__)
 
 PROTOCOL_VERSION = 1
 MEDIA_CHUNK_BYTES = 1024 * 1024
@@ -53,7 +56,9 @@ MAX_ERROR_CHARS = 2000
 
 @contextlib.contextmanager
 def parsing() -> Iterator[None]:
-    """Around the reading of a peer's message: bytes that make no sense are the peer's fault.
+    """Around the parsing of a peer's message, and no more: bytes that make no sense are the peer's fault.
+
+    The log has the trace, in case that they do.
 
     Raises:
         InvalidRequest: the message cannot be parsed, or has values that cannot be read.
@@ -61,6 +66,7 @@ def parsing() -> Iterator[None]:
     try:
         yield
     except (DecodeError, KeyError, ValueError, TypeError) as error:
+        _log.warning("a message cannot be read", exc_info=error)
         raise InvalidRequest(f"a message cannot be read: {type(error).__name__}") from error
 
 

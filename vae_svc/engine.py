@@ -21,6 +21,8 @@ from services.sound import Sound
 from vae_svc.input_clips import SharedClips
 from vae_svc.latent_rgb_fit import LatentRgbFit
 
+# How often it is seen whether clips have been read, where nothing else is to be done.
+READ_EVERY_S = 0.005
 # One is worked on; others wait for whoever takes their frames, each with its clip's history (Wan at 480p: 1.8 GiB).
 MAX_BEGUN = 4
 
@@ -108,7 +110,8 @@ class VaeEngine:
         self._max_batch = max_batch
         self._axis = axis
         self._waiting: deque[VaeJob] = deque()
-        self._retried: deque[VaeJob] = deque()
+        # With its clips, which are read once.
+        self._retried: deque[tuple[VaeJob, Sequence[Frames]]] = deque()
         self._begun: list[_Decode] = []
         self._reading: tuple[VaeJob, SharedClips] | None = None
         self._clip_is_next = False
@@ -128,7 +131,7 @@ class VaeEngine:
             self._reading[1].close()
             self._reading = None
         self._waiting = deque(job for job in self._waiting if job.request_id != request_id)
-        self._retried = deque(job for job in self._retried if job.request_id != request_id)
+        self._retried = deque(retried for retried in self._retried if retried[0].request_id != request_id)
         for decode in self._begun:
             if any(job.request_id == request_id for job in decode.jobs):
                 decode.ended.add(request_id)
@@ -159,19 +162,23 @@ class VaeEngine:
         """The next job that is not in work, beside a clip only an encode or a picture; None where there is none."""
         if self._reading is not None and (events := self._encode_clips(*self._reading)) is not None:
             return events
+        if self._retried:
+            # Alone, each of those that failed together fails for its own reasons only.
+            return None if self._begun else self._begin_again(*self._retried.popleft())
         jobs = self._next_jobs(beside_clip=beside_clip)
         if not jobs:
             return None
-        if jobs[0].latents is None:
-            return self._begin_encode(jobs[0])
+        return self._begin_encode(jobs[0]) if jobs[0].latents is None else self._begin_decode(jobs)
+
+    def _begin_again(self, job: VaeJob, clips: Sequence[Frames]) -> list[VaeChunk | VaeResult]:
+        return self._encode(job, clips) if job.latents is None else self._begin_decode([job])
+
+    def _begin_decode(self, jobs: list[VaeJob]) -> list[VaeChunk | VaeResult]:
         self._begun.append(_Decode(jobs))
         return self._step(self._begun[-1])
 
     def _next_jobs(self, *, beside_clip: bool) -> list[VaeJob]:
         """Taken from those that wait: the first that may begin, or the pictures that are decoded with it."""
-        # Alone, each of those that failed together fails for its own reasons only.
-        if self._retried:
-            return [] if self._begun else [self._retried.popleft()]
         if len(self._begun) >= MAX_BEGUN:
             return []
         may_begin = (job for job in self._waiting if self._may_begin(job, beside_clip=beside_clip))
@@ -210,6 +217,8 @@ class VaeEngine:
 
     def _encode(self, job: VaeJob, clips: Sequence[Frames] = ()) -> list[VaeChunk | VaeResult]:
         start_s = time.perf_counter()
+        failure: ServiceError | None = None
+        tensors: Tensors = {}
         try:
             if not job.params.inputs:
                 raise InvalidRequest("there is no input picture to encode", param="inputs")
@@ -218,11 +227,10 @@ class VaeEngine:
             tensors = self._part.encode(self._model, inputs, job.params)
         except Exception as error:  # noqa: BLE001 - one job fails, the others go on
             failure = self._failure(error)
-            if self._begun and isinstance(failure, OutOfMemory):
-                self._retried.append(job)
-                return []
-            return [VaeResult(job, time.perf_counter() - start_s, error=failure)]
-        return [VaeResult(job, time.perf_counter() - start_s, tensors=tensors)]
+        if self._begun and isinstance(failure, OutOfMemory):
+            self._retried.append((job, clips))
+            return []
+        return [VaeResult(job, time.perf_counter() - start_s, tensors, failure)]
 
     def _step(self, running: _Decode) -> list[VaeChunk | VaeResult]:
         start_s = time.perf_counter()
@@ -240,7 +248,6 @@ class VaeEngine:
         except Exception as error:  # noqa: BLE001 - as of an encode
             failure = self._failure(error)
         running.busy_s += time.perf_counter() - start_s
-        # Outside of the handler, where the exception holds none of the memory that was too little.
         if failure is not None:
             return self._give_up(running, failure)
         if chunk is None:
@@ -253,7 +260,7 @@ class VaeEngine:
             if good:
                 events.extend(_chunk_of(running, job, frames, sound))
                 continue
-            black = NonFinite("the decoded picture or sound has values that are not finite", request_id=job.request_id)
+            black = NonFinite("the decoded picture or sound has values that are not finite")
             events.append(VaeResult(job, running.busy_s, error=black))
             self.abort(job.request_id)
         running.first_frame += len(made[0][1])
@@ -266,7 +273,7 @@ class VaeEngine:
         too_much = bool(self._begun) and isinstance(failure, OutOfMemory)
         if running.given or (len(running.jobs) == 1 and not too_much):
             return [VaeResult(job, running.busy_s, error=failure) for job in left]
-        self._retried.extend(left)
+        self._retried.extend((job, ()) for job in left)
         return []
 
     def _failure(self, error: Exception) -> ServiceError:
@@ -291,6 +298,22 @@ def _chunk_of(running: _Decode, job: VaeJob, frames: Frames, sound: Sound | None
     if sound is not None:
         running.early_sounds[job.request_id] = sound
     return []
+
+
+def encode_alone(engine: VaeEngine, job: VaeJob) -> Tensors:
+    """What an encode gives, of an engine that has nothing else to do.
+
+    Raises:
+        ServiceError: what it failed with.
+    """
+    engine.submit(job)
+    while not (events := engine.tick()):
+        time.sleep(READ_EVERY_S)
+    [result] = events
+    assert isinstance(result, VaeResult)
+    if result.error is not None:
+        raise result.error
+    return result.tensors
 
 
 def _on_host(chunk: torch.Tensor | ChunkWithSound) -> list[tuple[bool, Frames, Sound | None]]:

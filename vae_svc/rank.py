@@ -71,9 +71,7 @@ class VaeProgram:
     def message(self, call: Call, data: bytes) -> None:
         """Parameters, or a frame of the latents."""
         opened = self._open[str(call.id)]
-        with parsing():
-            job = self._job_of(opened, data)
-        if job is not None:
+        if (job := self._job_of(opened, data)) is not None:
             opened.queued_ns = time.time_ns()
             self._engine.submit(job)
 
@@ -81,12 +79,14 @@ class VaeProgram:
         """The call's, once its last message has come."""
         key = str(opened.call.id)
         if opened.call.method == "Encode":
-            asked = text_encoder_pb2.EncodeRequest.FromString(data)
-            return VaeJob(key, checked_from_proto(asked.params, self._limits))
+            with parsing():
+                asked = text_encoder_pb2.EncodeRequest.FromString(data)
+                return VaeJob(key, checked_from_proto(asked.params, self._limits))
         frame = frame_of(data)
         if frame is None:
-            start = vae_pb2.DecodeRequest.FromString(data).start
-            opened.params = checked_from_proto(start.params, self._limits)
+            with parsing():
+                start = vae_pb2.DecodeRequest.FromString(data).start
+                opened.params = checked_from_proto(start.params, self._limits)
             opened.frames_only = start.frames_only
         elif (bundle := opened.reader.feed(frame)) is not None and opened.params is not None:
             return VaeJob(key, opened.params, bundle.tensors)

@@ -6,7 +6,6 @@ for every model: conditions come from the services' own text and VAE engines, la
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +20,7 @@ from services.request import GenerationParams, ResolvedParams, resolve
 from services.tensors import Bundle
 from services.weights import open_source
 from text_encoder_svc.engine import TextEngine
-from vae_svc.engine import VaeEngine, VaeJob
+from vae_svc.engine import VaeEngine, VaeJob, encode_alone
 
 CPU = torch.device("cpu")
 
@@ -87,18 +86,11 @@ class Subject:
         """The request as the denoiser gets it: embeddings, and latents of input pictures."""
         self.text.submit(name, params)
         [encoded] = self.text.tick()
+        if encoded.error is not None:
+            raise encoded.error
         conditions = dict(encoded.tensors)
-        errors = [encoded.error]
         if params.inputs:
-            self.vae.submit(VaeJob(name, params))
-            # Input clips are read beside its ticks.
-            while not (results := self.vae.tick()):
-                time.sleep(0.005)
-            [pictures] = results
-            conditions |= pictures.tensors
-            errors.append(pictures.error)
-        for error in filter(None, errors):
-            raise error
+            conditions |= encode_alone(self.vae, VaeJob(name, params))
         return DenoiseJob(name, params, conditions, checkpoint)
 
     def engine(self, **options) -> DitEngine:

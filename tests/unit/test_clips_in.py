@@ -20,7 +20,7 @@ import pytest
 from services import clip_reader
 from services.clip_reader import ClipReading, Frames, read_frames
 from services.clip_writer import encode_frames
-from services.errors import DeviceLost, InvalidRequest
+from services.errors import DeviceLost, Internal, InvalidRequest
 from services.media import decode_inputs, first_picture
 from services.request import Media
 from tests.oracle.wan import clip, picture
@@ -145,13 +145,14 @@ def test_frames_that_are_decoded_and_not_shown_are_counted():
 @pytest.mark.parametrize(
     ("end", "error", "says"),
     [
-        ("exit 1", InvalidRequest, "within 2048 MiB of memory and 10 s"),
+        ("echo no module named av >&2; exit 1", Internal, "the log has the trace"),
+        ("kill -SEGV $$", Internal, "the log has the trace"),
         ("kill -XCPU $$", InvalidRequest, "within 2048 MiB of memory and 10 s"),
         ("kill -KILL $$", DeviceLost, "was killed"),
         ("exec sleep 30", DeviceLost, "was killed"),
     ],
 )
-def test_only_a_reader_that_is_killed_is_not_the_clips_fault(monkeypatch, tmp_path, end, error, says):
+def test_only_a_reader_that_runs_out_of_time_is_the_clips_fault(monkeypatch, tmp_path, caplog, end, error, says):
     reader = tmp_path / "reader"
     reader.write_text(f"#!/bin/sh\nexec 0<&-\n{end}\n")
     reader.chmod(0o700)
@@ -159,6 +160,30 @@ def test_only_a_reader_that_is_killed_is_not_the_clips_fault(monkeypatch, tmp_pa
     monkeypatch.setattr(clip_reader, "MAX_WALL_S", 2.0)
     with pytest.raises(error, match=says):
         decode_clip(clip(64, 48, 5, 1), 5)
+    assert ("no module named av" in caplog.text) == ("no module" in end)
+
+
+def test_of_what_a_reader_says_the_end_is_kept(monkeypatch, tmp_path, caplog):
+    reader = tmp_path / "reader"
+    reader.write_text("#!/bin/sh\nhead -c 1000000 /dev/zero >&2; echo the end >&2\n")
+    reader.chmod(0o700)
+    monkeypatch.setattr(clip_reader.sys, "executable", str(reader))
+    with pytest.raises(Internal):
+        decode_clip(clip(64, 48, 5, 1), 5)
+    assert "the end" in caplog.text and len(caplog.text) < 20_000
+
+
+def test_a_reader_that_cannot_be_started_fails_its_clips_alone():
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+        reading = ClipReading([clip(64, 48, 5, 1)], 5)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert reading.is_done()
+    reading.close()
+    with pytest.raises(DeviceLost, match=r"could not be started .*Too many open files"):
+        reading.frames()
 
 
 def test_two_clips_are_read_one_after_the_other_and_the_second_may_be_refused():
@@ -171,7 +196,7 @@ def test_two_clips_are_read_one_after_the_other_and_the_second_may_be_refused():
 STARTS_A_READER = """
 import signal, subprocess, sys
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
-print(subprocess.Popen([sys.executable, "-m", "services.clip_reader", "5", "1000"]).pid, flush=True)
+print(subprocess.Popen([sys.executable, "-m", "services.clip_reader", "5", "1000", "10"]).pid, flush=True)
 signal.pause()
 """
 
@@ -186,6 +211,9 @@ def test_a_reader_ends_with_its_rank_and_heeds_signals():
         begun_s = time.monotonic()
         while ignores_sigterm(reader.pid):
             assert time.monotonic() - begun_s < 30
+            time.sleep(0.02)
+        while reader.rlimit(psutil.RLIMIT_CPU) != (20, 21):
+            assert time.monotonic() - begun_s < 30, "each clip has its time"
             time.sleep(0.02)
         rank.kill()
         gone, _ = psutil.wait_procs([reader], 5)

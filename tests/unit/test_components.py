@@ -17,6 +17,8 @@ from services.errors import InvalidRequest, StartupError
 from services.families import load_family
 from services.rank_process import Call
 from services.request import GenerationParams, Media, resolve
+from services.tensor_wire import end_message
+from services.tensors import BundleReader
 from services.wire import params_to_proto
 from text_encoder_svc.rank import TextEncoderProgram
 from vae_svc.rank import VaeProgram
@@ -74,7 +76,7 @@ def first_message(kind, **changes: object) -> tuple[str, bytes]:
 
 
 @pytest.mark.parametrize("kind", PROGRAMS, ids=lambda kind: kind.__name__)
-def test_a_rank_refuses_what_no_model_with_its_weights_could_do(kind, whole):
+def test_a_rank_refuses_what_no_model_with_its_weights_could_do(kind, whole, caplog):
     """Whoever called it: a gateway has checked what it sends."""
     served = program(kind, whole)
 
@@ -89,6 +91,7 @@ def test_a_rank_refuses_what_no_model_with_its_weights_could_do(kind, whole):
 
     with pytest.raises(InvalidRequest, match="cannot be read: DecodeError"):
         send(first_message(kind)[0], b"\xff\xff\xff garbage")
+    assert "Traceback" in caplog.text
 
     # Another model with these weights may allow that.
     begin(steps=500, guidance=100.0, width=8192)
@@ -97,6 +100,16 @@ def test_a_rank_refuses_what_no_model_with_its_weights_could_do(kind, whole):
         with pytest.raises(InvalidRequest, match=name) as caught:
             begin(**{name: value})
         assert caught.value.param == name
+
+
+@pytest.mark.parametrize("kind", [DitProgram, VaeProgram], ids=lambda kind: kind.__name__)
+def test_a_bug_behind_a_message_is_not_told_as_the_peers_fault(kind, whole, monkeypatch):
+    served = program(kind, whole)
+    call = Call(1, OpenCall(first_message(kind)[0], "r", "", 0.0), FrameQueue(1 << 20))
+    served.opened(call)
+    monkeypatch.setattr(BundleReader, "feed", lambda *_: {}["a bug"])
+    with pytest.raises(KeyError, match="a bug"):
+        served.message(call, end_message())
 
 
 @pytest.mark.parametrize("kind", PROGRAMS, ids=lambda kind: kind.__name__)

@@ -10,6 +10,7 @@ import pytest
 
 from services import request
 from services.errors import InvalidRequest
+from services.families import FAMILIES, load_family
 from services.request import GenerationParams, InterpolationLimits, Limits, Media, check, check_interpolation, resolve
 from services.wire import params_from_proto, params_to_proto
 
@@ -125,6 +126,19 @@ def test_frames_follow_the_rule_of_the_model() -> None:
 def test_an_edit_model_needs_a_picture() -> None:
     with pytest.raises(InvalidRequest, match="model 'demo' needs an input picture"):
         resolve(make(), replace(LIMITS, min_inputs=1, max_inputs=1), seed=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_a_model_accepts_no_rank_with_its_weights_refuses(family) -> None:
+    """The stages get the inputs that they work with, the others none."""
+    for variant in load_family(family).variants.values():
+        limits = variant.limits
+        fewest = ("image",) * limits.min_inputs + limits.needed_roles
+        most = ("image",) * limits.max_inputs + limits.other_roles
+        for roles in (fewest, most):
+            resolved = resolve(make(inputs=tuple(Media("", b"x", role) for role in roles)), limits, seed=0)
+            check(resolved, limits.of_any_model())
+            check(replace(resolved, inputs=()), limits.of_any_model())
 
 
 @pytest.mark.parametrize(

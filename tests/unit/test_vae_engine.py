@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -12,6 +13,7 @@ import torch
 from PIL import Image
 
 from services.errors import DeviceLost, Internal, InvalidRequest, NonFinite, OutOfMemory, ServiceError
+from services.failures import failure_of
 from services.family import Inputs, Tensors, VaePart, VaePlan
 from services.request import GenerationParams, Limits, Media, ResolvedParams, resolve
 from vae_svc import input_clips
@@ -204,6 +206,21 @@ def test_an_encode_without_memory_beside_a_clip_is_tried_again_alone(fake):
     assert (tries, seen[-1].error) == ([True, False], None)
 
 
+def test_what_ran_out_of_memory_holds_none():
+    held: list[weakref.ref[torch.Tensor]] = []
+
+    def run_out() -> None:
+        values = torch.zeros(3)
+        held.append(weakref.ref(values))
+        raise torch.OutOfMemoryError("too large")
+
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        run_out()
+    assert held[0]() is not None
+    assert isinstance(failure_of(caught.value), OutOfMemory)
+    assert held[0]() is None
+
+
 def test_no_more_clips_than_there_is_memory_for_wait_half_decoded(fake):
     engine = VaeEngine(fake.part(), None, 8)
     names = [f"stuck{index}" for index in range(MAX_BEGUN)]
@@ -305,6 +322,27 @@ def test_others_go_on_while_an_input_clip_is_read(fake, readings):
     engine.tick()
     engine.abort("aborted")
     assert readings[2].closed and not engine.busy
+
+
+def test_clips_without_memory_beside_another_are_encoded_before_the_next_begins(fake, readings):
+    def encode(_model: object, inputs: Inputs, _params: ResolvedParams) -> Tensors:
+        if engine._begun:
+            raise torch.OutOfMemoryError("too large")
+        return {"seen": torch.tensor(inputs["video"][0])}
+
+    engine = VaeEngine(fake.part(encode=encode), None, 1)
+    clip = replace(PARAMS, inputs=(Media("video/mp4", b"", "video"),))
+    seen: list[VaeChunk | VaeResult] = []
+    engine.submit(job("first", 0.0, 0.0, 0.0, num_frames=9))
+    engine.submit(VaeJob("encode", clip))
+    for number in range(12):
+        engine.submit(job(f"clip{number}", 0.0, 0.0, 0.0, num_frames=9))
+        seen += engine.tick()
+        for reading in readings:
+            reading.outcome = [np.full((1, 2, 2, 3), 7, np.uint8)]
+    assert order_of(seen)[:5] == ["first 0", "first 4", "first 8", "first end", "encode end"]
+    assert seen[4].tensors["seen"].unique().tolist() == [7]
+    assert len(readings) == 1, "they are read once"
 
 
 def test_pixels_are_rounded_and_clipped():

@@ -11,6 +11,7 @@ from diffusers import WanVACEPipeline
 from PIL import Image
 
 from dit_svc.engine import DenoiseJob, Stepped
+from lightloom.local import Local
 from services.errors import InvalidRequest
 from services.families import load_family
 from services.families.wan.control import clip_and_mask
@@ -165,3 +166,9 @@ def test_clips_with_other_numbers_of_references_do_not_share_a_batch(subject):
     assert batches == {"none": 1, "one": 2, "other": 2}
     for name, tensors in alone.items():
         assert difference(results[name], tensors) <= 1e-4
+
+
+def test_a_steered_clip_without_a_cluster(folder):
+    with Local(str(folder), width=64, height=96, num_frames=5, steps=2) as model:
+        result = model.generate("a cat jumps", inputs=(clip(64, 96, 5, 1),))
+    assert (result.mime, result.num_frames) == ("video/mp4", 5)
