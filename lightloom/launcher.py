@@ -73,7 +73,7 @@ class Cluster:
 
     async def __aenter__(self) -> Cluster:
         try:
-            await self.start()
+            await self.open()
         except BaseException:
             await self.stop()
             raise
@@ -84,17 +84,24 @@ class Cluster:
     ) -> None:
         await self.stop()
 
-    async def start(self) -> None:
-        """Starts everything; returns when the processes run (see `wait_ready`).
+    async def open(self) -> None:
+        """Takes the run folder; from now on, commands are told that the cluster starts. Nothing is started yet.
 
         Raises:
-            StartupError: Redis or a port cannot be had, or another cluster uses the run folder.
+            StartupError: another cluster uses the folder, or a port cannot be had.
         """
         self.run_dir.mkdir(parents=True, exist_ok=True)
         await self._control.open()
         gateway = self.config.gateway
         for name, port in (("HTTP", gateway.http_port), ("gRPC", gateway.grpc_port)):
             try_port(name, gateway.host, port)
+
+    async def start(self) -> None:
+        """Starts everything, once it is open; returns when the processes run (see `wait_ready`).
+
+        Raises:
+            StartupError: Redis or a port cannot be had.
+        """
         # In this thread, although it waits: the server ends with the thread that starts it, and nothing else runs yet.
         self._redis = start_redis(self.run_dir / "redis", self.config.redis_url)
         self._redis_watch = asyncio.create_task(self._keep_redis(self._redis), name="watch redis")

@@ -188,11 +188,13 @@ def read_frames(data: bytes, max_frames: int) -> list[Frames]:
                 )
             frames = _frames(_decoded(container, stream, max_frames), (stream.height, stream.width), max_frames)
     except (av.error.FFmpegError, ValueError, OSError) as error:
+        # FFmpeg's own errors have a number and a function beside what they say.
+        why = getattr(error, "strerror", None) or error
         raise InvalidRequest(
-            f"an input clip cannot be decoded ({error}): send a whole MP4 file", param="inputs"
+            f"an input clip cannot be decoded ({why}): send a whole MP4 file", param="inputs"
         ) from error
     if not frames:
-        raise InvalidRequest("an input clip has 0 frames", param="inputs")
+        raise InvalidRequest("an input clip has 0 frames: send a whole MP4 file", param="inputs")
     return frames
 
 

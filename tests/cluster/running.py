@@ -63,6 +63,7 @@ class RunningCluster:
 
     def start(self) -> None:
         """Returns when every model is ready."""
+        self.run(self.cluster.open())
         self.run(self.cluster.start())
         self.run(self.cluster.wait_ready(200.0))
 
