@@ -37,9 +37,10 @@ async def serve(config_path: Path, replica_settings: list[str], run_dir: Path) -
         loop.add_signal_handler(number, stop.set)
     async with Cluster(config, run_dir) as cluster:
         if spread := spread_stages(config):
-            console.print(f"checking the layout of {', '.join(f'{model} {kind}' for model, kind, _ in spread)}")
-            if await _until_stopped(stop, check_layouts(spread)):
-                return
+            # Seen on a terminal only, and gone when it is known.
+            with console.status(f"checking the layout of {', '.join(f'{model} {kind}' for model, kind, _ in spread)}"):
+                if await _until_stopped(stop, check_layouts(spread)):
+                    return
         await cluster.start()
         reporter = Reporter(cluster, console)
         console.print(f"starting {', '.join(config.models)}; logs are in {run_dir / 'logs'}", soft_wrap=True)

@@ -176,7 +176,7 @@ async def a_reader_that_is_killed_fails_its_encode_on_all_ranks(running: StagePr
     assert second.children() == []
     for reader in readers:
         reader.kill()
-    with pytest.raises(grpc.RpcError, match="the process that read an input clip was killed") as caught:
+    with pytest.raises(grpc.RpcError, match="the process that reads an input clip was killed") as caught:
         async with asyncio.timeout(10):
             await encoding
     assert caught.value.code() is grpc.StatusCode.UNAVAILABLE

@@ -20,6 +20,7 @@ from gateway.state import State
 from gateway.store import open_store
 from gateway.sweep import Sweep
 from protos import gateway_pb2
+from tests.faults.checker import CLEAN_UP_S
 from tests.faults.cluster import FaultCluster
 from tests.faults.history import Line
 
@@ -37,7 +38,13 @@ async def settled(cluster: FaultCluster, timeout_s: float) -> float:
 
 
 async def sweep(cluster: FaultCluster) -> list[str]:
-    """Sweeps the store as a gateway does, but at once and whatever the age. Returns the files that went."""
+    """Sweeps the store as a gateway does, whatever the age of a file. Returns the files that went.
+
+    A request holds nothing any more from its end on, and its gateway clears up behind that.
+    """
+    end_s = time.monotonic() + CLEAN_UP_S
+    while _files(cluster.store / "latents") and time.monotonic() < end_s:
+        await asyncio.sleep(POLL_S)
     section = StoreSection(path=str(cluster.store), sweep_age_s=0.0)
     state = State(RedisSection(url=cluster.redis_url), "sweep")
     before = _files(cluster.store)
