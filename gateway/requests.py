@@ -261,7 +261,8 @@ class RequestService:
     async def newest(self, limit: int, tenant: str | None = None) -> list[gateway_pb2.RequestStatus]:
         """The newest requests of one tenant, or of all; at most 1000, and no more than MAX_LIST_BYTES."""
         statuses: list[gateway_pb2.RequestStatus] = []
-        ids, left_bytes = await self._state.newest(min(limit or 100, MAX_LIST), tenant), MAX_LIST_BYTES
+        ids = await self._state.following("", min(limit or 100, MAX_LIST), tenant, oldest_first=False)
+        left_bytes = MAX_LIST_BYTES
         for start in range(0, len(ids), LISTED_AT_ONCE):
             some = ids[start : start + LISTED_AT_ONCE]
             for request_id, record in zip(some, await self._state.records(some), strict=True):

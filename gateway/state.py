@@ -286,14 +286,11 @@ class State:
         wait_s, number = await self._scripts.run("charge", [f"{PREFIX}:quota:{key_id}"], *flat)
         return float(wait_s), int(number)
 
-    async def newest(self, limit: int, tenant: str | None = None) -> list[str]:
-        """Ids, newest first; of one tenant, or of all."""
-        key = IDS if tenant is None else ids_key(tenant)
-        ids = await self._scripts.call(lambda: cast(Awaitable[Any], self._scripts.redis.zrevrange(key, 0, limit - 1)))
-        return [request_id.decode() for request_id in ids]
-
     async def following(self, request_id: str, count: int, tenant: str | None, *, oldest_first: bool) -> list[str]:
         """The next `count` ids after that one, newest or oldest first; "" begins the list.
+
+        Args:
+            tenant: whose; None for all.
 
         Raises:
             UnknownRequest: the list does not have that one, or no longer.

@@ -321,7 +321,7 @@ async def test_a_crowd_shares_few_connections(two) -> None:
     before = len(await own.state._scripts.redis.client_list())
     await asyncio.gather(*(own.submit(f"r{number}") for number in range(300)))
     assert len(await own.state._scripts.redis.client_list()) < before + AT_ONCE
-    assert len(await own.state.newest(1000)) == 300
+    assert len(await own.state.following("", 1000, None, oldest_first=False)) == 300
 
 
 async def test_ids_are_stored_once_and_queues_are_bounded(two) -> None:
