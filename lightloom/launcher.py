@@ -40,7 +40,11 @@ DRAIN_S = 2.0
 
 
 class Cluster:
-    """Starts, scales and stops the processes. Use it as an async context manager."""
+    """Starts, scales and stops the processes.
+
+    As an async context manager it starts them all at once and stops them at the end; who has something to check
+    between, calls `open`, `start` and, in any case, `stop`.
+    """
 
     def __init__(self, config: ClusterConfig, run_dir: Path) -> None:
         gateway = config.gateway
@@ -74,6 +78,7 @@ class Cluster:
     async def __aenter__(self) -> Cluster:
         try:
             await self.open()
+            await self.start()
         except BaseException:
             await self.stop()
             raise

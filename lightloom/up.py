@@ -35,26 +35,38 @@ async def serve(config_path: Path, replica_settings: list[str], run_dir: Path) -
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
-    async with Cluster(config, run_dir) as cluster:
-        if spread := spread_stages(config):
-            # Seen on a terminal only, and gone when it is known.
-            with console.status(f"checking the layout of {', '.join(f'{model} {kind}' for model, kind, _ in spread)}"):
-                if await _until_stopped(stop, check_layouts(spread)):
-                    return
+    cluster = Cluster(config, run_dir)
+    try:
+        await cluster.open()
+        if await _until_stopped(stop, _check_layouts(config, console)):
+            return
         await cluster.start()
-        reporter = Reporter(cluster, console)
         console.print(f"starting {', '.join(config.models)}; logs are in {run_dir / 'logs'}", soft_wrap=True)
         show_processes(console, cluster.status())
-        reports = asyncio.create_task(reporter.run())
-        try:
-            if await _until_stopped(stop, cluster.wait_ready()):
-                return
-            await reporter.report()
-            _say_ready(console, cluster, reporter.age_s)
-            await _until_stopped(stop, cluster.wait_failure())
-            console.print("stopping ...")
-        finally:
-            reports.cancel()
+        await _run_until(stop, cluster, console)
+    finally:
+        await cluster.stop()
+
+
+async def _check_layouts(config: ClusterConfig, console: Console) -> None:
+    if spread := spread_stages(config):
+        # Seen on a terminal only, and gone when it is known.
+        with console.status(f"checking the layout of {', '.join(f'{model} {kind}' for model, kind, _ in spread)}"):
+            await check_layouts(spread)
+
+
+async def _run_until(stop: asyncio.Event, cluster: Cluster, console: Console) -> None:
+    reporter = Reporter(cluster, console)
+    reports = asyncio.create_task(reporter.run())
+    try:
+        if await _until_stopped(stop, cluster.wait_ready()):
+            return
+        await reporter.report()
+        _say_ready(console, cluster, reporter.age_s)
+        await _until_stopped(stop, cluster.wait_failure())
+        console.print("stopping ...")
+    finally:
+        reports.cancel()
 
 
 def _say_ready(console: Console, cluster: Cluster, seconds: float) -> None:
