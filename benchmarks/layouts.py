@@ -51,7 +51,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "hsdp": {"hsdp_shard_size": 2},
 }
 # Those whose launches a graph can hold (`services/features/graphs.py`).
-GRAPHS = ("one", "cfg", "ulysses", "ulysses-rows", "pipeline")
+GRAPHS = ("one", "cfg", "ulysses", "ulysses-rows", "ring", "tensor", "pipeline")
 # Those whose guidance branches share a forward, however long it is.
 ROWS = ("ulysses-rows",)
 WARMUP_STEPS = 3

@@ -17,6 +17,7 @@ import torch
 
 from services.family import DitModel, DitPart, ModelPlan
 from services.features import Applied, Beside, BlockRun
+from services.parallel.collectives import recorded_windows
 
 NAME = "graphs"
 EXACT = True
@@ -44,9 +45,9 @@ def supports(plan: ModelPlan, device_type: str, active: frozenset[str]) -> str |
         return "how many of the tokens go to each expert is known only after the router's kernel, a graph has it fixed"
     if "hsdp" in active:
         return "weights that HSDP gathers lie at 2 or more places in turn, a graph reads from 1"
-    by_turns = active & {"ring", "tensor"} | (active & {"ulysses"} if "peers" not in active else set())
-    if by_turns:
-        return f"collectives ({', '.join(sorted(by_turns))}) use 2 windows in turn, a graph would always begin with 1"
+    spread = active & {"ring", "ulysses", "tensor"}
+    if spread and "peers" not in active:
+        return f"collectives ({', '.join(sorted(spread))}) go by NCCL, and a graph holds 0 of its launches"
     return None
 
 
@@ -124,7 +125,7 @@ class Graphs:
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         # Other threads of a rank copy to and from the device meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"), recorded_windows():
             outputs = self._run(inputs)
         recorded = self.recorded[key] = Recorded(graph, list(device_tensors(inputs)), outputs)
         return recorded

@@ -9,7 +9,8 @@ counted all the same: that is how a dry run (`dit_svc/dry_run.py`) knows what a 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -29,6 +30,15 @@ sent_bytes: Counter[str] = Counter()
 sent_calls: Counter[str] = Counter()
 # Of a dry run, the windows that its groups would have where GPUs see each other's memory, by group and use: bytes.
 window_bytes: dict[tuple[str, str], int] = {}
+
+
+@contextmanager
+def recorded_windows() -> Iterator[None]:
+    """What collectives launch inside becomes part of a CUDA graph, which may run at any time from then on."""
+    with ExitStack() as stack:
+        for peers in peer_memory.values():
+            stack.enter_context(peers.recorded())
+        yield
 
 
 def group_of(name: str) -> dist.ProcessGroup:

@@ -8,7 +8,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from services.parallel.collectives import peer_memory
+from services.parallel.collectives import READ_TO_SUM_UP_TO, peer_memory
 from services.parallel.degrees import AXES, Degrees
 from services.parallel.peer_memory import connect
 
@@ -58,9 +58,14 @@ class Mesh:
 
     @property
     def active(self) -> frozenset[str]:
-        """The axes with several ranks, "hsdp", and "peers" where the ranks of a sequence write each other's memory."""
+        """The axes with several ranks, "hsdp", and "peers".
+
+        The last where all that blocks exchange goes by peers' memory, at places that depend on shapes alone.
+        """
         axes = {axis for axis in AXES if self.degrees.size(axis) > 1}
-        peers = self["ring"].size == 1 and self["ulysses"].name in peer_memory
+        within = axes & {"ring", "ulysses", "tensor"}
+        peers = bool(within) and all(self[axis].name in peer_memory for axis in within)
+        peers &= self.degrees.size("tensor") <= READ_TO_SUM_UP_TO and not self.degrees.tensor_sequence
         return frozenset(axes | ({"hsdp"} if self.degrees.hsdp else set()) | ({"peers"} if peers else set()))
 
     def hsdp(self) -> Axis:

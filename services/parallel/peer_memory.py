@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import logging
 import socket
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -98,11 +98,18 @@ class PeerMemory:
         self._turn = 0
         self._windows: dict[str, Window] = {}
         self._window_bytes: dict[str, int] = {}
-        self._recorded: list[Window] = []
+        # Windows that CUDA graphs read; of a graph that is being made, how often something was shown in it.
+        self._kept: list[Window] = []
+        self._recorded_shows: int | None = None
 
     def show(self, tensor: torch.Tensor, ranks: int) -> list[torch.Tensor]:
         """Everybody's tensor, by rank. What comes back may be read until the next `show` but one."""
         window = self._next_shown(tensor.numel() * tensor.element_size())
+        if self._recorded_shows is not None:
+            self._keep(window)
+            if not self._recorded_shows:
+                window.meet()
+            self._recorded_shows += 1
         window.of(self.rank, tensor.shape, tensor.dtype).copy_(tensor)
         window.meet()
         return [window.of(rank, tensor.shape, tensor.dtype) for rank in range(ranks)]
@@ -135,9 +142,24 @@ class PeerMemory:
             self._window_bytes[use] = rounded(size)
             self._windows[use] = self._make(self._window_bytes[use])
         window = self._windows[use]
-        if self._recording() and window not in self._recorded:
-            self._recorded.append(window)
+        if self._recorded_shows is not None:
+            self._keep(window)
         return window
+
+    @contextmanager
+    def recorded(self) -> Iterator[None]:
+        """What is launched inside becomes a CUDA graph.
+
+        A graph always begins with the same window, whichever was the last before it, and nobody knows at its end
+        which was its last: where something is shown, all meet once more before its first and behind its last.
+        """
+        self._recorded_shows = 0
+        try:
+            yield
+            if self._recorded_shows:
+                self._shown[self._turn].meet()
+        finally:
+            self._recorded_shows = None
 
     def keep(self, size: int) -> Window:
         """A window of so many bytes that is the caller's."""
@@ -166,9 +188,10 @@ class PeerMemory:
 
         return PeerEdges(self)
 
-    def _recording(self) -> bool:
-        """Whether a CUDA graph is being made."""
-        return self._aside is not None and torch.cuda.is_current_stream_capturing()
+    def _keep(self, window: Window) -> None:
+        """For good: a CUDA graph reads it."""
+        if window not in self._kept:
+            self._kept.append(window)
 
     def _next_shown(self, size: int) -> Window:
         if size > self._shown_bytes:

@@ -110,12 +110,14 @@ def _kernel_with_lse(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 
 
 def _merge(left: Partial | None, right: Partial) -> Partial:
-    """(o, l) and (o', l') to (o e^(l - m) + o' e^(l' - m), m) with m = log(e^l + e^l')."""
+    """(o, l) and (o', l') to (o + (o' - o) w, m), with m = log(e^l + e^l') and w = e^(l' - m) = sigmoid(l' - l).
+
+    Where neither has a key, both l are minus infinity, and the result is zeros like both o.
+    """
     if left is None:
         return right
-    lse = torch.logaddexp(left[1], right[1])
-    weights = [torch.exp(part[1] - lse).nan_to_num(0.0)[..., None] for part in (left, right)]
-    return left[0] * weights[0] + right[0] * weights[1], lse
+    share = torch.sigmoid(right[1] - left[1]).nan_to_num(0.0)[..., None]
+    return torch.lerp(left[0], right[0], share), torch.logaddexp(left[1], right[1])
 
 
 def _passed_on(piece: torch.Tensor, ranks: dist.ProcessGroup) -> Iterator[tuple[int, torch.Tensor]]:

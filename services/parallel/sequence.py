@@ -9,7 +9,7 @@ piece, n ranks, H heads, D width of a head.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from typing import Any
@@ -28,9 +28,9 @@ from services.parallel.ulysses import layout_of, ulysses_attention
 KEPT_ORDERS = 256
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Places:
-    """Where the tokens of joined pieces belong, for the forward in hand.
+    """Where the tokens of joined pieces belong, for the forward in hand. Two are the same if they are one object.
 
     Attributes:
         tokens: [K] positions of real tokens among all joined pieces, in the sequence's own order.
@@ -76,6 +76,14 @@ class SequenceParallel:
         """Pieces [B, L, ...] of all ranks to the whole [B, tokens, ...]."""
         gathered: torch.Tensor = all_gather(piece, self._whole.name, self._whole.size)
         return gathered.transpose(0, 1).flatten(1, 2)[:, :tokens]
+
+    @property
+    def fixed(self) -> Hashable:
+        """What launches of blocks depend on besides their streams.
+
+        Pieces of two lengths may be alike; and a ring's kernels read its orders, which last as long as this does.
+        """
+        return self.places if self._ring.size > 1 else tuple(self.places.lengths.tolist())
 
     def attend(
         self, kernel: Kernel, queries: Streams, keys: Streams, values: Streams, filling: torch.Tensor | None
@@ -130,9 +138,8 @@ class SequenceParallel:
         if self._ring.size == 1:
             tokens, back = token_orders(lengths, self._whole.size, streams.hidden.device)
             return Places(tokens, back, lengths=torch.tensor(lengths))
-        first = torch.zeros(streams.hidden.shape[0], dtype=torch.int64) if filling is None else filling
-        orders, counts = ring_keys(joined_order(lengths, self._whole.size), first, self._ring.size)
-        return Places(ring_orders=orders.to(streams.hidden.device), ring_counts=counts)
+        first = (0,) * streams.hidden.shape[0] if filling is None else tuple(filling.tolist())
+        return ring_places(lengths, first, self._whole.size, self._ring.size, streams.hidden.device)
 
 
 def own_piece(tensor: torch.Tensor, dim: int, axis: Axis) -> torch.Tensor:
@@ -173,6 +180,15 @@ def token_orders(lengths: tuple[int, ...], ranks: int, device: torch.device) -> 
     """`real_tokens` of fields of these lengths, on the device."""
     tokens, back = real_tokens(joined_order(lengths, ranks), sum(lengths))
     return tokens.to(device), back.to(device)
+
+
+@lru_cache(maxsize=KEPT_ORDERS)
+def ring_places(
+    lengths: tuple[int, ...], filling: tuple[int, ...], ranks: int, ring: int, device: torch.device
+) -> Places:
+    """Those of fields of these lengths, over a ring of `ring` ranks among `ranks` with a piece of the sequence."""
+    orders, counts = ring_keys(joined_order(lengths, ranks), torch.tensor(filling), ring)
+    return Places(lengths=torch.tensor(lengths), ring_orders=orders.to(device), ring_counts=counts)
 
 
 def ring_keys(order: torch.Tensor, filling: torch.Tensor, ring: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -20,7 +20,7 @@ LAYOUTS = {
     "pipeline": {"pipeline_parallel_size": 2},
     "hsdp-ulysses": {"hsdp_shard_size": 2, "ulysses_degree": 2},
 }
-GRAPHS = ("ulysses", "cfg", "pipeline")
+GRAPHS = ("ulysses", "ring", "tensor", "cfg", "pipeline")
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])

@@ -86,7 +86,10 @@ def denoise_on(world: int, config: StageConfig, requests: int, folder: Path) -> 
 
 def run_ranks(work: Callable[..., None], world: int, folder: Path, *arguments: Any) -> list[Any]:
     """Runs `work(rank, world, rendezvous, *arguments, out)` on each; none of them is left, whatever happens."""
-    whole = (world, f"file://{folder}/rendezvous", *arguments, f"{folder}/out")
+    rendezvous = folder / "rendezvous"
+    # Ranks that came here before may have left theirs, where nobody listens any more.
+    rendezvous.unlink(missing_ok=True)
+    whole = (world, f"file://{rendezvous}", *arguments, f"{folder}/out")
     ranks = multiprocessing.spawn(work, whole, nprocs=world, join=False)
     end_s = time.monotonic() + RANKS_S
     try:

@@ -85,7 +85,9 @@ def test_graphs_are_refused_where_launches_are_not_a_gpus_or_change(tiny):
     alone, spread = frozenset({"graphs"}), frozenset({"graphs", "ulysses"})
     assert graphs.supports(plan, "cuda", alone) is None
     assert graphs.supports(plan, "cuda", spread | {"peers"}) is None
-    assert "2 windows" in graphs.supports(plan, "cuda", spread)
+    assert "(ulysses) go by NCCL" in graphs.supports(plan, "cuda", spread)
+    assert "(ring, tensor) go by NCCL" in graphs.supports(plan, "cuda", alone | {"ring", "tensor"})
+    assert graphs.supports(plan, "cuda", alone | {"ring", "tensor", "peers"}) is None
     assert "2 or more places" in graphs.supports(plan, "cuda", alone | {"hsdp"})
     assert "each expert" in graphs.supports(load_family("hidream").dit.plan, "cuda", alone)
 
@@ -117,3 +119,24 @@ def test_a_graph_is_for_the_lengths_of_what_is_spread_and_not_of_the_pieces_only
         lengths.add(besides[0]())
     assert len(pieces) == 1
     assert lengths == {(23, 16), (24, 16)}
+
+
+def test_a_graph_of_a_ring_holds_the_orders_that_its_kernels_read(tiny):
+    besides = []
+
+    def wrap(run: BlockRun, beside: Beside) -> BlockRun:
+        besides.append(beside)
+        return run
+
+    model = FAMILY.dit.load(open_source(str(tiny)), torch.device("cpu"), torch.float32)
+    forward = Forward(model, FAMILY.dit, "auto", PlannedMesh(Degrees(ring=2), 0), wrap)
+
+    def beside(text: int, filling: list[int]) -> Any:
+        whole = [torch.empty(2, tokens, 8) for tokens in (16, text)]
+        forward._sequence.cut(QwenStreams(whole[0], whole[1], torch.tensor(filling), whole[0][:, 0], tuple(whole), 16))
+        return besides[0]()
+
+    first = beside(23, [0, 2])
+    assert first.ring_counts.tolist() == [[20, 18], [19, 19]]
+    assert beside(23, [0, 2]) is first
+    assert len({first, beside(24, [0, 2]), beside(23, [0, 3])}) == 3

@@ -7,6 +7,7 @@ import threading
 import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -299,17 +300,44 @@ def test_a_rank_that_runs_ahead_to_a_longer_sequence_overwrites_nothing(monkeypa
 
 
 @pytest.mark.parametrize("recorded", [False, True])
-def test_a_window_that_a_graph_reads_outlives_a_larger_one(recorded, monkeypatch) -> None:
-    monkeypatch.setattr(PeerMemory, "_recording", lambda _peers: recorded)
-
+def test_a_window_that_a_graph_reads_outlives_a_larger_one(recorded) -> None:
     def work(_, peers):
-        first = weakref.ref(peers.window("attended", 8))
+        with peers.recorded() if recorded else nullcontext():
+            first = weakref.ref(peers.window("attended", 8))
         assert first() is peers.window("attended", STEP_BYTES)
         assert first() is not peers.window("returned", 8)
         assert first() is not peers.window("attended", STEP_BYTES + 1)
         return first() is not None
 
     assert everywhere(2, work)[1] == [recorded] * 2
+
+
+@pytest.mark.parametrize("shows", [0, 1, 4])
+def test_ranks_meet_before_a_graphs_first_window_and_behind_its_last(shows) -> None:
+    """Then it may follow anything, itself too: all that it is made of comes between."""
+
+    def work(_, peers):
+        meetings = []
+
+        def make(size):
+            window = made(size)
+            meet = window.meet
+            window.meet = lambda: (meetings.append(window), meet())
+            return window
+
+        made, peers._make = peers._make, make
+        for _ in range(3):
+            peers.all_gather(torch.ones(5), 2)
+        meetings.clear()
+        with peers.recorded():
+            for _ in range(shows):
+                peers.all_gather(torch.ones(5), 2)
+        inside = len(meetings)
+        assert len({id(window) for window in peers._kept}) == min(shows, 2)
+        peers.all_gather(torch.ones(5), 2)
+        return inside, len(meetings) - inside
+
+    assert everywhere(2, work)[1] == [(shows + 2 if shows else 0, 1)] * 2
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
