@@ -3,7 +3,8 @@
 weights        channels last, so that convolutions run on tensor cores without reordering what goes through them
 norms          with the SiLU behind them as one kernel, which reads a picture once and writes it to where the next
                convolution reads it: in a clip, behind the frames that the convolution remembers
-biases         of a residual block's convolutions added by the kernel that reads their result next
+biases         of a residual block's convolutions added by the kernel that reads their result next; so are those of
+               convolutions behind a doubling, by the block that follows
 group norms    moments of each channel first, then of its group: rows of channels are read as they lie
 upsampling     in the picture's own dtype and layout: nearest neighbours are copies, which no dtype makes better;
                over ranks, into the room that the next convolution needs for its neighbours' edges
@@ -14,6 +15,7 @@ Without these, three quarters of a decode at 1024x1024 went to what is not a con
 from __future__ import annotations
 
 from functools import partial
+from itertools import pairwise
 from types import MethodType
 from typing import Any
 
@@ -34,15 +36,14 @@ def speed_up(vae: nn.Module) -> None:
     channels_last(vae)
     fuse_blocks(vae)
     fuse_last_norms(vae)
+    defer_biases(vae)
     for module in vae.modules():
         layer: Any = module
         if _doubles(module):
             layer.forward = _double
         elif isinstance(module, nn.Sequential) and len(layer) == 2 and _doubles(layer[0]) and _convolves(layer[1]):
             layer.forward = partial(_double_and_convolve, layer[1])
-        elif (
-            isinstance(module, Upsample2D) and module.interpolate and not module.use_conv_transpose and not module.norm
-        ):
+        elif isinstance(module, Upsample2D) and _interpolates(module):
             layer.forward = MethodType(_upsample, module)
 
 
@@ -69,9 +70,50 @@ def fuse_blocks(vae: nn.Module) -> int:
             block.biases[1] = block.biases[1] + shortcut.bias
             shortcut.bias = None
         block.conv1.bias = block.conv2.bias = None
+        block.bias_before = None
         block.normed = [NormedConvolution(block.norm1, block.conv1), NormedConvolution(block.norm2, block.conv2)]
         block.forward = MethodType(_run_block, block)
     return len(blocks)
+
+
+def defer_biases(vae: nn.Module) -> int:
+    """Of convolutions that double a picture, to the residual block that reads their result and nobody else does.
+
+    A block gives shortcut(x + b) + f(norm(x + b)). Its first norm adds b; what the shortcut makes of it, b itself or
+    W b of a convolution of single pixels, is a constant like the last bias.
+
+    Returns:
+        How many there are.
+    """
+    count = 0
+    for module in vae.modules():
+        blocks: list[Any] = list(getattr(module, "up_blocks", ()))
+        for before, behind in pairwise(blocks):
+            conv = _last_convolution(getattr(before, "upsamplers", None))
+            reader = behind.resnets[0]
+            if conv is None or conv.bias is None or not hasattr(reader, "normed"):
+                continue
+            reader.bias_before, conv.bias = conv.bias, None
+            reader.biases[1] = reader.biases[1] + _through(reader.conv_shortcut, reader.bias_before)
+            count += 1
+    return count
+
+
+def _last_convolution(upsamplers: Any) -> Any:
+    """That of an up block which ends with it; None where there is none."""
+    layer: Any = upsamplers[-1] if upsamplers else None
+    if isinstance(layer, Upsample2D):
+        return layer.conv if _interpolates(layer) and layer.use_conv and layer.name == "conv" else None
+    resample = getattr(layer, "resample", None)
+    doubles = isinstance(resample, nn.Sequential) and len(resample) == 2 and _doubles(resample[0])
+    return resample[1] if doubles and _convolves(resample[1]) else None  # type: ignore[index]
+
+
+def _through(shortcut: Any, bias: torch.Tensor) -> torch.Tensor:
+    """What the shortcut makes of a constant."""
+    if not isinstance(shortcut, nn.Conv2d | nn.Conv3d):
+        return bias
+    return shortcut.weight.flatten(1) @ bias
 
 
 def fuse_last_norms(vae: nn.Module) -> int:
@@ -143,7 +185,7 @@ class NormedConvolution:
 def _run_block(block: Any, x: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
     shortcut = x if block.conv_shortcut is None else block.conv_shortcut(x)
     (first, second), (bias, last_bias) = block.normed, block.biases
-    out: torch.Tensor = kernels_for(x).add(shortcut, second(first(x), bias), last_bias)
+    out: torch.Tensor = kernels_for(x).add(shortcut, second(first(x, block.bias_before), bias), last_bias)
     return out
 
 
@@ -162,6 +204,10 @@ def _doubles(module: nn.Module) -> bool:
         return False
     scale: Any = module.scale_factor
     return all(factor == 2 for factor in (scale if isinstance(scale, tuple) else (scale,)))
+
+
+def _interpolates(upsample: Any) -> bool:
+    return upsample.interpolate and not upsample.use_conv_transpose and not upsample.norm
 
 
 def _convolves(module: nn.Module) -> bool:

@@ -13,13 +13,13 @@ from torch import nn
 from services import vae_on_gpu
 from services.vae_attention import attend_by_products
 from services.vae_kernels import group_norm_silu
-from services.vae_on_gpu import compile_decoder, fuse_blocks, fuse_last_norms, seal, speed_up
+from services.vae_on_gpu import compile_decoder, defer_biases, fuse_blocks, fuse_last_norms, seal, speed_up
 from tests.parallel.vaes import CLIPS, KINDS, MOMENTS, latents_of, pixels_of, vae_model
 
 TWO_LEVELS = {"dim_mult": [1, 2], "temperal_downsample": [True]}
 
 
-@pytest.mark.parametrize("kind", ["kl", "wan", "wan_residual"])
+@pytest.mark.parametrize("kind", KINDS)
 @torch.inference_mode()
 def test_frames_and_latents_are_nearly_the_same(kind: str) -> None:
     plain, fast = vae_model(kind), vae_model(kind)
@@ -67,6 +67,24 @@ def test_no_activation_is_left_behind_a_norm(kind: str) -> None:
     for module in vae.modules():
         if hasattr(module, "nonlinearity") and not hasattr(module, "normed"):
             assert isinstance(module.nonlinearity, nn.Identity)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_doubling_leaves_its_bias_to_the_next_block_and_to_nobody_who_reads_it_twice(kind: str) -> None:
+    vae = vae_model(kind).module
+    blocks = vae.decoder.up_blocks
+    doublings = [
+        module for module in vae.decoder.modules() if isinstance(module, nn.Upsample) or hasattr(module, "interpolate")
+    ]
+    biased = sum(conv.bias is not None for conv in vae.modules() if isinstance(conv, nn.Conv2d))
+    fuse_blocks(vae)
+    fused = biased - sum(conv.bias is not None for conv in vae.modules() if isinstance(conv, nn.Conv2d))
+    # Beside the doubling of a residual up block goes a shortcut, so that its bias is not of all that comes out.
+    deferred = defer_biases(vae)
+    assert deferred == (0 if kind == "wan_residual" else len(doublings))
+    assert sum(block.resnets[0].bias_before is not None for block in blocks) == deferred
+    left = sum(conv.bias is not None for conv in vae.modules() if isinstance(conv, nn.Conv2d))
+    assert left == biased - fused - deferred
 
 
 @pytest.mark.parametrize("side_by_side", [True, False])
