@@ -182,11 +182,9 @@ def room_behind_history(conv: Any, like: torch.Tensor, sides: tuple[int, ...]) -
     kept = 0 if stream.one_frame else _kept(conv)
     shape = (*like.shape[:2], kept + like.shape[2], *sides)
     room = torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last_3d)
-    before = stream.history.get(conv)
-    if before is None:
-        room[:, :, :kept].zero_()
-    else:
-        room[:, :, :kept] = before
+    if kept:
+        before = stream.history.get(conv)
+        room[:, :, :kept] = 0 if before is None else before
     return room
 
 
