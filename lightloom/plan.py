@@ -168,15 +168,10 @@ class Planner:
         return DryRun(self._job.source, degrees, rank, DTYPE, model=copy.deepcopy(self._models[held]))
 
     def _rank_s(self, step: Step, gathered_bytes: int, gatherings: int) -> float:
-        """Computing and sending; keys and values travel while others are attended to, blocks while others run."""
+        """Computing and sending; HSDP's blocks travel while others run."""
         rates = self._rates
-        attention_s = rates.compute_s(0, step.attention_flops, self._tokens)
-        compute_s = rates.compute_s(step.matmul_flops, 0, self._tokens) + attention_s
-        hidden_s = {"ring": attention_s}
-        wires_s = sum(
-            max(0.0, rates.wire_s(kind, sent, step.sent_calls[kind]) - hidden_s.get(kind, 0.0))
-            for kind, sent in step.sent_bytes.items()
-        )
+        compute_s = rates.compute_s(step.matmul_flops, step.attention_flops, self._tokens)
+        wires_s = sum(rates.wire_s(kind, sent, step.sent_calls[kind]) for kind, sent in step.sent_bytes.items())
         return compute_s + wires_s + max(0.0, rates.wire_s("hsdp", gathered_bytes, gatherings) - compute_s)
 
     def _need(self, needed_bytes: int) -> float:

@@ -24,6 +24,9 @@ class Rates:
             0.69 Qwen-Image, 0.74 FLUX.1-dev, 0.87 Wan 2.2 14B.
         all_to_all_gb_s, all_reduce_gb_s, all_gather_gb_s, send_gb_s: 10^9 bytes that a rank sends in a second, at 503
             MB; measured on two H100 by `benchmarks/collectives.py`.
+        ring_gb_s: 10^9 bytes of keys and values that a rank passes on in each second that ring attention takes beyond
+            its share of one GPU's: what of their way attention does not hide, and the merging of partial results.
+            Measured with Qwen-Image at 1024x1024 on two H100, with CUDA graphs.
         collective_us: what each collective takes besides, in microseconds; assumed.
         reserve_gib: of each GPU for the driver, NCCL, workspaces and what the allocator cannot use; assumed.
     """
@@ -36,6 +39,7 @@ class Rates:
     all_reduce_gb_s: float = 274.0
     all_gather_gb_s: float = 230.0
     send_gb_s: float = 272.0
+    ring_gb_s: float = 92.0
     collective_us: float = 20.0
     reserve_gib: float = 3.0
 
@@ -52,7 +56,7 @@ class Rates:
             "all_to_all": self.all_to_all_gb_s,
             "all_to_all_uneven": self.all_to_all_gb_s,
             "all_reduce": self.all_reduce_gb_s,
-            "ring": self.send_gb_s,
+            "ring": self.ring_gb_s,
             "pipeline": self.send_gb_s,
         }.get(kind, self.all_gather_gb_s)
         return sent_bytes / gb_s / 1e9 + calls * self.collective_us / 1e6

@@ -138,7 +138,10 @@ class SequenceParallel:
         if self._ring.size == 1:
             tokens, back = token_orders(lengths, self._whole.size, streams.hidden.device)
             return Places(tokens, back, lengths=torch.tensor(lengths))
-        first = (0,) * streams.hidden.shape[0] if filling is None else tuple(filling.tolist())
+        if filling is None or filling.is_meta:  # a dry run's has no values
+            first: tuple[int, ...] = (0,) * streams.hidden.shape[0]
+        else:
+            first = tuple(filling.tolist())
         return ring_places(lengths, first, self._whole.size, self._ring.size, streams.hidden.device)
 
 

@@ -75,7 +75,7 @@ def test_attention_has_its_measured_rates_at_both_ends_and_between_them():
 
 
 def test_a_kind_of_collective_has_its_rate_and_each_call_its_time():
-    rates = Rates(all_to_all_gb_s=10, all_reduce_gb_s=20, all_gather_gb_s=40, send_gb_s=80, collective_us=100)
+    rates = Rates(all_to_all_gb_s=10, all_reduce_gb_s=20, all_gather_gb_s=40, ring_gb_s=80, collective_us=100)
     seconds = {kind: rates.wire_s(kind, 8 * 10**9, 10) for kind in ("all_to_all", "all_reduce", "hsdp", "ring")}
     assert seconds == pytest.approx({"all_to_all": 0.801, "all_reduce": 0.401, "hsdp": 0.201, "ring": 0.101})
 
