@@ -9,7 +9,7 @@ ranks keep the same states. Every rank calls the same things in the same order.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -104,7 +104,7 @@ class Forward:
             for module in model.modules.values():
                 self._region.apply(module)
         self._sharded = shard(model.modules, blocks, mesh.hsdp(), model.device) if mesh and mesh.degrees.hsdp else {}
-        self._through = {name: wrap(_run_of(own), self._beside) for name, own in blocks.items()}
+        self._through = {name: wrap(_run_of(own), self._lengths) for name, own in blocks.items()}
         if self._sequence is not None:
             for kind in part.plan.spread:
                 model.attention[kind].across = self._sequence.attend
@@ -230,8 +230,10 @@ class Forward:
             hidden = self._sequence.join(hidden, part.whole.hidden.shape[1])
         return self._part.head(module, replace(part.whole, hidden=hidden))
 
-    def _beside(self) -> Hashable:
-        return self._sequence.fixed if self._sequence else ()
+    def _lengths(self) -> tuple[tuple[int, ...], ...]:
+        """Tokens of the whole fields that are spread over ranks: pieces of two lengths may be alike."""
+        whole = (tuple(self._sequence.places.lengths.tolist()),) if self._sequence else ()
+        return whole + (self._region.lengths if self._region else ())
 
     def _own(self, blocks: Sequence[Block]) -> Sequence[Block]:
         return self._pipeline.own(blocks) if self._pipeline else blocks

@@ -90,10 +90,10 @@ def defer_biases(vae: nn.Module) -> int:
         blocks: list[Any] = list(getattr(module, "up_blocks", ()))
         for before, behind in pairwise(blocks):
             conv = _last_convolution(getattr(before, "upsamplers", None))
-            reader = behind.resnets[0]
+            reader: Any = next(iter(getattr(behind, "resnets", ())), None)
             if conv is None or conv.bias is None or not hasattr(reader, "normed"):
                 continue
-            reader.bias_before, conv.bias = conv.bias, None
+            reader.bias_before, conv.bias = conv.bias.detach(), None
             reader.biases[1] = reader.biases[1] + _through(reader.conv_shortcut, reader.bias_before)
             count += 1
     return count

@@ -17,10 +17,12 @@ import torch
 
 from services.family import DitModel, DitPart, ModelPlan
 from services.features import Applied, Beside, BlockRun
-from services.parallel.collectives import recorded_windows
+from services.parallel.collectives import Held, held_by_graph
 
 NAME = "graphs"
 EXACT = True
+# The axes whose ranks send within blocks.
+SPREAD = ("ring", "tensor", "ulysses")
 # Shapes that are counted at most; then counting begins anew.
 SEEN = 1000
 
@@ -45,9 +47,9 @@ def supports(plan: ModelPlan, device_type: str, active: frozenset[str]) -> str |
         return "how many of the tokens go to each expert is known only after the router's kernel, a graph has it fixed"
     if "hsdp" in active:
         return "weights that HSDP gathers lie at 2 or more places in turn, a graph reads from 1"
-    spread = active & {"ring", "ulysses", "tensor"}
-    if spread and "peers" not in active:
-        return f"collectives ({', '.join(sorted(spread))}) go by NCCL, and a graph holds 0 of its launches"
+    by_nccl = [axis for axis in SPREAD if axis in active and f"{axis} by peers" not in active]
+    if by_nccl:
+        return f"within blocks the ranks of {', '.join(by_nccl)} send by NCCL, which 0 tests have run from a graph"
     return None
 
 
@@ -81,6 +83,7 @@ class Recorded:
     graph: torch.cuda.CUDAGraph
     inputs: list[torch.Tensor]
     outputs: Any
+    held: Held
 
 
 class Graphs:
@@ -102,32 +105,35 @@ class Graphs:
         """What leaves the blocks lies in the graph's memory: it may be read until the same shapes come again."""
         key = (self._beside(), key_of(streams))
         if (recorded := self.recorded.get(key)) is None:
-            if len(self._seen) > SEEN:
-                self._seen.clear()
-            self._seen[key] += 1
-            if self._seen[key] <= self._config.after:
+            if self._seen[key] < self._config.after:
                 # What is compiled meanwhile must fit the copies that a graph reads: views, and tensors made outside of
                 # inference mode, are of other kinds.
-                return self._run(map_device_tensors(streams, torch.clone))
+                leaving = self._run(map_device_tensors(streams, torch.clone))
+                if len(self._seen) > SEEN:
+                    self._seen.clear()
+                # Now, as a run that failed may not have come to all that must happen outside of a graph.
+                self._seen[key] += 1
+                return leaving
             recorded = self._record(key, streams)
         self.recorded.move_to_end(key)
         for mine, given in zip(recorded.inputs, device_tensors(streams), strict=True):
             mine.copy_(given)
         recorded.graph.replay()
+        recorded.held.count()
         self.replays += 1
         return recorded.outputs
 
     def _record(self, key: Any, streams: Any) -> Recorded:
         del self._seen[key]
         while len(self.recorded) >= self._config.kept:
-            self.recorded.popitem(last=False)
+            self.recorded.popitem(last=False)[1].held.let_go()
         inputs = map_device_tensors(streams, torch.clone)
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         # Other threads of a rank copy to and from the device meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"), recorded_windows():
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"), held_by_graph() as held:
             outputs = self._run(inputs)
-        recorded = self.recorded[key] = Recorded(graph, list(device_tensors(inputs)), outputs)
+        recorded = self.recorded[key] = Recorded(graph, list(device_tensors(inputs)), outputs, held)
         return recorded
 
 

@@ -11,13 +11,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from services.parallel.edges import channels_last
-from services.parallel.peer_memory import PeerMemory, rounded
+from services.parallel.peer_memory import PeerMemory, Window, rounded
 from services.vae_kernels import has_compiler
 
 # How many ranks at most sum by reading every peer's whole tensor: with more, rings send less.
@@ -32,13 +33,48 @@ sent_calls: Counter[str] = Counter()
 window_bytes: dict[tuple[str, str], int] = {}
 
 
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What a CUDA graph needs of collectives, and what it sends.
+
+    Attributes:
+        windows, tensors: that it reads, and that stay as long as it does.
+        sent_bytes, sent_calls: of one run, by kind.
+    """
+
+    windows: list[Window] = field(default_factory=list)
+    tensors: list[torch.Tensor] = field(default_factory=list)
+    sent_bytes: Counter[str] = field(default_factory=Counter)
+    sent_calls: Counter[str] = field(default_factory=Counter)
+
+    def count(self) -> None:
+        """Notes that the graph has run."""
+        sent_bytes.update(self.sent_bytes)
+        sent_calls.update(self.sent_calls)
+
+    def let_go(self) -> None:
+        """Before the graph goes, on all ranks at once: until no peer reads this rank's windows for it."""
+        for window in self.windows:
+            window.meet()
+        if self.windows and torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+
 @contextmanager
-def recorded_windows() -> Iterator[None]:
+def held_by_graph() -> Iterator[Held]:
     """What collectives launch inside becomes part of a CUDA graph, which may run at any time from then on."""
+    held, bytes_before, calls_before = Held(), Counter(sent_bytes), Counter(sent_calls)
     with ExitStack() as stack:
         for peers in peer_memory.values():
-            stack.enter_context(peers.recorded())
-        yield
+            stack.enter_context(peers.recorded(held.windows, held.tensors))
+        yield held
+    # Nothing has been sent yet.
+    for counted, before, ours in (
+        (sent_bytes, bytes_before, held.sent_bytes),
+        (sent_calls, calls_before, held.sent_calls),
+    ):
+        ours.update(counted - before)
+        counted.subtract(ours)
 
 
 def group_of(name: str) -> dist.ProcessGroup:

@@ -58,15 +58,14 @@ class Mesh:
 
     @property
     def active(self) -> frozenset[str]:
-        """The axes with several ranks, "hsdp", and "peers".
-
-        The last where all that blocks exchange goes by peers' memory, at places that depend on shapes alone.
-        """
+        """The axes with several ranks, "hsdp", and "AXIS by peers" for axes whose ranks send by peers' memory alone."""
         axes = {axis for axis in AXES if self.degrees.size(axis) > 1}
-        within = axes & {"ring", "ulysses", "tensor"}
-        peers = bool(within) and all(self[axis].name in peer_memory for axis in within)
-        peers &= self.degrees.size("tensor") <= READ_TO_SUM_UP_TO and not self.degrees.tensor_sequence
-        return frozenset(axes | ({"hsdp"} if self.degrees.hsdp else set()) | ({"peers"} if peers else set()))
+        by_peers = {axis for axis in axes if self[axis].name in peer_memory}
+        # Where tokens are not scattered, more ranks than that sum by NCCL.
+        if self.degrees.size("tensor") > READ_TO_SUM_UP_TO and not self.degrees.tensor_sequence:
+            by_peers.discard("tensor")
+        hsdp = {"hsdp"} if self.degrees.hsdp else set()
+        return frozenset(axes | hsdp | {f"{axis} by peers" for axis in by_peers})
 
     def hsdp(self) -> Axis:
         """Ranks that hold shards of the same weights, all of them together whole; the other such groups are replicas.

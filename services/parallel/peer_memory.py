@@ -98,18 +98,17 @@ class PeerMemory:
         self._turn = 0
         self._windows: dict[str, Window] = {}
         self._window_bytes: dict[str, int] = {}
-        # Windows that CUDA graphs read; of a graph that is being made, how often something was shown in it.
-        self._kept: list[Window] = []
-        self._recorded_shows: int | None = None
+        # Of a CUDA graph that is being made, what it reads, and whether something has been shown in it.
+        self._held: tuple[list[Window], list[torch.Tensor]] | None = None
+        self._shown_in_graph = False
 
     def show(self, tensor: torch.Tensor, ranks: int) -> list[torch.Tensor]:
         """Everybody's tensor, by rank. What comes back may be read until the next `show` but one."""
         window = self._next_shown(tensor.numel() * tensor.element_size())
-        if self._recorded_shows is not None:
-            self._keep(window)
-            if not self._recorded_shows:
-                window.meet()
-            self._recorded_shows += 1
+        self._hold_window(window)
+        if self._held and not self._shown_in_graph:
+            window.meet()
+            self._shown_in_graph = True
         window.of(self.rank, tensor.shape, tensor.dtype).copy_(tensor)
         window.meet()
         return [window.of(rank, tensor.shape, tensor.dtype) for rank in range(ranks)]
@@ -134,7 +133,7 @@ class PeerMemory:
     def window(self, use: str, size: int) -> Window:
         """One window of at least so many bytes for each use, for callers that know when it is free.
 
-        It is the same at every call until a larger one is needed. One that a CUDA graph reads stays for good.
+        It is the same at every call until a larger one is needed.
         """
         if use not in self._windows or size > self._window_bytes[use]:
             self._leave(self._windows.get(use))
@@ -142,24 +141,29 @@ class PeerMemory:
             self._window_bytes[use] = rounded(size)
             self._windows[use] = self._make(self._window_bytes[use])
         window = self._windows[use]
-        if self._recorded_shows is not None:
-            self._keep(window)
+        self._hold_window(window)
         return window
 
     @contextmanager
-    def recorded(self) -> Iterator[None]:
-        """What is launched inside becomes a CUDA graph.
+    def recorded(self, windows: list[Window], tensors: list[torch.Tensor]) -> Iterator[None]:
+        """What is launched inside becomes a CUDA graph; what it reads beside its own memory is added to the lists.
 
         A graph always begins with the same window, whichever was the last before it, and nobody knows at its end
         which was its last: where something is shown, all meet once more before its first and behind its last.
         """
-        self._recorded_shows = 0
+        turn = self._turn
+        self._held, self._shown_in_graph = (windows, tensors), False
         try:
             yield
-            if self._recorded_shows:
+            if self._shown_in_graph:
                 self._shown[self._turn].meet()
         finally:
-            self._recorded_shows = None
+            self._held, self._turn = None, turn
+
+    def hold(self, tensor: torch.Tensor) -> None:
+        """A graph that is being made reads this tensor, which is not in its own memory."""
+        if self._held:
+            self._held[1].append(tensor)
 
     def keep(self, size: int) -> Window:
         """A window of so many bytes that is the caller's."""
@@ -188,10 +192,9 @@ class PeerMemory:
 
         return PeerEdges(self)
 
-    def _keep(self, window: Window) -> None:
-        """For good: a CUDA graph reads it."""
-        if window not in self._kept:
-            self._kept.append(window)
+    def _hold_window(self, window: Window) -> None:
+        if self._held and window not in self._held[0]:
+            self._held[0].append(window)
 
     def _next_shown(self, size: int) -> Window:
         if size > self._shown_bytes:

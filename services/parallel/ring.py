@@ -37,6 +37,8 @@ def ring_attention(
         kernel: name of a kernel of `services/attention.py`; where it has no partial form PyTorch's own is taken.
     """
     piece, peers, size = torch.stack((key, value)), peer_memory.get(group), orders.shape[0]
+    if peers:
+        peers.hold(orders)
     count_sent("ring", piece, size - 1)
     counted = counts.tolist()
     merged: Partial | None = None

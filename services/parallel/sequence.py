@@ -9,7 +9,7 @@ piece, n ranks, H heads, D width of a head.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from typing import Any
@@ -28,9 +28,9 @@ from services.parallel.ulysses import layout_of, ulysses_attention
 KEPT_ORDERS = 256
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True)
 class Places:
-    """Where the tokens of joined pieces belong, for the forward in hand. Two are the same if they are one object.
+    """Where the tokens of joined pieces belong, for the forward in hand.
 
     Attributes:
         tokens: [K] positions of real tokens among all joined pieces, in the sequence's own order.
@@ -76,14 +76,6 @@ class SequenceParallel:
         """Pieces [B, L, ...] of all ranks to the whole [B, tokens, ...]."""
         gathered: torch.Tensor = all_gather(piece, self._whole.name, self._whole.size)
         return gathered.transpose(0, 1).flatten(1, 2)[:, :tokens]
-
-    @property
-    def fixed(self) -> Hashable:
-        """What launches of blocks depend on besides their streams.
-
-        Pieces of two lengths may be alike; and a ring's kernels read its orders, which last as long as this does.
-        """
-        return self.places if self._ring.size > 1 else tuple(self.places.lengths.tolist())
 
     def attend(
         self, kernel: Kernel, queries: Streams, keys: Streams, values: Streams, filling: torch.Tensor | None

@@ -20,24 +20,29 @@ import torch.nn.functional as F
 from torch import nn
 
 from services.family import RESULT, ModelPlan
-from services.parallel.collectives import all_gather, plan_sent, plan_shown, reduce_scatter
+from services.parallel.collectives import all_gather, peer_memory, plan_sent, plan_shown, reduce_scatter
 from services.parallel.mesh import Axis
 from services.parallel.sequence import own_piece, token_orders
 from services.parallel.tensor import SumOverRanks, by_name, matches
 
 
 class Layout:
-    """Fields of the streams side by side: a rank holds a piece of each, the last ranks' filled up."""
+    """Fields of the streams side by side: a rank holds a piece of each, the last ranks' filled up.
+
+    Attributes:
+        lengths: tokens of the whole fields.
+    """
 
     def __init__(self, fields: tuple[str, ...], axis: Axis) -> None:
         self._fields, self._axis = fields, axis
+        self.lengths: tuple[int, ...] = ()
         # Tensors and no numbers: compiled code takes their sizes as they come.
         self._tokens = self._places = torch.empty(0)
 
     def fit(self, streams: Any) -> None:
         """Before a forward, whose streams are still whole."""
-        lengths = tuple(getattr(streams, field).shape[1] for field in self._fields)
-        self._tokens, self._places = token_orders(lengths, self._axis.size, streams.hidden.device)
+        self.lengths = tuple(getattr(streams, field).shape[1] for field in self._fields)
+        self._tokens, self._places = token_orders(self.lengths, self._axis.size, streams.hidden.device)
 
     def gather(self, piece: torch.Tensor) -> torch.Tensor:
         """Pieces [B, L, ...] of all ranks to the whole [B, S, ...]."""
@@ -72,6 +77,11 @@ class TensorSequence:
         self._layouts: dict[tuple[str, ...], Layout] = {}
         self._forwards: dict[type, Callable[..., Any]] = {}
         self._hidden = self._layout(("hidden",))
+
+    @property
+    def lengths(self) -> tuple[tuple[int, ...], ...]:
+        """Tokens of the whole fields of each layout, in the forward in hand."""
+        return tuple(layout.lengths for layout in self._layouts.values())
 
     def apply(self, module: nn.Module) -> None:
         """Acts on a module whose linears are cut."""
@@ -133,6 +143,11 @@ def _gathering(forward: Callable[..., Any]) -> Callable[..., Any]:
     return gathering
 
 
+def _hold(order: torch.Tensor, group: str) -> None:
+    if (peers := peer_memory.get(group)) is not None:
+        peers.hold(order)
+
+
 @torch.library.custom_op("lightloom::gather_tokens", mutates_args=())
 def gather_tokens(piece: torch.Tensor, tokens: torch.Tensor, in_order: bool, group: str, size: int) -> torch.Tensor:
     """Pieces [B, L, ...] of all ranks to the whole [B, S, ...].
@@ -141,6 +156,7 @@ def gather_tokens(piece: torch.Tensor, tokens: torch.Tensor, in_order: bool, gro
         tokens: [S] of each token its place among the joined pieces.
         in_order: whether those are 0, 1, ..., so that only filling at the end has to go.
     """
+    _hold(tokens, group)
     gathered: torch.Tensor = all_gather(piece, group, size)
     joined = gathered.transpose(0, 1).flatten(1, 2)
     return joined[:, : len(tokens)].contiguous() if in_order else joined.index_select(1, tokens)
@@ -161,6 +177,7 @@ def scatter_tokens(part: torch.Tensor, places: torch.Tensor, in_order: bool, gro
         places: [n L] of each place among the joined pieces its token; filling takes any.
         in_order: whether those are 0, 1, ...
     """
+    _hold(places, group)
     if not in_order:
         part = part.index_select(1, places)
     elif filling := len(places) - part.shape[1]:

@@ -82,12 +82,14 @@ def test_graphs_are_refused_where_launches_are_not_a_gpus_or_change(tiny):
     with pytest.raises(StartupError, match="'graphs' cannot be used here: a graph is of a CUDA device's launches"):
         applied(tiny, {"graphs": {}})
     plan = FAMILY.dit.plan
-    alone, spread = frozenset({"graphs"}), frozenset({"graphs", "ulysses"})
+    alone, axes = frozenset({"graphs"}), ("ring", "tensor", "ulysses")
     assert graphs.supports(plan, "cuda", alone) is None
-    assert graphs.supports(plan, "cuda", spread | {"peers"}) is None
-    assert "(ulysses) go by NCCL" in graphs.supports(plan, "cuda", spread)
-    assert "(ring, tensor) go by NCCL" in graphs.supports(plan, "cuda", alone | {"ring", "tensor"})
-    assert graphs.supports(plan, "cuda", alone | {"ring", "tensor", "peers"}) is None
+    assert graphs.supports(plan, "cuda", alone | {"cfg", "pipeline"}) is None
+    for axis in axes:
+        assert f"the ranks of {axis} send by NCCL" in graphs.supports(plan, "cuda", alone | {axis})
+    spread = alone | {*axes, *(f"{axis} by peers" for axis in axes)}
+    assert graphs.supports(plan, "cuda", spread) is None
+    assert "the ranks of tensor send" in graphs.supports(plan, "cuda", spread - {"tensor by peers"})
     assert "2 or more places" in graphs.supports(plan, "cuda", alone | {"hsdp"})
     assert "each expert" in graphs.supports(load_family("hidream").dit.plan, "cuda", alone)
 
@@ -118,25 +120,25 @@ def test_a_graph_is_for_the_lengths_of_what_is_spread_and_not_of_the_pieces_only
         pieces.add(graphs.key_of(forward._sequence.cut(streams)))
         lengths.add(besides[0]())
     assert len(pieces) == 1
-    assert lengths == {(23, 16), (24, 16)}
+    assert lengths == {((23, 16),), ((24, 16),)}
 
 
-def test_a_graph_of_a_ring_holds_the_orders_that_its_kernels_read(tiny):
-    besides = []
-
-    def wrap(run: BlockRun, beside: Beside) -> BlockRun:
-        besides.append(beside)
-        return run
-
-    model = FAMILY.dit.load(open_source(str(tiny)), torch.device("cpu"), torch.float32)
-    forward = Forward(model, FAMILY.dit, "auto", PlannedMesh(Degrees(ring=2), 0), wrap)
-
-    def beside(text: int, filling: list[int]) -> Any:
-        whole = [torch.empty(2, tokens, 8) for tokens in (16, text)]
-        forward._sequence.cut(QwenStreams(whole[0], whole[1], torch.tensor(filling), whole[0][:, 0], tuple(whole), 16))
-        return besides[0]()
-
-    first = beside(23, [0, 2])
-    assert first.ring_counts.tolist() == [[20, 18], [19, 19]]
-    assert beside(23, [0, 2]) is first
-    assert len({first, beside(24, [0, 2]), beside(23, [0, 3])}) == 3
+@pytest.mark.parametrize(
+    ("degrees", "connected", "by_peers"),
+    [
+        (Degrees(ulysses=2), ["ulysses"], {"ulysses"}),
+        (Degrees(ring=2, ulysses=2), ["ring"], {"ring"}),
+        (Degrees(ring=2, ulysses=2), ["ring", "ulysses"], {"ring", "ulysses"}),
+        (Degrees(tensor=2), [], set()),
+        (Degrees(tensor=2), ["tensor"], {"tensor"}),
+        # Three ranks sum by NCCL, unless each sums its piece of the tokens.
+        (Degrees(tensor=3), ["tensor"], set()),
+        (Degrees(tensor=3, tensor_sequence=True), ["tensor"], {"tensor"}),
+    ],
+)
+def test_axes_that_send_by_peers_memory_alone(degrees, connected, by_peers, monkeypatch):
+    for axis in connected:
+        monkeypatch.setitem(peer_memory, f"planned {axis}", PeerMemory(lambda _size: None, 0, torch.device("cpu")))
+    active = PlannedMesh(degrees, 0).active
+    axes = {axis for axis in ("ring", "ulysses", "tensor") if degrees.size(axis) > 1}
+    assert active == axes | {f"{axis} by peers" for axis in by_peers}

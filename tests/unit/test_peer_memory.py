@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import random
-import threading
 import time
-import weakref
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 
 import pytest
 import torch
@@ -24,48 +19,7 @@ from services.parallel.peer_memory import STEP_BYTES, PeerMemory
 from services.parallel.sequence import Places, SequenceParallel, own_piece, token_orders
 from services.parallel.ulysses import Exchange
 from services.parallel.vae_pieces import room_around
-
-
-class Host:
-    """Windows of ranks that are threads. Copies take their time, so that a rank that runs ahead would be seen."""
-
-    def __init__(self, ranks: int) -> None:
-        self.ranks = ranks
-        self.made: dict[tuple[int, int], torch.Tensor] = {}
-        self.barrier = threading.Barrier(ranks, timeout=20)
-
-    def maker(self, rank: int):
-        count = iter(range(100))
-
-        def make(size: int) -> Window:
-            number = next(count)
-            self.made[number, rank] = torch.zeros(size, dtype=torch.uint8)
-            self.barrier.wait()
-            return Window(self, number)
-
-        return make
-
-
-class Window:
-    def __init__(self, host: Host, number: int) -> None:
-        self._host, self._number = host, number
-
-    def of(self, rank: int, shape, dtype: torch.dtype) -> torch.Tensor:
-        time.sleep(random.random() / 500)
-        memory = self._host.made[self._number, rank]
-        return memory[: torch.Size(shape).numel() * dtype.itemsize].view(dtype).view(shape)
-
-    def meet(self) -> None:
-        self._host.barrier.wait()
-
-
-def everywhere(ranks: int, work):
-    host = Host(ranks)
-    with ThreadPoolExecutor(ranks) as pool:
-        running = [
-            pool.submit(work, rank, PeerMemory(host.maker(rank), rank, torch.device("cpu"))) for rank in range(ranks)
-        ]
-        return host, [each.result() for each in running]
+from tests.unit.thread_ranks import everywhere
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
@@ -297,47 +251,6 @@ def test_a_rank_that_runs_ahead_to_a_longer_sequence_overwrites_nothing(monkeypa
     for rank, outputs in enumerate(results):
         for output, whole in zip(outputs, expected, strict=True):
             torch.testing.assert_close(output, *pieces_of([whole], ranks, rank, joined=False))
-
-
-@pytest.mark.parametrize("recorded", [False, True])
-def test_a_window_that_a_graph_reads_outlives_a_larger_one(recorded) -> None:
-    def work(_, peers):
-        with peers.recorded() if recorded else nullcontext():
-            first = weakref.ref(peers.window("attended", 8))
-        assert first() is peers.window("attended", STEP_BYTES)
-        assert first() is not peers.window("returned", 8)
-        assert first() is not peers.window("attended", STEP_BYTES + 1)
-        return first() is not None
-
-    assert everywhere(2, work)[1] == [recorded] * 2
-
-
-@pytest.mark.parametrize("shows", [0, 1, 4])
-def test_ranks_meet_before_a_graphs_first_window_and_behind_its_last(shows) -> None:
-    """Then it may follow anything, itself too: all that it is made of comes between."""
-
-    def work(_, peers):
-        meetings = []
-
-        def make(size):
-            window = made(size)
-            meet = window.meet
-            window.meet = lambda: (meetings.append(window), meet())
-            return window
-
-        made, peers._make = peers._make, make
-        for _ in range(3):
-            peers.all_gather(torch.ones(5), 2)
-        meetings.clear()
-        with peers.recorded():
-            for _ in range(shows):
-                peers.all_gather(torch.ones(5), 2)
-        inside = len(meetings)
-        assert len({id(window) for window in peers._kept}) == min(shows, 2)
-        peers.all_gather(torch.ones(5), 2)
-        return inside, len(meetings) - inside
-
-    assert everywhere(2, work)[1] == [(shows + 2 if shows else 0, 1)] * 2
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
