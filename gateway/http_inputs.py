@@ -21,6 +21,8 @@ _SAME = {
     ("audio/wave", "audio/wav"),
     ("audio/x-flac", "audio/flac"),
 }
+# The kind of file that a role is for; others may be of several.
+_KINDS = {"image": "image/", "last_image": "image/", "video": "video/"}
 _DATA_URL = re.compile(r"data:([a-z]+/[a-z0-9.+-]+);base64,", re.IGNORECASE)
 
 
@@ -62,7 +64,11 @@ def media_of_bytes(data: bytes, mime: str, param: str, role: str = "image") -> M
         raise InvalidRequest(f"{param} is empty", param=param)
     actual = media_type(data)
     if actual is None:
-        raise InvalidRequest(f"{param} is of no known type: send {', '.join(INPUT_MIMES)}", param=param)
+        raise InvalidRequest(f"{param} is of no known type: send {', '.join(_formats(role))}", param=param)
     if mime not in ("", "application/octet-stream", actual) and (mime, actual) not in _SAME:
         raise InvalidRequest(f"{param} says it is {mime}, but its bytes are {actual}", param=param)
     return Media(mime=actual, data=data, role=role)
+
+
+def _formats(role: str) -> list[str]:
+    return [name for name, mime in INPUT_MIMES.items() if mime.startswith(_KINDS.get(role, ""))]

@@ -121,7 +121,10 @@ def status(
 
 @app.command()
 @connected
-def abort(connection: Connection, request_id: str) -> None:
+def abort(
+    connection: Connection,
+    request_id: Annotated[str, typer.Argument(help="The whole id, so that no other request is hit.")],
+) -> None:
     """Abort a request, queued or running."""
     with connection.open() as client:
         typer.echo(client.abort(request_id))

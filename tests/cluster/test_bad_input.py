@@ -82,7 +82,7 @@ BODIES = [
     ({"prompt": "a", "partial_images": 2}, "needs stream"),
     ({"prompt": "a", "colour": "red"}, "unknown field 'colour'"),
     ({"prompt": "a", "last_image": "data:image/png;base64,AAAA"}, "unknown field 'last_image': allowed are"),
-    ({"prompt": "a", "image": "data:image/png;base64,AAAA"}, "no known type"),
+    ({"prompt": "a", "image": "data:image/png;base64,AAAA"}, "no known type: send png, jpeg, webp"),
     ({"prompt": "a", "image": "http://example.com/a.png"}, "send the picture itself"),
     ({"prompt": "a", "image": "data:image/png;base64,%%%"}, "not valid base64"),
     ({"prompt": "a", "steps": 3, "num_inference_steps": 4}, "mean the same and differ"),

@@ -20,7 +20,7 @@ LAYOUTS = {
     "pipeline": {"pipeline_parallel_size": 2},
     "hsdp-ulysses": {"hsdp_shard_size": 2, "ulysses_degree": 2},
 }
-GRAPHS = ("ulysses", "ring", "tensor", "cfg", "pipeline")
+GRAPHS = ("ulysses", "ring", "tensor", "tensor-sequence", "cfg", "pipeline")
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
@@ -31,7 +31,8 @@ def test_layouts(layout, compiled, tmp_path) -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     with torch.inference_mode():
         alone, _ = denoise(config_of(tmp_path, "float32", {}, {}), None, 8)
-    for latents, figures in denoise_on(2, config_of(tmp_path, "float32", LAYOUTS[layout], features), 8, tmp_path):
+    spread = config_of(tmp_path, "float32", LAYOUTS[layout], features)
+    for [(latents, figures)] in denoise_on(2, [spread], 8, tmp_path):
         assert latents.keys() == alone.keys()
         assert figures.get("dit_recompiles_total", 0) == 0
         for name, expected in alone.items():
@@ -39,16 +40,21 @@ def test_layouts(layout, compiled, tmp_path) -> None:
             assert apart < 1e-2, (name, apart)
 
 
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("layout", GRAPHS)
-def test_graphs_change_no_bit(layout, tmp_path) -> None:
+def test_graphs_change_no_bit(layout, compiled, tmp_path) -> None:
     load_family("qwen_image").tiny(tmp_path, "t2i", 0)
-    both = []
-    for graphs in ({}, {"graphs": {"after": 1}}):
-        config = config_of(tmp_path, "bfloat16", LAYOUTS[layout], {"attention": {"backend": "sdpa"}, **graphs})
-        both.append(denoise_on(2, config, 8, tmp_path))
-    for (plain, _), (replayed, figures) in zip(*both, strict=True):
-        assert figures["dit_graph_replays_total"] > 0
-        assert all(torch.equal(plain[name], replayed[name]) for name in plain)
+    features = {"attention": {"backend": "sdpa"}} | ({"compile": {}} if compiled else {})
+    configs = [
+        config_of(tmp_path, "bfloat16", LAYOUTS[layout], features | graphs)
+        # One graph at a time: others go, with what they hold, while requests of several shapes take turns.
+        for graphs in ({}, {"graphs": {"after": 1}}, {"graphs": {"after": 1, "kept": 1}})
+    ]
+    for (plain, counted), *replayed in denoise_on(2, configs, 8, tmp_path):
+        for latents, figures in replayed:
+            assert figures["dit_graph_replays_total"] > 0
+            assert figures.get("dit_recompiles_total", 0) == counted.get("dit_recompiles_total", 0) == 0
+            assert all(torch.equal(plain[name], latents[name]) for name in plain)
 
 
 @pytest.mark.parametrize("world", [2, 4])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -69,19 +69,19 @@ def denoise(config: StageConfig, mesh: Mesh | None, requests: int) -> tuple[dict
     return latents, features.metrics()
 
 
-def run_rank(rank: int, world: int, rendezvous: str, config: StageConfig, requests: int, out: str) -> None:
+def run_rank(rank: int, world: int, rendezvous: str, configs: Sequence[StageConfig], requests: int, out: str) -> None:
     torch.cuda.set_device(rank)
     dist.init_process_group("cpu:gloo,cuda:nccl", rendezvous, rank=rank, world_size=world)
     # Windows grow with the requests of a small model, as they do at full size.
     with torch.inference_mode(), patch("services.parallel.peer_memory.STEP_BYTES", 2**16):
-        latents, figures = denoise(config, Mesh(Degrees.of(config.parallel), rank, "cuda"), requests)
-    torch.save((latents, figures), f"{out}.{rank}")
+        made = [denoise(config, Mesh(Degrees.of(config.parallel), rank, "cuda"), requests) for config in configs]
+    torch.save(made, f"{out}.{rank}")
     dist.destroy_process_group()
 
 
-def denoise_on(world: int, config: StageConfig, requests: int, folder: Path) -> list[Any]:
-    """What every rank makes of it."""
-    return run_ranks(run_rank, world, folder, config, requests)
+def denoise_on(world: int, configs: Sequence[StageConfig], requests: int, folder: Path) -> list[Any]:
+    """What every rank makes of each of them."""
+    return run_ranks(run_rank, world, folder, configs, requests)
 
 
 def run_ranks(work: Callable[..., None], world: int, folder: Path, *arguments: Any) -> list[Any]:
