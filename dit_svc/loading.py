@@ -7,13 +7,13 @@ from dataclasses import replace
 import torch
 
 from dit_svc.engine import DitEngine
-from dit_svc.idle_experts import WITH_HSDP, IdleExperts
+from dit_svc.idle_experts import ONE_EXPERT, WITH_HSDP, IdleExperts
 from services.config import StageConfig
 from services.describe import limits_of, open_model, placement
 from services.errors import StartupError
 from services.families import load_family
 from services.family import DitModel, DitPart
-from services.feature_set import FeatureSet, apply_features
+from services.feature_set import FeatureSet, apply_features, chosen_features
 from services.parallel.degrees import Degrees
 from services.parallel.mesh import Mesh, PlannedMesh
 from services.parallel.partition import Partition
@@ -38,8 +38,7 @@ def open_engine(config: StageConfig, mesh: Mesh | None = None) -> tuple[DitEngin
     """
     source = open_model(config.model)
     family = load_family(source.family)
-    if config.engine.expert and config.engine.offload_experts:
-        raise StartupError("engine.offload_experts does not go with engine.expert: 1 expert is held, and none is idle")
+    _check_offload(config, len(family.dit.experts(source)), mesh is not None and mesh.degrees.hsdp)
     source = with_expert(source, family.dit, config.engine.expert)
     if mesh is not None:
         source = _cut(source, family.dit, mesh)
@@ -62,13 +61,18 @@ def open_engine(config: StageConfig, mesh: Mesh | None = None) -> tuple[DitEngin
 
 
 def check_layout(config: StageConfig) -> None:
-    """Whether the denoiser that a config names can be spread over ranks as it says. No weights are needed.
+    """Whether the denoiser that a config names can be spread over ranks, and have its features. No weights are needed.
 
     Raises:
         StartupError: it cannot, with numbers that would do.
     """
     source = open_model(config.model)
     part = load_family(source.family).dit
+    axes = PlannedMesh(Degrees.of(config.parallel), 0).active
+    # GPUs are taken to read each other's memory until their ranks know.
+    axes |= {f"{axis} by peers" for axis in axes}
+    chosen_features(part.plan, placement(config.model)[0].type, config.features, axes)
+    _check_offload(config, len(part.experts(source)), "hsdp" in axes)
     # Shards of HSDP fit every model, and would need process groups.
     mesh = PlannedMesh(replace(Degrees.of(config.parallel), hsdp_shard=1, hsdp_replicate=1), 0)
     source = _cut(with_expert(source.without_weights(), part, config.engine.expert), part, mesh)
@@ -95,15 +99,24 @@ def with_expert(source: ModelSource, part: DitPart, expert: str) -> ModelSource:
     return replace(source, expert=expert)
 
 
+def _check_offload(config: StageConfig, experts: int, hsdp: bool) -> None:
+    if not config.engine.offload_experts:
+        return
+    if config.engine.expert:
+        raise StartupError("engine.offload_experts does not go with engine.expert: 1 expert is held, and none is idle")
+    if experts < 2:
+        raise StartupError(ONE_EXPERT)
+    if hsdp:
+        raise StartupError(WITH_HSDP)
+    if "graphs" in config.features:
+        raise StartupError("engine.offload_experts does not go with CUDA graphs: a graph holds weights in 1 place")
+
+
 def _load(
     config: StageConfig, source: ModelSource, part: DitPart, mesh: Mesh | None
 ) -> tuple[DitModel, IdleExperts | None]:
     device, dtype = placement(config.model)
     offloads, shards = config.engine.offload_experts, mesh is not None and mesh.degrees.hsdp
-    if offloads and shards:
-        raise StartupError(WITH_HSDP)
-    if offloads and "graphs" in config.features:
-        raise StartupError("engine.offload_experts does not go with CUDA graphs: a graph holds weights in 1 place")
     # A GPU need not have room for what it will not hold.
     through_host = offloads or shards
     source = replace(source, drawn_on=device)

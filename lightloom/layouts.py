@@ -1,7 +1,7 @@
-"""Whether replicas of several ranks fit their models and this machine, asked before anything is started.
+"""Whether replicas of several ranks, and features, fit their models and this machine, asked before anything is started.
 
-Only the stages' own code knows, and it takes seconds to import: a process of its own does so, and only where a replica
-has several ranks.
+Only the stages' own code knows, and it takes seconds to import: a process of its own does so, and only where a config
+asks for one of them.
 """
 
 from __future__ import annotations
@@ -29,13 +29,14 @@ CHECKS = {"dit": "dit_svc.loading", "text_encoder": "text_encoder_svc.engine", "
 Stage = tuple[str, str, dict[str, Any]]
 
 
-def spread_stages(config: ClusterConfig) -> list[Stage]:
-    """Those whose replicas have several ranks."""
+def special_stages(config: ClusterConfig) -> list[Stage]:
+    """Those whose replicas have several ranks, features or experts that wait in the host's memory."""
     return [
         (model, kind, stage_table(config, model, kind))
         for model, entry in config.models.items()
         for kind in entry.stages
         if Degrees.of(entry.parallel_of(kind)).world > 1
+        or (kind.partition(".")[0] == "dit" and (entry.features or entry.engine.offload_experts))
     ]
 
 

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from lightloom.cluster_config import ClusterConfig, check_files, load_cluster, parse_replicas
 from lightloom.launcher import Cluster
-from lightloom.layouts import check_layouts, spread_stages
+from lightloom.layouts import check_layouts, special_stages
 from lightloom.member import ProcessRow
 from lightloom.show import show_processes
 
@@ -49,10 +49,10 @@ async def serve(config_path: Path, replica_settings: list[str], run_dir: Path) -
 
 
 async def _check_layouts(config: ClusterConfig, console: Console) -> None:
-    if spread := spread_stages(config):
+    if special := special_stages(config):
         # Seen on a terminal only, and gone when it is known.
-        with console.status(f"checking the layout of {', '.join(f'{model} {kind}' for model, kind, _ in spread)}"):
-            await check_layouts(spread)
+        with console.status(f"checking {', '.join(f'{model} {kind}' for model, kind, _ in special)}"):
+            await check_layouts(special)
 
 
 async def _run_until(stop: asyncio.Event, cluster: Cluster, console: Console) -> None:

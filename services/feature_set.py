@@ -13,7 +13,7 @@ from typing import Any
 from services.config import parse
 from services.errors import StartupError
 from services.families import FAMILIES, load_family
-from services.family import DitModel, DitPart
+from services.family import DitModel, DitPart, ModelPlan
 from services.features import ALWAYS_ON, ORDER, Applied, Beside, BlockRun
 
 
@@ -57,10 +57,27 @@ class FeatureSet:
 def apply_features(
     model: DitModel, part: DitPart, sections: Mapping[str, Mapping[str, Any]], axes: frozenset[str] = frozenset()
 ) -> FeatureSet:
-    """Acts on the model, with the features that the sections ask for and those that are always on.
+    """Acts on the model, with the features that `chosen_features` finds.
+
+    Raises:
+        StartupError: as that says, or an option that does not fit the model.
+    """
+    applied: dict[str, Applied] = {}
+    for name, config in chosen_features(part.plan, model.device.type, sections, axes).items():
+        try:
+            applied[name] = importlib.import_module(ORDER[name]).apply(model, part, config)
+        except ValueError as error:
+            raise StartupError(str(error)) from error
+    return FeatureSet(applied)
+
+
+def chosen_features(
+    plan: ModelPlan, device_type: str, sections: Mapping[str, Mapping[str, Any]], axes: frozenset[str] = frozenset()
+) -> dict[str, Any]:
+    """The configs of features that the sections ask for and of those that are always on, in their order.
 
     Args:
-        axes: of parallelism, those with several ranks.
+        axes: as `Mesh.active` has them.
 
     Raises:
         StartupError: an unknown feature or option, or one that cannot apply here.
@@ -70,21 +87,21 @@ def apply_features(
             raise StartupError(f"unknown feature {name!r}: there are {', '.join(ORDER)}")
     wanted: dict[str, Mapping[str, Any]] = {**dict.fromkeys(ALWAYS_ON, {}), **sections}
     active = frozenset(wanted) | axes
-    applied: dict[str, Applied] = {}
+    chosen: dict[str, Any] = {}
     for name in ORDER:
         if name not in wanted:
             continue
         feature = importlib.import_module(ORDER[name])
-        reason = feature.supports(part.plan, model.device.type, active)
+        reason = feature.supports(plan, device_type, active)
         if reason and name not in sections:
             continue
         if reason:
             raise StartupError(f"feature {name!r} cannot be used here: {reason}")
         try:
-            applied[name] = feature.apply(model, part, parse(feature.Config, wanted[name], f"features.{name}."))
+            chosen[name] = parse(feature.Config, wanted[name], f"features.{name}.")
         except ValueError as error:
             raise StartupError(str(error)) from error
-    return FeatureSet(applied)
+    return chosen
 
 
 def matrix(device_type: str = "cpu") -> list[Support]:

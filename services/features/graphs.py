@@ -33,10 +33,17 @@ class Config:
 
     Each holds its inputs and outputs; what lies between is shared. What is compiled, or allocated for good, at the
     first time must not happen inside a graph: `after` is 1 or more.
+
+    Raises:
+        ValueError: an option out of range.
     """
 
     kept: int = 8
     after: int = 2
+
+    def __post_init__(self) -> None:
+        if self.kept < 1 or self.after < 1:
+            raise ValueError(f"features.graphs: kept is {self.kept} and after {self.after}, both are 1 or more")
 
 
 def supports(plan: ModelPlan, device_type: str, active: frozenset[str]) -> str | None:
@@ -54,13 +61,7 @@ def supports(plan: ModelPlan, device_type: str, active: frozenset[str]) -> str |
 
 
 def apply(model: DitModel, part: DitPart, config: Config) -> Applied:
-    """Wraps the block lists of all experts, each with graphs of its own.
-
-    Raises:
-        ValueError: an option out of range.
-    """
-    if config.kept < 1 or config.after < 1:
-        raise ValueError(f"features.graphs: kept is {config.kept} and after {config.after}, both are 1 or more")
+    """Wraps the block lists of all experts, each with graphs of its own."""
     made: list[Graphs] = []
 
     def wrap(run: BlockRun, beside: Beside) -> BlockRun:

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from lightloom.cluster_config import ClusterConfig, ModelEntry, stage_table
-from lightloom.layouts import refusal, spread_stages
-from services.config import ParallelSection, parse
+from lightloom.layouts import refusal, special_stages
+from services.config import EngineSection, ParallelSection, parse
 from services.families import load_family
 
 
@@ -58,8 +58,31 @@ def test_a_layout_that_fits_is_let_through(bare, kind, section, degrees):
     assert refused(bare, kind, **{section: degrees}) == ""
 
 
-def test_only_replicas_of_several_ranks_are_asked_about():
-    spread = ModelEntry(source="nowhere", text_parallel=ParallelSection(tensor_parallel_size=2))
-    models = {"alone": ModelEntry(source="nowhere"), "spread": spread}
-    stages = [(model, kind) for model, kind, _ in spread_stages(ClusterConfig(models=models))]
-    assert stages == [("spread", "text_encoder")]
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"features": {"graphs": {}}}, "'graphs' cannot be used here: a graph is of a CUDA device's launches"),
+        ({"features": {"compile": {"modes": "x"}}}, "modes"),
+        ({"engine": {"offload_experts": True}, "parallel": {"hsdp_shard_size": 2}}, "does not go with hsdp"),
+        ({"engine": {"offload_experts": True}, "features": {"compile": {}}}, ""),
+    ],
+)
+def test_a_feature_that_does_not_fit_is_refused_like_a_layout(bare, sections, words):
+    said = refused(bare, "dit", **sections)
+    assert words in said if words else not said
+
+
+def test_experts_of_a_model_of_one_do_not_wait(tmp_path):
+    load_family("qwen_image").tiny(tmp_path, "t2i", 0)
+    assert "needs a model of several experts" in refused(tmp_path, "dit", engine={"offload_experts": True})
+
+
+def test_only_replicas_with_something_special_are_asked_about():
+    models = {
+        "alone": ModelEntry(source="nowhere"),
+        "spread": ModelEntry(source="nowhere", text_parallel=ParallelSection(tensor_parallel_size=2)),
+        "compiled": ModelEntry(source="nowhere", features={"compile": {}}),
+        "offloaded": ModelEntry(source="nowhere", engine=EngineSection(offload_experts=True)),
+    }
+    stages = [(model, kind) for model, kind, _ in special_stages(ClusterConfig(models=models))]
+    assert stages == [("spread", "text_encoder"), ("compiled", "dit"), ("offloaded", "dit")]
