@@ -29,7 +29,7 @@ from tests.parallel.vaes import KINDS, latents_of, library_vae, pixels_of
 
 SIDES_PX = (64, 112, 208)
 # One that waits for another for good takes a GPU from all tests behind it.
-RANKS_S = 100.0
+RANKS_S = 240.0
 
 
 def config_of(folder: Path, dtype: str, parallel: dict[str, Any], features: dict[str, Any]) -> StageConfig:
