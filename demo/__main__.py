@@ -132,7 +132,7 @@ def frames_of(data: bytes) -> NDArray[np.uint8]:
 
 def main() -> None:
     """Exit code 1 when picture or clip is wrong, 2 when nothing could start."""
-    if len(sys.argv) != 3:
+    if len(sys.argv) != 3 or not all(map(str.strip, sys.argv[1:])):
         raise SystemExit('usage: python -m demo "PROMPT OF THE PICTURE" "PROMPT OF THE CLIP"')
     try:
         agrees = asyncio.run(run(sys.argv[1], sys.argv[2], Console()))

@@ -20,7 +20,7 @@ from gateway.stage_calls import Latents, failed, refused
 from gateway.work import Progress, Work
 from protos import gateway_pb2, interpolation_pb2, types_pb2, vae_pb2
 from services.client import WRITE_FAILED
-from services.errors import CorruptTensor, DeviceLost
+from services.errors import CorruptTensor, DeviceLost, NotReady
 from services.request import MAX_MEDIA_BYTES
 from services.tensor_wire import frame_of
 
@@ -34,6 +34,9 @@ class Decode:
     Args:
         progress: is told of frames, and closed.
         interpolator: of a request whose frames are to be interpolated.
+
+    Raises:
+        NotReady: one of them has left since it was chosen.
     """
 
     def __init__(
@@ -51,11 +54,14 @@ class Decode:
         self._whole = asyncio.Event()
         self._usages: dict[str, types_pb2.StageUsage] = {}
         frames_only = interpolator is not None
-        decode: Any = vae.channel.stream_stream(_DECODE)
-        self._calls = [decode(self._decode_requests(latents, frames_only), **work.call_options())]
-        if interpolator is not None:
-            interpolate: Any = interpolator.channel.stream_stream(_INTERPOLATE)
-            self._calls.append(interpolate(**work.call_options()))
+        requests = self._decode_requests(latents, frames_only)
+        self._calls = [vae.call("stream_stream", _DECODE, requests, **work.call_options())]
+        try:
+            if interpolator is not None:
+                self._calls.append(interpolator.call("stream_stream", _INTERPOLATE, **work.call_options()))
+        except NotReady:
+            self._calls[0].cancel()
+            raise
         self._task = asyncio.create_task(self._run(vae, interpolator))
         self._task.add_done_callback(lambda _task: self._whole.set())
 

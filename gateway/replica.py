@@ -7,14 +7,14 @@ import math
 import time
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import grpc
 
 from gateway.pace import Pace, units
 from gateway.ticket import Offer
 from protos import gateway_pb2, types_pb2
-from services.errors import Overloaded, ServiceError
+from services.errors import NotReady, Overloaded, ServiceError
 
 BACK_OFF_S = 0.25
 MAX_BACK_OFF_S = 4.0
@@ -97,6 +97,20 @@ class Replica:
             yield
         finally:
             self.batches.remove(batch)
+
+    def call(self, kind: str, method: str, *request: object, **options: object) -> Any:
+        """A call that has begun, whose messages are bytes.
+
+        Args:
+            kind: unary_stream or stream_stream.
+
+        Raises:
+            NotReady: its channel has been closed since the replica was chosen, as it is on no list any more.
+        """
+        try:
+            return getattr(self.channel, kind)(method)(*request, **options)
+        except grpc.aio.UsageError as error:
+            raise NotReady(f"the replica left before it was called: {error}") from error
 
     def told(self, facts: types_pb2.DescribeResponse, ours_before: int) -> None:
         """Takes an answer to Describe.

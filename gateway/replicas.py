@@ -165,6 +165,8 @@ class Replicas:
                     await stub.Release(dit_pb2.ReleaseRequest(context=context), timeout=DESCRIBE_TIMEOUT_S)
                 except grpc.aio.AioRpcError as error:
                     log.info("%s keeps %s for now: %s", replica.address, request_id, error_from_rpc(error).message)
+                except grpc.aio.UsageError:
+                    log.info("%s has left with %s", replica.address, request_id)
 
     def paces(self) -> dict[tuple[str, str], float]:
         """Seconds for a unit of work, by stage and component: the mean over replicas that have worked."""

@@ -75,14 +75,13 @@ async def denoise(
     It ends with the latents, or with a checkpoint for another expert.
 
     Raises:
-        NotReady: the replica leaves; if a checkpoint came, it was the last one.
+        NotReady: the replica leaves, or has left; if a checkpoint came, it was the last one.
         ServiceError: what a stage failed with.
     """
     checkpoint: Latents | None = None
     start = dit_pb2.BundleStart()
-    method: Any = replica.channel.stream_stream(_DENOISE)
     with replica.in_use(work.batch):
-        call = method(**work.call_options())
+        call = replica.call("stream_stream", _DENOISE, **work.call_options())
         feeding = asyncio.create_task(feed.run(call))
         try:
             async for message in call:
@@ -134,6 +133,9 @@ class Feed:
         encoders: replicas that make the conditions, in the order in which the denoiser wants them.
         fit: for previews.
         resume: what the request goes on from.
+
+    Raises:
+        NotReady: one of the encoders has left since it was chosen.
     """
 
     def __init__(
@@ -145,8 +147,9 @@ class Feed:
     ) -> None:
         self.failure: ServiceError | None = None
         self._work = work
-        self._calls = contextlib.ExitStack()
-        self._bundles = [self._calls.enter_context(_encoding(work, encoder)) for encoder in encoders]
+        with contextlib.ExitStack() as calls:
+            self._bundles = [calls.enter_context(_encoding(work, encoder)) for encoder in encoders]
+            self._calls = calls.pop_all()
         self._resume = resume
         self._asked: asyncio.Queue[dit_pb2.CheckpointRequest] = asyncio.Queue()
         self._start = dit_pb2.DenoiseStart(
@@ -192,9 +195,8 @@ class Feed:
 def _encoding(work: Work, replica: Replica) -> Iterator[AsyncIterator[bytes]]:
     """An Encode call that has begun when the block is entered; gives its frames as they come."""
     request = text_encoder_pb2.EncodeRequest(context=work.context(), params=work.params)
-    method: Any = replica.channel.unary_stream(_ENCODE[replica.stage])
     with replica.in_use():
-        call = method(request.SerializeToString(), **work.call_options())
+        call = replica.call("unary_stream", _ENCODE[replica.stage], request.SerializeToString(), **work.call_options())
         try:
             yield _frames(work, replica, call)
         finally:

@@ -126,11 +126,10 @@ def load_cluster(path: Path) -> ClusterConfig:
         raise StartupError(f"{path} names no model: add a [models.NAME] section with a source")
     for name, entry in config.models.items():
         check_replicas(entry.replicas, f"models.{name}.replicas")
-        check_axes(Degrees.of(entry.parallel), DIT_AXES, "Dit")
-        check_axes(Degrees.of(entry.text_parallel), TEXT_AXES, "TextEncoder")
-        check_axes(Degrees.of(entry.vae_parallel), VAE_AXES, "Vae")
-        if entry.vae_parallel.vae_patch_parallel_size > 1:
-            check_tiles(entry.vae_parallel.vae_patch_mode, entry.engine.tile_px)
+        try:
+            _check_degrees(entry)
+        except StartupError as error:
+            raise StartupError(f"model {name!r}: {error}") from error
         _check_experts(f"models.{name}", entry)
         parse(Limits, entry.limits, f"models.{name}.limits.")
         for feature in entry.features:
@@ -140,6 +139,14 @@ def load_cluster(path: Path) -> ClusterConfig:
         check_count(config.interpolation.replicas, "interpolation.replicas")
         parse(InterpolationLimits, config.interpolation.limits, "interpolation.limits.")
     return config
+
+
+def _check_degrees(entry: ModelEntry) -> None:
+    check_axes(Degrees.of(entry.parallel), DIT_AXES, "Dit")
+    check_axes(Degrees.of(entry.text_parallel), TEXT_AXES, "TextEncoder")
+    check_axes(Degrees.of(entry.vae_parallel), VAE_AXES, "Vae")
+    if entry.vae_parallel.vae_patch_parallel_size > 1:
+        check_tiles(entry.vae_parallel.vae_patch_mode, entry.engine.tile_px)
 
 
 def _check_experts(where: str, entry: ModelEntry) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+import grpc
 import pytest
 
 from gateway import stage_calls
@@ -12,7 +13,7 @@ from gateway.records import Claim
 from gateway.stage_calls import Latents
 from gateway.work import Progress, Work
 from protos import types_pb2, vae_pb2
-from services.errors import CorruptTensor
+from services.errors import CorruptTensor, NotReady
 from services.request import MAX_MEDIA_BYTES
 from services.tensor_wire import frame_of, message_of
 
@@ -54,6 +55,8 @@ class Channel:
     def stream_stream(self, _method: str) -> Any:
         return lambda *_arguments, **_options: self
 
+    unary_stream = stream_stream
+
     async def __aiter__(self) -> Any:
         for answer in self._answers:
             yield answer.SerializeToString()
@@ -90,3 +93,28 @@ async def test_media_come_as_announced(answers: tuple[vae_pb2.DecodeResponse, ..
         await decode.media()
     assert channel.cancelled
     await decode.close()
+
+
+async def left(stage: str) -> Any:
+    """A replica that was chosen, and has gone from its list since."""
+    channel = grpc.aio.insecure_channel("127.0.0.1:9")
+    await channel.close()
+    return stage_calls.Replica(stage, "127.0.0.1:9", channel)
+
+
+async def test_a_replica_that_left_between_choice_and_call_is_not_ready() -> None:
+    """And no bug, which would fail the request."""
+    work = Work(Claim("r", 1, {}, "", 0), types_pb2.GenerationParams(), 0.0, "")
+    feed = stage_calls.Feed(work, [], None, None)
+    with pytest.raises(NotReady, match="left"):
+        await anext(stage_calls.denoise(work, await left("dit"), feed, Latents()))
+    encoder, vae = Channel(), Channel()
+    there: Any = stage_calls.Replica("text_encoder", "nowhere", cast(Any, encoder))
+    with pytest.raises(NotReady, match="left"):
+        stage_calls.Feed(work, [there, await left("vae")], None, None)
+    assert encoder.cancelled and not there.ours
+    decoder: Any = stage_calls.Replica("vae", "nowhere", cast(Any, vae))
+    progress = Progress(cast(Any, None), work.claim, 1.0)
+    with pytest.raises(NotReady, match="left"):
+        Decode(work, decoder, Latents(), progress, await left("interpolation"))
+    assert vae.cancelled
