@@ -330,8 +330,8 @@ def _ring_flops(
     return 4 * rows * heads * width * tokens * tokens * orders[0]
 
 
-RING_FLOPS = {torch.ops.lightloom.ring_attention: _ring_flops}
-ATTENTION = {torch.ops.lightloom.ring_attention, torch.ops.aten._scaled_dot_product_flash_attention}
+RING_FLOPS = {torch.ops.lightloom.ring_parts: _ring_flops}
+ATTENTION = {torch.ops.lightloom.ring_parts, torch.ops.aten._scaled_dot_product_flash_attention}
 
 
 def _to_meta(value: Any) -> Any:

@@ -84,6 +84,12 @@ def group_of(name: str) -> dist.ProcessGroup:
     return group
 
 
+def hold(tensor: torch.Tensor, group: str) -> None:
+    """A CUDA graph that is being made, if any, reads this tensor, which is not in its own memory."""
+    if (peers := peer_memory.get(group)) is not None:
+        peers.hold(tensor)
+
+
 def count_sent(kind: str, tensor: torch.Tensor, share: float = 1.0) -> None:
     """Notes that `share` of a tensor's bytes left this rank."""
     sent_bytes[kind] += round(tensor.numel() * tensor.element_size() * share)

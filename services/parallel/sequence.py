@@ -118,8 +118,7 @@ class SequenceParallel:
 
     def _across_ring(self, kernel: Kernel, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         orders, counts = self.places.ring_orders, self.places.ring_counts
-        mixed: torch.Tensor = ring_attention(query, key, value, orders, counts, self._ring.name, kernel.__name__)
-        return mixed
+        return ring_attention(query, key, value, orders, counts, self._ring.name, kernel.__name__)
 
     def _find_places(self, streams: Any) -> Places:
         """Joined pieces stand rank by rank, in each the fields of the joint sequence one after the other."""

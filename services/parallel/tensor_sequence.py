@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from services.family import RESULT, ModelPlan
-from services.parallel.collectives import all_gather, peer_memory, plan_sent, plan_shown, reduce_scatter
+from services.parallel.collectives import all_gather, hold, plan_sent, plan_shown, reduce_scatter
 from services.parallel.mesh import Axis
 from services.parallel.sequence import own_piece, token_orders
 from services.parallel.tensor import SumOverRanks, by_name, matches
@@ -143,11 +143,6 @@ def _gathering(forward: Callable[..., Any]) -> Callable[..., Any]:
     return gathering
 
 
-def _hold(order: torch.Tensor, group: str) -> None:
-    if (peers := peer_memory.get(group)) is not None:
-        peers.hold(order)
-
-
 @torch.library.custom_op("lightloom::gather_tokens", mutates_args=())
 def gather_tokens(piece: torch.Tensor, tokens: torch.Tensor, in_order: bool, group: str, size: int) -> torch.Tensor:
     """Pieces [B, L, ...] of all ranks to the whole [B, S, ...].
@@ -156,7 +151,7 @@ def gather_tokens(piece: torch.Tensor, tokens: torch.Tensor, in_order: bool, gro
         tokens: [S] of each token its place among the joined pieces.
         in_order: whether those are 0, 1, ..., so that only filling at the end has to go.
     """
-    _hold(tokens, group)
+    hold(tokens, group)
     gathered: torch.Tensor = all_gather(piece, group, size)
     joined = gathered.transpose(0, 1).flatten(1, 2)
     return joined[:, : len(tokens)].contiguous() if in_order else joined.index_select(1, tokens)
@@ -177,7 +172,7 @@ def scatter_tokens(part: torch.Tensor, places: torch.Tensor, in_order: bool, gro
         places: [n L] of each place among the joined pieces its token; filling takes any.
         in_order: whether those are 0, 1, ...
     """
-    _hold(places, group)
+    hold(places, group)
     if not in_order:
         part = part.index_select(1, places)
     elif filling := len(places) - part.shape[1]:

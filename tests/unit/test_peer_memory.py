@@ -258,7 +258,10 @@ def test_a_ring_reads_every_ranks_piece_once_its_own_first(ranks) -> None:
     brought = torch.randn(ranks, 2, 5)
 
     def work(rank, peers):
-        return [(owner, piece.clone()) for _ in range(3) for owner, piece in ring._read(brought[rank], peers, ranks)]
+        key, value = brought[rank]
+        return [
+            (owner, torch.stack(piece)) for _ in range(3) for owner, piece in ring._read((key, value), peers, ranks)
+        ]
 
     _, results = everywhere(ranks, work)
     for rank, read in enumerate(results):

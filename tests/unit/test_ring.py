@@ -31,11 +31,12 @@ def over_ring(query: torch.Tensor, keys_values: torch.Tensor, filling: list[int]
     order = joined_order(lengths, size)
     pieces = keys_values[:, :, order.clamp(min=0)].index_fill(2, (order < 0).nonzero()[:, 0], torch.nan)
     orders, counts = ring_keys(order, torch.tensor(filling), size)
-    merged = None
-    for owner, piece in enumerate(pieces.chunk(size, dim=2)):
-        merged = ring._merge(merged, ring._over_piece(query, piece, orders[owner], counts[owner].tolist(), "sdpa"))
-    assert merged is not None
-    return merged[0].transpose(1, 2)
+    parts = [
+        ring._over_piece(query, (piece[0], piece[1]), orders[owner], counts[owner].tolist(), "sdpa")
+        for owner, piece in enumerate(pieces.chunk(size, dim=2))
+    ]
+    results, sums = zip(*parts, strict=True)
+    return ring.merged(results, sums)
 
 
 @pytest.mark.parametrize(
