@@ -104,12 +104,14 @@ class PeerMemory:
 
     def show(self, tensor: torch.Tensor, ranks: int) -> list[torch.Tensor]:
         """Everybody's tensor, by rank. What comes back may be read until the next `show` but one."""
-        return self._show(tensor.shape, tensor.dtype, ranks, lambda place: place.copy_(tensor))
-
-    def show_stacked(self, tensors: Sequence[torch.Tensor], ranks: int) -> list[torch.Tensor]:
-        """The same of k tensors of one shape at once, [k, ...] by rank."""
-        shape = (len(tensors), *tensors[0].shape)
-        return self._show(shape, tensors[0].dtype, ranks, lambda place: torch.stack(tuple(tensors), out=place))
+        window = self._next_shown(tensor.numel() * tensor.element_size())
+        self._hold_window(window)
+        if self._held and not self._shown_in_graph:
+            window.meet()
+            self._shown_in_graph = True
+        window.of(self.rank, tensor.shape, tensor.dtype).copy_(tensor)
+        window.meet()
+        return [window.of(rank, tensor.shape, tensor.dtype) for rank in range(ranks)]
 
     def all_to_all(self, tensor: torch.Tensor) -> torch.Tensor:
         """Piece i of dimension 0 goes to rank i: [n, ...] to [n, ...]."""
@@ -189,18 +191,6 @@ class PeerMemory:
         from services.parallel.edges import PeerEdges  # It is built on this.
 
         return PeerEdges(self)
-
-    def _show(
-        self, shape: Sequence[int], dtype: torch.dtype, ranks: int, write: Callable[[torch.Tensor], object]
-    ) -> list[torch.Tensor]:
-        window = self._next_shown(torch.Size(shape).numel() * dtype.itemsize)
-        self._hold_window(window)
-        if self._held and not self._shown_in_graph:
-            window.meet()
-            self._shown_in_graph = True
-        write(window.of(self.rank, shape, dtype))
-        window.meet()
-        return [window.of(rank, shape, dtype) for rank in range(ranks)]
 
     def _hold_window(self, window: Window) -> None:
         if self._held and window not in self._held[0]:

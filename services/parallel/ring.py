@@ -1,7 +1,7 @@
 """Ring attention (arXiv 2310.01889): keys and values travel round the ranks, partial results merge by log-sum-exp.
 
-While a piece is attended to, the next one is on its way: read from its owner where the GPUs see each other's memory,
-passed on round the ring elsewhere. That is one operator, so a compiled graph carries it without a break; what merges
+While a piece is attended to, the next one is on its way: from its owner where the GPUs see each other's memory, passed
+on round the ring elsewhere. That is one operator, so a compiled graph carries it without a break; what merges
 its results is left to the compiler, which makes one kernel of it. Keys that are filling are left out and never masked:
 kernels with a mask are far slower on GPUs, and the fastest have none. Shapes: B rows, L tokens of a piece, n ranks,
 H heads, D width of a head.
@@ -15,13 +15,15 @@ from functools import reduce
 import torch
 import torch.distributed as dist
 
-from services.parallel.collectives import count_sent, group_of, hold, peer_memory, plan_sent, plan_shown
+from services.parallel.collectives import count_sent, group_of, hold, peer_memory, plan_sent, plan_window
 from services.parallel.peer_memory import PeerMemory
 
-# Of some keys, a result [B, L, H, D] and log-sum-exps [B, H, L] in fp32.
+# Of some keys, a result [B, L, H, D] and log-sum-exps [B, L, H] in fp32.
 Partial = tuple[torch.Tensor, torch.Tensor]
 # Keys and values, [B, L, H, D] each.
 Piece = tuple[torch.Tensor, torch.Tensor]
+# Those that hold a piece, by their use: two take turns in rings of more than two ranks.
+WINDOWS = ("ring", "ring next")
 
 
 def ring_attention(
@@ -40,23 +42,14 @@ def ring_attention(
         counts: [n, B] on the CPU, how many do. Values, so that a compiled graph serves all.
         kernel: name of a kernel of `services/attention.py`; where it has no partial form PyTorch's own is taken.
     """
-    parts = ring_parts(query, key, value, orders, counts, group, kernel)
-    ranks = len(parts) // 2
-    return merged(parts[:ranks], parts[ranks:])
+    *results, shares = ring_parts(query, key, value, orders, counts, group, kernel)
+    return merged(results, shares)
 
 
-def merged(results: Sequence[torch.Tensor], sums: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Partial results o_i with log-sum-exps l_i to the whole one: the sum of o_i e^(l_i) over that of e^(l_i).
-
-    Where no piece has a key, all l_i are minus infinity, and the result is zeros like all o_i.
-    """
-    largest = reduce(torch.maximum, sums).clamp(min=torch.finfo(torch.float32).min)
-    weights = [torch.exp(each - largest) for each in sums]
-    # The largest weighs 1.
-    whole = reduce(torch.add, weights).clamp(min=1.0)
-    shares = [(weight / whole).transpose(1, 2)[..., None] for weight in weights]
-    mixed = [result.float() * share for result, share in zip(results, shares, strict=True)]
-    return reduce(torch.add, mixed).to(results[0].dtype)
+def merged(results: Sequence[torch.Tensor], shares: torch.Tensor) -> torch.Tensor:
+    """The whole result [B, L, H, D] of n partial ones and their shares in it, [n, B, L, H]."""
+    weighed = (result.float() * share[..., None] for result, share in zip(results, shares.unbind(), strict=True))
+    return reduce(torch.add, weighed).to(results[0].dtype)
 
 
 @torch.library.custom_op("lightloom::ring_parts", mutates_args=())
@@ -69,14 +62,18 @@ def ring_parts(
     group: str,
     kernel: str,
 ) -> list[torch.Tensor]:
-    """What `merged` takes, for the arguments of `ring_attention`: n results, then their n log-sum-exps."""
+    """What `merged` takes, for the arguments of `ring_attention`: n partial results, then their shares.
+
+    Those are the sums of exponentials of pieces by that of all: a softmax of log-sum-exps. Every query sees some key.
+    """
     size, counted, peers = orders.shape[0], counts.tolist(), peer_memory.get(group)
     hold(orders, group)
     count_sent("ring", key, 2 * (size - 1))
     own = (key, value)
-    pieces = _passed_on(own, group_of(group)) if peers is None else _read(own, peers, size)
+    pieces = _passed_on(own, group_of(group)) if peers is None else _exchanged(own, peers, size)
     parts = [_over_piece(query, piece, orders[owner], counted[owner], kernel) for owner, piece in pieces]
-    return [result for result, _ in parts] + [sums for _, sums in parts]
+    results, sums = zip(*parts, strict=True)
+    return [*results, torch.stack(sums).softmax(0)]
 
 
 @ring_parts.register_fake
@@ -91,10 +88,11 @@ def _(
 ) -> list[torch.Tensor]:
     size = orders.shape[0]
     plan_sent("ring", key, 2 * (size - 1))
-    plan_shown(group, key, 2)
-    rows, tokens, heads, _ = query.shape
+    if key.is_meta:
+        for use in WINDOWS[: size - 1]:
+            plan_window(group, use, 2 * key.nbytes)
     results = [torch.empty_like(query, memory_format=torch.contiguous_format) for _ in range(size)]
-    return results + [query.new_empty((rows, heads, tokens), dtype=torch.float32) for _ in range(size)]
+    return [*results, query.new_empty((size, *query.shape[:3]), dtype=torch.float32)]
 
 
 def _over_piece(query: torch.Tensor, piece: Piece, order: torch.Tensor, counts: Sequence[int], kernel: str) -> Partial:
@@ -124,11 +122,11 @@ def partial_attention(query: torch.Tensor, piece: Piece, kernel: str) -> Partial
     key, value = piece
     if not key.shape[1]:
         result = torch.zeros_like(query, memory_format=torch.contiguous_format)
-        return result, query.new_full((rows, heads, tokens), -torch.inf, dtype=torch.float32)
+        return result, query.new_full((rows, tokens, heads), -torch.inf, dtype=torch.float32)
     result, sums = _kernel_with_lse(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), kernel)
     # Kernels give one more dimension, or more queries than there are.
     sums = sums.reshape(rows, heads, -1)[:, :, :tokens].float()
-    return result.transpose(1, 2).contiguous(), sums.contiguous()
+    return result.transpose(1, 2).contiguous(), sums.transpose(1, 2)
 
 
 def _kernel_with_lse(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kernel: str) -> Partial:
@@ -157,17 +155,28 @@ def _passed_on(own: Piece, ranks: dist.ProcessGroup) -> Iterator[tuple[int, Piec
         piece = incoming
 
 
-def _read(own: Piece, peers: PeerMemory, size: int) -> Iterator[tuple[int, Piece]]:
-    """The same out of the owners' memory; the next piece is copied aside while the caller works on this one."""
-    shown, piece = peers.show_stacked(own, size), own
-    for turn in range(size - 1):
-        incoming = own[0].new_empty(shown[0].shape)
+def _exchanged(own: Piece, peers: PeerMemory, size: int) -> Iterator[tuple[int, Piece]]:
+    """The same through windows; a piece is written into its next reader's while the caller works on another.
+
+    Ranks meet before the first is written and after each. So a window is free again when it is written into for the
+    second time, whatever came before, and a CUDA graph may follow anything.
+    """
+    shape = (2, *own[0].shape)
+    windows = [peers.window(use, 2 * own[0].nbytes) for use in WINDOWS[: size - 1]]
+    windows[0].meet()
+    piece = own
+    for turn in range(1, size):
+        window = windows[turn % len(windows)]
         with peers.aside():
-            incoming.copy_(shown[(peers.rank - turn - 1) % size])
-            arrival = peers.mark()
-        yield (peers.rank - turn) % size, piece
-        peers.wait(arrival)
-        piece = (incoming[0], incoming[1])
+            places = window.of((peers.rank + turn) % size, shape, own[0].dtype)
+            for place, tensor in zip(places, own, strict=True):
+                place.copy_(tensor)
+            written = peers.mark()
+        yield (peers.rank - turn + 1) % size, piece
+        peers.wait(written)
+        window.meet()
+        key, value = window.of(peers.rank, shape, own[0].dtype)
+        piece = (key, value)
     yield (peers.rank + 1) % size, piece
 
 
