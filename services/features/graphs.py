@@ -129,7 +129,9 @@ class Graphs:
         while len(self.recorded) >= self._config.kept:
             self.recorded.popitem(last=False)[1].held.let_go()
         inputs = map_device_tensors(streams, torch.clone)
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        # One whose graphs have all gone takes no other while somebody still has what they gave.
+        if not self.recorded:
+            self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         # Other threads of a rank copy to and from the device meanwhile.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"), held_by_graph() as held:

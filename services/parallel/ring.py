@@ -31,7 +31,7 @@ def ring_attention(
     key: torch.Tensor,
     value: torch.Tensor,
     orders: torch.Tensor,
-    counts: torch.Tensor,
+    runs: torch.Tensor,
     group: str,
     kernel: str,
 ) -> torch.Tensor:
@@ -39,10 +39,11 @@ def ring_attention(
 
     Args:
         orders: [n, B, L], places of each rank's piece, those of keys that count first.
-        counts: [n, B] on the CPU, how many do. Values, so that a compiled graph serves all.
+        runs: [n, B, 2] on the CPU, from which place on those stand in a row, or -1, and how many there are. Values, so
+            that a compiled graph serves all.
         kernel: name of a kernel of `services/attention.py`; where it has no partial form PyTorch's own is taken.
     """
-    *results, shares = ring_parts(query, key, value, orders, counts, group, kernel)
+    *results, shares = ring_parts(query, key, value, orders, runs, group, kernel)
     return merged(results, shares)
 
 
@@ -58,7 +59,7 @@ def ring_parts(
     key: torch.Tensor,
     value: torch.Tensor,
     orders: torch.Tensor,
-    counts: torch.Tensor,
+    runs: torch.Tensor,
     group: str,
     kernel: str,
 ) -> list[torch.Tensor]:
@@ -66,12 +67,12 @@ def ring_parts(
 
     Those are the sums of exponentials of pieces by that of all: a softmax of log-sum-exps. Every query sees some key.
     """
-    size, counted, peers = orders.shape[0], counts.tolist(), peer_memory.get(group)
+    size, real, peers = orders.shape[0], runs.tolist(), peer_memory.get(group)
     hold(orders, group)
     count_sent("ring", key, 2 * (size - 1))
     own = (key, value)
     pieces = _passed_on(own, group_of(group)) if peers is None else _exchanged(own, peers, size)
-    parts = [_over_piece(query, piece, orders[owner], counted[owner], kernel) for owner, piece in pieces]
+    parts = [_over_piece(query, piece, orders[owner], real[owner], kernel) for owner, piece in pieces]
     results, sums = zip(*parts, strict=True)
     return [*results, torch.stack(sums).softmax(0)]
 
@@ -82,7 +83,7 @@ def _(
     key: torch.Tensor,
     value: torch.Tensor,
     orders: torch.Tensor,
-    counts: torch.Tensor,
+    runs: torch.Tensor,
     group: str,
     kernel: str,
 ) -> list[torch.Tensor]:
@@ -95,24 +96,26 @@ def _(
     return [*results, query.new_empty((size, *query.shape[:3]), dtype=torch.float32)]
 
 
-def _over_piece(query: torch.Tensor, piece: Piece, order: torch.Tensor, counts: Sequence[int], kernel: str) -> Partial:
+def _over_piece(
+    query: torch.Tensor, piece: Piece, order: torch.Tensor, runs: Sequence[Sequence[int]], kernel: str
+) -> Partial:
     """Attention over those of a piece that count; rows with different ones go one by one."""
-    if len(set(counts)) == 1:
-        return partial_attention(query, _first(piece, order[0], counts[0]), kernel)
+    if all(run == runs[0] for run in runs):
+        return partial_attention(query, _real(piece, order[0], *runs[0]), kernel)
     key, value = piece
     rows = [
-        partial_attention(query[row, None], _first((key[row, None], value[row, None]), order[row], count), kernel)
-        for row, count in enumerate(counts)
+        partial_attention(query[row, None], _real((key[row, None], value[row, None]), order[row], *run), kernel)
+        for row, run in enumerate(runs)
     ]
     results, sums = zip(*rows, strict=True)
     return torch.cat(results), torch.cat(sums)
 
 
-def _first(piece: Piece, order: torch.Tensor, count: int) -> Piece:
-    """The first `count` tokens in that order."""
+def _real(piece: Piece, order: torch.Tensor, first: int, count: int) -> Piece:
+    """The tokens that count: mostly they stand in a row, and no kernel has to collect them."""
     key, value = piece
-    if count == key.shape[1]:
-        return piece
+    if first >= 0:
+        return key[:, first : first + count], value[:, first : first + count]
     return key.index_select(1, order[:count]), value.index_select(1, order[:count])
 
 
@@ -158,24 +161,23 @@ def _passed_on(own: Piece, ranks: dist.ProcessGroup) -> Iterator[tuple[int, Piec
 def _exchanged(own: Piece, peers: PeerMemory, size: int) -> Iterator[tuple[int, Piece]]:
     """The same through windows; a piece is written into its next reader's while the caller works on another.
 
-    Ranks meet before the first is written and after each. So a window is free again when it is written into for the
-    second time, whatever came before, and a CUDA graph may follow anything.
+    Ranks meet before one is written: all have read then what lay there, whatever came before, and a CUDA graph may
+    follow anything. Behind it they meet aside, so that nobody waits for what another does with its last piece.
     """
-    shape = (2, *own[0].shape)
+    shape, dtype = (2, *own[0].shape), own[0].dtype
     windows = [peers.window(use, 2 * own[0].nbytes) for use in WINDOWS[: size - 1]]
-    windows[0].meet()
     piece = own
     for turn in range(1, size):
         window = windows[turn % len(windows)]
+        window.meet()
         with peers.aside():
-            places = window.of((peers.rank + turn) % size, shape, own[0].dtype)
-            for place, tensor in zip(places, own, strict=True):
+            for place, tensor in zip(window.of((peers.rank + turn) % size, shape, dtype), own, strict=True):
                 place.copy_(tensor)
+            window.meet()
             written = peers.mark()
         yield (peers.rank - turn + 1) % size, piece
         peers.wait(written)
-        window.meet()
-        key, value = window.of(peers.rank, shape, own[0].dtype)
+        key, value = window.of(peers.rank, shape, dtype)
         piece = (key, value)
     yield (peers.rank + 1) % size, piece
 

@@ -37,14 +37,14 @@ class Places:
         back: [n L] for each joined place its index into `tokens`; filling takes any.
         lengths: [F] tokens of each joint field, on the CPU.
         ring_orders: for ring attention, places of each ring rank's piece, those of keys that count first, [n, B, L].
-        ring_counts: how many do, [n, B] on the CPU.
+        ring_runs: from which place on those stand in a row, or -1, and how many there are, [n, B, 2] on the CPU.
     """
 
     tokens: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     back: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     lengths: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     ring_orders: torch.Tensor = field(default_factory=lambda: torch.empty(0))
-    ring_counts: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    ring_runs: torch.Tensor = field(default_factory=lambda: torch.empty(0))
 
 
 class SequenceParallel:
@@ -117,8 +117,8 @@ class SequenceParallel:
             plan_window(axis.name, use, size * width * query.element_size())
 
     def _across_ring(self, kernel: Kernel, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        orders, counts = self.places.ring_orders, self.places.ring_counts
-        return ring_attention(query, key, value, orders, counts, self._ring.name, kernel.__name__)
+        orders, runs = self.places.ring_orders, self.places.ring_runs
+        return ring_attention(query, key, value, orders, runs, self._ring.name, kernel.__name__)
 
     def _find_places(self, streams: Any) -> Places:
         """Joined pieces stand rank by rank, in each the fields of the joint sequence one after the other."""
@@ -181,16 +181,20 @@ def ring_places(
     lengths: tuple[int, ...], filling: tuple[int, ...], ranks: int, ring: int, device: torch.device
 ) -> Places:
     """Those of fields of these lengths, over a ring of `ring` ranks among `ranks` with a piece of the sequence."""
-    orders, counts = ring_keys(joined_order(lengths, ranks), torch.tensor(filling), ring)
-    return Places(lengths=torch.tensor(lengths), ring_orders=orders.to(device), ring_counts=counts)
+    orders, runs = ring_keys(joined_order(lengths, ranks), torch.tensor(filling), ring)
+    return Places(lengths=torch.tensor(lengths), ring_orders=orders.to(device), ring_runs=runs)
 
 
 def ring_keys(order: torch.Tensor, filling: torch.Tensor, ring: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """`Places.ring_orders` and `Places.ring_counts` of a joined order; `filling` [B] is in front of each row."""
+    """`Places.ring_orders` and `Places.ring_runs` of a joined order; `filling` [B] is in front of each row."""
     real = (order.to(filling.device) >= filling[:, None]).unflatten(1, (ring, -1)).transpose(0, 1)
     # A copy even of one row: compiled code tells strides apart that stand for nothing.
     orders = (~real).to(torch.uint8).argsort(dim=2, stable=True).clone(memory_format=torch.contiguous_format)
-    return orders, real.sum(dim=2).clone(memory_format=torch.contiguous_format)
+    counts = real.sum(dim=2)
+    first = real.to(torch.uint8).argmax(dim=2)
+    last = real.shape[2] - 1 - real.flip(2).to(torch.uint8).argmax(dim=2)
+    runs = torch.stack((torch.where(last - first + 1 == counts, first, -1), counts), dim=2)
+    return orders, runs.clone(memory_format=torch.contiguous_format)
 
 
 def _scatter_heads(

@@ -293,3 +293,16 @@ def test_graphs_are_of_compiled_blocks(branches, tmp_path) -> None:
     _, figures = denoise(config, None, 4)
     assert figures["dit_graph_replays_total"] > 0
     assert figures["dit_recompiles_total"] == 0
+
+
+@torch.inference_mode()
+def test_graphs_that_go_one_by_one_change_no_bit(tmp_path) -> None:
+    """What the last gave is still held when the next is made."""
+    load_family("qwen_image").tiny(tmp_path, "t2i", 0)
+    features = {"attention": {}, "compile": {}}
+    plain, _ = denoise(config_of(tmp_path, "bfloat16", {}, features), None, 8)
+    replayed, figures = denoise(
+        config_of(tmp_path, "bfloat16", {}, features | {"graphs": {"after": 1, "kept": 1}}), None, 8
+    )
+    assert figures["dit_graph_replays_total"] > 0
+    assert all(torch.equal(plain[name], replayed[name]) for name in plain)

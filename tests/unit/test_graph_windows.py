@@ -78,7 +78,7 @@ def test_a_graph_holds_the_orders_that_a_rings_kernels_read(monkeypatch) -> None
         query, orders = torch.randn(1, 4, 2, 8), torch.arange(4).expand(2, 1, -1).contiguous()
         held = collectives.Held()
         with peers.recorded(held.windows, held.tensors):
-            ring.ring_attention(query, query, query, orders, torch.full((2, 1), 4), f"of {rank}", "sdpa")
+            ring.ring_attention(query, query, query, orders, torch.tensor([[[0, 4]]] * 2), f"of {rank}", "sdpa")
         return held.tensors[0] is orders and len(held.windows)
 
     assert everywhere(2, work)[1] == [1] * 2

@@ -109,7 +109,7 @@ COLLECTIVES = {
     "ring": lambda tensor, group: ring.ring_attention(
         *[tensor[..., None].expand(-1, -1, -1, 8)] * 3,
         torch.arange(tensor.shape[1], device=tensor.device).expand(2, tensor.shape[0], -1),
-        torch.full((2, tensor.shape[0]), tensor.shape[1]),
+        torch.tensor([0, tensor.shape[1]]).expand(2, tensor.shape[0], -1),
         group,
         "sdpa",
     ),

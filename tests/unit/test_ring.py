@@ -30,9 +30,9 @@ def over_ring(query: torch.Tensor, keys_values: torch.Tensor, filling: list[int]
     """Of a whole sequence [B, S, H, D], cut over `size` ranks; what is filling there would spoil everything."""
     order = joined_order(lengths, size)
     pieces = keys_values[:, :, order.clamp(min=0)].index_fill(2, (order < 0).nonzero()[:, 0], torch.nan)
-    orders, counts = ring_keys(order, torch.tensor(filling), size)
+    orders, runs = ring_keys(order, torch.tensor(filling), size)
     parts = [
-        ring._over_piece(query, (piece[0], piece[1]), orders[owner], counts[owner].tolist(), "sdpa")
+        ring._over_piece(query, (piece[0], piece[1]), orders[owner], runs[owner].tolist(), "sdpa")
         for owner, piece in enumerate(pieces.chunk(size, dim=2))
     ]
     results, sums = zip(*parts, strict=True)
@@ -62,3 +62,13 @@ def test_filling_is_left_out_and_never_masked(keys_of_kernels, lengths, size, fi
     whole = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (query, key, value)), real[:, None, None])
     torch.testing.assert_close(mixed, whole.transpose(1, 2))
     assert keys_of_kernels == calls
+
+
+def test_real_tokens_in_a_row_are_known_as_such():
+    """As rows' first and count: most are, since texts are filled up in front; not where a stream ends within a piece."""
+    runs = [ring_keys(joined_order(lengths, 2), torch.tensor([0, 2]), 2)[1].tolist() for lengths in ((6, 8), (5, 8))]
+    assert runs == [[[[0, 7], [2, 5]], [[0, 7], [0, 7]]], [[[0, 7], [2, 5]], [[-1, 6], [-1, 6]]]]
+    key = torch.arange(7.0)[None, :, None, None]
+    for first, count, expected in ((2, 5, [2, 3, 4, 5, 6]), (-1, 3, [0, 1, 3]), (-1, 0, [])):
+        real, _ = ring._real((key, key), torch.tensor([0, 1, 3, 4, 5, 6, 2]), first, count)
+        assert real.flatten().tolist() == expected
