@@ -65,7 +65,7 @@ def test_filling_is_left_out_and_never_masked(keys_of_kernels, lengths, size, fi
 
 
 def test_real_tokens_in_a_row_are_known_as_such():
-    """As rows' first and count: most are, since texts are filled up in front; not where a stream ends within a piece."""
+    """By the first and the count: most are, as texts are filled up in front; not where a stream ends within a piece."""
     runs = [ring_keys(joined_order(lengths, 2), torch.tensor([0, 2]), 2)[1].tolist() for lengths in ((6, 8), (5, 8))]
     assert runs == [[[[0, 7], [2, 5]], [[0, 7], [0, 7]]], [[[0, 7], [2, 5]], [[-1, 6], [-1, 6]]]]
     key = torch.arange(7.0)[None, :, None, None]
