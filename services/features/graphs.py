@@ -7,9 +7,11 @@ twice. Its results are those of the same kernels, bit for bit. Graphs share one 
 
 from __future__ import annotations
 
+import gc
 import json
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -134,10 +136,27 @@ class Graphs:
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         # Other threads of a rank copy to and from the device meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"), held_by_graph() as held:
+        with (
+            nothing_collected(),
+            torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"),
+            held_by_graph() as held,
+        ):
             outputs = self._run(inputs)
         recorded = self.recorded[key] = Recorded(graph, list(device_tensors(inputs)), outputs, held)
         return recorded
+
+
+@contextmanager
+def nothing_collected() -> Iterator[None]:
+    """Python collects its garbage before and not inside: an older graph in it spoils one that is being made."""
+    gc.collect()
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 def key_of(streams: Any) -> Any:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -92,6 +94,27 @@ def test_graphs_are_refused_where_launches_are_not_a_gpus_or_change(tiny):
     assert "the ranks of tensor send" in graphs.supports(plan, "cuda", spread - {"tensor by peers"})
     assert "2 or more places" in graphs.supports(plan, "cuda", alone | {"hsdp"})
     assert "each expert" in graphs.supports(load_family("hidream").dit.plan, "cuda", alone)
+
+
+def test_nothing_is_collected_while_a_graph_is_made():
+    """A graph that goes meanwhile, with garbage that refers to itself, makes CUDA refuse all that follows."""
+
+    class Garbage:
+        def __init__(self) -> None:
+            self.itself = self
+
+    before, meanwhile = Garbage(), Garbage()
+    seen = weakref.ref(before), weakref.ref(meanwhile)
+    del before
+    with pytest.raises(torch.OutOfMemoryError), graphs.nothing_collected():
+        assert seen[0]() is None
+        del meanwhile
+        kept = [[] for _ in range(10 * gc.get_threshold()[0])]
+        assert seen[1]() is not None
+        raise torch.OutOfMemoryError
+    assert gc.isenabled() and kept
+    with graphs.nothing_collected():
+        assert seen[1]() is None
 
 
 def test_a_graph_is_for_shapes_and_for_the_values_of_what_lies_on_the_cpu():
