@@ -25,8 +25,7 @@ class Rates:
         all_to_all_gb_s, all_reduce_gb_s, all_gather_gb_s, send_gb_s: 10^9 bytes that a rank sends in a second, at 503
             MB; measured on two H100 by `benchmarks/collectives.py`.
         ring_gb_s: 10^9 bytes of keys and values that a rank passes on in each second that ring attention takes beyond
-            its share of one GPU's: what of their way attention does not hide, and the merging of partial results.
-            Measured with Qwen-Image at 1024x1024 on two H100, with CUDA graphs.
+            its share of one GPU's. Measured with Qwen-Image at 1024x1024 on two H100, with CUDA graphs.
         collective_us: what each collective takes besides, in microseconds; assumed.
         reserve_gib: of each GPU for the driver, NCCL, workspaces and what the allocator cannot use; assumed.
     """
@@ -39,7 +38,7 @@ class Rates:
     all_reduce_gb_s: float = 274.0
     all_gather_gb_s: float = 230.0
     send_gb_s: float = 272.0
-    ring_gb_s: float = 92.0
+    ring_gb_s: float = 172.0
     collective_us: float = 20.0
     reserve_gib: float = 3.0
 
