@@ -87,9 +87,10 @@ async def aborted_behind_a_frozen_owner(run: Run, requests: int) -> History:
     frozen, other = 0, 1
     recipes = [Recipe("a very long one", seed=number, steps=200) for number in range(requests)]
     # Who takes a request that nobody waits before has it; one that waits for a denoiser that is not back, anybody gets.
+    await asyncio.to_thread(run.cluster.until_ready)
     ids = [await run.clients.submit(recipe, gateway=frozen) for recipe in recipes]
     zombie = run.cluster.of("gateway")[frozen]
-    await _owned(run, zombie.name, requests // 2)
+    await _owned(run, zombie.name, requests)
     zombie.freeze()
     try:
         async with Aborter() as aborter:
