@@ -306,7 +306,8 @@ def check_interpolation(params: ResolvedParams, allowed: InterpolationLimits) ->
     _between("frame_interpolation_exp", params.frame_interpolation_exp, 1, allowed.max_exp)
     _between("frame_interpolation_scale", params.frame_interpolation_scale, allowed.min_scale, allowed.max_scale)
     if params.output_format == "gif":
-        _between("fps of a GIF", params.fps * 2**params.frame_interpolation_exp, *GIF_FPS, param="fps")
+        times = 2**params.frame_interpolation_exp
+        _between(f"fps of a GIF, {times} times {params.fps},", params.fps * times, *GIF_FPS, param="fps")
     frames, max_frames = interpolated_frames(params), allowed.max_frames
     if params.output_format != "mp4":
         # The files of the others may be as large as their pixels, and WebP and raw pixels are held whole.
