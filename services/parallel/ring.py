@@ -9,7 +9,8 @@ H heads, D width of a head.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from functools import reduce
 
 import torch
@@ -65,16 +66,16 @@ def ring_parts(
 ) -> list[torch.Tensor]:
     """What `merged` takes, for the arguments of `ring_attention`: n partial results, then their shares.
 
-    Those are the sums of exponentials of pieces by that of all: a softmax of log-sum-exps. Every query sees some key.
+    Those are the softmax of their log-sum-exps over the pieces: every query sees some key.
     """
-    size, real, peers = orders.shape[0], runs.tolist(), peer_memory.get(group)
+    size, runs_of, peers = orders.shape[0], runs.tolist(), peer_memory.get(group)
     hold(orders, group)
     count_sent("ring", key, 2 * (size - 1))
     own = (key, value)
-    pieces = _passed_on(own, group_of(group)) if peers is None else _exchanged(own, peers, size)
-    parts = [_over_piece(query, piece, orders[owner], real[owner], kernel) for owner, piece in pieces]
-    results, sums = zip(*parts, strict=True)
-    return [*results, torch.stack(sums).softmax(0)]
+    with closing(_passed_on(own, group_of(group)) if peers is None else _exchanged(own, peers, size)) as pieces:
+        parts = [_over_piece(query, piece, orders[owner], runs_of[owner], kernel) for owner, piece in pieces]
+    results, lses = zip(*parts, strict=True)
+    return [*results, torch.stack(lses).softmax(0)]
 
 
 @ring_parts.register_fake
@@ -89,7 +90,7 @@ def _(
 ) -> list[torch.Tensor]:
     size = orders.shape[0]
     plan_sent("ring", key, 2 * (size - 1))
-    if key.is_meta:
+    if key.device.type == "meta":
         for use in WINDOWS[: size - 1]:
             plan_window(group, use, 2 * key.nbytes)
     results = [torch.empty_like(query, memory_format=torch.contiguous_format) for _ in range(size)]
@@ -100,6 +101,7 @@ def _over_piece(
     query: torch.Tensor, piece: Piece, order: torch.Tensor, runs: Sequence[Sequence[int]], kernel: str
 ) -> Partial:
     """Attention over those of a piece that count; rows with different ones go one by one."""
+    # Filling is in front of rows: with as many that count, they are the same.
     if all(run == runs[0] for run in runs):
         return partial_attention(query, _real(piece, order[0], *runs[0]), kernel)
     key, value = piece
@@ -107,8 +109,8 @@ def _over_piece(
         partial_attention(query[row, None], _real((key[row, None], value[row, None]), order[row], *run), kernel)
         for row, run in enumerate(runs)
     ]
-    results, sums = zip(*rows, strict=True)
-    return torch.cat(results), torch.cat(sums)
+    results, lses = zip(*rows, strict=True)
+    return torch.cat(results), torch.cat(lses)
 
 
 def _real(piece: Piece, order: torch.Tensor, first: int, count: int) -> Piece:
@@ -126,10 +128,10 @@ def partial_attention(query: torch.Tensor, piece: Piece, kernel: str) -> Partial
     if not key.shape[1]:
         result = torch.zeros_like(query, memory_format=torch.contiguous_format)
         return result, query.new_full((rows, tokens, heads), -torch.inf, dtype=torch.float32)
-    result, sums = _kernel_with_lse(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), kernel)
+    result, lse = _kernel_with_lse(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), kernel)
     # Kernels give one more dimension, or more queries than there are.
-    sums = sums.reshape(rows, heads, -1)[:, :, :tokens].float()
-    return result.transpose(1, 2).contiguous(), sums.transpose(1, 2)
+    lse = lse.reshape(rows, heads, -1)[:, :, :tokens].float()
+    return result.transpose(1, 2).contiguous(), lse.transpose(1, 2)
 
 
 def _kernel_with_lse(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kernel: str) -> Partial:
@@ -146,7 +148,7 @@ def _kernel_with_lse(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     return mixed, lse
 
 
-def _passed_on(own: Piece, ranks: dist.ProcessGroup) -> Iterator[tuple[int, Piece]]:
+def _passed_on(own: Piece, ranks: dist.ProcessGroup) -> Generator[tuple[int, Piece]]:
     """Owners and pieces, one's own first, each passed on while the caller works on it."""
     rank, size = ranks.rank(), ranks.size()
     piece = torch.stack(own)
@@ -158,11 +160,11 @@ def _passed_on(own: Piece, ranks: dist.ProcessGroup) -> Iterator[tuple[int, Piec
         piece = incoming
 
 
-def _exchanged(own: Piece, peers: PeerMemory, size: int) -> Iterator[tuple[int, Piece]]:
+def _exchanged(own: Piece, peers: PeerMemory, size: int) -> Generator[tuple[int, Piece]]:
     """The same through windows; a piece is written into its next reader's while the caller works on another.
 
     Ranks meet before one is written: all have read then what lay there, whatever came before, and a CUDA graph may
-    follow anything. Behind it they meet aside, so that nobody waits for what another does with its last piece.
+    follow anything. Behind it they meet aside, so that nobody waits until another has attended to its piece.
     """
     shape, dtype = (2, *own[0].shape), own[0].dtype
     windows = [peers.window(use, 2 * own[0].nbytes) for use in WINDOWS[: size - 1]]
@@ -175,8 +177,11 @@ def _exchanged(own: Piece, peers: PeerMemory, size: int) -> Iterator[tuple[int, 
                 place.copy_(tensor)
             window.meet()
             written = peers.mark()
-        yield (peers.rank - turn + 1) % size, piece
-        peers.wait(written)
+        try:
+            yield (peers.rank - turn + 1) % size, piece
+        finally:
+            # Before anybody's memory is used again, even where attention failed.
+            peers.wait(written)
         key, value = window.of(peers.rank, shape, dtype)
         piece = (key, value)
     yield (peers.rank + 1) % size, piece

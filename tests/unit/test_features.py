@@ -103,18 +103,16 @@ def test_nothing_is_collected_while_a_graph_is_made():
         def __init__(self) -> None:
             self.itself = self
 
-    before, meanwhile = Garbage(), Garbage()
-    seen = weakref.ref(before), weakref.ref(meanwhile)
-    del before
+    before = weakref.ref(Garbage())
     with pytest.raises(torch.OutOfMemoryError), graphs.nothing_collected():
-        assert seen[0]() is None
-        del meanwhile
+        assert before() is None
+        meanwhile = weakref.ref(Garbage())
         kept = [[] for _ in range(10 * gc.get_threshold()[0])]
-        assert seen[1]() is not None
+        assert meanwhile() is not None
         raise torch.OutOfMemoryError
     assert gc.isenabled() and kept
     with graphs.nothing_collected():
-        assert seen[1]() is None
+        assert meanwhile() is None
 
 
 def test_a_graph_is_for_shapes_and_for_the_values_of_what_lies_on_the_cpu():

@@ -96,6 +96,17 @@ def bytes_of(peers: PeerMemory) -> int:
     return sum(peers._window_bytes.values()) + 2 * peers._shown_bytes
 
 
+def around(ranks: int):
+    """A ring's attention in which all tokens count."""
+    return lambda tensor, group: ring.ring_attention(
+        *[tensor[..., None].expand(-1, -1, -1, 8)] * 3,
+        torch.arange(tensor.shape[1], device=tensor.device).expand(ranks, tensor.shape[0], -1),
+        torch.tensor([0, tensor.shape[1]]).expand(ranks, tensor.shape[0], -1),
+        group,
+        "sdpa",
+    )
+
+
 COLLECTIVES = {
     "all_reduce": lambda tensor, group: collectives.all_reduce(tensor, group, 2),
     "all_gather": lambda tensor, group: collectives.all_gather(tensor, group, 2),
@@ -106,13 +117,8 @@ COLLECTIVES = {
     "scatter_tokens": lambda tensor, group: tensor_sequence.scatter_tokens(
         tensor, torch.arange(8, device=tensor.device), True, group, 2
     ),
-    "ring": lambda tensor, group: ring.ring_attention(
-        *[tensor[..., None].expand(-1, -1, -1, 8)] * 3,
-        torch.arange(tensor.shape[1], device=tensor.device).expand(2, tensor.shape[0], -1),
-        torch.tensor([0, tensor.shape[1]]).expand(2, tensor.shape[0], -1),
-        group,
-        "sdpa",
-    ),
+    "ring": around(2),
+    "ring of three": around(3),
 }
 
 
@@ -124,10 +130,10 @@ def test_a_dry_run_knows_the_windows_of_collectives(kind, fine, monkeypatch) -> 
             COLLECTIVES[kind](torch.randn(2, tokens, 3), f"of {rank}")
         return bytes_of(peers)
 
-    _, [made, _] = everywhere(2, work)
+    _, [made, *_] = everywhere(3 if kind == "ring of three" else 2, work)
     for tokens in (3, 7, 5):
         COLLECTIVES[kind](torch.empty(2, tokens, 3, device="meta"), "planned")
-    uses = ("ring",) if kind == "ring" else ("shown", "shown next")
+    uses = {"ring": ("ring",), "ring of three": ("ring", "ring next")}.get(kind, ("shown", "shown next"))
     assert collectives.window_bytes.keys() == {("planned", use) for use in uses}
     assert sum(collectives.window_bytes.values()) == made
 
@@ -254,22 +260,25 @@ def test_a_rank_that_runs_ahead_to_a_longer_sequence_overwrites_nothing(monkeypa
             torch.testing.assert_close(output, *pieces_of([whole], ranks, rank, joined=False))
 
 
+@pytest.mark.parametrize("late", [0, 1])
 @pytest.mark.parametrize("ranks", [2, 3, 4])
-def test_a_ring_has_every_ranks_piece_once_its_own_first(ranks) -> None:
-    brought = torch.randn(ranks, 2, 5)
+def test_a_ring_has_every_ranks_piece_once_its_own_first(ranks, late, fine) -> None:
+    """Also where some come late to a piece, and windows grow meanwhile."""
+    brought = [torch.randn(ranks, 2, length) for length in (5, 5, 5, 9, 9, 4)]
 
     def work(rank, peers):
-        key, value = brought[rank]
-        return [
-            (owner, torch.stack(piece))
-            for _ in range(3)
-            for owner, piece in ring._exchanged((key, value), peers, ranks)
-        ]
+        read = []
+        for key, value in (pieces[rank] for pieces in brought):
+            for owner, piece in ring._exchanged((key, value), peers, ranks):
+                time.sleep(0.02 * (rank % 2 == late))
+                read.append((owner, torch.stack(piece)))
+        return read
 
     _, results = everywhere(ranks, work)
     for rank, read in enumerate(results):
-        assert [owner for owner, _ in read] == [(rank - turn) % ranks for turn in range(ranks)] * 3
-        assert all(torch.equal(piece, brought[owner]) for owner, piece in read)
+        assert [owner for owner, _ in read] == [(rank - turn) % ranks for turn in range(ranks)] * len(brought)
+        for index, (owner, piece) in enumerate(read):
+            assert torch.equal(piece, brought[index // ranks][owner])
 
 
 def experts(seed: int) -> dict[str, torch.nn.Module]:

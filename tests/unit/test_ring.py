@@ -35,8 +35,8 @@ def over_ring(query: torch.Tensor, keys_values: torch.Tensor, filling: list[int]
         ring._over_piece(query, (piece[0], piece[1]), orders[owner], runs[owner].tolist(), "sdpa")
         for owner, piece in enumerate(pieces.chunk(size, dim=2))
     ]
-    results, sums = zip(*parts, strict=True)
-    return ring.merged(results, torch.stack(sums).softmax(0))
+    results, lses = zip(*parts, strict=True)
+    return ring.merged(results, torch.stack(lses).softmax(0))
 
 
 @pytest.mark.parametrize(
