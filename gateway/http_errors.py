@@ -120,7 +120,7 @@ def explain(error: dict[str, Any]) -> tuple[str, str]:
     if kind in ("unknown_field", "no_text"):
         return context["message"], ".".join([*path, context["param"]])
     if kind == "json_invalid":
-        return f"the body is not valid JSON: {context['error']} at character {param}", ""
+        return f"the body is not valid JSON: {context['error']}", ""
     if not path:
         return "the body must be a JSON object, sent with Content-Type: application/json", ""
     value = _short(error.get("input"))

@@ -148,7 +148,8 @@ def _gpus(job: Job, rates: Rates) -> str:
     memory, reserve = f"{job.memory_bytes / GIB:.1f} GiB", f"{rates.reserve_gib:g} GiB"
     if job.gpus == 1:
         return f"1 GPU of {memory}, {reserve} of it reserved"
-    return f"{job.gpus} GPUs of {memory}, {reserve} of each reserved; bytes are those of the rank with the most"
+    of_whom = "the denoiser's, of the rank with the most"
+    return f"{job.gpus} GPUs of {memory}, {reserve} of each reserved; bytes are {of_whom}"
 
 
 def _sharded_in_vain(layout: Layout, fitting: Sequence[Layout]) -> bool:

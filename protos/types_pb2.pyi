@@ -243,7 +243,7 @@ class StageUsage(_message.Message):
     def __init__(self, busy_s: _Optional[float] = ..., spans: _Optional[_Iterable[_Union[Span, _Mapping]]] = ..., cached: _Optional[bool] = ...) -> None: ...
 
 class Limits(_message.Message):
-    __slots__ = ("size_multiple_px", "min_side_px", "max_side_px", "max_pixels", "max_frames", "frame_multiple", "max_steps", "max_guidance", "max_prompt_chars", "max_inputs", "default_width", "default_height", "default_frames", "default_fps", "default_steps", "default_guidance", "default_negative_prompt", "output", "min_inputs", "default_guidance_2", "separate_guidance_2", "min_steps", "needed_roles", "optional_roles", "pictures_need_mask")
+    __slots__ = ("size_multiple_px", "min_side_px", "max_side_px", "max_pixels", "max_frames", "frame_multiple", "max_steps", "max_guidance", "max_prompt_chars", "max_inputs", "default_width", "default_height", "default_frames", "default_fps", "default_steps", "default_guidance", "default_negative_prompt", "output", "min_inputs", "default_guidance_2", "separate_guidance_2", "min_steps", "needed_roles", "optional_roles", "pictures_need_mask", "needs_any_input")
     SIZE_MULTIPLE_PX_FIELD_NUMBER: _ClassVar[int]
     MIN_SIDE_PX_FIELD_NUMBER: _ClassVar[int]
     MAX_SIDE_PX_FIELD_NUMBER: _ClassVar[int]
@@ -269,6 +269,7 @@ class Limits(_message.Message):
     NEEDED_ROLES_FIELD_NUMBER: _ClassVar[int]
     OPTIONAL_ROLES_FIELD_NUMBER: _ClassVar[int]
     PICTURES_NEED_MASK_FIELD_NUMBER: _ClassVar[int]
+    NEEDS_ANY_INPUT_FIELD_NUMBER: _ClassVar[int]
     size_multiple_px: int
     min_side_px: int
     max_side_px: int
@@ -294,7 +295,8 @@ class Limits(_message.Message):
     needed_roles: _containers.RepeatedScalarFieldContainer[str]
     optional_roles: _containers.RepeatedScalarFieldContainer[str]
     pictures_need_mask: bool
-    def __init__(self, size_multiple_px: _Optional[int] = ..., min_side_px: _Optional[int] = ..., max_side_px: _Optional[int] = ..., max_pixels: _Optional[int] = ..., max_frames: _Optional[int] = ..., frame_multiple: _Optional[int] = ..., max_steps: _Optional[int] = ..., max_guidance: _Optional[float] = ..., max_prompt_chars: _Optional[int] = ..., max_inputs: _Optional[int] = ..., default_width: _Optional[int] = ..., default_height: _Optional[int] = ..., default_frames: _Optional[int] = ..., default_fps: _Optional[float] = ..., default_steps: _Optional[int] = ..., default_guidance: _Optional[float] = ..., default_negative_prompt: _Optional[str] = ..., output: _Optional[str] = ..., min_inputs: _Optional[int] = ..., default_guidance_2: _Optional[float] = ..., separate_guidance_2: _Optional[bool] = ..., min_steps: _Optional[int] = ..., needed_roles: _Optional[_Iterable[str]] = ..., optional_roles: _Optional[_Iterable[str]] = ..., pictures_need_mask: _Optional[bool] = ...) -> None: ...
+    needs_any_input: bool
+    def __init__(self, size_multiple_px: _Optional[int] = ..., min_side_px: _Optional[int] = ..., max_side_px: _Optional[int] = ..., max_pixels: _Optional[int] = ..., max_frames: _Optional[int] = ..., frame_multiple: _Optional[int] = ..., max_steps: _Optional[int] = ..., max_guidance: _Optional[float] = ..., max_prompt_chars: _Optional[int] = ..., max_inputs: _Optional[int] = ..., default_width: _Optional[int] = ..., default_height: _Optional[int] = ..., default_frames: _Optional[int] = ..., default_fps: _Optional[float] = ..., default_steps: _Optional[int] = ..., default_guidance: _Optional[float] = ..., default_negative_prompt: _Optional[str] = ..., output: _Optional[str] = ..., min_inputs: _Optional[int] = ..., default_guidance_2: _Optional[float] = ..., separate_guidance_2: _Optional[bool] = ..., min_steps: _Optional[int] = ..., needed_roles: _Optional[_Iterable[str]] = ..., optional_roles: _Optional[_Iterable[str]] = ..., pictures_need_mask: _Optional[bool] = ..., needs_any_input: _Optional[bool] = ...) -> None: ...
 
 class InterpolationLimits(_message.Message):
     __slots__ = ("max_exp", "min_scale", "max_scale", "max_pixels", "max_frames")

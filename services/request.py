@@ -25,8 +25,8 @@ VIDEO_FORMATS = ("mp4", "webp", "gif", "zip", "raw")
 LAYER_FORMATS = ("zip", "raw")
 AUDIO_FORMATS = ("wav", "flac", "raw")
 FPS = (1.0, 120.0)
-# A GIF counts in hundredths of a second, and browsers show for ten what is to stand for one.
-GIF_FPS = (1.0, 50.0)
+# A GIF counts in hundredths of a second, WebP in thousandths. What is to stand for 10 ms browsers show for 100.
+SHOWN_FPS = {"gif": (1.0, 50.0), "webp": (1.0, 90.0)}
 MIN_CLIP_SIDE_PX = 16
 # What a gateway takes of a stage as one result, whatever it sends: many times what the largest clip needs as MP4.
 MAX_MEDIA_BYTES = 512 * 1024 * 1024
@@ -77,7 +77,7 @@ class Limits:
 
     `min_inputs` and `max_inputs` count inputs of the role "image". Beside them, a request brings one input of each of
     `needed_roles`, and may bring one of each of `optional_roles`. With `pictures_need_mask`, a picture comes with a
-    mask of what is made anew in it, or not at all.
+    mask of what is made anew in it, or not at all. With `needs_any_input`, there is at least one that is no mask.
     """
 
     output: str = "image"
@@ -96,6 +96,7 @@ class Limits:
     needed_roles: tuple[str, ...] = ()
     optional_roles: tuple[str, ...] = ()
     pictures_need_mask: bool = False
+    needs_any_input: bool = False
     default_width: int = 1024
     default_height: int = 1024
     default_frames: int = 1
@@ -118,7 +119,7 @@ class Limits:
 
     def without_inputs(self) -> Limits:
         """The same of a request that brings none: where they come as latents."""
-        return replace(self, min_inputs=0, needed_roles=())
+        return replace(self, min_inputs=0, needed_roles=(), needs_any_input=False)
 
     def of_any_model(self) -> Limits:
         """The same without a model's own bounds, which a stage does not know: several models may share its weights."""
@@ -283,8 +284,8 @@ def check(params: ResolvedParams, limits: Limits) -> None:
             f"{', '.join(formats)}",
             param="output_format",
         )
-    if params.output_format == "gif":
-        _between("fps of a GIF", params.fps, *GIF_FPS, param="fps")
+    if limits.output == "video" and (shown := SHOWN_FPS.get(params.output_format)):
+        _between(f"fps of a {params.output_format}", params.fps, *shown, param="fps")
 
 
 def check_interpolation(params: ResolvedParams, allowed: InterpolationLimits) -> None:
@@ -305,9 +306,10 @@ def check_interpolation(params: ResolvedParams, allowed: InterpolationLimits) ->
     _between("quality", params.quality, 1, 100)
     _between("frame_interpolation_exp", params.frame_interpolation_exp, 1, allowed.max_exp)
     _between("frame_interpolation_scale", params.frame_interpolation_scale, allowed.min_scale, allowed.max_scale)
-    if params.output_format == "gif":
+    if shown := SHOWN_FPS.get(params.output_format):
         times = 2**params.frame_interpolation_exp
-        _between(f"fps of a GIF, {times} times {params.fps},", params.fps * times, *GIF_FPS, param="fps")
+        name = f"fps of a {params.output_format}, {times} times {params.fps},"
+        _between(name, params.fps * times, *shown, param="fps")
     frames, max_frames = interpolated_frames(params), allowed.max_frames
     if params.output_format != "mp4":
         # The files of the others may be as large as their pixels, and WebP and raw pixels are held whole.
@@ -420,6 +422,13 @@ def _check_inputs(params: ResolvedParams, limits: Limits) -> None:
             f"model {params.model!r} takes a picture and a mask of what is made anew in it, or neither: there is only "
             f"the {'picture' if 'image' in roles else 'mask'}",
             param="inputs",
+        )
+    if "video" in limits.other_roles and "mask" in roles and "video" not in roles:
+        raise InvalidRequest("there is a mask and no clip: send one with the role video", param="inputs")
+    if limits.needs_any_input and not roles:
+        allowed = " or ".join(role for role in ("image", *limits.other_roles) if role != "mask")
+        raise InvalidRequest(
+            f"model {params.model!r} needs an input of the role {allowed}, and there is none", param="inputs"
         )
     check_total(params.inputs, "inputs")
 

@@ -168,7 +168,7 @@ async def test_a_gif_and_a_zip_have_every_frame_at_the_new_rate(served: StagePro
         pictures = [np.asarray(Image.open(archive.open(name))) for name in archive.namelist()]
     assert np.array_equal(np.stack(pictures)[::4], scene(9).numpy())
     error = await refusal(served, start(9, exponent=3, output_format="gif"))
-    said = "fps of a GIF, 8 times 12.0, is 96.0: it must be between 1.0 and 50.0"
+    said = "fps of a gif, 8 times 12.0, is 96.0: it must be between 1.0 and 50.0"
     assert (error.param, said in error.message) == ("fps", True)
 
 

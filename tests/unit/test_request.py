@@ -86,7 +86,11 @@ def test_a_schedule_may_need_more_steps_than_one() -> None:
         ({"frame_interpolation_exp": 2, "output_format": "gif"}, "fps", "between 1.0 and 50.0"),
         # 257 frames fit, and as raw pixels, or whole in memory, they are too many.
         ({"frame_interpolation_exp": 4, "output_format": "raw"}, "frame_interpolation_exp", "of this size and format"),
-        ({"frame_interpolation_exp": 4, "output_format": "webp"}, "frame_interpolation_exp", "of this size and format"),
+        (
+            {"fps": 5.0, "frame_interpolation_exp": 4, "output_format": "webp"},
+            "frame_interpolation_exp",
+            "of this size and format",
+        ),
         ({"frame_interpolation_exp": 4, "output_format": "zip"}, "frame_interpolation_exp", "of this size and format"),
         (
             {"fps": 1.0, "frame_interpolation_exp": 4, "output_format": "gif"},
@@ -107,10 +111,14 @@ def test_what_interpolation_does_not_accept(
     assert caught.value.param == param
 
 
-def test_a_gif_is_no_faster_than_browsers_play_it() -> None:
-    check(resolve(make(fps=50.0, output_format="gif"), VIDEO, seed=0), VIDEO)
-    with pytest.raises(InvalidRequest, match=r"fps of a GIF is 51.0: it must be between 1.0 and 50.0"):
-        resolve(make(fps=51.0, output_format="gif"), VIDEO, seed=0)
+@pytest.mark.parametrize(("output_format", "most"), [("gif", 50.0), ("webp", 90.0)])
+def test_a_file_is_no_faster_than_browsers_play_it(output_format, most) -> None:
+    check(resolve(make(fps=most, output_format=output_format), VIDEO, seed=0), VIDEO)
+    with pytest.raises(InvalidRequest, match=rf"fps of a {output_format} is {most + 1}: it must be .* and {most}"):
+        resolve(make(fps=most + 1, output_format=output_format), VIDEO, seed=0)
+    smooth = make(fps=most / 2 + 1, output_format=output_format, enable_frame_interpolation=True)
+    with pytest.raises(InvalidRequest, match=rf"fps of a {output_format}, 2 times {most / 2 + 1}, is {most + 2}"):
+        check_interpolation(resolve(smooth, VIDEO, seed=0), InterpolationLimits())
 
 
 def test_frames_follow_the_rule_of_the_model() -> None:
@@ -133,7 +141,7 @@ def test_what_a_model_accepts_no_rank_with_its_weights_refuses(family) -> None:
     """The stages get the inputs that they work with, the others none."""
     for variant in load_family(family).variants.values():
         limits = variant.limits
-        fewest = ("image",) * limits.min_inputs + limits.needed_roles
+        fewest = ("image",) * max(limits.min_inputs, limits.needs_any_input) + limits.needed_roles
         most = ("image",) * limits.max_inputs + limits.other_roles
         for roles in (fewest, most):
             resolved = resolve(make(inputs=tuple(Media("", b"x", role) for role in roles)), limits, seed=0)
@@ -183,3 +191,21 @@ def test_a_picture_that_needs_a_mask_comes_with_one_or_not_at_all(roles, says):
     wish = make(inputs=tuple(Media("image/png", b"", role) for role in roles))
     with pytest.raises(InvalidRequest, match=says) if says else nullcontext():
         resolve(wish, limits, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("roles", "says"),
+    [
+        ((), "needs an input of the role image or video, and there is none"),
+        (("mask",), "a mask and no clip"),
+        (("image", "mask"), "a mask and no clip"),
+        (("image",), ""),
+        (("video", "mask"), ""),
+    ],
+)
+def test_what_steers_a_clip_is_there(roles, says):
+    limits = replace(LIMITS, max_inputs=4, optional_roles=("video", "mask"), needs_any_input=True)
+    wish = make(inputs=tuple(Media("image/png", b"", role) for role in roles))
+    with pytest.raises(InvalidRequest, match=says) if says else nullcontext():
+        resolve(wish, limits, seed=0)
+    assert limits.of_any_model().needs_any_input is False

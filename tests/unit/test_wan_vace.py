@@ -93,8 +93,8 @@ def test_a_clip_of_another_size_is_stretched_and_a_longer_one_cut(folder):
 )
 def test_what_cannot_steer_a_clip_is_refused(folder, inputs, says):
     vae = FAMILY.vae.load(open_source(str(folder)), CPU, torch.float32)
-    params = asked(*inputs)
     with pytest.raises(InvalidRequest, match=says):
+        params = asked(*inputs)
         FAMILY.vae.encode(vae, decode_inputs(params.inputs, params.num_frames), params)
 
 
@@ -118,7 +118,8 @@ def test_inputs_that_it_does_not_take_are_refused(roles, says):
 
 
 def test_a_reference_picture_does_not_shape_the_clip():
-    made = resolve(GenerationParams(model="m", prompt="a"), LIMITS, seed=0, picture=(100, 200))
+    wish = GenerationParams(model="m", prompt="a", inputs=(picture(100, 200, 1),))
+    made = resolve(wish, LIMITS, seed=0, picture=(100, 200))
     assert (made.width, made.height) == (832, 480)
 
 

@@ -58,7 +58,7 @@ _TI2V = replace(
 _FROM_PICTURE_ONE_EXPERT = replace(_ONE_EXPERT, default_steps=40, min_inputs=1, max_inputs=1)
 
 MAX_REFERENCES = 4
-_VACE = replace(_ONE_EXPERT, max_inputs=MAX_REFERENCES, optional_roles=("video", "mask"))
+_VACE = replace(_ONE_EXPERT, max_inputs=MAX_REFERENCES, optional_roles=("video", "mask"), needs_any_input=True)
 
 VARIANTS = {
     "t2v": Variant(name="t2v", pipelines=("WanPipeline",), limits=_TWO_EXPERTS),
