@@ -425,7 +425,7 @@ def _check_inputs(params: ResolvedParams, limits: Limits) -> None:
         )
     if "video" in limits.other_roles and "mask" in roles and "video" not in roles:
         raise InvalidRequest("there is a mask and no clip: send one with the role video", param="inputs")
-    if limits.needs_any_input and not roles:
+    if limits.needs_any_input and not set(roles) - {"mask"}:
         allowed = " or ".join(role for role in ("image", *limits.other_roles) if role != "mask")
         raise InvalidRequest(
             f"model {params.model!r} needs an input of the role {allowed}, and there is none", param="inputs"
