@@ -284,8 +284,8 @@ def check(params: ResolvedParams, limits: Limits) -> None:
             f"{', '.join(formats)}",
             param="output_format",
         )
-    if limits.output == "video" and (shown := SHOWN_FPS.get(params.output_format)):
-        _between(f"fps of a {params.output_format}", params.fps, *shown, param="fps")
+    if limits.output == "video":
+        _check_shown_fps(params)
 
 
 def check_interpolation(params: ResolvedParams, allowed: InterpolationLimits) -> None:
@@ -306,10 +306,7 @@ def check_interpolation(params: ResolvedParams, allowed: InterpolationLimits) ->
     _between("quality", params.quality, 1, 100)
     _between("frame_interpolation_exp", params.frame_interpolation_exp, 1, allowed.max_exp)
     _between("frame_interpolation_scale", params.frame_interpolation_scale, allowed.min_scale, allowed.max_scale)
-    if shown := SHOWN_FPS.get(params.output_format):
-        times = 2**params.frame_interpolation_exp
-        name = f"fps of a {params.output_format}, {times} times {params.fps},"
-        _between(name, params.fps * times, *shown, param="fps")
+    _check_shown_fps(params, 2**params.frame_interpolation_exp)
     frames, max_frames = interpolated_frames(params), allowed.max_frames
     if params.output_format != "mp4":
         # The files of the others may be as large as their pixels, and WebP and raw pixels are held whole.
@@ -320,6 +317,13 @@ def check_interpolation(params: ResolvedParams, allowed: InterpolationLimits) ->
             f"at most {max_frames} of this size and format are allowed",
             param="frame_interpolation_exp",
         )
+
+
+def _check_shown_fps(params: ResolvedParams, times: int = 1) -> None:
+    """Of a clip that interpolation makes so many times as fast."""
+    if shown := SHOWN_FPS.get(params.output_format):
+        how = f", {times} times {params.fps}," if times > 1 else ""
+        _between(f"fps of a {params.output_format}{how}", params.fps * times, *shown, param="fps")
 
 
 class Interpolated(Protocol):

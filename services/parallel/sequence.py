@@ -191,10 +191,8 @@ def ring_keys(order: torch.Tensor, filling: torch.Tensor, ring: int) -> tuple[to
     # A copy even of one row: compiled code tells strides apart that stand for nothing.
     orders = (~real).to(torch.uint8).argsort(dim=2, stable=True).clone(memory_format=torch.contiguous_format)
     counts = real.sum(dim=2)
-    first = real.to(torch.uint8).argmax(dim=2)
-    last = real.shape[2] - 1 - real.flip(2).to(torch.uint8).argmax(dim=2)
-    runs = torch.stack((torch.where(last - first + 1 == counts, first, -1), counts), dim=2)
-    return orders, runs.clone(memory_format=torch.contiguous_format)
+    first, last = orders[:, :, 0], orders.gather(2, (counts - 1).clamp(min=0)[..., None])[..., 0]
+    return orders, torch.stack((torch.where(last - first + 1 == counts, first, -1), counts), dim=2)
 
 
 def _scatter_heads(

@@ -114,7 +114,9 @@ def test_what_interpolation_does_not_accept(
 @pytest.mark.parametrize(("output_format", "most"), [("gif", 50.0), ("webp", 90.0)])
 def test_a_file_is_no_faster_than_browsers_play_it(output_format, most) -> None:
     check(resolve(make(fps=most, output_format=output_format), VIDEO, seed=0), VIDEO)
-    with pytest.raises(InvalidRequest, match=rf"fps of a {output_format} is {most + 1}: it must be .* and {most}"):
+    with pytest.raises(
+        InvalidRequest, match=rf"fps of a {output_format} is {most + 1}: it must be between 1.0 and {most}"
+    ):
         resolve(make(fps=most + 1, output_format=output_format), VIDEO, seed=0)
     smooth = make(fps=most / 2 + 1, output_format=output_format, enable_frame_interpolation=True)
     with pytest.raises(InvalidRequest, match=rf"fps of a {output_format}, 2 times {most / 2 + 1}, is {most + 2}"):

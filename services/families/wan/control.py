@@ -18,15 +18,13 @@ from services.request import ResolvedParams
 def clip_and_mask(inputs: Inputs, params: ResolvedParams) -> tuple[torch.Tensor, torch.Tensor]:
     """The clip [1, 3, F, H, W] in [-1, 1], grey where there is none, and the mask in [0, 1], 1 where there is none.
 
-    Frames are stretched to the size that is made. A mask may be one picture, for all frames.
+    Frames are stretched to the size that is made. A mask comes with a clip; it may be one picture, for all frames.
 
     Raises:
-        InvalidRequest: there is a mask without a clip, or one with transparency, or too few frames.
+        InvalidRequest: a mask has transparency, or there are too few frames.
     """
     shape = (1, 3, params.num_frames, params.height, params.width)
     if "video" not in inputs:
-        if "mask" in inputs:
-            raise InvalidRequest("there is a mask and no clip: send one with the role video", param="inputs")
         return torch.zeros(shape), torch.ones(shape)
     clip = pixels_of(_enough(inputs["video"][0], "clip", params), params)
     if "mask" not in inputs:
