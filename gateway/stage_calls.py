@@ -19,7 +19,7 @@ from gateway.scripts import heed_cancel
 from gateway.work import Work
 from protos import dit_pb2, text_encoder_pb2, types_pb2
 from services.client import error_from_rpc
-from services.errors import CorruptTensor, NotReady, ServiceError
+from services.errors import CorruptTensor, DeadlineExceeded, NotReady, ServiceError
 from services.telemetry import internal_error
 from services.tensor_wire import frame_of, is_end
 
@@ -226,7 +226,11 @@ async def _frames(work: Work, replica: Replica, call: Any) -> AsyncIterator[byte
 
 def failed(replica: Replica, failure: grpc.aio.AioRpcError) -> ServiceError:
     """What a replica's call failed with; the replica learns of it here."""
-    return refused(replica, error_from_rpc(failure))
+    error = error_from_rpc(failure)
+    if isinstance(error, DeadlineExceeded):
+        # gRPC's own words tell nobody whose deadline it was.
+        return DeadlineExceeded(f"the request's deadline passed while the {replica.stage} worked on it")
+    return refused(replica, error)
 
 
 def refused(replica: Replica, error: ServiceError) -> ServiceError:
