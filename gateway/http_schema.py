@@ -16,7 +16,7 @@ from pydantic_core import PydanticCustomError
 from gateway.http_inputs import is_remote, media_of_url
 from protos import gateway_pb2
 from services.errors import InvalidRequest
-from services.request import MAX_SEED, GenerationParams, Media, check_total
+from services.request import FPS, MAX_SEED, GenerationParams, Media, check_total
 
 UINT32_MAX = 2**32 - 1
 MAX_IMAGES = 10
@@ -28,6 +28,7 @@ GUIDANCE_2 = (
 # Written down here for readers of the schema only: the model's own limits are narrower, and a refusal names those.
 Count = Annotated[int, WithJsonSchema({"type": "integer", "minimum": 1, "maximum": UINT32_MAX})]
 Scale = Annotated[float, WithJsonSchema({"type": "number", "minimum": 0})]
+FramesPerSecond = Annotated[float, WithJsonSchema({"type": "number", "minimum": FPS[0], "maximum": FPS[1]})]
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 Interpolation = Annotated[
     bool, Field(description="More frames between those that the model makes (docs/interpolation.md).")
@@ -202,7 +203,7 @@ class GenerationRequest(StrictBody):
     width: Count | None = None
     height: Count | None = None
     num_frames: Count | None = None
-    fps: Annotated[float, Field(gt=0)] | None = None
+    fps: FramesPerSecond | None = None
     steps: Count | None = None
     guidance: Scale | None = None
     guidance_2: Scale | None = Field(None, description=GUIDANCE_2)

@@ -13,6 +13,7 @@ from gateway.http_json import state_name
 from gateway.http_schema import (
     GUIDANCE_2,
     Count,
+    FramesPerSecond,
     Interpolation,
     InterpolationExp,
     InterpolationScale,
@@ -53,7 +54,7 @@ class VideoRequest(StrictBody):
         None, description="Pictures to begin with: data URLs, or https URLs of listed hosts. In a form also files."
     )
     num_frames: Count | None = Field(None, description="Instead of seconds.")
-    fps: Annotated[float, Field(gt=0)] | None = None
+    fps: FramesPerSecond | None = None
     negative_prompt: str | None = None
     seed: Seed | None = None
     steps: Count | None = None
@@ -95,7 +96,8 @@ class VideoRequest(StrictBody):
         urls = enumerate(self._urls())
         inputs += tuple(media_of_url(url, f"input_reference.{i}", fetched=fetched) for i, url in urls)
         check_total(inputs, "input_reference")
-        frames = None if self.seconds is None else frames_of(self.seconds, self.fps or limits.default_fps, limits)
+        fps = limits.default_fps if self.fps is None else self.fps
+        frames = None if self.seconds is None else frames_of(self.seconds, fps, limits)
         return GenerationParams(
             model=model.name,
             prompt=self.prompt,

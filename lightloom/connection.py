@@ -45,7 +45,7 @@ class Connection:
         """
         from lightloom.client import Client
 
-        address = self.address or self._of_own_cluster()
+        address = self.address or self._address_of_own_cluster()
         return Client(address, tls=TlsSection(ca=self.ca, cert=self.cert, key=self.cert_key))
 
     def cluster(self) -> dict[str, Any] | None:
@@ -56,15 +56,21 @@ class Connection:
             StartupError: as `open`.
         """
         try:
-            return ask(self.run_dir, {"command": "status"})
+            return self._own_cluster()
         except StartupError:
             if not self.address:
                 raise
             # The processes of a remote cluster are not ours to see.
             return None
 
-    def _of_own_cluster(self) -> str:
-        facts = ask(self.run_dir, {"command": "status"})
+    def _own_cluster(self) -> dict[str, Any]:
+        try:
+            return ask(self.run_dir, {"command": "status"})
+        except StartupError as error:
+            raise StartupError(f"{error}, or name a gateway's --address") from error
+
+    def _address_of_own_cluster(self) -> str:
+        facts = self._own_cluster()
         if not facts["ready"]:
             late = [row["name"] for row in facts["processes"] if row["state"] != "serving"]
             waits = f": it waits for {', '.join(late)}" if late else ""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import ssl
+import time
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,6 +26,8 @@ log = logging.getLogger(__name__)
 
 # In place of a CA file: the public authorities that the library ships.
 SYSTEM = "system"
+# How long new connections wait once when a server has a new certificate.
+GRACE_S = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +106,13 @@ class ServerCertificates:
         def fetch() -> grpc.ServerCertificateConfiguration | None:
             nonlocal shown
             before, shown = shown, self._current()
-            return None if shown is before else _configuration(shown)
+            if shown is before:
+                return None
+            # gRPC frees what it showed until now as soon as this returns, while another thread that was told "as
+            # before" may be about to use it, and the process dies (grpc/grpc#36693). Who comes here waits for this
+            # call; who has been here needs microseconds.
+            time.sleep(GRACE_S)
+            return _configuration(shown)
 
         return grpc.dynamic_ssl_server_credentials(
             _configuration(shown),
@@ -140,11 +149,14 @@ class ServerCertificates:
         if now != self._stamp:
             self._stamp = now
             try:
-                self._pem = read(self._section)
+                pem = read(self._section)
             except StartupError as error:
                 log.error("the certificate stays as it was: %s", error)
             else:
-                log.info("read the certificate in %s again", self._section.cert)
+                # Files written anew with what they held before are no reason to let connections wait.
+                if pem != self._pem:
+                    self._pem = pem
+                    log.info("read the certificate in %s again", self._section.cert)
         return self._pem
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, fields, replace
 from typing import Any
 
+from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import DecodeError
 
 from protos import types_pb2, vae_pb2
@@ -50,6 +51,15 @@ _OPTIONAL = (
 )
 # The second and third have presence: absent means the default.
 _INTERPOLATION = ("enable_frame_interpolation", "frame_interpolation_exp", "frame_interpolation_scale")
+# What a model allows is less; only its replicas know it.
+_ALLOWED = {
+    FieldDescriptor.TYPE_STRING: "text",
+    FieldDescriptor.TYPE_BOOL: "True or False",
+    FieldDescriptor.TYPE_FLOAT: "a number",
+    FieldDescriptor.TYPE_DOUBLE: "a number",
+    FieldDescriptor.TYPE_UINT32: "a whole number between 0 and 2^32 - 1",
+    FieldDescriptor.TYPE_UINT64: "a whole number between 0 and 2^64 - 1",
+}
 # An error travels in trailing metadata, of which a peer accepts 8 KiB.
 MAX_ERROR_CHARS = 2000
 
@@ -76,12 +86,10 @@ def params_to_proto(params: GenerationParams | ResolvedParams) -> types_pb2.Gene
     Raises:
         InvalidRequest: a value that the message's type cannot hold (a negative width), or an unknown format.
     """
-    proto = types_pb2.GenerationParams(
-        model=params.model, prompt=params.prompt, inputs=[media_to_proto(media) for media in params.inputs]
-    )
+    proto = types_pb2.GenerationParams(inputs=[media_to_proto(media) for media in params.inputs])
     # Resolved, they are set where nothing is to be interpolated, too.
     asked = params.enable_frame_interpolation or isinstance(params, GenerationParams)
-    for name in (*_OPTIONAL, "preview_every", *(_INTERPOLATION if asked else ())):
+    for name in ("model", "prompt", *_OPTIONAL, "preview_every", *(_INTERPOLATION if asked else ())):
         value = getattr(params, name)
         if value is not None:
             _set(proto, name, value)
@@ -223,11 +231,8 @@ def _set(proto: types_pb2.GenerationParams, name: str, value: Any) -> None:
     try:
         setattr(proto, name, value)
     except (ValueError, TypeError) as error:
-        kind = proto.DESCRIPTOR.fields_by_name[name]
-        most = {kind.TYPE_UINT32: "2^32 - 1", kind.TYPE_UINT64: "2^64 - 1"}.get(kind.type)
-        # What a model allows is less; only its replicas know it.
-        allowed = f"it must be a whole number between 0 and {most}" if most else error
-        raise InvalidRequest(f"{name} is {value!r}: {allowed}", param=name) from error
+        allowed = _ALLOWED[proto.DESCRIPTOR.fields_by_name[name].type]
+        raise InvalidRequest(f"{name} is {value!r}: it must be {allowed}", param=name) from error
 
 
 def media_messages(header: types_pb2.MediaHeader, data: bytes, nbytes: int | None = None) -> Iterator[bytes]:

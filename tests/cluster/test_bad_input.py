@@ -267,19 +267,18 @@ def test_broken_tensor_streams_are_refused(running_cluster, way):
 @pytest.mark.parametrize(
     ("call", "tensors"),
     [
-        (denoise, {"positive/text": torch.zeros(1, 7, 191)}),
-        (denoise, {"positive/text": torch.zeros(2, 7, 192)}),
-        (denoise, {"positive/text": torch.zeros(7, 192)}),
-        (denoise, {"positive/text": torch.zeros(1, 0, 192)}),
-        (denoise, {"positive/text": torch.zeros(1, 7, 192, dtype=torch.int64)}),
-        (denoise, {"text": torch.zeros(1, 7, 192)}),
-        (denoise, {}),
-        (decode, {"latents": torch.zeros(1, 15, 64)}),
-        (decode, {"latents": torch.zeros(16, 64)}),
-        (decode, {"latents": torch.zeros(1, 16, 64, dtype=torch.uint8)}),
-        (decode, {"other": torch.zeros(1, 16, 64)}),
+        pytest.param(denoise, {"positive/text": torch.zeros(1, 7, 191)}, id="text of another width"),
+        pytest.param(denoise, {"positive/text": torch.zeros(2, 7, 192)}, id="text of two requests"),
+        pytest.param(denoise, {"positive/text": torch.zeros(7, 192)}, id="text of no request"),
+        pytest.param(denoise, {"positive/text": torch.zeros(1, 0, 192)}, id="no tokens"),
+        pytest.param(denoise, {"positive/text": torch.zeros(1, 7, 192, dtype=torch.int64)}, id="text of integers"),
+        pytest.param(denoise, {"text": torch.zeros(1, 7, 192)}, id="text of no branch"),
+        pytest.param(denoise, {}, id="no text"),
+        pytest.param(decode, {"latents": torch.zeros(1, 15, 64)}, id="latents of another size"),
+        pytest.param(decode, {"latents": torch.zeros(16, 64)}, id="latents of no request"),
+        pytest.param(decode, {"latents": torch.zeros(1, 16, 64, dtype=torch.uint8)}, id="latents of bytes"),
+        pytest.param(decode, {"other": torch.zeros(1, 16, 64)}, id="no latents"),
     ],
-    ids=str,
 )
 def test_tensors_that_do_not_fit_are_refused(running_cluster, call, tensors):
     error = failure(call, running_cluster, list(bundle_frames(tensors)))

@@ -125,7 +125,7 @@ def test_an_address_serves_instead_of_a_folder(running_cluster):
     assert there.returncode == 0 and "demo" in there.stdout
     refused(lightloom("status", "--address", "127.0.0.1:1", "--run-dir", "nowhere"), 1, "no service answers")
     refused(lightloom("status", "--address", running_cluster.cluster.http_address), 1, "give the gateway's gRPC port")
-    refused(lightloom("status", "--run-dir", "nowhere"), 2, "no cluster runs in nowhere", "lightloom up")
+    refused(lightloom("status", "--run-dir", "nowhere"), 2, "no cluster runs in nowhere", "lightloom up", "--address")
 
 
 def test_unknown_requests_and_bad_wishes(here, cluster, tmp_path):

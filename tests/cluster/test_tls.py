@@ -8,7 +8,10 @@ import socket
 import ssl
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -235,3 +238,33 @@ def test_a_new_certificate_is_shown_from_the_next_connection_on(secured) -> None
         assert [shown(port, secured) for port in ports] == after
         assert standing.generate("a red circle", **OPTIONS).data
     assert "read the certificate in" in secured.gateway.log.read_text()
+
+
+def test_a_new_certificate_amid_many_new_connections_ends_no_process(secured) -> None:
+    """Without a pause before gRPC frees the one before, the gateway dies within two seconds of this."""
+    chain, written = Path(secured.files["cert"]), Path(secured.files["cert"]).with_name("written.pem")
+    plain, over = chain.read_bytes(), threading.Event()
+    with ThreadPoolExecutor(8) as pool:
+        connecting = [pool.submit(connect_until, over, secured.gateway.grpc_port) for _ in range(8)]
+        try:
+            for number in range(2000):
+                written.write_bytes(plain + b"\n" * (number % 2))
+                written.replace(chain)
+                time.sleep(0.002)
+        finally:
+            over.set()
+    assert sum(each.result() for each in connecting) > 8
+    assert secured.gateway.process.poll() is None
+    with Client(secured.grpc_address, tls=secured.client_tls) as client:
+        # It shows its certificate to stages, too, and so has connected to them anew.
+        wait_for(client.models)
+
+
+def connect_until(over: threading.Event, port: int) -> int:
+    """Connects to a port again and again; returns how often. Each connection begins a handshake."""
+    times = 0
+    while not over.is_set():
+        with contextlib.suppress(OSError):
+            socket.create_connection(("127.0.0.1", port), timeout=5).close()
+            times += 1
+    return times

@@ -165,3 +165,26 @@ def test_a_call_that_was_over_before_it_was_written_is_no_attempt() -> None:
 
     assert isinstance(failed("Internal error from Core"), NotReady)
     assert isinstance(failed("Received RST_STREAM with error code 2"), DeviceLost)
+
+
+async def test_a_peer_that_is_far_away_is_reached() -> None:
+    """A connection takes several round trips, and each may take hundreds of milliseconds."""
+    server = create_server()
+    server.add_generic_rpc_handlers((Failing().handlers(),))
+    port = bind(server, "127.0.0.1", 0)
+    await server.start()
+
+    async def carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(65536):
+            writer.write(data)
+        writer.close()
+
+    async def line(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await asyncio.sleep(1.0)
+        far_reader, far_writer = await asyncio.open_connection("127.0.0.1", port)
+        await asyncio.gather(carry(reader, far_writer), carry(far_reader, writer))
+
+    async with await asyncio.start_server(line, "127.0.0.1", 0) as slow:
+        async with connect(f"127.0.0.1:{slow.sockets[0].getsockname()[1]}") as far:
+            assert await ask(far, "Unary", "fine") == [b"fine"]
+        await server.stop(0)

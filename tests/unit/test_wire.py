@@ -100,13 +100,23 @@ def test_incomplete_parameters_are_refused_by_name(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "param"),
-    [({"width": -1}, "width"), ({"seed": 2**64}, "seed"), ({"steps": 2**32}, "steps"), ({"height": 1.5}, "height")],
+    ("name", "value", "allowed"),
+    [
+        ("width", -1, "a whole number between 0 and 2^32 - 1"),
+        ("steps", 2**32, "a whole number between 0 and 2^32 - 1"),
+        ("height", 1.5, "a whole number between 0 and 2^32 - 1"),
+        ("seed", 2**64, "a whole number between 0 and 2^64 - 1"),
+        ("guidance", "much", "a number"),
+        ("enable_frame_interpolation", "yes", "True or False"),
+        ("prompt", 3, "text"),
+        ("negative_prompt", "\ud800", "text"),
+        ("model", b"m\xff", "text"),
+    ],
 )
-def test_values_that_no_message_holds(changes: dict[str, int], param: str) -> None:
+def test_values_that_no_message_holds(name: str, value: object, allowed: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
-        params_to_proto(GenerationParams(model="m", prompt="p", **changes))
-    assert caught.value.param == param
+        params_to_proto(GenerationParams(**{"model": "m", "prompt": "p", name: value}))
+    assert (caught.value.param, caught.value.message) == (name, f"{name} is {value!r}: it must be {allowed}")
 
 
 def test_formats() -> None:
