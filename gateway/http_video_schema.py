@@ -131,8 +131,8 @@ def frames_of(seconds: str | float, fps: float, limits: types_pb2.Limits) -> int
     if not 0 < length < math.inf:
         raise InvalidRequest(f"seconds is {str(seconds)[:40]!r}: send a number above 0", param="seconds")
     multiple = limits.frame_multiple
-    # No clip is as long, and what rounds to a whole number must be finite.
-    exact = min(length * fps, 2.0 * (limits.max_frames + multiple))
+    # No clip is as long, and what rounds to a whole number must be finite. A rate below 0 is refused with its limits.
+    exact = min(max(length * fps, 0.0), 2.0 * (limits.max_frames + multiple))
     frames = max(0, round((exact - 1) / multiple)) * multiple + 1
     if frames > limits.max_frames:
         longest = limits.max_frames / fps

@@ -228,8 +228,8 @@ def failed(replica: Replica, failure: grpc.aio.AioRpcError) -> ServiceError:
     """What a replica's call failed with; the replica learns of it here."""
     error = error_from_rpc(failure)
     if isinstance(error, DeadlineExceeded):
-        # gRPC's own words tell nobody whose deadline it was.
-        return DeadlineExceeded(f"the request's deadline passed while the {replica.stage} worked on it")
+        # gRPC's own words do not say whose deadline it was. What the stage waited for is not known here.
+        return DeadlineExceeded(f"the request's deadline passed before the {replica.stage} had answered")
     return refused(replica, error)
 
 

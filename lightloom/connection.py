@@ -67,7 +67,7 @@ class Connection:
         try:
             return ask(self.run_dir, {"command": "status"})
         except StartupError as error:
-            raise StartupError(f"{error}, or name a gateway's --address") from error
+            raise StartupError(f"{error}; --address names a gateway elsewhere") from error
 
     def _address_of_own_cluster(self) -> str:
         facts = self._own_cluster()

@@ -70,7 +70,8 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     *WINDOW_OPTIONS,
     ("grpc.enable_retries", 0),
     ("grpc.initial_reconnect_backoff_ms", 200),
-    # What one attempt may take, whatever its name says: TLS needs three round trips, half a second each at worst.
+    # What one attempt may take, whatever its name says. TLS takes three or four round trips, and a peer may be far
+    # away; who calls a host that answers nothing hears of it after as long.
     ("grpc.min_reconnect_backoff_ms", 2_000),
     ("grpc.max_reconnect_backoff_ms", 2_000),
 )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import ssl
+import threading
 import time
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -26,7 +27,8 @@ log = logging.getLogger(__name__)
 
 # In place of a CA file: the public authorities that the library ships.
 SYSTEM = "system"
-# How long new connections wait once when a server has a new certificate.
+# How long gRPC's connections wait when a server has a new certificate; calls on standing ones may, too. Far below the
+# time after which a silent peer is given up.
 GRACE_S = 0.25
 
 
@@ -96,6 +98,8 @@ class ServerCertificates:
         if not section.cert or section.ca == SYSTEM:
             raise StartupError("tls: a server needs cert and key; its ca is the file that signed the clients it takes")
         self._section = section
+        # gRPC's threads and the event loop of a REST front look at the files at once.
+        self._reading = threading.Lock()
         self._stamp = stamps(self._section)
         self._pem = read(section)
 
@@ -109,8 +113,8 @@ class ServerCertificates:
             if shown is before:
                 return None
             # gRPC frees what it showed until now as soon as this returns, while another thread that was told "as
-            # before" may be about to use it, and the process dies (grpc/grpc#36693). Who comes here waits for this
-            # call; who has been here needs microseconds.
+            # before" may be about to use it: then the process dies (grpc/grpc#36693). Who comes here now waits for this
+            # call, and who has been here needs microseconds of a processor: that makes it rare enough.
             time.sleep(GRACE_S)
             return _configuration(shown)
 
@@ -145,19 +149,23 @@ class ServerCertificates:
         return context
 
     def _current(self) -> Pem:
-        now = stamps(self._section)
-        if now != self._stamp:
-            self._stamp = now
-            try:
-                pem = read(self._section)
-            except StartupError as error:
-                log.error("the certificate stays as it was: %s", error)
-            else:
-                # Files written anew with what they held before are no reason to let connections wait.
-                if pem != self._pem:
-                    self._pem = pem
-                    log.info("read the certificate in %s again", self._section.cert)
-        return self._pem
+        with self._reading:
+            now = stamps(self._section)
+            if now != self._stamp:
+                self._stamp = now
+                self._read_again()
+            return self._pem
+
+    def _read_again(self) -> None:
+        try:
+            pem = read(self._section)
+        except StartupError as error:
+            log.error("the certificate stays as it was: %s", error)
+            return
+        # Files written anew with what they held before are no reason to let connections wait.
+        if pem != self._pem:
+            self._pem = pem
+            log.info("read the certificate in %s again", self._section.cert)
 
 
 def _configuration(pem: Pem) -> grpc.ServerCertificateConfiguration:

@@ -53,9 +53,8 @@ _OPTIONAL = (
 _INTERPOLATION = ("enable_frame_interpolation", "frame_interpolation_exp", "frame_interpolation_scale")
 # What a model allows is less; only its replicas know it.
 _ALLOWED = {
-    FieldDescriptor.TYPE_STRING: "text",
+    FieldDescriptor.TYPE_STRING: "text of whole Unicode characters",
     FieldDescriptor.TYPE_BOOL: "True or False",
-    FieldDescriptor.TYPE_FLOAT: "a number",
     FieldDescriptor.TYPE_DOUBLE: "a number",
     FieldDescriptor.TYPE_UINT32: "a whole number between 0 and 2^32 - 1",
     FieldDescriptor.TYPE_UINT64: "a whole number between 0 and 2^64 - 1",
@@ -232,7 +231,7 @@ def _set(proto: types_pb2.GenerationParams, name: str, value: Any) -> None:
         setattr(proto, name, value)
     except (ValueError, TypeError) as error:
         allowed = _ALLOWED[proto.DESCRIPTOR.fields_by_name[name].type]
-        raise InvalidRequest(f"{name} is {value!r}: it must be {allowed}", param=name) from error
+        raise InvalidRequest(f"{name} is {repr(value)[:60]}: it must be {allowed}", param=name) from error
 
 
 def media_messages(header: types_pb2.MediaHeader, data: bytes, nbytes: int | None = None) -> Iterator[bytes]:

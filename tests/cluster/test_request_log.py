@@ -131,14 +131,3 @@ def test_a_request_that_is_too_late_in_its_queue_is_counted_by_one_gateway(tmp_p
         labels = {"state": "expired", "code": "deadline_exceeded"}
         assert sum(counted(one, "requests_total", **labels) for one in (patient, other)) == 1
         assert sum(counted(one, "request_queued_seconds_count") for one in (patient, other)) == 0
-
-
-def test_a_request_that_is_too_late_at_a_stage_says_which(tmp_path, sleeping):
-    with sleeping_gateway(tmp_path, sleeping, settings=IMPATIENT) as impatient:
-        late = impatient.rest.post("/v1/requests", json={**BODY, "steps": 200}).json()["id"]
-        wait_for(lambda: impatient.rest.get(f"/v1/requests/{late}").json()["state"] == "expired")
-        error = impatient.rest.get(f"/v1/requests/{late}").json()["error"]
-        assert (error["code"], error["message"]) == (
-            "deadline_exceeded",
-            "the request's deadline passed while the dit worked on it",
-        )

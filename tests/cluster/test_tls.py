@@ -242,12 +242,15 @@ def test_a_new_certificate_is_shown_from_the_next_connection_on(secured) -> None
 
 def test_a_new_certificate_amid_many_new_connections_ends_no_process(secured) -> None:
     """Without a pause before gRPC frees the one before, the gateway dies within two seconds of this."""
-    chain, written = Path(secured.files["cert"]), Path(secured.files["cert"]).with_name("written.pem")
+    chain = Path(secured.files["cert"])
+    written = chain.with_name("written.pem")
+    before = rotations(secured)
     plain, over = chain.read_bytes(), threading.Event()
     with ThreadPoolExecutor(8) as pool:
         connecting = [pool.submit(connect_until, over, secured.gateway.grpc_port) for _ in range(8)]
         try:
             for number in range(2000):
+                # Other bytes are another certificate.
                 written.write_bytes(plain + b"\n" * (number % 2))
                 written.replace(chain)
                 time.sleep(0.002)
@@ -255,9 +258,14 @@ def test_a_new_certificate_amid_many_new_connections_ends_no_process(secured) ->
             over.set()
     assert sum(each.result() for each in connecting) > 8
     assert secured.gateway.process.poll() is None
+    assert rotations(secured) > before + 4
     with Client(secured.grpc_address, tls=secured.client_tls) as client:
         # It shows its certificate to stages, too, and so has connected to them anew.
         wait_for(client.models)
+
+
+def rotations(secured: Secured) -> int:
+    return secured.gateway.log.read_text().count("read the certificate in")
 
 
 def connect_until(over: threading.Event, port: int) -> int:

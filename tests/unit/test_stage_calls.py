@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any, cast
 
 import grpc
@@ -10,10 +11,12 @@ import pytest
 from gateway import stage_calls
 from gateway.decode import Decode
 from gateway.records import Claim
-from gateway.stage_calls import Latents
+from gateway.replica import Replica
+from gateway.stage_calls import Latents, failed
 from gateway.work import Progress, Work
 from protos import types_pb2, vae_pb2
-from services.errors import CorruptTensor, NotReady
+from services.client import connect
+from services.errors import CorruptTensor, DeadlineExceeded, NotReady
 from services.request import MAX_MEDIA_BYTES
 from services.tensor_wire import frame_of, message_of
 
@@ -118,3 +121,21 @@ async def test_a_replica_that_left_between_choice_and_call_is_not_ready() -> Non
     with pytest.raises(NotReady, match="left"):
         Decode(work, decoder, Latents(), progress, await left("interpolation"))
     assert vae.cancelled
+
+
+async def test_a_stage_that_is_late_is_named() -> None:
+    async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+        writer.close()
+
+    async with await asyncio.start_server(silent, "127.0.0.1", 0) as server:
+        address = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        async with connect(address) as channel:
+            replica = Replica("vae", address, channel)
+            with pytest.raises(grpc.aio.AioRpcError) as late:
+                await channel.unary_unary("/lightloom.v1.Vae/Describe")(b"", timeout=0.3)
+            error = failed(replica, late.value)
+    assert isinstance(error, DeadlineExceeded)
+    assert error.message == "the request's deadline passed before the vae had answered"
+    # It was the request that had too little time.
+    assert replica.paused_until_s == 0.0

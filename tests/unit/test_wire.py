@@ -108,9 +108,9 @@ def test_incomplete_parameters_are_refused_by_name(name: str) -> None:
         ("seed", 2**64, "a whole number between 0 and 2^64 - 1"),
         ("guidance", "much", "a number"),
         ("enable_frame_interpolation", "yes", "True or False"),
-        ("prompt", 3, "text"),
-        ("negative_prompt", "\ud800", "text"),
-        ("model", b"m\xff", "text"),
+        ("prompt", 3, "text of whole Unicode characters"),
+        ("negative_prompt", "\ud800", "text of whole Unicode characters"),
+        ("model", b"m\xff", "text of whole Unicode characters"),
     ],
 )
 def test_values_that_no_message_holds(name: str, value: object, allowed: str) -> None:

@@ -87,13 +87,13 @@ async def aborted_behind_a_frozen_owner(run: Run, requests: int) -> History:
     frozen, other = 0, 1
     await asyncio.to_thread(run.cluster.until_ready)
     zombie = run.cluster.of("gateway")[frozen]
-    ids: list[str] = []
-    owners: list[str] = []
-    # Nearly always it has what came to it, but on a slow machine the other may be the first to see a free place.
-    while owners.count(zombie.name) < requests:
-        recipe = Recipe("a very long one", seed=len(ids), steps=200)
-        ids.append(await run.clients.submit(recipe, gateway=frozen))
-        owners.append(await _owner(run, ids[-1]))
+    ids = [await run.clients.submit(_very_long(seed), gateway=frozen) for seed in range(requests)]
+    async with asyncio.timeout(30):
+        # It has what came to it, but on a slow machine the other may be the first to see a free place.
+        while (owners := list(run.owners().values())).count(zombie.name) < requests:
+            if len(owners) == len(ids):
+                ids.append(await run.clients.submit(_very_long(len(ids)), gateway=frozen))
+            await asyncio.sleep(0.02)
     zombie.freeze()
     try:
         async with Aborter() as aborter:
@@ -145,12 +145,8 @@ async def _owned(run: Run, gateway: str, count: int) -> list[str]:
             await asyncio.sleep(0.02)
 
 
-async def _owner(run: Run, request_id: str) -> str:
-    """The gateway that has a request, once one has."""
-    async with asyncio.timeout(30):
-        while not (owner := run.owners().get(request_id)):
-            await asyncio.sleep(0.02)
-        return owner
+def _very_long(seed: int) -> Recipe:
+    return Recipe("a very long one", seed=seed, steps=200)
 
 
 async def killed_redis(run: Run, requests: int, kills: int, away_s: float) -> History:
