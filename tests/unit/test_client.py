@@ -65,14 +65,19 @@ class Failing:
 
 
 @pytest.fixture
-async def channel() -> AsyncIterator[grpc.aio.Channel]:
+async def port() -> AsyncIterator[int]:
     server = create_server()
     server.add_generic_rpc_handlers((Failing().handlers(),))
-    port = bind(server, "127.0.0.1", 0)
+    bound = bind(server, "127.0.0.1", 0)
     await server.start()
+    yield bound
+    await server.stop(0)
+
+
+@pytest.fixture
+async def channel(port: int) -> AsyncIterator[grpc.aio.Channel]:
     async with connect(f"127.0.0.1:{port}") as connected:
         yield connected
-    await server.stop(0)
 
 
 async def ask(channel: grpc.aio.Channel, method: str, word: str, timeout: float = 10) -> list[bytes]:
@@ -167,12 +172,8 @@ def test_a_call_that_was_over_before_it_was_written_is_no_attempt() -> None:
     assert isinstance(failed("Received RST_STREAM with error code 2"), DeviceLost)
 
 
-async def test_a_peer_that_is_far_away_is_reached() -> None:
+async def test_a_peer_that_is_far_away_is_reached(port: int) -> None:
     """A connection takes several round trips, and each may take hundreds of milliseconds."""
-    server = create_server()
-    server.add_generic_rpc_handlers((Failing().handlers(),))
-    port = bind(server, "127.0.0.1", 0)
-    await server.start()
 
     async def carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while data := await reader.read(65536):
@@ -184,7 +185,8 @@ async def test_a_peer_that_is_far_away_is_reached() -> None:
         far_reader, far_writer = await asyncio.open_connection("127.0.0.1", port)
         await asyncio.gather(carry(reader, far_writer), carry(far_reader, writer))
 
-    async with await asyncio.start_server(line, "127.0.0.1", 0) as slow:
-        async with connect(f"127.0.0.1:{slow.sockets[0].getsockname()[1]}") as far:
-            assert await ask(far, "Unary", "fine") == [b"fine"]
-        await server.stop(0)
+    async with (
+        await asyncio.start_server(line, "127.0.0.1", 0) as slow,
+        connect(f"127.0.0.1:{slow.sockets[0].getsockname()[1]}") as far,
+    ):
+        assert await ask(far, "Unary", "fine") == [b"fine"]
