@@ -56,6 +56,13 @@ def redis_process(folder: Path, *lines: str, **options: object) -> Iterator[Redi
         running.stop()
 
 
+@contextlib.contextmanager
+def own_redis(folder: Path) -> Iterator[str]:
+    """The URL of a server of one's own: any gateway of a Redis takes its requests, to its own stages and store."""
+    with redis_process(folder / "redis") as server:
+        yield f"redis://127.0.0.1:{server.port}/0"
+
+
 def _answers(port: int) -> bool:
     try:
         redis.Redis(port=port, socket_timeout=1).ping()

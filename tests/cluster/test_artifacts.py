@@ -20,11 +20,11 @@ import redis
 from gateway.digests import CHUNK_BYTES, Digests
 from gateway.store import manifest_of
 from lightloom.cluster_config import write_toml
-from lightloom.redis_server import start_redis
 from protos import gateway_pb2
 from services.config import environment_with_malloc
 from services.free_port import free_port
 from tests.cluster.gateway_process import ROOT, GatewayProcess, gateway
+from tests.cluster.redis_process import own_redis
 from tests.cluster.running import RunningCluster, wait_for
 from tests.cluster.s3_process import ENVIRONMENT, SECRET, S3Process, s3_server
 
@@ -39,14 +39,10 @@ def honest(running_cluster: RunningCluster) -> dict[str, str]:
     return {stage: running_cluster.address(running_cluster.names(stage)[0]) for stage in STAGES}
 
 
-@pytest.fixture(scope="module")
-def redis_url(tmp_path_factory) -> Iterator[str]:
-    """One of our own: gateways of one Redis must have one store."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("REDIS_URL", raising=False)
-        server = start_redis(tmp_path_factory.mktemp("redis"), port=free_port())
-        yield server.url
-        server.stop()
+@pytest.fixture
+def redis_url(tmp_path) -> Iterator[str]:
+    with own_redis(tmp_path) as url:
+        yield url
 
 
 def submit(running: GatewayProcess, body: dict) -> str:
@@ -79,20 +75,20 @@ def figures(running: GatewayProcess) -> dict[str, float]:
 class Two:
     """Two gateways on one Redis and one bucket."""
 
-    def __init__(self, s3: S3Process, first: GatewayProcess, second: GatewayProcess) -> None:
-        self.s3, self.first, self.second = s3, first, second
+    def __init__(self, s3: S3Process, redis_url: str, first: GatewayProcess, second: GatewayProcess) -> None:
+        self.s3, self.redis_url, self.first, self.second = s3, redis_url, first, second
 
 
 @pytest.fixture(scope="module")
-def two(honest, redis_url, tmp_path_factory) -> Iterator[Two]:
+def two(honest, tmp_path_factory) -> Iterator[Two]:
     folder = tmp_path_factory.mktemp("two")
-    with s3_server(folder) as s3:
+    with s3_server(folder) as s3, own_redis(folder) as redis_url:
         options = {"settings": {"store": {"path": s3.path, "endpoint_url": s3.url}}, "environment": ENVIRONMENT}
         with (
             gateway(folder / "first", redis_url, honest, **options) as first,
             gateway(folder / "second", redis_url, honest, **options) as second,
         ):
-            yield Two(s3, first, second)
+            yield Two(s3, redis_url, first, second)
         for running in (first, second):
             text = running.log.read_text()
             assert SECRET not in text and ENVIRONMENT["AWS_ACCESS_KEY_ID"] not in text
@@ -159,11 +155,11 @@ def test_links_are_checked_and_a_damaged_artifact_is_told(two) -> None:
     assert two.second.rest.get(url).content == good
 
 
-def test_a_large_artifact_that_is_damaged_behind_its_start_breaks_off(two, redis_url) -> None:
+def test_a_large_artifact_that_is_damaged_behind_its_start_breaks_off(two) -> None:
     request_id = done(two.first, submit(two.first, BODY))["id"]
     data = bytes(range(256)) * (2 * CHUNK_BYTES // 256) + b"the end"
     artifact = gateway_pb2.Artifact(mime="video/raw", nbytes=len(data), sha256=hashlib.sha256(data).hexdigest())
-    with redis.Redis.from_url(redis_url) as administrator:
+    with redis.Redis.from_url(two.redis_url) as administrator:
         key = f"{{ll}}:req:{request_id}"
         name = administrator.hget(key, "file").decode()
         administrator.hset(key, "artifact", artifact.SerializeToString())

@@ -9,23 +9,16 @@ import httpx
 import openai
 import pytest
 
-from tests.cluster.gateway_process import GatewayProcess, gateway
-from tests.cluster.sleeping import SleepingCluster, sleeping_cluster
+from tests.cluster.gateway_process import GatewayProcess
+from tests.cluster.sleeping import sleeping_gateway
 
 PROMPT = "a red circle"
 FAST = {"steps": 2}
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory, sleeping) -> Iterator[SleepingCluster]:
-    with sleeping_cluster(tmp_path_factory.mktemp("cluster"), sleeping) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def running(cluster, tmp_path_factory) -> Iterator[GatewayProcess]:
-    folder = tmp_path_factory.mktemp("gateway")
-    with gateway(folder, cluster.redis_url, cluster.addresses) as made:
+def running(tmp_path_factory, sleeping) -> Iterator[GatewayProcess]:
+    with sleeping_gateway(tmp_path_factory.mktemp("openai"), sleeping) as made:
         yield made
 
 
@@ -55,9 +48,9 @@ def test_the_url_names_the_host_that_the_client_called(running):
     assert item["url"].startswith("https://pictures.example:8443/v1/requests/")
 
 
-def test_the_url_begins_with_the_public_one_where_that_is_configured(cluster, tmp_path: Path):
+def test_the_url_begins_with_the_public_one_where_that_is_configured(sleeping, tmp_path: Path):
     settings = {"gateway": {"public_url": "https://pictures.example/base/"}}
-    with gateway(tmp_path, cluster.redis_url, cluster.addresses, settings=settings) as other:
+    with sleeping_gateway(tmp_path, sleeping, settings=settings) as other:
         made = client_of(other).images.generate(prompt=PROMPT, response_format="url", extra_body=FAST)
         path = made.data[0].url.removeprefix("https://pictures.example/base")
         assert path.startswith("/v1/requests/")

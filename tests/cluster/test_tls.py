@@ -29,7 +29,7 @@ from services.errors import NotReady
 from services.free_port import free_port
 from tests.cluster.certificates import issue, new_authority
 from tests.cluster.gateway_process import ROOT, GatewayProcess, gateway
-from tests.cluster.redis_process import redis_process
+from tests.cluster.redis_process import own_redis
 from tests.cluster.running import RunningCluster, wait_for
 
 CLOSED = "does it speak TLS, ask for a client certificate, or refuse ours?"
@@ -106,13 +106,6 @@ def secured(running_cluster, tmp_path_factory) -> Iterator[Secured]:
         gateway(folder / "g", redis_url, stages, settings=sections, verify=verify) as running,
     ):
         yield Secured(authority, files, stage_files, stages, health_ports, running, redis_url)
-
-
-@contextlib.contextmanager
-def own_redis(folder: Path) -> Iterator[str]:
-    # The cluster's gateways would take the requests to stages without TLS.
-    with redis_process(folder / "redis") as server:
-        yield f"redis://127.0.0.1:{server.port}/0"
 
 
 def test_a_request_over_tls_all_the_way(secured, tmp_path) -> None:
