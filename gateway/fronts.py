@@ -22,6 +22,9 @@ from services.server import Health, bind, create_server
 from services.tls import ServerCertificates
 
 GRACE_S = 0.5
+# A call that is on its way over an open connection finds it open for so long.
+LINGER_S = 1.0
+_CLOSE = (b"connection", b"close")
 
 
 class Fronts:
@@ -78,12 +81,30 @@ class Fronts:
         """Says that it stops, takes no calls any more, and waits for those that are there: `drain_s` at most."""
         await self._health.set_serving(False)
         self._rest.config.timeout_graceful_shutdown = math.ceil(drain_s)
-        self._rest.should_exit = True
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(drain_s):
-                await asyncio.gather(self._grpc.stop(math.inf), self._rest_ended.wait())
+                await asyncio.gather(self._grpc.stop(math.inf), self._leave_rest(drain_s))
+        # Without any time it has not even begun.
+        self._rest.should_exit = True
         # Who follows a request by a call that is ended from now on has not left it.
         self._servicer.leaving = True
+
+    async def _leave_rest(self, drain_s: float) -> None:
+        """Lets nobody new in, and closes connections after their next answer, or when no call comes for a while.
+
+        uvicorn would close those at once that have no call, and with them calls that their clients have just sent.
+        """
+        state, config = self._rest.server_state, self._rest.config
+        for server in self._rest.servers if self._rest.started else ():
+            server.close()
+        # uvicorn makes the headers of all answers anew each second, with those of its config.
+        config.encoded_headers.append(_CLOSE)
+        state.default_headers = [*state.default_headers, _CLOSE]
+        if state.connections:
+            await asyncio.sleep(LINGER_S)
+            config.timeout_graceful_shutdown = max(0, math.ceil(drain_s - LINGER_S))
+        self._rest.should_exit = True
+        await self._rest_ended.wait()
 
     async def stop(self) -> None:
         """Ends the gRPC calls that are still there. Requests that they follow go on at another gateway."""

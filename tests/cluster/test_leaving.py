@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import socket
 import subprocess
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -16,6 +17,7 @@ import httpx
 import pytest
 
 from gateway.dispatch import HAND_BACK_S
+from gateway.fronts import LINGER_S
 from lightloom.client import AsyncClient, Progress
 from lightloom.redis_server import RedisServer, start_redis
 from protos import gateway_pb2, gateway_pb2_grpc, types_pb2
@@ -131,6 +133,32 @@ def test_who_waits_at_a_gateway_that_stops_gets_the_answer_and_nobody_else_comes
         assert waits.result().status_code == 200
         # Nobody waits any more.
         assert leaves.process.wait(HAND_BACK_S + 2) == 0
+
+
+def test_a_call_that_is_on_its_way_when_a_gateway_stops_is_answered(cluster: Cluster) -> None:
+    with ExitStack() as stack:
+        leaves = stack.enter_context(cluster.gateway("gateway", drain_s=30.0))
+        calls, idle = (stack.enter_context(httpx.Client(base_url=leaves.rest.base_url)) for _ in range(2))
+        for client in (calls, idle):
+            assert "connection" not in client.get("/health").headers
+        leaves.rest.close()
+        stopped_s = time.monotonic()
+        leaves.process.terminate()
+        wait_for(lambda: refused(leaves.http_port), 5, 0.01)
+        answer = calls.post("/v1/requests", json={"prompt": "late", "width": 64, "height": 64, "steps": 2})
+        assert (answer.status_code, answer.headers["connection"]) == (202, "close")
+        # Who has an open connection and does not call holds nobody up.
+        assert leaves.process.wait(HAND_BACK_S + 2) == 0
+        assert time.monotonic() - stopped_s < LINGER_S + HAND_BACK_S
+
+
+def refused(port: int) -> bool:
+    """Whether nobody listens any more."""
+    try:
+        socket.create_connection(("127.0.0.1", port), 5).close()
+    except ConnectionRefusedError:
+        return True
+    return False
 
 
 @asynccontextmanager

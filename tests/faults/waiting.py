@@ -38,19 +38,20 @@ class WaitingClients:
 
     async def image(self, recipe: Recipe, *, gateway: int) -> None:
         """A call of the images API."""
-        # A connection for each call: one that is kept may be closed at the moment when it is used again.
+        # A connection for each call: one that is kept for long may be closed at the moment when it is used again.
         async with httpx.AsyncClient(timeout=TIMEOUT_S) as http:
             for url in itertools.islice(itertools.cycle(self._urls), gateway, None):
+                if not await _ready(http, url):
+                    await asyncio.sleep(RETRY_S)
+                    continue
                 try:
-                    if (await http.get(f"{url}/health")).status_code == 200:
-                        answer = await http.post(f"{url}/v1/images/generations", json=_images_body(recipe))
-                        break
+                    answer = await http.post(f"{url}/v1/images/generations", json=_images_body(recipe))
+                    break
                 except httpx.ConnectError:
                     pass
                 except httpx.TransportError as error:
                     self._failed("image", repr(error))
                     return
-                await asyncio.sleep(RETRY_S)
         if answer.status_code != 200:
             self._failed("image", f"{answer.status_code} {answer.text[:300]}")
             return
@@ -79,6 +80,13 @@ class WaitingClients:
 
     def _failed(self, op: str, answer: str) -> None:
         self._recorder.write("fail", op=op, answer=answer)
+
+
+async def _ready(http: httpx.AsyncClient, url: str) -> bool:
+    try:
+        return (await http.get(f"{url}/health")).status_code == 200
+    except httpx.TransportError:
+        return False
 
 
 def _images_body(recipe: Recipe) -> dict[str, str | int]:
