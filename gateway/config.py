@@ -34,7 +34,7 @@ class GatewaySection:
     `max_queued_bytes` of Redis. Requests in work may hold `max_held_bytes` of this gateway's memory. One that has
     waited `age_s` moves up a priority class.
 
-    Told to stop, it refuses new calls at once, and goes on for `drain_s` at most until those that wait have their
+    Told to stop, it lets nobody new in, and goes on for `drain_s` at most until those that wait have their
     answer.
 
     `public_url` begins the links of the images call, where clients reach the gateway under another name than the one

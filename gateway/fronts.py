@@ -78,31 +78,34 @@ class Fronts:
             self._rest_ended.set()
 
     async def leave(self, drain_s: float) -> None:
-        """Says that it stops, takes no calls any more, and waits for those that are there: `drain_s` at most."""
+        """Says that it stops, lets nobody new in, and waits for the calls that are there: `drain_s` at most."""
         await self._health.set_serving(False)
-        self._rest.config.timeout_graceful_shutdown = math.ceil(drain_s)
+        self._rest.config.timeout_graceful_shutdown = 0
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(drain_s):
                 await asyncio.gather(self._grpc.stop(math.inf), self._leave_rest(drain_s))
-        # Without any time it has not even begun.
+        # With less time than it lingers it has not come so far.
         self._rest.should_exit = True
         # Who follows a request by a call that is ended from now on has not left it.
         self._servicer.leaving = True
 
     async def _leave_rest(self, drain_s: float) -> None:
-        """Lets nobody new in, and closes connections after their next answer, or when no call comes for a while.
+        """Closes the port at once, and connections behind the answer to their next call, or when none comes soon.
 
         uvicorn would close those at once that have no call, and with them calls that their clients have just sent.
         """
         state, config = self._rest.server_state, self._rest.config
-        for server in self._rest.servers if self._rest.started else ():
-            server.close()
+        if self._rest.started:
+            for server in self._rest.servers:
+                server.close()
         # uvicorn makes the headers of all answers anew each second, with those of its config.
         config.encoded_headers.append(_CLOSE)
         state.default_headers = [*state.default_headers, _CLOSE]
+        left_s = drain_s
         if state.connections:
             await asyncio.sleep(LINGER_S)
-            config.timeout_graceful_shutdown = max(0, math.ceil(drain_s - LINGER_S))
+            left_s -= LINGER_S
+        config.timeout_graceful_shutdown = math.ceil(left_s)
         self._rest.should_exit = True
         await self._rest_ended.wait()
 

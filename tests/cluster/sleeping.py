@@ -17,10 +17,10 @@ import httpx
 
 from benchmarks.scale import WORK, stage_table
 from lightloom.cluster_config import write_toml
-from lightloom.redis_server import start_redis
 from services.config import environment_with_malloc
 from services.free_port import free_port
 from tests.cluster.gateway_process import ROOT, GatewayProcess, gateway
+from tests.cluster.redis_process import own_redis
 from tests.cluster.running import figures, wait_for
 
 
@@ -80,11 +80,8 @@ class SleepingCluster:
 @contextmanager
 def sleeping_cluster(folder: Path, stages: Stages) -> Iterator[SleepingCluster]:
     """Without a gateway: tests start their own. The stages may serve others too, one after the other."""
-    redis = start_redis(folder / "redis")
-    try:
-        yield SleepingCluster(redis.url, addresses_of(stages))
-    finally:
-        redis.stop()
+    with own_redis(folder) as url:
+        yield SleepingCluster(url, addresses_of(stages))
 
 
 @contextmanager

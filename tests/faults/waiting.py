@@ -85,7 +85,8 @@ class WaitingClients:
 async def _ready(http: httpx.AsyncClient, url: str) -> bool:
     try:
         return (await http.get(f"{url}/health")).status_code == 200
-    except httpx.TransportError:
+    except (httpx.NetworkError, httpx.RemoteProtocolError):
+        # Who connects at the moment when a gateway stops may be cut; nothing has been asked for yet.
         return False
 
 
