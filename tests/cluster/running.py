@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
@@ -22,6 +23,15 @@ CONFIG = Path(__file__).parents[2] / "deploy/config/demo.toml"
 # Figures of a stage that are 0 when it has nothing to do.
 HELD = ("in_flight", "rank_dit_live_tensors", "rank_dit_requests", "rank_vae_waiting", "rank_text_waiting")
 T = TypeVar("T")
+
+
+def listens(address: str, port: int) -> bool:
+    """Whether somebody takes connections there."""
+    try:
+        socket.create_connection((address, port), 5).close()
+    except ConnectionRefusedError:
+        return False
+    return True
 
 
 def wait_for(condition: Callable[[], T], timeout_s: float = 20.0, every_s: float = 0.02) -> T:

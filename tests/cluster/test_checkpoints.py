@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import redis
 
-from lightloom.redis_server import start_redis
 from tests.cluster.gateway_process import GatewayProcess, gateway
+from tests.cluster.redis_process import own_redis
 from tests.cluster.running import RunningCluster, wait_for
 
 OFTEN = {"gateway": {"checkpoint_every_s": 0.2}}
@@ -21,10 +21,8 @@ BODY = {"prompt": "a red circle on a white background", "width": 128, "height": 
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory) -> Iterator[redis.Redis]:
-    server = start_redis(tmp_path_factory.mktemp("redis"))
-    with redis.Redis.from_url(server.url) as client:
+    with own_redis(tmp_path_factory.mktemp("store")) as url, redis.Redis.from_url(url) as client:
         yield client
-    server.stop()
 
 
 def url_of(store: redis.Redis) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import socket
 import subprocess
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -23,7 +22,7 @@ from lightloom.redis_server import RedisServer, start_redis
 from protos import gateway_pb2, gateway_pb2_grpc, types_pb2
 from services.free_port import free_port
 from tests.cluster.gateway_process import GatewayProcess, gateway
-from tests.cluster.running import figures, wait_for
+from tests.cluster.running import figures, listens, wait_for
 from tests.cluster.sleeping import Stages, addresses_of
 
 # 3 s of denoising, one after the other: the last of three is still there when a gateway has waited for its stages.
@@ -143,20 +142,11 @@ def test_a_call_that_is_on_its_way_when_a_gateway_stops_is_answered(cluster: Clu
             assert "connection" not in client.get("/health").headers
         leaves.rest.close()
         leaves.process.terminate()
-        wait_for(lambda: refused(leaves.http_port), 5, 0.01)
+        wait_for(lambda: not listens("127.0.0.1", leaves.http_port), 5, 0.01)
         answer = calls.post("/v1/requests", json={"prompt": "late", "width": 64, "height": 64, "steps": 2})
         assert (answer.status_code, answer.headers["connection"]) == (202, "close")
         # Who has an open connection and does not call holds nobody up.
         assert leaves.process.wait(LINGER_S + HAND_BACK_S) == 0
-
-
-def refused(port: int) -> bool:
-    """Whether nobody listens any more."""
-    try:
-        socket.create_connection(("127.0.0.1", port), 5).close()
-    except ConnectionRefusedError:
-        return True
-    return False
 
 
 @asynccontextmanager

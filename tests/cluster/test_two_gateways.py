@@ -7,8 +7,8 @@ from pathlib import Path
 
 import httpx
 
-from lightloom.redis_server import start_redis
 from tests.cluster.gateway_process import gateway
+from tests.cluster.redis_process import own_redis
 from tests.cluster.running import wait_for
 from tests.cluster.sleeping import Stages, addresses_of, sleeping_stages
 
@@ -24,14 +24,13 @@ def denoise_calls(metrics_port: int) -> dict[str, int]:
 
 def test_gateways_that_share_a_replica_do_not_overbook_it(tmp_path: Path, sleeping: Stages) -> None:
     with ExitStack() as stack:
-        redis = start_redis(tmp_path / "redis")
-        stack.callback(redis.stop)
+        redis_url = stack.enter_context(own_redis(tmp_path))
         stages = stack.enter_context(sleeping_stages(tmp_path, {"dit": SLOTS}))
         addresses = addresses_of({**sleeping, **stages})
         folders = [tmp_path / "one", tmp_path / "two"]
         for folder in folders:
             folder.mkdir()
-        gateways = [stack.enter_context(gateway(folder, redis.url, addresses)) for folder in folders]
+        gateways = [stack.enter_context(gateway(folder, redis_url, addresses)) for folder in folders]
         body = {"prompt": "a red circle", "width": 64, "height": 64, "steps": STEPS}
         for number in range(REQUESTS):
             assert gateways[number % 2].rest.post("/v1/requests", json=body).status_code == 202

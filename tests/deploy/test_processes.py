@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import socket
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,7 +12,7 @@ import httpx
 import pytest
 from PIL import Image
 
-from tests.cluster.running import wait_for
+from tests.cluster.running import listens, wait_for
 from tests.deploy.chart import ROOT, render, values_named
 from tests.deploy.networks import Network
 from tests.deploy.pods import Kubelet, Pod
@@ -134,11 +133,3 @@ def test_a_group_over_two_pods_forms_and_leaves_in_order(kubelet: Kubelet, netwo
     assert leader.probe("readinessProbe")
     kubelet.delete(leader, worker)
     assert leader.log.read_text().count("rank lost") == losses
-
-
-def listens(address: str, port: int) -> bool:
-    try:
-        socket.create_connection((address, port), 5).close()
-    except ConnectionRefusedError:
-        return False
-    return True
