@@ -60,7 +60,7 @@ async def closed_loop(address: str, work: Work, clients: int, requests: int) -> 
 def main() -> None:
     """Parses the command line and prints the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--address", default="127.0.0.1:50050", help="gRPC address of a gateway")
+    parser.add_argument("--address", default="127.0.0.1:8081", help="gRPC address of a gateway")
     parser.add_argument("--model", default="demo")
     parser.add_argument("--size", type=int, default=256, help="side of the picture in pixels")
     parser.add_argument("--steps", type=int, default=20)

@@ -43,7 +43,7 @@ class GatewaySection:
 
     host: str = "127.0.0.1"
     http_port: int = 8080
-    grpc_port: int = 50050
+    grpc_port: int = 8081
     health_port: int = 0
     public_url: str = ""
     name: str = ""

@@ -1,6 +1,6 @@
 """The Python client: `Client` for scripts, `AsyncClient` for services. gRPC to a gateway, no torch.
 
-with Client("127.0.0.1:50050") as client:
+with Client("127.0.0.1:8081") as client:
     client.generate("a green star on a black background", seed=7).save("star.png")
 """
 

@@ -30,7 +30,7 @@ class GatewayEntry:
 
     host: str = "127.0.0.1"
     http_port: int = 8080
-    grpc_port: int = 50050
+    grpc_port: int = 8081
     public_url: str = ""
     replicas: int = 1
     access: AccessSection = field(default_factory=AccessSection)

@@ -107,11 +107,11 @@ class Loopback:
 
     def words(self, name: str, words: list[str]) -> list[str]:
         ports = self._ports[name]
-        if 50050 in ports:
+        if 8081 in ports:
             settings = {
                 "gateway.host": "127.0.0.1",
                 "gateway.http_port": ports[8080],
-                "gateway.grpc_port": ports[50050],
+                "gateway.grpc_port": ports[8081],
             }
             if 50052 in ports:
                 settings["gateway.health_port"] = ports[50052]

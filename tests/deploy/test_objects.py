@@ -290,7 +290,7 @@ def test_policies_let_through_what_the_cluster_says_to_itself_and_nothing_else(e
     group = [(one, other) for one in ("dit-wan", "dit-wan-worker") for other in ("dit-wan", "dit-wan-worker")]
     for source in pods:
         for target in pods:
-            for port in (50051, 50050, 8080, 9090, 6379, 50100, 41000):
+            for port in (50051, 8081, 8080, 9090, 6379, 50100, 41000):
                 wanted = (source, target, port) in needed or (source, target) in group
                 # Clients of the gateway are all pods of the namespace, but those of the release have no way out to it.
                 assert allowed(everything, pods[source], pods[target], port) == wanted, (source, target, port)

@@ -31,7 +31,7 @@
 {{- else }}
 {{- fail "gateway.keysSecret: name a Secret with the key `keys.jsonl` (made by `lightloom key create`), or set gateway.allowAnonymous: true if all who reach the Service may use it" }}
 {{- end }}
-{{- $listen := dict "host" "0.0.0.0" "http_port" 8080 "grpc_port" 50050 "drain_s" .Values.gateway.drainSeconds }}
+{{- $listen := dict "host" "0.0.0.0" "http_port" 8080 "grpc_port" 8081 "drain_s" .Values.gateway.drainSeconds }}
 {{- if .Values.tls.frontSecret }}
 {{- /* The kubelet's gRPC probes know no TLS. */}}
 {{- $_ := set $listen "health_port" 50052 }}
