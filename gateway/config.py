@@ -43,6 +43,7 @@ class GatewaySection:
 
     host: str = "127.0.0.1"
     http_port: int = 8080
+    # Lower than what the kernel gives to outgoing connections (`services/free_port.py`), one of which could have it.
     grpc_port: int = 8081
     health_port: int = 0
     public_url: str = ""
