@@ -34,6 +34,16 @@ def listens(address: str, port: int) -> bool:
     return True
 
 
+def cluster_file(folder: Path, source: str, http_port: int = 0, more: str = "") -> Path:
+    """A cluster of one model; its gRPC port is a free one, and that of HTTP where it is 0."""
+    path = folder / "cluster.toml"
+    path.write_text(
+        f'[gateway]\nhttp_port = {http_port}\ngrpc_port = 0\n[models.demo]\nsource = "{source}"\nthreads = 1\n'
+        f"[models.demo.limits]\ndefault_width = 256\ndefault_height = 256\n{more}\n"
+    )
+    return path
+
+
 def wait_for(condition: Callable[[], T], timeout_s: float = 20.0, every_s: float = 0.02) -> T:
     """The condition's value once it is true."""
     end_s = time.monotonic() + timeout_s

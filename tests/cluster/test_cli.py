@@ -16,7 +16,7 @@ from PIL import Image
 
 from services.config import environment_with_malloc
 from services.request import MAX_INPUT_BYTES
-from tests.cluster.running import wait_for
+from tests.cluster.running import cluster_file, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = "demo/checkpoints/qwen_image"
@@ -52,15 +52,6 @@ def cluster(running_cluster):
 def config(tmp_path: Path) -> Path:
     """A cluster file on free ports."""
     return cluster_file(tmp_path, MODEL)
-
-
-def cluster_file(folder: Path, source: str, http_port: int = 0, more: str = "") -> Path:
-    path = folder / "cluster.toml"
-    path.write_text(
-        f'[gateway]\nhttp_port = {http_port}\ngrpc_port = 0\n[models.demo]\nsource = "{source}"\nthreads = 1\n'
-        f"[models.demo.limits]\ndefault_width = 256\ndefault_height = 256\n{more}\n"
-    )
-    return path
 
 
 # ---- Looking at a cluster --------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from lightloom.doctor import examine
 from tests.cluster.certificates import new_authority
 from tests.cluster.gateway_process import ROOT, GatewayProcess, gateway
 from tests.cluster.redis_process import RedisProcess, Relay, redis_process, sentinels
-from tests.cluster.running import RunningCluster, wait_for
+from tests.cluster.running import RunningCluster, cluster_file, wait_for
 
 PASSWORD = "hunter@2/secret"
 QUOTED = "hunter%402%2Fsecret"
@@ -106,8 +106,7 @@ def test_a_redis_that_may_forget_is_refused(stages, tmp_path, monkeypatch) -> No
         monkeypatch.setenv("REDIS_URL", f"redis://127.0.0.1:{server.port}")
         [finding] = [found for found in examine(ROOT / "deploy/config/demo.toml", tmp_path) if found.subject == "redis"]
         assert finding.level == "bad" and reason in finding.text
-        config, source = tmp_path / "cluster.toml", "demo/checkpoints/qwen_image"
-        config.write_text(f'[gateway]\nhttp_port = 0\ngrpc_port = 0\n[models.demo]\nsource = "{source}"\n')
+        config = cluster_file(tmp_path, "demo/checkpoints/qwen_image")
         up = [sys.executable, "-m", "lightloom", "up", "--config", str(config), "--run-dir", str(tmp_path / "run")]
         ended = subprocess.run(up, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
         assert ended.returncode == 2 and reason in ended.stderr
